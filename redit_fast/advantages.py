@@ -1,0 +1,161 @@
+"""Dithered group advantages: ReDit (arXiv 2506.18631) on the advantage estimators of the GRPO family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from redit_fast.backends import primitive
+from redit_fast.dither import MAX_REWARDS, Dither, check_choice, check_step, per_reward
+
+Baseline = Literal["mean", "leave_one_out"]
+Scale = Literal["group", "batch", "none"]
+Combine = Literal["sum_then_normalize", "normalize_then_sum"]
+
+
+class Advantages(NamedTuple):
+    """Every field is (N,), float32 but `dead` (bool); the statistics are those of the sample's own group."""
+
+    values: Tensor
+    group_mean: Tensor  # of the clean weighted rewards
+    group_std: Tensor
+    dead: Tensor  # clean rewards all equal, or fewer than two samples scored
+    dithered_mean: Tensor
+    dithered_std: Tensor
+
+
+def group_advantages(
+    rewards: Tensor,
+    *,
+    group_size: int | None = None,
+    group_ids: Tensor | None = None,
+    reward_weights: float | Sequence[float] | Tensor | None = None,
+    dither: Dither | None = None,
+    step: int = 0,
+    sample_ids: Tensor | None = None,
+    baseline: Baseline = "mean",
+    scale: Scale = "group",
+    combine: Combine = "sum_then_normalize",
+    eps: float = 1e-4,
+    ddof: int = 1,
+) -> Advantages:
+    """Advantages A = (r~ - baseline) / scale of N completions, r~ the weighted sum of K dithered rewards.
+
+    Dithering (`Dither`) adds independent zero-mean noise to every reward of every sample before weights and centring;
+    the dithered rewards never leave this function. With a group standard deviation as scale, a group of equal rewards
+    gets full-size random advantages at any level (rms 0.93 for 8 samples): `Dither.dead_groups` chooses what happens to
+    it.
+
+    Args:
+        rewards: (N,) or (N, K), any real dtype, read into float64. NaN or infinite means unscored: the sample's
+            weighted sum runs over its other rewards; a sample with none gets advantage 0 and is left out of mean and
+            deviation.
+        group_size: consecutive samples per group; or
+        group_ids: (N,) integers, any values, sizes and order.
+        reward_weights: one number, or one per reward; default 1.
+        dither: None for none.
+        step: in [0, 2**32); moves the noise and its schedule.
+        sample_ids: (N,) int64 that name the samples in the noise counter; default arange(N). Required when
+            torch.distributed runs with more than one rank, where every rank would otherwise draw the same noise.
+        baseline: the group's mean, or the mean of the sample's siblings ("leave_one_out").
+        scale: divide by the group's standard deviation, the batch's, or by nothing.
+        combine: "sum_then_normalize", or "normalize_then_sum" (GDPO: every reward normalised within its group, summed,
+            then normalised over the batch; baseline and scale must keep their defaults).
+        eps: added to the standard deviation. TRL 1.16 uses 1e-4, verl 1e-6.
+        ddof: 1 divides the squared deviations by n - 1, 0 by n.
+
+    Returns:
+        `Advantages`, on the device of `rewards`. The same bits from every backend, whatever the order of the groups.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, naming it, before anything is computed.
+    """
+    _check(rewards, group_size, group_ids, sample_ids, baseline, scale, combine, eps, ddof)
+    check_step(step)
+    device, count = rewards.device, len(rewards)
+    values = rewards.detach().to(torch.float64)
+    values = (values if values.ndim == 2 else values[:, None]).contiguous()
+    reward_count = values.shape[1]
+    weights = per_reward("reward_weights", 1.0 if reward_weights is None else reward_weights, reward_count)
+    half_range = None
+    if dither is not None:
+        reward_scale = per_reward("reward_scale", dither.reward_scale, reward_count)
+        level = dither.level_at(step)
+        half_range = level * reward_scale if level > 0 else None
+    if half_range is not None and sample_ids is None and _world_size() > 1:
+        raise ValueError("sample_ids is required with more than one rank: otherwise every rank draws the same noise")
+    if sample_ids is None:
+        sample_ids = torch.arange(count, device=device)
+
+    out = Advantages(
+        *(torch.empty(count, dtype=torch.bool if name == "dead" else torch.float32, device=device)
+          for name in Advantages._fields)
+    )  # fmt: skip
+    if count:
+        settings = dither or Dither(level=0.0)
+        primitive("group_advantages", device)(
+            *out,
+            values,
+            _dense_groups(group_size, group_ids, count, device),
+            sample_ids.contiguous(),
+            weights,
+            half_range,
+            settings.distribution,
+            settings.seed,
+            step,
+            settings.dead_groups,
+            baseline,
+            scale,
+            combine,
+            float(eps),
+            ddof,
+        )
+    return out
+
+
+def _check(rewards, group_size, group_ids, sample_ids, baseline, scale, combine, eps, ddof) -> None:
+    if not isinstance(rewards, Tensor) or rewards.is_complex():
+        raise TypeError(f"rewards must be a real tensor, got {getattr(rewards, 'dtype', type(rewards).__name__)}")
+    if rewards.ndim not in (1, 2) or (rewards.ndim == 2 and not 1 <= rewards.shape[1] <= MAX_REWARDS):
+        raise ValueError(f"rewards must have shape (N,) or (N, K) with K at least 1, got {tuple(rewards.shape)}")
+    if (group_size is None) == (group_ids is None):
+        raise ValueError("give exactly one of group_size and group_ids")
+    if group_size is not None and (group_size < 1 or len(rewards) % group_size):
+        raise ValueError(f"group_size must divide the number of rewards: got {group_size} for {len(rewards)}")
+    for name, ids in (("group_ids", group_ids), ("sample_ids", sample_ids)):
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+        if ids.shape != rewards.shape[:1] or ids.device != rewards.device:
+            raise ValueError(
+                f"{name} must have shape ({len(rewards)},) on {rewards.device}, got {tuple(ids.shape)} on {ids.device}"
+            )
+    check_choice("baseline", baseline, get_args(Baseline))
+    check_choice("scale", scale, get_args(Scale))
+    check_choice("combine", combine, get_args(Combine))
+    if combine == "normalize_then_sum" and (baseline, scale) != ("mean", "group"):
+        raise ValueError("combine='normalize_then_sum' needs the default baseline='mean' and scale='group'")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
+
+
+def _dense_groups(group_size: int | None, group_ids: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """(N,) group index in order of first appearance."""
+    if group_size is not None:
+        return torch.arange(count, device=device) // group_size
+    _, index = torch.unique(group_ids, return_inverse=True)
+    first = torch.full((int(index.max()) + 1,), count, device=device)
+    first = first.scatter_reduce(0, index, torch.arange(count, device=device), "amin")
+    return torch.argsort(torch.argsort(first))[index]
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

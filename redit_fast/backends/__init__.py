@@ -1,0 +1,73 @@
+"""Which backend computes which primitive: one order per device, one sentence per refusal.
+
+A backend is a module of this package. It exports primitives under the names below and `why_not(op, device)`, which
+returns None, or the sentence why it cannot run `op` there. Primitives write into their first arguments and allocate no
+outputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+PRIMITIVES = (
+    "group_advantages",
+    "token_logp",
+    "token_logp_grad",
+    "token_loss",
+    "scale_in_place",
+    "exp_product",
+    "squared_norm",
+    "perturb",
+    "adamw",
+)
+NAMES = ("cpu", "reference")
+_ORDER = {"cpu": ("cpu", "reference")}  # every other device: reference
+_forced: ContextVar[str | None] = ContextVar("redit_fast_backend", default=None)
+
+
+def _backend(name: str) -> ModuleType:
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(NAMES)}")
+    return import_module(f"{__name__}.{name}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every op inside the `with` block onto one backend, without fallback.
+
+    Raises:
+        ValueError: `name` is no backend. The ops raise NotImplementedError with the backend's sentence where it
+        refuses.
+    """
+    _backend(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def primitive(op: str, device: torch.device) -> Callable[..., None]:
+    """The function that computes `op` on `device`: the forced backend's, else the first that does not refuse."""
+    forced = _forced.get() or os.environ.get("REDIT_FAST_BACKEND")
+    names = (forced,) if forced else _ORDER.get(device.type, ("reference",))
+    refusals = []
+    for name in names:
+        backend = _backend(name)
+        refusal = backend.why_not(op, device)
+        if refusal is None:
+            return getattr(backend, op)
+        refusals.append(f"{name}: {refusal}")
+    raise NotImplementedError(f"no backend runs {op} on {device}: {'; '.join(refusals)}")
+
+
+def report(device: str = "cpu") -> list[tuple[str, str, str]]:
+    """(op, backend, "ok" or the refusal) for every primitive and backend, as `redit-fast info` prints it."""
+    return [(op, name, _backend(name).why_not(op, torch.device(device)) or "ok") for op in PRIMITIVES for name in NAMES]

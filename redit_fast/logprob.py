@@ -1,0 +1,252 @@
+"""Log-probs and GRPO losses from logits: the target-anchored algorithm behind autograd."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from redit_fast.backends import primitive
+from redit_fast.dither import check_choice
+from redit_fast.losses import LogitTransform, LossConfig, LossOutput, Rows, loss_metrics, policy_loss
+
+IGNORE = -100
+EntropyMode = Literal["none", "metric", "grad"]
+
+
+class LogpEntropy(NamedTuple):
+    logp: Tensor
+    entropy: Tensor
+
+
+def token_logp(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    entropy: EntropyMode = "none",
+    inplace_backward: bool = False,
+    validate: bool = False,
+) -> Tensor | LogpEntropy:
+    """Log-probability of each target under softmax(z), z = softcap(logit_scale * logits) / temperature.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16, any strides. Computed in float32; never modified unless
+            `inplace_backward`.
+        targets: (...) integers in [0, V). -100 gives 0 and no gradient; any other value outside gives NaN in its row.
+        mask: (...) nonzero where scored; elsewhere logits and target are not read and the result is 0.
+        entropy: "metric" also returns the entropy without graph, "grad" with.
+        inplace_backward: the gradient overwrites `logits`; a second backward then raises.
+        validate: raise on a target outside [0, V), with its position; waits for the device.
+
+    Returns:
+        (...) float32, or the named tuple (logp, entropy) of two.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, naming it.
+    """
+    transform = LogitTransform(temperature, logit_scale, softcap).check()
+    check_choice("entropy", entropy, get_args(EntropyMode))
+    flat = check_targets("logits", logits, targets, mask, logits.shape[-1] if logits.ndim else 0, validate)
+    logp, entropies = _TokenLogp.apply(logits.reshape(-1, logits.shape[-1]), flat, transform, entropy, inplace_backward)
+    logp = logp.view(targets.shape)
+    return logp if entropy == "none" else LogpEntropy(logp, entropies.view(targets.shape))
+
+
+def check_targets(
+    name: str, source: Tensor, targets: Tensor, mask: Tensor | None, vocabulary: int, validate: bool
+) -> Tensor:
+    """Checks `source` (..., V) or (..., D) against targets and mask (...); the targets flat, int64, -100 where
+    masked."""
+    if not isinstance(source, Tensor) or source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {getattr(source, 'dtype', type(source))}")
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be an integer tensor, got {getattr(targets, 'dtype', type(targets))}")
+    if source.ndim < 1 or source.shape[:-1] != targets.shape or vocabulary < 1:
+        raise ValueError(
+            f"targets must have the shape of {name} without its last dimension, {tuple(source.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
+    for other, tensor in (("targets", targets), ("mask", mask)):
+        if tensor is not None and tensor.device != source.device:
+            raise TypeError(f"{other} must be on {source.device} like {name}, got {tensor.device}")
+    flat = targets.reshape(-1).long()
+    if mask is not None:
+        if mask.shape != targets.shape:
+            raise ValueError(f"mask must have shape {tuple(targets.shape)}, got {tuple(mask.shape)}")
+        flat = torch.where((mask != 0).reshape(-1), flat, IGNORE)
+    if validate:
+        stray = torch.nonzero((flat != IGNORE) & ((flat < 0) | (flat >= vocabulary)))
+        if len(stray):
+            where = tuple(int(i) for i in torch.unravel_index(stray[0, 0], targets.shape))
+            raise ValueError(
+                f"targets must be in [0, {vocabulary}) or -100, got {flat[stray[0, 0]]} at position {where}"
+            )
+    return flat
+
+
+def refuse_double_backward() -> None:
+    if torch.is_grad_enabled():  # autograd runs backward with gradients enabled only under create_graph=True
+        raise RuntimeError(
+            "this op has no second derivative, so create_graph=True does not work; gradient regularisation (GR) needs "
+            "only first derivatives: use redit_fast.RegularizedAdamW or GradientRegularizer"
+        )
+
+
+class _TokenLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, transform, entropy, inplace):
+        rows = len(targets)
+        logp = logits.new_empty(rows, dtype=torch.float32)
+        entropies = None if entropy == "none" else torch.empty_like(logp)
+        sums = logp.new_empty(3, rows)
+        primitive("token_logp", logits.device)(logp, entropies, sums, logits, targets, transform)
+        ctx.save_for_backward(logits, targets, sums, entropies if entropy == "grad" else None)
+        ctx.transform, ctx.inplace = transform, inplace
+        ctx.set_materialize_grads(False)
+        if entropy == "metric":
+            ctx.mark_non_differentiable(entropies)
+        return logp, entropies
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy):
+        refuse_double_backward()
+        logits, targets, sums, entropies = ctx.saved_tensors
+        if grad_logp is None:
+            if grad_entropy is None:
+                return None, None, None, None, None
+            grad_logp = torch.zeros_like(grad_entropy)
+        grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        primitive("token_logp_grad", logits.device)(
+            grad,
+            logits.detach(),
+            targets,
+            sums,
+            grad_logp.float().contiguous(),
+            None if grad_entropy is None else grad_entropy.float().contiguous(),
+            entropies,
+            ctx.transform,
+        )
+        return grad, None, None, None, None
+
+
+def grpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    config: LossConfig,
+    inplace: bool = False,
+    grad_scale: Tensor | None = None,
+) -> LossOutput:
+    """`policy_loss` of the log-probs of `targets` under `logits` (already shifted), loss and gradient in one pass.
+
+    Args:
+        logits, targets, mask: as in `token_logp`, with config's temperature, logit_scale and softcap; a target of -100
+            counts as masked.
+        advantages, old_logp, ref_logp, cu_seqlens, normalizer: as in `policy_loss`.
+        inplace: the gradient overwrites `logits`, in the forward pass already.
+        grad_scale: 0-d, the upstream gradient that backward will receive, for instance GradScaler's scale: the stored
+            gradient is multiplied by it before it is rounded, the returned loss is not.
+
+    Returns:
+        `LossOutput`; logp and entropy are detached. Its route is "fused" where each row's coefficient depends on that
+        row alone, "logp" otherwise. A second backward through the fused route raises.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, naming it.
+    """
+    flat = check_targets("logits", logits, targets, mask, logits.shape[-1] if logits.ndim else 0, validate=False)
+    mask = (flat != IGNORE).view(targets.shape)
+    rows = Rows.check(targets, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer)
+    if grad_scale is not None and (not isinstance(grad_scale, Tensor) or grad_scale.ndim != 0):
+        raise ValueError(f"grad_scale must be a 0-d tensor, got {grad_scale}")
+    if config.route == "logp":
+        logp, entropy = token_logp(
+            logits,
+            targets,
+            mask=mask,
+            entropy="grad" if config.entropy_coef != 0 else "metric",
+            inplace_backward=inplace,
+            **config.transform._asdict(),
+        )
+        return loss_from_logp(logp, entropy, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer)
+    loss, logp, entropy = _GrpoLoss.apply(
+        logits.reshape(-1, logits.shape[-1]), flat, rows, rows.weights(config, normalizer), config, inplace, grad_scale
+    )
+    metrics = loss_metrics(config, rows, logp, entropy)
+    return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), metrics, "fused")
+
+
+def loss_from_logp(logp, entropy, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer) -> LossOutput:
+    out = policy_loss(
+        logp,
+        advantages,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        entropy=entropy,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        config=config,
+        normalizer=normalizer,
+    )
+    return out._replace(logp=logp.detach(), entropy=entropy.detach())
+
+
+def scaled_by_upstream(ctx, grad: Tensor, upstream: Tensor) -> Tensor:
+    """The stored gradient times upstream / grad_scale, in place."""
+    factor = upstream if ctx.grad_scale is None else upstream / ctx.grad_scale
+    primitive("scale_in_place", grad.device)(grad, factor)
+    return grad
+
+
+def refuse_second_backward(ctx) -> None:
+    if ctx.spent:
+        raise RuntimeError(
+            "the gradient of this loss was computed in its forward pass and has been handed out; for a second backward "
+            "compute the loss again"
+        )
+    ctx.spent = True
+
+
+class _GrpoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, rows, weights, config, inplace, grad_scale):
+        loss = logits.new_zeros((), dtype=torch.float32)
+        logp = logits.new_empty(len(targets), dtype=torch.float32)
+        entropy = torch.empty_like(logp)
+        grad = None
+        if ctx.needs_input_grad[0]:
+            grad = logits.detach() if inplace else torch.empty_like(logits)
+        primitive("token_loss", logits.device)(
+            loss,
+            logp,
+            entropy,
+            grad,
+            logits.detach(),
+            targets,
+            weights,
+            rows.advantages,
+            rows.old_logp,
+            rows.ref_logp,
+            config,
+            grad_scale,
+        )
+        ctx.grad, ctx.grad_scale, ctx.spent = grad, grad_scale, False
+        ctx.mark_non_differentiable(logp, entropy)
+        return loss, logp, entropy
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        refuse_double_backward()
+        refuse_second_backward(ctx)
+        return scaled_by_upstream(ctx, ctx.grad, upstream), None, None, None, None, None, None

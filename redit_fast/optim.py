@@ -1,0 +1,164 @@
+"""AdamW with gradient regularisation built in: float32 masters for low-precision parameters, and no other copy of
+them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from redit_fast.backends import primitive
+from redit_fast.regularize import LOW_PRECISION, GradientRegularizer, Rounding
+
+
+class _MasterAdamW(torch.optim.Optimizer):
+    """State of torch.optim.AdamW, in float32, and a float32 `master` for each bfloat16 or float16 parameter."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.versions: dict[Tensor, int] = {}  # p._version when the master was last equal to it
+
+    def state_of(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of `p`, made at first use; its master refreshed if `p` was changed by others since the last
+        step."""
+        state = self.state[p]
+        if "step" not in state:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if p.dtype in LOW_PRECISION:
+            if "master" not in state:
+                state["master"] = p.detach().float()
+            elif self.versions.get(p) != p._version and not torch.equal(state["master"].to(p.dtype), p):
+                state["master"].copy_(p)
+            self.versions[p] = p._version
+        return state
+
+    def update(self, params: list[Tensor], factor: Tensor, finite: Tensor) -> None:
+        wanted = set(params)
+        for group in self.param_groups:
+            chosen = [p for p in group["params"] if p in wanted]
+            if not chosen:
+                continue
+            states = [self.state_of(p) for p in chosen]
+            beta1, beta2 = group["betas"]
+            primitive("adamw", factor.device)(
+                chosen,
+                [state.get("master") for state in states],
+                [p.grad for p in chosen],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["step"] for state in states],
+                factor,
+                finite,
+                group["lr"],
+                beta1,
+                beta2,
+                group["eps"],
+                group["weight_decay"],
+            )
+            self.versions |= {p: p._version for p in chosen if p.dtype in LOW_PRECISION}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch.optim.Optimizer, but shapes are checked and float32 state stays float32 beside low-precision
+        parameters."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        state = dict(zip(ids, params))
+        for i, values in state_dict["state"].items():
+            for name, value in values.items():
+                if i in state and name != "step" and value.shape != state[i].shape:
+                    raise ValueError(
+                        f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(state[i].shape)}"
+                    )
+        super().load_state_dict({**state_dict, "state": {}})
+        for i, values in state_dict["state"].items():
+            p = state[i]
+            wide = torch.promote_types(p.dtype, torch.float32)
+            self.state[p] = {
+                name: torch.as_tensor(value, dtype=torch.float32 if name == "step" else wide).to(p.device, copy=True)
+                for name, value in values.items()
+                if name in ("step", "exp_avg", "exp_avg_sq", "master")
+            }
+            if p.dtype not in LOW_PRECISION:
+                self.state[p].pop("master", None)
+        self.versions = {}
+
+
+class RegularizedAdamW(GradientRegularizer):
+    """AdamW with gradient regularisation; the verbs and the GR arguments are `GradientRegularizer`'s.
+
+    bfloat16 and float16 parameters have a float32 master, from which the step restores them, so that GR holds nothing
+    beside AdamW's own state; float32 parameters are copied for the time of the second pass. With gamma 0 the step is
+    AdamW's.
+
+    Args:
+        params: parameters or parameter groups (`parameter_groups`).
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW, but weight_decay 0 by default.
+
+    `state_dict` is in torch.optim.AdamW's layout with `master` and the counters beside it; `load_state_dict` takes a
+    plain torch.optim.AdamW state too.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 1e-3,
+        epsilon: float = 1e-3,
+        max_norm: float | None = 1.0,
+        perturb_max_norm: float = 10.0,
+        normalized: bool = False,
+        rounding: Rounding = "stochastic",
+        keep_first_grad: bool | None = None,
+        gamma_warmup_steps: int = 0,
+        every_k_steps: int = 1,
+        compute_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(
+            _MasterAdamW(params, lr, betas, eps, weight_decay),
+            gamma=gamma,
+            epsilon=epsilon,
+            max_norm=max_norm,
+            perturb_max_norm=perturb_max_norm,
+            normalized=normalized,
+            rounding=rounding,
+            keep_first_grad=keep_first_grad,
+            gamma_warmup_steps=gamma_warmup_steps,
+            every_k_steps=every_k_steps,
+            compute_dtype=compute_dtype,
+            seed=seed,
+        )
+
+    def _keep(self, params: list[Tensor]) -> list[Tensor | None]:
+        for p in params:
+            self.optimizer.state_of(p)
+        return [None if p.dtype in LOW_PRECISION else super(RegularizedAdamW, self)._keep([p])[0] for p in params]
+
+    def _restore_parameters(self, before_step: bool = False) -> None:
+        for p in self._moved:
+            if p.dtype not in LOW_PRECISION:
+                p.copy_(self._copies[p])
+            elif not before_step or p.grad is None:  # AdamW writes the others from their masters
+                p.copy_(self.state[p]["master"])
+        self._changed(self._moved)
+
+    def _changed(self, params: list[Tensor]) -> None:
+        super()._changed(params)
+        self.optimizer.versions |= {p: p._version for p in params}
+
+    def _take_step(self, params: list[Tensor], factor: Tensor, finite: Tensor) -> None:
+        self.optimizer.update(params, factor, finite)
