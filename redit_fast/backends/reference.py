@@ -230,11 +230,16 @@ def _is_target(targets: Tensor, start: int, stop: int) -> Tensor:
     return targets[:, None] == torch.arange(start, stop, device=targets.device)
 
 
+def _sum(x: Tensor) -> Tensor:
+    """(r, V) -> (r,); a lone row is summed beside a twin, since torch would split its sum over the threads."""
+    return x.sum(1) if len(x) != 1 else torch.cat([x, x]).sum(1)[:1]
+
+
 def _row_sums(x: Tensor, targets: Tensor, anchor: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
     """sum_{j != t} e_j and sum_{j != t} e_j y_j of rows x (r, V)."""
     y = _gap(x, anchor[:, None], transform)
     e = torch.exp(y).masked_fill(_is_target(targets, 0, x.shape[1]), 0.0)
-    return e.sum(1), _times_or_zero(e, y).sum(1)
+    return _sum(e), _sum(_times_or_zero(e, y))
 
 
 def token_logp(
@@ -426,7 +431,8 @@ def perturb(
     step: Tensor,
     compute_dtype: torch.dtype | None,
 ) -> None:
-    """params += scale * grads, rounded once; the old values into the copies that are not None.
+    """params += scale * grads, rounded once (a scale of 0 moves nothing); the old values into the copies that are not
+    None.
 
     sums (4,) float64 = <applied, intended>, |applied|^2, |intended|^2 and the number of weights moved, `applied` being
     the change that the forward pass sees in compute_dtype (None: the parameter's own). offsets are each tensor's first
@@ -435,7 +441,7 @@ def perturb(
     sums.zero_()
     for param, copy, grad, offset in zip(params, copies, grads, offsets, strict=True):
         wide = torch.promote_types(param.dtype, torch.float32)
-        intended = scale.to(wide) * grad.to(wide)
+        intended = torch.where(scale == 0, 0.0, scale.to(wide) * grad.to(wide))  # 0 also where g1 holds NaN
         moved = param.to(wide) + intended
         if rounding == "stochastic" and param.dtype in (torch.bfloat16, torch.float16):
             halves = rounding_halves(seed, offset, param.numel(), step, param.device)

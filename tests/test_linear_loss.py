@@ -1,0 +1,344 @@
+"""The head from hidden states: log-probs and GRPO losses against float64 on the rounded inputs, on every backend."""
+
+import math
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import redit_fast as rf
+from tests.test_token_loss import LOSSES, oracle
+from tests.tolerance import relative, sliced
+
+OPS = ("exp_product", "scale_in_place")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# rows: none, one, below / at / above the padding of 16, several chunks; vocabulary: one, below / above a tile of 4096.
+SHAPES = [
+    (0, 31, 8),
+    (1, 1, 8),
+    (7, 2, 8),
+    (15, 127, 24),
+    (16, 1000, 24),
+    (17, 4095, 16),
+    (40, 4097, 16),
+    (5, 50257, 8),
+]
+
+
+def head(rows, vocabulary, width, dtype, scale=1.0):
+    hidden = sliced(rows, width, dtype=dtype)
+    weight = sliced(vocabulary, width, dtype=dtype, scale=scale)
+    bias = sliced(vocabulary, dtype=dtype)
+    return hidden, weight, bias, torch.randint(vocabulary, (rows,))
+
+
+def exact_logp(hidden, weight, bias, targets, **transform):
+    z = hidden.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    return oracle(z, targets, **transform)
+
+
+def leaves(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocabulary", "width"), SHAPES)
+@pytest.mark.parametrize("transform", [{}, {"temperature": 0.7, "logit_scale": 0.5, "softcap": 9.0}])
+def test_linear_logp_is_float32_exact(backend, rows, vocabulary, width, dtype, transform):
+    hidden, weight, bias, targets = head(rows, vocabulary, width, dtype)
+    logp, entropy = rf.linear_logp(hidden, weight, targets, bias=bias, entropy="metric", chunk_rows=16, **transform)
+    exact, exact_entropy = exact_logp(hidden, weight, bias, targets, **transform)
+    float32_logits, _ = oracle(hidden.float() @ weight.float().t() + bias.float(), targets, **transform)
+    allowed = max(1e-5, 1.25 * (float32_logits - exact).abs().amax().item()) if rows else 0
+    torch.testing.assert_close(logp.double(), exact, rtol=0, atol=allowed)
+    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=0, atol=2e-5)
+    assert vocabulary == 1 or rows == 0 or logp.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+def test_improbable_targets_take_the_repair(backend, scale):
+    hidden, weight, bias, targets = head(64, 500, 16, torch.float32, scale)
+    z = hidden @ weight.t() + bias
+    targets[:20], targets[20:40] = z[:20].argmin(1), z[20:40].argmax(1)
+    logp = rf.linear_logp(hidden, weight, targets, bias=bias)
+    exact, _ = exact_logp(hidden, weight, bias, targets)
+    low, _ = oracle(z, targets)
+    assert (logp - exact).abs().max() <= max(1e-5, 1.25 * (low - exact).abs().max())
+    if scale == 30:
+        assert (exact < -40).any()
+
+
+# Relative Frobenius limits of spec section 3; float16 keeps E in float32 and rounds the gradient to 11 bits.
+LIMITS = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("needs", [n for n in product([True, False], repeat=3) if any(n)])
+@pytest.mark.parametrize("entropy", ["none", "grad"])
+def test_gradients_of_linear_logp_for_every_subset_of_inputs(backend, dtype, needs, entropy):
+    inputs = head(50, 4200, 24, dtype, 0.3)
+    targets, g, h = inputs[3], torch.randn(50), torch.randn(50)
+    ours = [x.clone().requires_grad_(need) for x, need in zip(inputs[:3], needs)]
+    exact = [x.double().requires_grad_(need) for x, need in zip(inputs[:3], needs)]
+    transform = {"temperature": 0.8, "softcap": 12.0}
+    out = rf.linear_logp(ours[0], ours[1], targets, bias=ours[2], entropy=entropy, chunk_rows=32, **transform)
+    true = exact_logp(*exact, targets, **transform)
+    loss = (out * g).sum() if entropy == "none" else (out.logp * g + out.entropy * h).sum()
+    loss.backward()
+    ((true[0] * g).sum() + (0 if entropy == "none" else (true[1] * h).sum())).backward()
+    for x, y, need in zip(ours, exact, needs):
+        assert (x.grad is not None) == need
+        if need:
+            assert x.grad.dtype == dtype and relative(x.grad, y.grad) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
+    config = LOSSES[name]
+    hidden, weight, bias, targets = head(90, 4200, 24, dtype, 0.3)
+    mask, advantages = torch.rand(90) > 0.2, torch.randn(4)
+    logp, entropy = exact_logp(hidden, weight, bias, targets, **config.transform._asdict())
+    old, ref = (logp + 0.2 * torch.randn(90).double()).float(), (logp - 0.1).float()
+    kwargs = dict(old_logp=old, ref_logp=ref, mask=mask, cu_seqlens=torch.tensor([0, 30, 30, 61, 90]), config=config)
+
+    exact = leaves(hidden.double(), weight.double(), bias.double())
+    true_logp, true_entropy = exact_logp(*exact, targets, **config.transform._asdict())
+    true = rf.policy_loss(true_logp, advantages, entropy=true_entropy, **kwargs)
+    true.loss.backward()
+
+    ours = leaves(hidden, weight, bias)
+    out = rf.linear_grpo_loss(ours[0], ours[1], targets, advantages, bias=ours[2], chunk_rows=32, **kwargs)
+    out.loss.backward()
+    assert out.route == ("logp" if name in ("gspo", "entropy") else "fused")
+    assert out.loss.item() == pytest.approx(true.loss.item(), rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(out.logp[mask].double(), true_logp[mask], rtol=0, atol=2e-5)
+    for x, y in zip(ours, exact):
+        assert x.grad.dtype == dtype and relative(x.grad, y.grad) < LIMITS[dtype]
+
+    weight_grad, bias_grad = torch.full_like(weight, 0.5, dtype=torch.float32), torch.zeros(len(bias))
+    direct, hidden_grad = rf.linear_grpo_loss_and_grad_(
+        hidden,
+        weight,
+        targets,
+        advantages,
+        bias=bias,
+        weight_grad=weight_grad,
+        bias_grad=bias_grad,
+        chunk_rows=32,
+        **kwargs,
+    )
+    assert direct.route == out.route and torch.equal(direct.loss, out.loss.detach()) and not direct.loss.requires_grad
+    assert torch.equal(hidden_grad, ours[0].grad)
+    float32_limit = 3e-3 if dtype == torch.bfloat16 else LIMITS[dtype]
+    assert relative(weight_grad - 0.5, exact[1].grad) < float32_limit + 1e-5  # added to what was there
+    assert relative(bias_grad, exact[2].grad) < float32_limit
+
+
+def test_confident_rows_keep_their_gradient(backend):
+    hidden, weight, _, _ = head(32, 1000, 24, torch.bfloat16, 0.1)
+    targets = torch.arange(32)
+    weight[:32] = hidden * 0.6
+    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    rf.linear_logp(ours, weight, targets).sum().backward()
+    logp, _ = exact_logp(exact, weight, None, targets)
+    logp.sum().backward()
+    confident = logp.detach().exp() > 0.999
+    assert confident.sum() >= 3
+    for row in torch.nonzero(confident).flatten():
+        assert relative(ours.grad[row], exact.grad[row]) < 0.01
+
+
+def test_a_row_has_the_same_bits_whatever_the_other_rows(backend):
+    hidden, weight, bias, targets = head(100, 1000, 24, torch.float32)
+    advantages = torch.randn(100)
+    config = rf.LossConfig("dapo")
+
+    def run(rows, **options):
+        x = hidden[rows].clone().requires_grad_()
+        logp, entropy = rf.linear_logp(x, weight, targets[rows], bias=bias, entropy="metric", **options)
+        (grad,) = torch.autograd.grad((logp * advantages[rows]).sum(), x)
+        out = rf.linear_grpo_loss(
+            x, weight, targets[rows], advantages[rows], bias=bias, config=config, normalizer=1, **options
+        )
+        out.loss.backward()
+        return logp.detach(), entropy, grad, out.logp, x.grad
+
+    whole = run(torch.arange(100))
+    for rows in (torch.tensor([0]), torch.tensor([99]), torch.arange(40, 57), torch.randperm(100)):
+        for part, full in zip(run(rows), whole):
+            assert torch.equal(part, full[rows])
+    assert torch.equal(whole[0], whole[3])  # both routes: the same bits
+    for part, full in zip(run(torch.arange(100), chunk_rows=100), whole):
+        assert torch.equal(part, full)
+
+
+def test_masked_and_ignored_rows_cost_nothing_and_are_never_read(backend):
+    hidden, weight, bias, targets = head(60, 300, 24, torch.float32)
+    mask = torch.rand(60) > 0.5
+    clean, dirty = leaves(hidden, torch.where(mask[:, None], hidden, math.nan))
+    wild = torch.where(mask, targets, -100)
+    config, advantages = rf.LossConfig("grpo"), torch.randn(1)
+    a = rf.linear_grpo_loss(clean, weight, targets, advantages, mask=mask, config=config)
+    b = rf.linear_grpo_loss(dirty, weight, wild, advantages, config=config)
+    a.loss.backward(), b.loss.backward()
+    assert torch.equal(a.loss, b.loss) and torch.equal(clean.grad, dirty.grad) and (dirty.grad[~mask] == 0).all()
+    assert torch.equal(rf.linear_logp(dirty, weight, wild), rf.linear_logp(clean, weight, targets, mask=mask))
+
+
+def test_a_poisoned_row_is_nan_alone_and_reaches_the_weight_only_with_a_coefficient(backend):
+    hidden, weight, _, targets = head(40, 300, 24, torch.float32)
+    hidden[7, 3] = math.nan
+    advantages = torch.ones(40)
+    for coefficient in (1.0, 0.0):
+        x, w = leaves(hidden, weight)
+        weights = advantages.clone()
+        weights[7] = coefficient
+        (rf.linear_logp(x, w, targets) * weights).nansum().backward() if coefficient == 0 else (
+            rf.linear_logp(x, w, targets).sum().backward()
+        )
+        others = torch.arange(40) != 7
+        assert torch.isfinite(x.grad[others]).all()
+        assert torch.isfinite(w.grad).all() == (coefficient == 0)
+
+
+def test_a_fully_masked_batch_gives_zero_loss_and_zero_gradients(backend):
+    hidden, weight, bias, targets = head(20, 31, 8, torch.float32)
+    for config in LOSSES.values():
+        inputs = leaves(hidden, weight, bias)
+        out = rf.linear_grpo_loss(
+            inputs[0], inputs[1], targets, torch.ones(20), bias=inputs[2], mask=torch.zeros(20), config=config,
+            ref_logp=torch.zeros(20),
+        )  # fmt: skip
+        out.loss.backward()
+        assert out.loss == 0 and all((x.grad == 0).all() for x in inputs)
+        assert all(torch.isfinite(value) for value in out.metrics.values())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements that any operation's result holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("rows", [256, 1024])
+def test_nothing_larger_than_a_chunk_of_logits_ever_exists(backend, rows):
+    hidden, weight, _, targets = head(rows, 5000, 8, torch.float32)
+    with LargestTensor() as largest:
+        x, w = leaves(hidden, weight)
+        rf.linear_grpo_loss(x, w, targets, torch.ones(rows), config=rf.LossConfig(), chunk_rows=32).loss.backward()
+        rf.linear_logp(x, w, targets, chunk_rows=32).sum().backward()
+    assert largest.elements <= 32 * 5000 < rows * 5000
+
+
+def test_a_second_backward_is_right_for_logp_and_raises_for_the_fused_loss(backend):
+    hidden, weight, _, targets = head(20, 31, 8, torch.float32)
+    x, w = leaves(hidden, weight)
+    logp = rf.linear_logp(x, w, targets)
+    first = torch.autograd.grad(logp.sum(), (x, w), retain_graph=True)
+    second = torch.autograd.grad(2 * logp.sum(), (x, w))
+    assert all(torch.equal(b, 2 * a) for a, b in zip(first, second))
+    out = rf.linear_grpo_loss(x, w, targets, torch.ones(20), config=rf.LossConfig())
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        out.loss.backward()
+
+
+def test_upstream_gradients_scale(backend):
+    hidden, weight, _, targets = head(20, 31, 8, torch.float32)
+    grads = []
+    for factor in (1.0, 256.0):
+        x, w = leaves(hidden, weight)
+        (factor * rf.linear_grpo_loss(x, w, targets, torch.ones(20), config=rf.LossConfig()).loss).backward()
+        grads.append((x.grad, w.grad))
+    assert all(torch.equal(256 * a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_autocast_casts_like_a_linear_layer(backend, dtypes):
+    hidden, weight, bias, targets = head(20, 300, 16, torch.float32, 0.3)
+    x, w = leaves(hidden.to(dtypes[0]), weight.to(dtypes[1]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = rf.linear_grpo_loss(x, w, targets, torch.ones(20), bias=bias, config=rf.LossConfig())
+        logp = rf.linear_logp(x, w, targets, bias=bias)
+        out.loss.backward()
+    exact, _ = exact_logp(hidden.bfloat16(), weight.bfloat16(), bias.bfloat16(), targets)
+    assert (out.logp - exact).abs().max() < 1e-5 and torch.equal(out.logp, logp)
+    assert x.grad.dtype == dtypes[0] and w.grad.dtype == dtypes[1]
+    with pytest.raises(TypeError, match="weight must be"):
+        rf.linear_logp(x, w, targets)
+
+
+def test_bad_arguments_name_themselves():
+    hidden, weight, bias, targets = head(8, 31, 16, torch.float32)
+    for kwargs, name in [
+        ({"weight": weight[:, 1:]}, "weight"),
+        ({"weight": weight[0]}, "weight"),
+        ({"weight": weight.bfloat16()}, "weight"),
+        ({"bias": bias[1:]}, "bias"),
+        ({"targets": targets[1:]}, "targets"),
+        ({"hidden": hidden.double()}, "hidden"),
+        ({"chunk_rows": 0}, "chunk_rows"),
+        ({"mask": torch.ones(3)}, "mask"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=name) as caught:
+            rf.linear_logp(**{"hidden": hidden, "weight": weight, "targets": targets, **kwargs})
+        assert "\n" not in str(caught.value)
+    for kwargs in ({"weight_grad": torch.zeros(31, 16).bfloat16()}, {"weight_grad": torch.zeros(30, 16)},
+                   {"weight_grad": None, "bias_grad": torch.zeros(31)}):  # fmt: skip
+        with pytest.raises(ValueError, match="_grad must match"):
+            rf.linear_grpo_loss_and_grad_(hidden, weight, targets, torch.ones(1), config=rf.LossConfig(), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "qwen2"}, (1.0, None)),
+        ({"model_type": "gemma2", "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}, (1.0, 30.0)),
+        ({"model_type": "cohere", "logit_scale": 0.0625}, (0.0625, None)),
+        ({"model_type": "granite", "logits_scaling": 8.0}, (0.125, None)),
+        ({"model_type": "hyperclovax", "logits_scaling": 8.0}, (8.0, None)),
+        ({"model_type": "falcon_h1", "lm_head_multiplier": 0.5}, (0.5, None)),
+    ],
+)
+def test_logit_transforms_reads_every_known_field(config, expected):
+    assert tuple(rf.logit_transforms(SimpleNamespace(**config)).values()) == expected
+    assert tuple(rf.logit_transforms(SimpleNamespace(text_config=SimpleNamespace(**config))).values()) == expected
+
+
+def test_logit_transforms_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="logit_temperature"):
+        rf.logit_transforms(SimpleNamespace(logit_temperature=2.0))
+
+
+@pytest.mark.parametrize(("family", "field"), [("gemma2", {}), ("cohere", {}), ("granite", {"logits_scaling": 8.0})])
+def test_log_probs_are_those_of_the_hugging_face_model(family, field):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family, vocab_size=53, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, **field,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(1, 53, (2, 9))
+    with torch.no_grad():
+        logits = model(tokens).logits
+        hidden = model.get_decoder()(tokens).last_hidden_state
+    expected = torch.log_softmax(logits[:, :-1] / 0.7, -1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    transforms = rf.logit_transforms(model.config)
+    assert transforms != {"logit_scale": 1.0, "softcap": None}
+    logp = rf.linear_logp(
+        hidden[:, :-1], model.get_output_embeddings().weight, tokens[:, 1:], temperature=0.7, **transforms
+    )
+    torch.testing.assert_close(logp, expected, rtol=0, atol=1e-5)
