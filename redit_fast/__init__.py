@@ -1,32 +1,50 @@
-"""redit-fast: fused GRPO losses, dithered group advantages (ReDit) and gradient regularisation (GR) for PyTorch."""
+"""redit-fast: fused GRPO losses, dithered group advantages (ReDit) and gradient regularisation (GR) for PyTorch.
 
-from redit_fast.advantages import Advantages, group_advantages
-from redit_fast.backends import use_backend
-from redit_fast.dither import Dither
-from redit_fast.linear import linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp, logit_transforms
-from redit_fast.logprob import LogpEntropy, grpo_loss, token_logp
-from redit_fast.losses import LossConfig, LossOutput, policy_loss
-from redit_fast.optim import RegularizedAdamW
-from redit_fast.regularize import GradientRegularizer, parameter_groups
+The names below are imported at first use: `import redit_fast` alone does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from redit_fast.advantages import Advantages, group_advantages
+    from redit_fast.backends import use_backend
+    from redit_fast.dither import Dither
+    from redit_fast.linear import linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp, logit_transforms
+    from redit_fast.logprob import LogpEntropy, grpo_loss, token_logp
+    from redit_fast.losses import LossConfig, LossOutput, policy_loss
+    from redit_fast.optim import RegularizedAdamW
+    from redit_fast.regularize import GradientRegularizer, parameter_groups
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Advantages",
-    "Dither",
-    "GradientRegularizer",
-    "LogpEntropy",
-    "LossConfig",
-    "LossOutput",
-    "RegularizedAdamW",
-    "group_advantages",
-    "grpo_loss",
-    "linear_grpo_loss",
-    "linear_grpo_loss_and_grad_",
-    "linear_logp",
-    "logit_transforms",
-    "parameter_groups",
-    "policy_loss",
-    "token_logp",
-    "use_backend",
-]
+_HOME = {
+    "Advantages": "advantages",
+    "Dither": "dither",
+    "GradientRegularizer": "regularize",
+    "LogpEntropy": "logprob",
+    "LossConfig": "losses",
+    "LossOutput": "losses",
+    "RegularizedAdamW": "optim",
+    "group_advantages": "advantages",
+    "grpo_loss": "logprob",
+    "linear_grpo_loss": "linear",
+    "linear_grpo_loss_and_grad_": "linear",
+    "linear_logp": "linear",
+    "logit_transforms": "linear",
+    "parameter_groups": "regularize",
+    "policy_loss": "losses",
+    "token_logp": "logprob",
+    "use_backend": "backends",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'redit_fast' has no attribute {name!r}")
+    return getattr(import_module(f"redit_fast.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -203,6 +203,20 @@ def _horner(coefficients: list[float], x: Tensor) -> Tensor:
     return total
 
 
+def exact_sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded square root of float64 x >= 0; torch's own errs in the last bit of 1.3 % of values on the
+    CPU.
+
+    One Newton step on the residual x - s * s, exact by Dekker's product.
+    """
+    s = torch.sqrt(x)
+    c = 134217729.0 * s  # 2**27 + 1 splits s into halves of 26 bits
+    high = c - (c - s)
+    low = s - high
+    residual = (x - high * high) - 2 * high * low - low * low
+    return torch.where((s > 0) & torch.isfinite(s), s + residual / (2 * s), s)
+
+
 def box_muller(x0: Tensor, x1: Tensor) -> Tensor:
     """sqrt(-2 ln u1) cos(theta) in float64, u1 = (2 x0 + 1) / 2**33, theta from x1; own log and sincos polynomials
     (log error 2e-15), so that no libm takes part and the bits are the same everywhere."""
@@ -214,12 +228,13 @@ def box_muller(x0: Tensor, x1: Tensor) -> Tensor:
     exponent = (exponent + high).double()
     t = (mantissa - 1) / (mantissa + 1)
     log = 2 * t * _horner(_LOG_SERIES, t * t) + (exponent - 33) * math.log(2)
-    radius = torch.sqrt(-2 * log)
+    radius = exact_sqrt(-2 * log)
 
     quadrant = x1 >> 30
     phase = (((x1 & 0x3FFFFFFF).double() + 0.5) * 2.0**-30 - 0.5) * (math.pi / 2)
     h = phase * phase
     sin, cos = phase * _horner(_SIN_SERIES, h), _horner(_COS_SERIES, h)
-    root2 = math.sqrt(2)  # theta = quadrant * pi/2 + pi/4 + phase
+    # theta = quadrant * pi/2 + pi/4 + phase. A tensor divides: CUDA multiplies by the reciprocal of a number.
+    root2 = torch.full_like(cos, math.sqrt(2))
     value = torch.where(quadrant % 2 == 0, (cos - sin) / root2, (cos + sin) / root2)
     return radius * torch.where((quadrant == 1) | (quadrant == 2), -value, value)

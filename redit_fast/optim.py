@@ -72,7 +72,7 @@ class _MasterAdamW(torch.optim.Optimizer):
         parameters."""
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        state = dict(zip(ids, params))
+        state = dict(zip(ids, params, strict=False))  # unequal numbers are refused below
         for i, values in state_dict["state"].items():
             for name, value in values.items():
                 if i in state and name != "step" and value.shape != state[i].shape:

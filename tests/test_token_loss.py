@@ -11,8 +11,8 @@ from tests.tolerance import assert_no_worse, relative, sliced
 OPS = ("token_logp", "token_logp_grad", "token_loss", "scale_in_place")
 # Vocabulary: degenerate, below / at / above a SIMD width, a prime, a real one with odd rows; rows: none, one, below a
 # block, several blocks (a block holds at most 2**22 logits).
-SHAPES = [(7, 1), (7, 2), (7, 3), (1, 31), (0, 31), (1000, 31), (7, 127), (1000, 127), (7, 1000), (1000, 1000), (1, 50257),
-          (100, 50257), (3, 151936)]  # fmt: skip
+SHAPES = [(7, 1), (7, 2), (7, 3), (1, 31), (0, 31), (1000, 31), (7, 127), (1000, 127), (7, 1000), (1000, 1000),
+          (1, 50257), (100, 50257), (3, 151936)]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redit_fast.dither import noise, rounding_halves
+from redit_fast.dither import exact_sqrt, noise, rounding_halves
 from redit_fast.losses import LogitTransform, LossConfig, token_coefficients
 
 
@@ -42,13 +42,13 @@ class _Groups:
         n = self.sum(scored.double())
         mean = self.sum(torch.where(scored, x, 0.0)) / n.clamp(min=1)
         squares = self.sum(torch.where(scored, (x - mean[self.index]) ** 2, 0.0))
-        return n, mean, torch.where(n > ddof, torch.sqrt(squares / (n - ddof).clamp(min=1)), 0.0)
+        return n, mean, torch.where(n > ddof, exact_sqrt(squares / (n - ddof).clamp(min=1)), 0.0)
 
     def batch_moments(self, x: Tensor, scored: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
         n = scored.sum().double()
         mean = _blocked_sum(self.sum(torch.where(scored, x, 0.0))) / n.clamp(min=1)
         squares = _blocked_sum(self.sum(torch.where(scored, (x - mean) ** 2, 0.0)))
-        return mean, torch.where(n > ddof, torch.sqrt(squares / (n - ddof).clamp(min=1)), 0.0)
+        return mean, torch.where(n > ddof, exact_sqrt(squares / (n - ddof).clamp(min=1)), 0.0)
 
     def dead(self, x: Tensor, scored: Tensor, n: Tensor, mean: Tensor) -> Tensor:
         extreme = x.new_full((self.count,), torch.inf)

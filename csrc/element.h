@@ -1,0 +1,89 @@
+// Per-element maths, once for C++ and CUDA; redit_fast/dither.py holds the same functions in PyTorch and is the definition.
+// Every line keeps that file's order of operations and uses only + - * / sqrt and integer operations, so the bits are the
+// same everywhere. Compile with -ffp-contract=off (nvcc: -fmad=false): a fused multiply-add would change them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define REDIT_HD __host__ __device__ inline
+#else
+#define REDIT_HD inline
+#endif
+
+namespace redit {
+
+struct Words {
+  uint32_t x0, x1, x2, x3;
+};
+
+// Philox4x32-10 (Salmon et al., SC 2011): key = seed, counter = (id lo, id hi, stream, step).
+REDIT_HD Words philox4x32(uint64_t seed, int64_t id, uint32_t stream, uint32_t step) {
+  uint32_t c0 = uint32_t(id), c1 = uint32_t(uint64_t(id) >> 32), c2 = stream, c3 = step;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
+    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(p1);
+    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {c0, c1, c2, c3};
+}
+
+// (0, 1) with 24 bits.
+REDIT_HD double uniform(uint32_t x0) { return (double(x0 >> 8) + 0.5) * (1.0 / 16777216.0); }
+
+// sqrt(-2 ln u1) cos(theta), u1 = (2 x0 + 1) / 2^33, theta from x1. ln is an atanh series (error 2e-15).
+REDIT_HD double box_muller(uint32_t x0, uint32_t x1) {
+  const double v = 2.0 * double(x0) + 1.0;  // exact: below 2^33
+  uint64_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  double exponent = double(int64_t(bits >> 52) - 1023);
+  bits = (bits & 0xFFFFFFFFFFFFFull) | 0x3FF0000000000000ull;
+  double mantissa;  // v = mantissa * 2^exponent, mantissa in [1, 2)
+  std::memcpy(&mantissa, &bits, sizeof mantissa);
+  if (mantissa > 1.4142135623730951) {
+    mantissa = mantissa * 0.5;
+    exponent = exponent + 1.0;
+  }
+  const double t = (mantissa - 1.0) / (mantissa + 1.0), t2 = t * t;
+  double series = 1.0 / 19.0;
+  for (int k = 17; k > 0; k -= 2) series = series * t2 + 1.0 / double(k);
+  const double log = 2.0 * t * series + (exponent - 33.0) * 0.6931471805599453;
+  const double radius = std::sqrt(-2.0 * log);
+
+  const double phase = ((double(x1 & 0x3FFFFFFFu) + 0.5) * (1.0 / 1073741824.0) - 0.5) * 1.5707963267948966;
+  const double h = phase * phase;
+  double sin = 1.0 / 6227020800.0;
+  sin = sin * h + -1.0 / 39916800.0;
+  sin = sin * h + 1.0 / 362880.0;
+  sin = sin * h + -1.0 / 5040.0;
+  sin = sin * h + 1.0 / 120.0;
+  sin = sin * h + -1.0 / 6.0;
+  sin = phase * (sin * h + 1.0);
+  double cos = -1.0 / 87178291200.0;
+  cos = cos * h + 1.0 / 479001600.0;
+  cos = cos * h + -1.0 / 3628800.0;
+  cos = cos * h + 1.0 / 40320.0;
+  cos = cos * h + -1.0 / 720.0;
+  cos = cos * h + 1.0 / 24.0;
+  cos = cos * h + -1.0 / 2.0;
+  cos = cos * h + 1.0;
+  const uint32_t quadrant = x1 >> 30;  // theta = quadrant * pi/2 + pi/4 + phase
+  const double value = (quadrant % 2 == 0 ? cos - sin : cos + sin) / 1.4142135623730951;
+  return radius * (quadrant == 1 || quadrant == 2 ? -value : value);
+}
+
+// The dither xi of spec section 1: uniform on (-a, a), or gaussian with standard deviation a / sqrt(3).
+REDIT_HD double noise(bool gaussian, double half_range, uint64_t seed, int64_t id, uint32_t stream, uint32_t step) {
+  const Words words = philox4x32(seed, id, stream, step);
+  if (!gaussian) return half_range * (2.0 * uniform(words.x0) - 1.0);
+  return (half_range / 1.7320508075688772) * double(float(box_muller(words.x0, words.x1)));
+}
+
+}  // namespace redit

@@ -1,0 +1,154 @@
+"""The command `redit-fast`: train, report, info. Bad input gets one line on stderr and exit code 2, Ctrl-C 130.
+
+Heavy imports are inside the functions, so that --help and --version answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn, get_args
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with its errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        _complain(message)
+        sys.exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C. argparse exits by itself."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog="redit-fast", description="GRPO with dithered rewards and gradient regularisation.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    train = commands.add_parser(
+        "train",
+        help="train the embedded demo, or a model of your own",
+        usage="redit-fast train [--config FILE] [--resume] [--print-config] [SETTINGS]",
+        allow_abbrev=False,
+    )
+    report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
+    report.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
+    info = commands.add_parser("info", help="show versions and what each backend can run here", allow_abbrev=False)
+    if argv[:1] == ["train"]:
+        _add_train_flags(train)
+    args, unknown = parser.parse_known_args(argv)
+    try:
+        if unknown:
+            known = {"train": train, "report": report, "info": info}.get(args.command, parser)
+            raise ValueError(_unknown(unknown[0], known))
+        if args.version:
+            from redit_fast import __version__
+
+            print(f"redit-fast {__version__}")
+        elif args.command == "train":
+            _train(args)
+        elif args.command == "report":
+            from redit_fast.training import report as run_report
+
+            run_report.write(args.run)
+        elif args.command == "info":
+            _info()
+        else:
+            parser.print_help()
+    except (ValueError, OSError, NotImplementedError) as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt as stop:
+        print(stop, file=sys.stderr)  # the trainer has saved, and says how to go on
+        return 130
+    return 0
+
+
+def _complain(message: str) -> None:
+    print(f"redit-fast: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}"
+    flag = word.partition("=")[0]
+    closest = difflib.get_close_matches(flag, parser._option_string_actions, n=1, cutoff=0)[0]
+    return f"unknown flag {flag}, the closest valid one is {closest}"
+
+
+def _add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """Every field of TrainConfig as a flag. Values stay text here: config.load reads them and words the complaints."""
+    from redit_fast.training.config import TrainConfig, describe
+
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
+    parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
+    parser.add_argument("--print-config", action="store_true", help="print the settings as commented YAML and stop")
+    group = parser.add_argument_group("settings, of which the word none clears one")
+    for name, field in TrainConfig.model_fields.items():
+        flag, text = "--" + name.replace("_", "-"), describe(name).replace("%", "%%")
+        if field.annotation is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            many = "+" if name in ("rewards", "reward_weights") else None
+            kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
+            word = "N" if int in kinds else "X" if float in kinds or "weights" in name else "TEXT"
+            group.add_argument(flag, metavar=word, nargs=many, default=argparse.SUPPRESS, help=text)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from redit_fast.training import config
+
+    disable_progress_bar()  # the trainer has its own
+    given = settings(args)
+    file = args.config
+    if args.resume and file is None and given.get("name"):  # a run goes on with its own settings
+        own = Path(str(given.get("out_dir", "runs")), str(given["name"]), "config.json")
+        file = own if own.is_file() else None
+    loaded = config.load(file, given)
+    if args.print_config:
+        print(loaded.to_yaml(), end="")
+        return
+    if args.resume and loaded.name is None:
+        raise ValueError("--resume needs --name, the run to go on with")
+    from redit_fast.training.trainer import train
+
+    train(loaded, resume=args.resume)
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """The fields of TrainConfig that the command line gives; the word none clears one."""
+    from redit_fast.training.config import TrainConfig
+
+    given = {name: value for name, value in vars(args).items() if name in TrainConfig.model_fields}
+    return {name: None if value in ("none", ["none"]) else value for name, value in given.items()}
+
+
+def _info() -> None:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from redit_fast import __version__, backends
+
+    versions = {"redit-fast": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    console = Console()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    console.print(", ".join(f"{name} {number}" for name, number in versions.items()), highlight=False, soft_wrap=True)
+    console.print(f"{torch.get_num_threads()} threads, GPU: {gpu}", highlight=False)
+    table = Table("op", "backend", "state")
+    for row in backends.report():
+        table.add_row(*map(escape, row))
+    console.print(table)

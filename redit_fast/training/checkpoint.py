@@ -1,0 +1,112 @@
+"""Checkpoints: safetensors and JSON in a folder that `from_pretrained` loads, written whole or not at all.
+
+checkpoints/step-000024/ holds the model, the tokenizer, optimizer.safetensors, state.json and manifest.json with the
+SHA-256 of every other file. It is written under another name, flushed to disk and renamed, so a crash leaves older ones
+alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+MANIFEST = "manifest.json"
+
+
+def save(
+    folder: Path, step: int, model: PreTrainedModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Writes `folder`/step-NNNNNN; one of that name that is complete is kept, since equal steps are equal.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; older checkpoints are untouched.
+    """
+    target, draft = folder / f"step-{step:06d}", folder / f".draft-{step:06d}"
+    if target.exists() and _damage(target) is None:
+        return target
+    for leftover in (target, draft):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    state = optimizer.state_dict()
+    tensors = {f"{i}.{name}": tensor for i, values in state.pop("state").items() for name, tensor in values.items()}
+    try:
+        model.save_pretrained(draft)
+        save_file(tensors, draft / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"checkpoint {target} could not be written: {error}") from None
+    tokenizer.save_pretrained(draft)
+    _write_json(draft / "state.json", {"step": step, "optimizer": state})
+    _write_json(draft / MANIFEST, {path.name: _digest(path) for path in sorted(draft.iterdir())})
+    for path in [*draft.iterdir(), draft]:
+        _flush(path)
+    os.replace(draft, target)
+    _flush(folder)
+    return target
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint whose files are all there and unchanged; damaged newer ones are named in a warning.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        damage = _damage(path)
+        if damage is None:
+            return path
+        warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before", stacklevel=2)
+    raise ValueError(f"{folder} holds no complete checkpoint to resume from")
+
+
+def step_of(path: Path) -> int:
+    return json.loads((path / "state.json").read_text("utf-8"))["step"]
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the checkpoint's optimizer state into `optimizer`, bit by bit."""
+    state = json.loads((path / "state.json").read_text("utf-8"))["optimizer"]
+    state["state"] = {}
+    for name, tensor in load_file(path / "optimizer.safetensors").items():
+        i, _, key = name.partition(".")
+        state["state"].setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict(state)
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, digest in manifest.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _digest(path / name) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1), "utf-8")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,316 @@
+"""The configuration of a training run: one flat model, whose fields are the keys of a YAML file and the flags.
+
+`load` reads a file and applies overrides; every problem is a ValueError of one sentence that names the field, its place
+in the file, and for an unknown key the closest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shlex
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from redit_fast.advantages import Scale
+from redit_fast.dither import DeadGroups, Distribution, Schedule
+from redit_fast.losses import LossType
+
+# The defaults that depend on what is trained: the embedded demo (model: null), or a model of the user's.
+DEMO = {
+    "rewards": [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps", "answer_format")],
+    "steps": 24,
+    "warm_start_steps": 340,
+    "eval_every": 8,
+    "max_completion_length": 48,
+    "learning_rate": 2e-4,
+    "checkpoint_every": 8,
+}
+OWN_MODEL = {
+    "steps": 500,
+    "warm_start_steps": 0,
+    "eval_every": 50,
+    "max_completion_length": 256,
+    "learning_rate": 5e-6,
+    "checkpoint_every": 50,
+}
+
+
+class TrainConfig(BaseModel):
+    """Every setting of `redit-fast train`. Fields without a default here have one in DEMO and OWN_MODEL.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): a field of the wrong type or outside its range, or an unknown one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str | None = Field(
+        None, description="Hugging Face causal LM, a folder or hub name; none trains the embedded demo."
+    )
+    data: str | None = Field(
+        None, description="JSONL file with a column `prompt` (text or chat messages) and others; the demo has its own."
+    )
+    rewards: list[str] = Field(
+        min_length=1,
+        description="Reward functions: shipped names, or package.module:function looked up in the current folder, the "
+        "config's folder and sys.path. Accuracy is the share of completions whose first reward is above 0.",
+    )
+    reward_weights: list[float] | None = Field(None, description="One weight for each reward function; none is 1 each.")
+    name: str | None = Field(
+        None, description="Folder of the run inside out_dir; none takes the first free of demo, demo-2, ..."
+    )
+    out_dir: str = Field("runs", min_length=1, description="Folder of all runs.")
+    seed: int = Field(
+        0, ge=0, lt=2**64, description="Seed of initialisation, data order, sampling, dither and rounding."
+    )
+    steps: int = Field(ge=1, lt=2**32, description="Reinforcement learning steps.")
+    warm_start_steps: int = Field(ge=0, description="Supervised steps before them; the demo only.")
+    eval_problems: int = Field(
+        500, ge=0, description="Held-out problems, answered greedily; at most a fifth of a data file is held out."
+    )
+    eval_every: int = Field(ge=1, description="Steps between held-out evaluations, besides the first and the last.")
+    prompts_per_step: int = Field(16, ge=1, description="Prompts in a step.")
+    group_size: int = Field(8, ge=2, description="Completions for each prompt.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Samples in one forward and backward pass; none takes all of a step. Same gradient."
+    )
+    max_completion_length: int = Field(ge=1, description="Tokens after which a completion is cut off.")
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="Longest prompt in tokens; none is the model's context less the completion."
+    )
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; the loss uses the same.")
+    learning_rate: float = Field(gt=0, description="AdamW learning rate, constant.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
+    loss_type: LossType = Field("dapo", description="Policy loss.")
+    advantage_scale: Scale = Field(
+        "group", description="What divides an advantage: the deviation of its group, of the batch, or nothing."
+    )
+    dither_level: float = Field(0.05, ge=0, description="Reward noise, relative to each reward's full scale; 0 is off.")
+    dither_distribution: Distribution = Field("gaussian", description="Noise distribution, equal variance in both.")
+    dither_schedule: Schedule = Field("constant", description="Noise level over the steps.")
+    dead_groups: DeadGroups = Field(
+        "apply",
+        description="Groups of equal rewards: apply dithers them like any other, skip gives them advantage 0, "
+        "center_only does not divide, only dithers them alone.",
+    )
+    gamma: float = Field(1e-3, ge=0, description="Strength of gradient regularisation; 0 is off.")
+    epsilon: float = Field(1e-3, gt=0, description="Length of its perturbation.")
+    gr_normalized: bool = Field(False, description="Perturb along the unit gradient (SAM) instead of the raw one.")
+    pass2_ratio: Literal["fresh", "pass1"] = Field(
+        "fresh", description="Old log-probs of the second pass: its own (ratio 1), or those of the first."
+    )
+    checkpoint_every: int = Field(ge=1, description="Steps between checkpoints, besides the last.")
+    long_prompts: Literal["error", "skip"] = Field(
+        "error", description="A prompt that is too long stops the run at its start, or is left out."
+    )
+    system_prompt: str | None = Field(
+        None, min_length=1, description="Put before every prompt: as a system message, or as text and a blank line."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Mapping) -> dict:
+        return {**(DEMO if values.get("model") is None else OWN_MODEL), **values}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: object, info) -> object:
+        # pydantic reads true as 1, and YAML reads `no` and `on` as truth values.
+        items = value if isinstance(value, list) else [value]
+        if info.field_name != "gr_normalized" and any(isinstance(item, bool) for item in items):
+            raise ValueError("needs a number or quoted text, not a truth value")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _one_component(cls, name: str | None) -> str | None:
+        if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0") or len(name.encode()) > 200):
+            raise ValueError("needs one path component of at most 200 bytes, without slashes")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.model is None and self.data is not None:
+            raise ValueError("data: the embedded demo has its own; set model to train on a file")
+        if self.model is not None and self.data is None:
+            raise ValueError("data: training a model of your own needs a JSONL file")
+        if self.model is not None and self.warm_start_steps:
+            raise ValueError(f"warm_start_steps: got {self.warm_start_steps}, only the embedded demo has a warm start")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(f"reward_weights: got {len(self.reward_weights)} for {len(self.rewards)} reward functions")
+        return self
+
+    def with_name(self) -> TrainConfig:
+        """This config with a run name: its own, else the first free one of demo, demo-2, ... (or after the model)."""
+        if self.name is not None:
+            return self
+        stem = "demo" if self.model is None else Path(self.model).name or "run"
+        taken = {path.name for path in Path(self.out_dir).glob("*")}
+        names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
+        return self.model_copy(update={"name": next(name for name in names if name not in taken)})
+
+    def command(self, **changes: object) -> str:
+        """The shell command that trains with this config, `changes` applied; settings at their default are left out."""
+        config = self.model_copy(update=changes)
+        defaults = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}
+        words = ["redit-fast", "train"]
+        for name, value in config:
+            flag = "--" + name.replace("_", "-")
+            if value == defaults[name]:
+                continue
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-"))
+            else:
+                items = value if isinstance(value, list) else ["none" if value is None else value]
+                words += [flag, *map(str, items)]
+        return shlex.join(words)
+
+    def to_yaml(self) -> str:
+        """A commented YAML file that loads back to this config."""
+        blocks = []
+        for name, value in self:
+            comment = textwrap.fill(describe(name), 100, initial_indent="# ", subsequent_indent="# ")
+            setting = yaml.safe_dump({name: value}, sort_keys=False, width=2**30)
+            blocks.append(f"{comment}\n{setting}")
+        return "\n".join(blocks)
+
+
+def default_of(name: str, demo: bool) -> object:
+    """The default of a field, for the embedded demo or for a model of one's own (None also where there is none)."""
+    field = TrainConfig.model_fields[name]
+    return (DEMO if demo else OWN_MODEL).get(name, None if field.is_required() else field.default)
+
+
+def describe(name: str) -> str:
+    """A field's description, choices and defaults, for --help and --print-config."""
+    field = TrainConfig.model_fields[name]
+    demo, own = default_of(name, True), default_of(name, False)
+    if name == "rewards":
+        default = "the demo's own"
+    elif demo == own:
+        default = _word(demo)
+    else:
+        default = f"{_word(demo)} in the demo, {_word(own)} with --model"
+    listed = f" One of {', '.join(get_args(field.annotation))}." if get_origin(field.annotation) is Literal else ""
+    return f"{field.description}{listed} Default: {default}."
+
+
+def _word(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def load(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> TrainConfig:
+    """The config in the YAML or JSON file `path` (None: all defaults), with `overrides` in place of its values.
+
+    Relative `model` and `data` of the file and reward modules are looked up in the current folder, then in the file's.
+
+    Raises:
+        ValueError: one sentence that names the field and, where the problem is in the file, file and line.
+    """
+    values, places = ({}, {}) if path is None else _read(Path(path))
+    overrides = overrides or {}
+
+    def where(field: str) -> str:
+        return "" if field in overrides else places.get(field, "")
+
+    for key in [*values, *overrides]:
+        if key not in TrainConfig.model_fields:
+            closest = difflib.get_close_matches(key, TrainConfig.model_fields, n=1, cutoff=0)[0]
+            raise ValueError(f"{where(key)}unknown key {key!r}, the closest valid one is {closest!r}")
+    folder = Path() if path is None else Path(path).parent
+    for field in ("model", "data"):
+        if isinstance(values.get(field), str):
+            values[field] = _placed(values[field], folder)
+    values.update(overrides)
+    if isinstance(values.get("rewards"), list):
+        values["rewards"] = [_placed_reward(reward, folder) for reward in values["rewards"]]
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+    message = re.sub(r"^\w+ should (be|have)( greater| less)?", _needs, first["msg"].removeprefix("Value error, "))
+    if not first["loc"]:  # a check across fields, whose message names them
+        raise ValueError(where(message.partition(":")[0]) + message)
+    field, *rest = first["loc"]
+    if first["type"] == "missing":
+        raise ValueError(f"{field}: training a model of your own needs at least one reward function")
+    item = "".join(f"[{index}]" for index in rest)
+    raise ValueError(f"{where(field)}{field}{item}: got {first['input']!r}, {message}")
+
+
+def _needs(match: re.Match) -> str:
+    """pydantic's "Input should be greater than 0" in our words: needs a number greater than 0."""
+    return f"needs a number{match[2]}" if match[2] else "needs"
+
+
+def module_file(folder: Path, module: str) -> Path | None:
+    """The file of `package.module` below `folder`, or None."""
+    base = folder.joinpath(*module.split("."))
+    return next((file for file in (base.with_name(base.name + ".py"), base / "__init__.py") if file.is_file()), None)
+
+
+def _placed(value: str, folder: Path) -> str:
+    """`value`, or its path below `folder` when it exists there and not in the current folder."""
+    return str(folder / value) if not Path(value).exists() and (folder / value).exists() else value
+
+
+def _placed_reward(reward: object, folder: Path) -> object:
+    """`module:function`, or `FOLDER/module:function` when the module is in `folder` and not in the current one."""
+    if not isinstance(reward, str) or ":" not in reward:
+        return reward
+    sub, _, module = reward.rpartition(":")[0].rpartition("/")
+    here, there = module_file(Path(sub), module), module_file(folder / sub, module)
+    return f"{(folder / sub).as_posix()}/{module}:{reward.rpartition(':')[2]}" if here is None and there else reward
+
+
+def _read(path: Path) -> tuple[dict, dict]:
+    """The top-level mapping of a YAML or JSON file, and the place of each key. Tags build no objects."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        # JSON goes to its own reader: YAML reads an escaped surrogate pair as two characters.
+        pairs = _json_pairs(text) if path.suffix == ".json" else _yaml_pairs(text)
+    except OSError as error:
+        raise ValueError(f"config {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise ValueError(f"{path}:{mark.line + 1}:{mark.column + 1}: {error.problem}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}:{error.colno}: {error.msg}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, control characters, 2026-13-45
+        raise ValueError(f"config {path}: {' '.join(str(error).split())}") from None
+    if pairs is None:
+        raise ValueError(f"config {path}: needs keys and values at its top level")
+    values, places = {}, {}
+    for key, value, line in pairs:
+        place = f"{path}: " if line is None else f"{path}:{line}: "
+        if not isinstance(key, str):
+            raise ValueError(f"{place}key {key!r} is not text")
+        if key in values:
+            raise ValueError(f"{place}key {key!r} is there twice")
+        values[key], places[key] = value, place
+    return values, places
+
+
+def _yaml_pairs(text: str) -> list[tuple] | None:
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    if node is None:
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    pairs = [(loader.construct_document(key), loader.construct_document(value)) for key, value in node.value]
+    return [(*pair, key.start_mark.line + 1) for pair, (key, _) in zip(pairs, node.value, strict=True)]
+
+
+def _json_pairs(text: str) -> list[tuple] | None:
+    objects = []  # in the order in which they end: the outermost is the last
+    loaded = json.loads(text, object_pairs_hook=lambda pairs: objects.append(pairs) or dict(pairs))
+    return [(key, value, None) for key, value in objects[-1]] if isinstance(loaded, dict) else None

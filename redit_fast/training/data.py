@@ -1,0 +1,204 @@
+"""Prompts from a JSONL file: reading, rendering, the held-out split and the batches.
+
+A record is a dict: `prompt`, text or a list of chat messages {"role", "content"}, and any further columns, the same in
+every record, which the reward functions receive as lists under their names.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import jinja2
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from redit_fast.training.config import TrainConfig
+
+Prompt = str | list[dict[str, str]]
+RESERVED = ("prompts", "completions")  # what reward functions call their other two arguments
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Records to train on and to evaluate on; `skipped` counts those left out because their prompt was too long."""
+
+    train: list[dict]
+    held_out: list[dict]
+    skipped: int = 0
+
+
+def load(config: TrainConfig, tokenizer: Tokenizer, context: int | None = None) -> Dataset:
+    """The records of `config.data`, every prompt checked for its length, split by `config.seed`.
+
+    Args:
+        context: tokens that the model can attend to, prompt and completion together; None for no limit.
+
+    Warns where the file has chat prompts and the tokenizer no chat template.
+
+    Raises:
+        ValueError: one sentence with file, line and column, for a bad line, an empty file or a prompt that is too long.
+    """
+    limit = context - config.max_completion_length if context is not None else None
+    if limit is not None and limit < 1:
+        raise ValueError(
+            f"max_completion_length: got {config.max_completion_length}, which leaves no room for a prompt in the "
+            f"model's context of {context} tokens"
+        )
+    if config.max_prompt_length is not None:
+        limit = min(config.max_prompt_length, limit) if limit is not None else config.max_prompt_length
+    kept, skipped = [], 0
+    for line, record in read(config.data):
+        try:
+            tokens = len(render(tokenizer, record, config.system_prompt))
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{config.data}:{line}: the chat template refuses this prompt: {error}") from None
+        if limit is None or tokens <= limit:
+            kept.append(record)
+        elif config.long_prompts == "skip":
+            skipped += 1
+        else:
+            raise ValueError(
+                f"{config.data}:{line}: the prompt has {tokens} tokens, the most that fit are {limit} "
+                "(long_prompts: skip leaves such prompts out)"
+            )
+    if not kept:
+        raise ValueError(f"{config.data}: every one of its {skipped} prompts is longer than {limit} tokens")
+    if tokenizer.chat_template is None and any(not isinstance(record["prompt"], str) for record in kept):
+        warnings.warn("the tokenizer has no chat template: chat prompts are rendered as plain text", stacklevel=2)
+    train, held_out = split(kept, config.eval_problems, config.seed)
+    return Dataset(train, held_out, skipped)
+
+
+def read(path: str | Path) -> list[tuple[int, dict]]:
+    """(line number, record) for every line of a JSONL file that is not blank.
+
+    Raises:
+        ValueError: one sentence with file, line and, in malformed JSON, column.
+    """
+    if Path(path).suffix != ".jsonl":
+        raise ValueError(f"data {path}: needs a .jsonl file; Parquet files and hub data are not supported yet")
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"data {path}: {error.strerror}") from None
+    records, first = [], None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            record = _record(f"{path}:{number}", line)
+            first = first or (number, record)
+            for column in first[1].keys() ^ record.keys():
+                has, lacks = (number, first[0]) if column in record else (first[0], number)
+                raise ValueError(f"{path}:{lacks}: column {column!r} is missing, line {has} has it")
+            records.append((number, record))
+    if not records:
+        raise ValueError(f"{path}: the file is empty, it needs a JSON object with a prompt in each line")
+    return records
+
+
+def _record(place: str, line: bytes) -> dict:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}:{error.start + 1}: malformed line: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}:{error.colno}: malformed line: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of over 4300 digits, brackets 1000 deep
+        raise ValueError(f"{place}: malformed line: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: malformed line: needs a JSON object, got {type(record).__name__}")
+    for column in RESERVED:
+        if column in record:
+            raise ValueError(f"{place}: column {column!r} is a reserved name, reward functions have an argument of it")
+    if "prompt" not in record:
+        raise ValueError(f"{place}: no column 'prompt', found {', '.join(map(repr, record)) or 'none'}")
+    prompt = record["prompt"]
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
+        raise ValueError(
+            f"{place}: the prompt needs text or a list of chat messages with text 'role' and 'content', "
+            f"got {json.dumps(prompt)[:60]}"
+        )
+    if not text_of(prompt).strip():
+        raise ValueError(f"{place}: the prompt is empty")
+    if any("\ud800" <= character <= "\udfff" for character in text_of(prompt)):
+        raise ValueError(f"{place}: the prompt has half of a surrogate pair, which is no character")
+    return record
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def render(tokenizer: Tokenizer, record: dict, system_prompt: str | None = None) -> list[int]:
+    """The token ids that the model continues.
+
+    Chat messages go through the tokenizer's chat template, behind `system_prompt` as a system message unless they bring
+    their own. Text is taken as it is, behind `system_prompt` and a blank line. A tokenizer without a chat template, as
+    base models have, gets the messages' texts with blank lines between and after them.
+
+    Raises:
+        jinja2.TemplateError: the chat template refuses the messages.
+    """
+    prompt = record["prompt"]
+    if isinstance(prompt, str):
+        return tokenizer(prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}")["input_ids"]
+    if system_prompt is not None and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system_prompt}, *prompt]
+    if tokenizer.chat_template is None:
+        return tokenizer("".join(f"{message['content']}\n\n" for message in prompt))["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+
+
+def completion(prompt: Prompt, text: str) -> Prompt:
+    """A completion in the form that reward functions get: text for a text prompt, else one assistant message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def text_of(value: Prompt) -> str:
+    """The text of a prompt or completion; the contents of chat messages, joined by blank lines."""
+    return value if isinstance(value, str) else "\n\n".join(message["content"] for message in value)
+
+
+def columns_of(records: list[dict]) -> dict[str, list]:
+    """Every column but `prompt`, as the lists that reward functions get."""
+    return {name: [record[name] for record in records] for name in records[0] if name != "prompt"}
+
+
+def split(records: list[dict], eval_problems: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(train, held out) in the file's order: `eval_problems` records drawn by `seed`, a fifth of all at most, go out.
+
+    Records of equal prompts stay together, so a prompt is never on both sides.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(json.dumps(record["prompt"], sort_keys=True), []).append(index)
+    order = list(groups.values())
+    random.Random(f"{seed} split").shuffle(order)
+    room, chosen = min(eval_problems, len(records) // 5), set()
+    for group in order:
+        if len(chosen) + len(group) <= room:
+            chosen.update(group)
+    held_out = [record for index, record in enumerate(records) if index in chosen]
+    return [record for index, record in enumerate(records) if index not in chosen], held_out
+
+
+def batch(records: list[dict], seed: int, step: int, n: int) -> list[dict]:
+    """The `n` records of step `step`: a pure function of its arguments, so that a resumed run needs no state.
+
+    The steps walk through one endless list, epoch after epoch, each epoch a permutation of its own.
+    """
+    chosen = []
+    for position in range(step * n, step * n + n):
+        epoch, index = divmod(position, len(records))
+        chosen.append(records[_permutation(len(records), seed, epoch)[index]])
+    return chosen
+
+
+@lru_cache(maxsize=2)  # a batch touches two epochs at most, unless it is larger than the data
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order

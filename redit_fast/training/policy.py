@@ -1,0 +1,144 @@
+"""The policy: loading it safely, and the forward and backward passes of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import redit_fast as rf
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.rollout import Rollout
+
+
+def load(source: Path) -> tuple[PreTrainedModel, Tokenizer]:
+    """A causal LM and its tokenizer, from a folder or, where there is none, from the hub.
+
+    Safetensors only, and no code of the model's own is run. float32 on the CPU, the checkpoint's dtype on a GPU.
+
+    Raises:
+        ValueError: nothing to load there, naming the folder.
+    """
+    if source.is_dir() and not list(source.glob("*.safetensors")):
+        raise ValueError(f"model {source} holds no .safetensors weights; pickled weights (.bin, .pt) are refused")
+    options = {"trust_remote_code": False, "local_files_only": source.is_dir()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "auto" if device == "cuda" else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
+        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, use_safetensors=True, **options)
+    except OSError as error:
+        raise ValueError(f"model {source}: {error}") from None
+    return model.to(device), tokenizer
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, tokenizer: Tokenizer, settings: rf.LossConfig) -> None:
+    """The loss works from hidden states: it must see the log-probs that the model's own logits give."""
+    tokens = torch.arange(min(16, len(tokenizer)), device=model.device)[None]
+    training = model.training
+    model.eval()
+    expected = torch.log_softmax(model(tokens).logits.float() / settings.temperature, -1)
+    expected = expected[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    head = model.get_output_embeddings()
+    hidden = model.get_decoder()(tokens).last_hidden_state[:, :-1]
+    logp = rf.linear_logp(hidden, head.weight, tokens[:, 1:], bias=head.bias, **settings.transform._asdict())
+    model.train(training)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.3  # bfloat16 logits are off by up to 0.17
+    if (logp - expected).abs().max() > tolerance:
+        raise ValueError(
+            f"model {model.name_or_path}: log-probs from its hidden states differ from those of its logits by "
+            f"{(logp - expected).abs().max():.2g}; it transforms them in a way that redit-fast does not know"
+        )
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a completion: the model's own, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    if ends is None:
+        raise ValueError(f"model {model.name_or_path} has no end-of-sequence token, so no completion would ever end")
+    return [ends] if isinstance(ends, int) else list(ends)
+
+
+@dataclass
+class Pass:
+    """What a pass leaves beside the gradients."""
+
+    loss: float
+    logp: Tensor  # (R,), the scored tokens of all samples one after the other
+    metrics: dict[str, float]
+
+
+@dataclass
+class Batch:
+    """The samples of a step, ready for a forward and backward pass as often as wanted."""
+
+    sequences: list[Tensor]  # prompt + completion, one a sample
+    lengths: list[int]  # of the completions
+    advantages: Tensor  # (N,)
+    settings: rf.LossConfig
+    micro: int
+
+    @classmethod
+    def of(cls, prompts, rollout: Rollout, advantages: Tensor, settings: rf.LossConfig, config: TrainConfig) -> Batch:
+        prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
+        sequences = [torch.tensor(p + c) for p, c in zip(prompts, rollout.completions, strict=True)]
+        lengths = [len(completion) for completion in rollout.completions]
+        return cls(sequences, lengths, advantages, settings, config.micro_batch_size or len(sequences))
+
+    @property
+    def normalizer(self) -> float:
+        """The whole step's denominator, so that micro-batches add up."""
+        if self.settings.loss_type in ("grpo", "gspo"):
+            return float(len(self.sequences))
+        if self.settings.loss_type == "dr_grpo":
+            return float(len(self.sequences) * self.settings.max_completion_length)
+        return float(sum(self.lengths))
+
+    def backward(self, model: PreTrainedModel, seed: int, old_logp: Tensor | None = None) -> Pass:
+        """Adds the gradient of the whole step's loss to .grad, one micro-batch after the other."""
+        torch.manual_seed(seed % 2**63)  # the same dropout in both passes
+        model.train()
+        head, loss, parts, entropies = model.get_output_embeddings(), 0.0, [], []
+        for start in range(0, len(self.sequences), self.micro):
+            samples = slice(start, start + self.micro)
+            lengths = torch.tensor(self.lengths[samples], device=model.device)
+            # Padding is on the right, where causal attention keeps it from everything that is scored: no mask is
+            # needed.
+            ids = pad_sequence(self.sequences[samples], batch_first=True).to(model.device)
+            ends = torch.tensor([len(s) for s in self.sequences[samples]], device=model.device)[:, None]
+            position = torch.arange(ids.shape[1], device=model.device)
+            scored = (position >= ends - lengths[:, None]) & (position < ends)
+            hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[scored[:, 1:]]
+            first = sum(map(len, parts))
+            out = rf.linear_grpo_loss(
+                hidden,
+                head.weight,
+                ids[scored],
+                self.advantages[samples].to(model.device),
+                bias=head.bias,
+                old_logp=None if old_logp is None else old_logp[first : first + len(hidden)],
+                cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+                normalizer=self.normalizer,
+                config=self.settings,
+            )
+            out.loss.backward()
+            loss += out.loss.item()
+            parts.append(out.logp)
+            entropies.append(out.entropy)
+        logp = torch.cat(parts)
+        whole = rf.policy_loss(
+            logp,
+            self.advantages.to(logp.device),
+            old_logp=old_logp,
+            entropy=torch.cat(entropies),
+            cu_seqlens=torch.tensor([0, *self.lengths], device=logp.device).cumsum(0),
+            config=self.settings,
+        )
+        return Pass(loss, logp, {name: value.item() for name, value in whole.metrics.items()})

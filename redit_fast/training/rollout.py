@@ -1,0 +1,152 @@
+"""Completions from any Hugging Face causal LM: one prefill per prompt, its cache repeated for the group, finished rows
+dropped. On the demo's model and completions that takes a half to a quarter of the CPU time of `model.generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from redit_fast.dither import STREAM_SAMPLING, counter_uniform
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions in prompt order, the `group_size` samples of a prompt next to each other: sample = prompt * G + j.
+
+    Attributes:
+        completions: N token lists, at least one token each; the end token is kept where it was reached.
+        finished: N flags; False means cut off at `max_new_tokens`.
+        tokens: completion tokens in all.
+    """
+
+    completions: list[list[int]]
+    finished: list[bool]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.completions))
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    eos_token_ids: int | Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    step: int = 0,
+    sample_ids: Tensor | None = None,
+) -> Rollout:
+    """Sample `group_size` completions for each prompt.
+
+    Token t of sample i inverts the float64 cumulative sum of softmax(logits / temperature) at the counter-based uniform
+    u(seed, step, sample_ids[i], t): the random numbers do not depend on what else is in the batch. u has 24 bits, so a
+    token's share is off by at most 2**-24.
+
+    Args:
+        model: a causal LM whose `forward` takes attention_mask, position_ids, past_key_values and logits_to_keep. It is
+            put into evaluation mode for the call and back.
+        eos_token_ids: one or more end tokens.
+        prompts: P non-empty token lists, of any lengths.
+        temperature: divides the logits; 0 takes the most likely token.
+        sample_ids: (P * group_size,) int64 in [0, 2**32), default arange; ranks that share a seed need distinct ones.
+
+    Raises:
+        ValueError: an argument outside its range, naming it.
+        FloatingPointError: the model returned NaN or infinite logits.
+    """
+    samples = len(prompts) * group_size
+    ids = torch.arange(samples) if sample_ids is None else sample_ids.cpu()
+    _check(prompts, group_size, max_new_tokens, temperature, ids)
+    device = model.get_input_embeddings().weight.device
+    ends = torch.as_tensor([eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids), device=device)
+    # All random numbers of the call at once: one per token costs as much as a small model's forward pass.
+    u = counter_uniform(seed, ids[:, None] + (torch.arange(max_new_tokens) << 32), STREAM_SAMPLING, step).to(device)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        tokens, length = _decode(model, ends, prompts, group_size, temperature, u)
+    finally:
+        for module, training in modes:
+            module.training = training
+    completions = [row[:n] for row, n in zip(tokens.tolist(), length.tolist(), strict=True)]
+    last = tokens.gather(1, (length - 1)[:, None])
+    return Rollout(completions, torch.isin(last[:, 0], ends).tolist())
+
+
+def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (N, max_new_tokens), for random numbers u of that shape, and how many of each row are valid (N,)."""
+    device, (samples, max_new_tokens) = u.device, u.shape
+    input_ids, mask = _left_pad(prompts, device)
+    # Padded positions repeat position 0: they are masked, and no position is negative.
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)
+    cache.batch_repeat_interleave(group_size)
+    mask = mask.repeat_interleave(group_size, 0)
+    position = mask.sum(1, keepdim=True)
+
+    tokens = torch.zeros(samples, max_new_tokens, dtype=torch.int64, device=device)
+    length = torch.full((samples,), max_new_tokens, device=device)
+    rows = torch.arange(samples, device=device)  # the samples still in the batch
+    for t in range(max_new_tokens):
+        chosen = _choose(logits, temperature, u[rows, t])
+        tokens[rows, t] = chosen
+        ended = torch.isin(chosen, ends)
+        length[rows[ended]] = t + 1
+        going = torch.nonzero(~ended)[:, 0]
+        if t + 1 == max_new_tokens or len(going) == 0:
+            break
+        if len(going) < len(rows):
+            cache.batch_select_indices(going)
+            rows, mask, position, chosen = rows[going], mask[going], position[going], chosen[going]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        out = model(chosen[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+        logits, position = out.logits[:, -1], position + 1
+    return tokens, length
+
+
+def _choose(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
+    """(rows,) int64: the arg-max at temperature 0, else the first token whose cumulative probability exceeds u."""
+    if not logits.amax(-1).isfinite().all():
+        raise FloatingPointError(
+            "the model returned NaN or infinite logits; a learning rate too high is the usual cause"
+        )
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    u = u * cumulative[:, -1]  # the last sum is 1 up to rounding
+    return torch.searchsorted(cumulative, u[:, None], right=True)[:, 0]
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """input_ids and attention mask, (P, longest); the pad is token 0, which the mask hides."""
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return input_ids, mask
+
+
+def _check(prompts, group_size: int, max_new_tokens: int, temperature: float, ids: Tensor) -> None:
+    lengths = [len(p) for p in prompts]
+    if 0 in lengths or not lengths:
+        which = f"prompt {lengths.index(0)} has no tokens" if lengths else "there are none"
+        raise ValueError(f"prompts must be non-empty token lists: {which}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    samples = len(prompts) * group_size
+    if ids.shape != (samples,) or ids.dtype != torch.int64 or ids.min() < 0 or ids.max() >= 2**32:
+        raise ValueError(
+            f"sample_ids must be {samples} int64 numbers in [0, 2**32), got {ids.dtype} of shape {tuple(ids.shape)}"
+        )

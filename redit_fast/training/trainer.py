@@ -1,0 +1,325 @@
+"""The main job, one page from top to bottom:
+
+    rollout -> reward -> advantage -> pass 1 -> perturb -> pass 2 -> step -> log -> save
+
+Departures from the two papers: (1) one optimizer step per batch of rollouts, so the importance ratio is 1 in both
+passes (`pass2_ratio` keeps pass 1's instead); (2) only the decoder layers are perturbed, as in the GR paper, but the
+gradient of everything else is combined too; (3) noise, sampling and rounding are counter-based, so a resumed run is the
+same run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import redit_fast as rf
+from redit_fast.training import builtin, checkpoint, data, policy, report, rewards, runs
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.rollout import Rollout, generate
+
+EVAL_BATCH = 256  # held-out prompts decoded together
+MAY_CHANGE = {"steps", "eval_every", "checkpoint_every", "name", "out_dir"}  # on --resume
+TRAIN_PROBLEMS = 4000  # of the demo
+
+
+def train(config: TrainConfig, resume: bool = False) -> dict:
+    """Runs or resumes a run and returns its summary; everything it leaves is in out_dir/name.
+
+    Raises:
+        ValueError: bad input, before anything is written; RewardError during the run, after a checkpoint.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint; its message is the command that goes on.
+    """
+    config = config.with_name()
+    run = Path(config.out_dir) / config.name
+    saved = _checkpoint_to_resume(config, run) if resume else None
+    if not resume and run.exists():
+        raise ValueError(f"{run} holds a run already: add --resume to go on with it, or give another --name")
+    if saved is None and config.model is None:
+        model, tokenizer = builtin.build(config.seed)
+    else:
+        model, tokenizer = policy.load(saved or Path(config.model))
+    dataset = _load_data(config, model, tokenizer)
+    functions = rewards.resolve(config.rewards, data.columns_of(dataset.train[:1]))
+    loss_config = rf.LossConfig(
+        config.loss_type,
+        temperature=config.temperature,
+        cispo_bound="relative" if config.loss_type == "cispo" else "absolute",  # TRL's would scale a ratio of 1 to 0.2
+        max_completion_length=config.max_completion_length,
+        **rf.logit_transforms(model.config),
+    )
+    ends = policy.end_tokens(model, tokenizer)
+    policy.check_head(model, tokenizer, loss_config)
+    optimizer = rf.RegularizedAdamW(
+        rf.parameter_groups(model, perturb="decoder_layers"),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        gamma=config.gamma,
+        epsilon=config.epsilon,
+        normalized=config.gr_normalized,
+        max_norm=config.max_grad_norm,
+        seed=config.seed,
+    )
+    dither = rf.Dither(
+        config.dither_distribution,
+        config.dither_level,
+        [function.scale for function in functions],
+        config.dither_schedule,
+        total_steps=config.steps,
+        dead_groups=config.dead_groups,
+        seed=config.seed,
+    )
+    done = -1  # steps taken: 0 after the warm start
+    if saved is not None:
+        checkpoint.load_optimizer(saved, optimizer)
+        done = checkpoint.step_of(saved)
+    run.mkdir(parents=True, exist_ok=True)
+    runs.replace(run / "config.json", json.dumps(dict(config), indent=1) + "\n")
+    runs.keep_lines_until(run, done)
+
+    def save() -> None:
+        checkpoint.save(run / "checkpoints", done, model, tokenizer, optimizer)
+
+    def evaluate() -> dict[str, float]:
+        accuracy = _accuracy(model, tokenizer, ends, dataset.held_out, functions, config)
+        return {} if accuracy is None else {"accuracy/held_out": accuracy}
+
+    console = Console()
+    if dataset.skipped:
+        console.print(f"{dataset.skipped} prompts are too long and left out")
+    with _progress(console) as progress:
+        try:
+            if done < 0:
+                clock = runs.Clock()
+                with clock("warm_start"):
+                    _warm_start(model, tokenizer, config, progress)
+                with clock("eval"):
+                    metrics = evaluate()
+                with runs.uninterrupted():
+                    done = 0
+                    with clock("checkpoint"):
+                        save()
+                    runs.append(run / "metrics.jsonl", [{"schema": 1, "step": 0, **metrics, **clock.times()}])
+            bar = progress.add_task("GRPO", total=config.steps, completed=done, numbers="")
+
+            for step in range(done, config.steps):
+                clock = runs.Clock()
+                with clock("rollout"):
+                    records = data.batch(dataset.train, config.seed, step, config.prompts_per_step)
+                    prompts = [data.render(tokenizer, record, config.system_prompt) for record in records]
+                    rollout = generate(
+                        model,
+                        ends,
+                        prompts,
+                        group_size=config.group_size,
+                        max_new_tokens=config.max_completion_length,
+                        temperature=config.temperature,
+                        seed=config.seed,
+                        step=step,
+                    )
+                with clock("reward"):
+                    records = [record for record in records for _ in range(config.group_size)]
+                    texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+                    scores = _score(functions, records, texts)
+                    advantages = rf.group_advantages(
+                        scores,
+                        group_size=config.group_size,
+                        reward_weights=config.reward_weights,
+                        dither=dither,
+                        step=step,
+                        scale=config.advantage_scale,
+                    )
+                batch = policy.Batch.of(prompts, rollout, advantages.values, loss_config, config)
+                with clock("pass1"):
+                    first = batch.backward(model, seed=config.seed + step)
+                with clock("pass2"):
+                    with runs.uninterrupted():
+                        perturbation = optimizer.perturb()
+                    with perturbation:
+                        if perturbation:
+                            old_logp = first.logp if config.pass2_ratio == "pass1" else None
+                            batch.backward(model, seed=config.seed + step, old_logp=old_logp)
+                with runs.uninterrupted():
+                    with clock("optimizer"):
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    done = step + 1
+                    metrics = {
+                        "loss": first.loss,
+                        **_reward_metrics(functions, scores, advantages, rollout),
+                        **first.metrics,
+                        **optimizer.metrics(),
+                        "learning_rate": optimizer.param_groups[0]["lr"],
+                        "tokens/generated": rollout.tokens,
+                        "tokens/per_second": rollout.tokens / clock.seconds["rollout"],
+                    }
+                    if done == config.steps or done % config.eval_every == 0:
+                        with clock("eval"):
+                            metrics |= evaluate()
+                    if done == config.steps or done % config.checkpoint_every == 0:
+                        with clock("checkpoint"):
+                            save()
+                    lines = _completion_lines(done, records, texts, functions, scores, advantages)
+                    runs.append(run / "completions.jsonl", lines)
+                    runs.append(run / "metrics.jsonl", [{"schema": 1, "step": done, **metrics, **clock.times()}])
+                progress.update(bar, advance=1, numbers=_numbers(metrics))
+        except (KeyboardInterrupt, rewards.RewardError) as stop:
+            progress.stop()
+            with runs.uninterrupted():
+                optimizer.restore()
+                if done >= 0:
+                    save()
+            if isinstance(stop, rewards.RewardError):
+                raise
+            at = f"after step {done} of {config.steps}" if done >= 0 else "in the warm start"
+            go_on = f"redit-fast train --resume --name {config.name} --out-dir {config.out_dir}"
+            raise KeyboardInterrupt(f"stopped {at}, saved in {run}; to go on: {go_on}") from None
+
+    summary = _summary(run, dataset, config)
+    runs.replace(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+    report.write(run)
+    _print_table(console, run, summary)
+    return summary
+
+
+def _checkpoint_to_resume(config: TrainConfig, run: Path) -> Path | None:
+    """The newest checkpoint, None where the run stopped before its first; the settings must be the run's."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run} holds no run to resume")
+    before = json.loads((run / "config.json").read_text("utf-8"))
+    for name, value in config:
+        if name not in MAY_CHANGE and value != before.get(name):
+            raise ValueError(f"{name} was {before.get(name)!r} in {run} and cannot become {value!r} on --resume")
+    folder = run / "checkpoints"
+    return checkpoint.newest(folder) if folder.exists() and any(folder.glob("step-*")) else None
+
+
+def _load_data(config: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> data.Dataset:
+    if config.model is None:
+        return data.Dataset(
+            train=builtin.records(TRAIN_PROBLEMS, held_out=False, seed=config.seed),
+            held_out=builtin.records(config.eval_problems, held_out=True, seed=config.seed),
+        )
+    return data.load(config, tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+
+
+def _warm_start(model: PreTrainedModel, tokenizer: Tokenizer, config: TrainConfig, progress: Progress) -> None:
+    if not config.warm_start_steps:
+        return
+    bar = progress.add_task("warm start", total=config.warm_start_steps, numbers="")
+
+    def advance(_: int, loss: float) -> None:
+        progress.update(bar, advance=1, numbers=f"loss {loss:.3f}")
+
+    builtin.warm_start(model, tokenizer, steps=config.warm_start_steps, seed=config.seed, progress=advance)
+
+
+def _score(functions: list[rewards.RewardFunction], records: list[dict], texts: list[str]) -> Tensor:
+    prompts = [record["prompt"] for record in records]
+    completions = [data.completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return rewards.score(functions, prompts, completions, data.columns_of(records))
+
+
+def _accuracy(model, tokenizer, ends, records: list[dict], functions, config: TrainConfig) -> float | None:
+    """Share of greedy answers whose first reward is above 0; None where nothing is held out."""
+    if not records:
+        return None
+    right = 0
+    for start in range(0, len(records), EVAL_BATCH):
+        part = records[start : start + EVAL_BATCH]
+        prompts = [data.render(tokenizer, record, config.system_prompt) for record in part]
+        rollout = generate(model, ends, prompts, max_new_tokens=config.max_completion_length, temperature=0)
+        texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+        right += int((_score(functions[:1], part, texts)[:, 0] > 0).sum())
+    return right / len(records)
+
+
+def _reward_metrics(functions, scores: Tensor, advantages: rf.Advantages, rollout: Rollout) -> dict[str, float]:
+    """Clean and dithered rewards, each the mean over samples of the group's mean and deviation."""
+    metrics = {
+        "reward/raw_mean": advantages.group_mean.mean().item(),
+        "reward/raw_std": advantages.group_std.mean().item(),
+        "reward/dithered_mean": advantages.dithered_mean.mean().item(),
+        "reward/dithered_std": advantages.dithered_std.mean().item(),
+    }
+    for function, column in zip(functions, scores.T, strict=True):
+        metrics[f"rewards/{function.name}/mean"] = column.nanmean().item()
+        metrics[f"rewards/{function.name}/nan_frac"] = column.isnan().double().mean().item()
+    dead = advantages.dead
+    return metrics | {
+        "accuracy/train": (scores[:, 0] > 0).double().mean().item(),
+        "frac_reward_zero_std": dead.double().mean().item(),
+        "adv/rms_dead_groups": advantages.values[dead].square().mean().sqrt().item() if dead.any() else 0.0,
+        "completions/mean_length": rollout.tokens / len(rollout.completions),
+        "completions/clipped_frac": 1 - sum(rollout.finished) / len(rollout.finished),
+    }
+
+
+def _completion_lines(step: int, records, texts, functions, scores: Tensor, advantages: rf.Advantages) -> list[dict]:
+    return [
+        {
+            "schema": 1,
+            "step": step,
+            "sample": i,
+            "prompt": data.text_of(record["prompt"]),
+            "completion": text,
+            "rewards": {function.name: value for function, value in zip(functions, row, strict=True)},
+            "advantage": advantage,
+        }
+        for i, (record, text, row, advantage) in enumerate(
+            zip(records, texts, scores.tolist(), advantages.values.tolist(), strict=True)
+        )
+    ]
+
+
+def _summary(run: Path, dataset: data.Dataset, config: TrainConfig) -> dict:
+    """The whole run's numbers, from its metrics: a resumed run sums over all its parts."""
+    lines = report.rows(run / "metrics.jsonl")
+    accuracy = [line["accuracy/held_out"] for line in lines if "accuracy/held_out" in line]
+    times = dict(report.phases(lines, {}))
+    tokens = sum(line.get("tokens/generated", 0) for line in lines)
+    return {
+        "accuracy_before": accuracy[0] if accuracy else None,
+        "accuracy_after": accuracy[-1] if accuracy else None,
+        "eval_problems": len(dataset.held_out),
+        "steps": config.steps,
+        "tokens_generated": tokens,
+        "tokens_per_second": tokens / times["rollout"],
+        "seconds": sum(times.values()),
+        "time": times,
+        **report.environment(),
+    }
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>10}"),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        console=console,
+    )
+
+
+def _numbers(metrics: dict[str, float]) -> str:
+    accuracy, rate = metrics["accuracy/train"], metrics["tokens/per_second"]
+    return f"reward {metrics['reward/raw_mean']:.2f}, accuracy {accuracy:.0%}, {rate:,.0f} tokens/s"
+
+
+def _print_table(console: Console, run: Path, summary: dict) -> None:
+    table = Table(show_header=False, title=str(run), title_justify="left")
+    for row in report.closing_rows(summary):
+        table.add_row(*row)
+    total = sum(summary["time"].values())
+    for phase, seconds in summary["time"].items():
+        table.add_row(f"time in {phase}", f"{seconds:.1f} s ({seconds / total:.0%})")
+    console.print(table)
+    console.print(f"pictures and samples: {run / 'report.html'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,167 @@
+"""The command line: flags, exit codes, and one line on stderr for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import redit_fast
+from redit_fast import cli
+from redit_fast.training import config
+
+ROOT = Path(__file__).parent.parent
+PINNED = """--config --model --data --rewards --reward-weights --name --out-dir --seed --steps --warm-start-steps
+--eval-problems --prompts-per-step --group-size --max-completion-length --learning-rate --dither-level --dead-groups
+--gamma --epsilon --checkpoint-every --resume --long-prompts --print-config""".split()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *words):
+    """(exit code, stdout, stderr) of the command in this process."""
+    try:
+        code = cli.main(words)
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_help_lists_every_pinned_flag_and_every_field(capsys):
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0
+    flags = set(out.replace(",", " ").split())
+    assert flags >= set(PINNED)
+    assert flags >= {"--" + name.replace("_", "-") for name in config.TrainConfig.model_fields}
+    assert {"--no-gr-normalized"} <= flags and "--dry-run" not in flags
+
+
+def test_flags_override_the_file_and_print_config_shows_the_result(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("steps: 5\nseed: 1\ngr_normalized: true\nmax_grad_norm: 2.0\n")
+    words = ["--steps", "7", "--reward-weights", "1", "-0.5", "2", "--no-gr-normalized", "--max-grad-norm", "none"]
+    code, out, err = run(capsys, "train", "--config", "c.yaml", *words, "--learning-rate", "1e-5", "--print-config")
+    assert (code, err) == (0, "")
+    (tmp_path / "printed.yaml").write_text(out)
+    loaded = config.load("printed.yaml")
+    assert (loaded.steps, loaded.seed, loaded.gr_normalized, loaded.max_grad_norm) == (7, 1, False, None)
+    assert loaded.reward_weights == [1.0, -0.5, 2.0] and loaded.learning_rate == 1e-5
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["train", "--stepz", "3"], "unknown flag --stepz, the closest valid one is --steps"),
+        (["train", "--learning_rate=1"], "unknown flag --learning_rate, the closest valid one is --learning-rate"),
+        (["train", "--dead-group", "skip"], "unknown flag --dead-group, the closest valid one is --dead-groups"),
+        (["train", "--steps", "many"], "steps: got 'many', needs a valid integer"),
+        (["train", "--steps", "-3"], "steps: got '-3', needs a number greater than or equal to 1"),
+        (["train", "--steps"], "argument --steps: expected one argument"),
+        (["train", "--rewards"], "argument --rewards: expected at least one argument"),
+        (["train", "--gr-normalized=yes"], "ignored explicit argument 'yes'"),
+        (["train", "--long-prompts", "cut"], "long_prompts: got 'cut', needs 'error' or 'skip'"),
+        (["train", "--name", "a/b"], "name: got 'a/b', needs one path component"),
+        (["train", "--config", "nowhere.yaml"], "config nowhere.yaml: No such file"),
+        (["train", "--config", "bad.yaml"], "bad.yaml:2: unknown key 'stepz', the closest valid one is 'steps'"),
+        (["train", "--data", "d.jsonl"], "data: the embedded demo has its own"),
+        (["train", "--model", "m"], "rewards: training a model of your own needs at least one reward function"),
+        (["train", "--resume"], "--resume needs --name"),
+        (["train", "now"], "unexpected argument 'now'"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["--verbose"], "unknown flag --verbose, the closest valid one is --version"),
+        (["report"], "the following arguments are required: RUN"),
+        (["report", "nowhere"], "nowhere holds no run"),
+        (["info", "--all"], "unknown flag --all, the closest valid one is"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(capsys, tmp_path, words, line):
+    (tmp_path / "bad.yaml").write_text("seed: 1\nstepz: 3\n")
+    code, out, err = run(capsys, *words)
+    assert (code, out) == (2, "")
+    assert line in err
+    assert err.startswith("redit-fast: ") and err.count("\n") == 1
+
+
+def test_an_error_of_many_lines_is_printed_as_one(capsys):
+    cli._complain("no such model\n\n  look here\n")
+    assert capsys.readouterr().err == "redit-fast: no such model look here\n"
+
+
+def test_without_a_command_it_prints_its_help(capsys):
+    code, out, err = run(capsys)
+    assert (code, err) == (0, "") and "train" in out and "report" in out and "info" in out
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"redit-fast {redit_fast.__version__}\n", "")
+
+
+def test_info_lists_every_op_and_backend(capsys, monkeypatch):
+    from redit_fast import backends
+
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    import torch
+    import transformers
+
+    for expected in (redit_fast.__version__, torch.__version__, transformers.__version__, "threads"):
+        assert expected in out
+    for op, backend, state in backends.report():
+        row = next(line for line in out.splitlines() if f" {op} " in line and f" {backend} " in line)
+        assert state in row
+
+
+def test_report_redraws_a_run(capsys, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json").write_text(config.load().model_dump_json())
+    (tmp_path / "r" / "metrics.jsonl").write_text(json.dumps({"schema": 1, "step": 0, "grad_norm": 1.0}) + "\n")
+    assert run(capsys, "report", "r")[0] == 0
+    assert {path.name for path in (tmp_path / "r").iterdir()} >= {"curves.png", "report.html"}
+
+
+def command(*words, **environment):
+    """The command in a process of its own, PYTHONPATH at the repository."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_module_is_the_command():
+    done = command("-m", "redit_fast", "train", "--steps", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "redit-fast: steps: got 'x', needs a valid integer, unable to parse string as an integer\n"
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_answer_without_loading_torch(word):
+    program = f"""
+    import sys
+    from redit_fast.cli import main
+    try:
+        code = main(["{word}"])
+    except SystemExit as exit:
+        code = exit.code
+    print(code, sorted({{"torch", "pydantic", "matplotlib", "transformers"}} & set(sys.modules)), file=sys.stderr)
+    """
+    assert command("-c", textwrap.dedent(program)).stderr == "0 []\n"
+
+
+def test_ctrl_c_ends_with_130_and_the_trainers_words():
+    program = """
+    import sys
+    from redit_fast import cli
+    def interrupted(args):
+        raise KeyboardInterrupt("saved; go on with ...")
+    cli._train = interrupted
+    sys.exit(cli.main(["train"]))
+    """
+    done = command("-c", textwrap.dedent(program))
+    assert (done.returncode, done.stderr) == (130, "saved; go on with ...\n")

@@ -1,0 +1,195 @@
+"""Config files and flags: what is accepted, and the one sentence that everything else gets."""
+
+import shlex
+
+import pytest
+
+from redit_fast.training import config
+from redit_fast.training.config import TrainConfig, load
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+OWN = "model: gpt2\ndata: d.jsonl\nrewards: [exact_answer]\n"
+
+
+def test_the_demo_and_a_model_of_ones_own_have_their_own_defaults(tmp_path):
+    demo, own = load(), load(write(tmp_path / "c.yaml", OWN))
+    assert (demo.learning_rate, demo.steps) == (config.DEMO["learning_rate"], config.DEMO["steps"])
+    assert (own.learning_rate, own.steps, own.warm_start_steps) == (5e-6, config.OWN_MODEL["steps"], 0)
+    assert demo.warm_start_steps > 0
+    assert all("builtin:" in reward for reward in demo.rewards)
+    assert demo.group_size == own.group_size == 8
+
+
+def test_every_field_has_a_description_and_one_default_at_most_in_each_table():
+    for name, field in TrainConfig.model_fields.items():
+        assert field.description and "Default:" in config.describe(name)
+        tables = (name in config.DEMO) + (name in config.OWN_MODEL)
+        assert tables == (0 if not field.is_required() else 1 if name == "rewards" else 2), name
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = write(tmp_path / "c.yaml", "steps: 5\nseed: 7\n")
+    both = load(path, {"steps": "9"})
+    assert (both.steps, both.seed, both.group_size) == (9, 7, 8)
+
+
+@pytest.mark.parametrize("text", ["learning_rate: 5e-6", "learning_rate: 0.000005", "learning_rate: '5e-6'"])
+def test_a_number_may_be_written_in_any_way(tmp_path, text):
+    assert load(write(tmp_path / "c.yaml", text)).learning_rate == 5e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stepz: 3", "c.yaml:1: unknown key 'stepz', the closest valid one is 'steps'"),
+        ("seed: 1\n\nlearning-rate: 1e-5", "c.yaml:3: unknown key 'learning-rate', the closest valid one is"),
+        ("seed: 1\nsteps: many", "c.yaml:2: steps: got 'many', needs a valid integer"),
+        ("steps: 2.5", "c.yaml:1: steps: got 2.5, needs a valid integer"),
+        ("steps: 0", "c.yaml:1: steps: got 0, needs a number greater than or equal to 1"),
+        ("steps: null", "c.yaml:1: steps: got None, needs a valid integer"),
+        ("steps: true", "c.yaml:1: steps: got True, needs a number or quoted text, not a truth value"),
+        ("steps: {a: 1}", "c.yaml:1: steps: got {'a': 1}, needs a valid integer"),
+        ("name: no", "c.yaml:1: name: got False, needs a number or quoted text, not a truth value"),
+        ("name: ../x", "c.yaml:1: name: got '../x', needs one path component"),
+        ("name: ..", "c.yaml:1: name: got '..', needs one path component"),
+        ("learning_rate: .inf", "c.yaml:1: learning_rate: got inf, needs a finite number"),
+        ("group_size: 1", "c.yaml:1: group_size: got 1, needs a number greater than or equal to 2"),
+        ("seed: -1", "c.yaml:1: seed: got -1, needs a number greater than or equal to 0"),
+        (f"seed: {2**64}", "c.yaml:1: seed: got 18446744073709551616, needs a number less than 18446744073709551616"),
+        ("dead_groups: drop", "c.yaml:1: dead_groups: got 'drop', needs 'apply', 'skip', 'center_only' or 'only'"),
+        ("rewards: exact_answer", "c.yaml:1: rewards: got 'exact_answer', needs a valid list"),
+        ("rewards: []", "c.yaml:1: rewards: got [], needs at least 1 item"),
+        ("rewards: [a, 3]", "c.yaml:1: rewards[1]: got 3, needs a valid string"),
+        ("data: x.jsonl", "c.yaml:1: data: the embedded demo has its own"),
+        ("model: gpt2", "rewards: training a model of your own needs at least one reward function"),
+        ("model: gpt2\nrewards: [a]", "data: training a model of your own needs a JSONL file"),
+        (OWN + "warm_start_steps: 3", "c.yaml:4: warm_start_steps: got 3, only the embedded demo has a warm start"),
+        (OWN + "reward_weights: [1, 2]", "c.yaml:4: reward_weights: got 2 for 1 reward functions"),
+        ("steps: 1\nsteps: 2", "c.yaml:2: key 'steps' is there twice"),
+        ("3: 1", "c.yaml:1: key 3 is not text"),
+        ("- steps", "needs keys and values at its top level"),
+        ("steps: [1", "c.yaml:1:10: expected ',' or ']'"),
+        ("\tsteps: 1", "c.yaml:1:1: found character '\\t' that cannot start any token"),
+        ("name: 2026-13-45", "month must be in 1..12"),
+        ("[" * 5000, "recursion"),
+    ],
+)
+def test_a_bad_file_gets_one_sentence_that_names_the_place(tmp_path, text, sentence):
+    with pytest.raises(ValueError) as error:
+        load(write(tmp_path / "c.yaml", text))
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_override_that_is_wrong_is_not_blamed_on_the_file(tmp_path):
+    path = write(tmp_path / "c.yaml", "steps: 5")
+    with pytest.raises(ValueError, match=r"^steps: got 'x'"):
+        load(path, {"steps": "x"})
+    with pytest.raises(ValueError, match=r"^unknown key 'stepz'"):
+        load(path, {"stepz": 1})
+
+
+def test_a_missing_file_and_a_file_that_is_not_text(tmp_path):
+    with pytest.raises(ValueError, match="config nowhere.yaml: No such file"):
+        load("nowhere.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"steps: \xff")
+    with pytest.raises(ValueError, match=r"config c.yaml: 'utf-8' codec"):
+        load("c.yaml")
+
+
+def test_yaml_tags_build_no_objects(tmp_path):
+    path = write(tmp_path / "c.yaml", "name: !!python/object/apply:os.mkdir [made_by_yaml]")
+    with pytest.raises(ValueError, match=r"c.yaml:1:7: could not determine a constructor for the tag .*os.mkdir"):
+        load(path)
+    assert not (tmp_path / "made_by_yaml").exists()
+
+
+HARD = {
+    "name": "a $x$ <b> 'q' \"d\"",
+    "system_prompt": " two\nlines: # no comment\n\ttab \u2028 \x85 😀\n",
+    "learning_rate": 1e-7,
+    "max_grad_norm": None,
+    "gr_normalized": True,
+    "reward_weights": [1.0, -0.5, 1e-9],
+    "seed": 2**64 - 1,
+}
+
+
+def test_the_printed_yaml_loads_back_to_the_same_config(tmp_path):
+    for settings in ({}, HARD):
+        original = load(None, settings)
+        printed = original.to_yaml()
+        assert load(write(tmp_path / "c.yaml", printed)) == original
+        lines = printed.splitlines()
+        assert all(f"{name}:" in printed for name in TrainConfig.model_fields)
+        assert sum(line.startswith("# ") for line in lines) >= len(TrainConfig.model_fields)
+
+
+def test_the_json_of_a_run_is_a_config(tmp_path):
+    import json
+
+    original = load(None, HARD)
+    for text in (original.model_dump_json(), json.dumps(original.model_dump()), original.model_dump_json(indent=2)):
+        assert load(write(tmp_path / "config.json", text)) == original
+    for text, sentence in (
+        ('{"steps": 1, "steps": 2}', "config.json: key 'steps' is there twice"),
+        ('{"steps": }', "config.json:1:11: Expecting value"),
+        ("[1]", "needs keys and values"),
+        ('{"steps": "x"}', "config.json: steps: got 'x'"),
+    ):
+        with pytest.raises(ValueError) as error:
+            load(write(tmp_path / "config.json", text))
+        assert sentence in str(error.value)
+
+
+def test_the_command_of_a_config_gives_it_back(tmp_path):
+    from redit_fast import cli
+
+    own = {"model": "gpt2", "data": "my data.jsonl", "rewards": ["exact_answer", "xml_format", "gsm8k_int"]}
+    for settings in ({}, {**HARD, "reward_weights": None}, {**own, "steps": 3}, {**own, **HARD}):
+        original = load(None, settings)
+        words = shlex.split(original.command())
+        assert words[:2] == ["redit-fast", "train"]
+        parser = cli._Parser()
+        cli._add_train_flags(parser)
+        assert load(None, cli.settings(parser.parse_args(words[2:]))) == original
+    assert load().command() == "redit-fast train"
+    assert load(None, {"steps": 3}).command(name="x") == "redit-fast train --name x --steps 3"
+
+
+def test_paths_of_a_file_are_looked_up_in_the_current_folder_and_then_in_its_own(tmp_path):
+    text = "model: tiny\ndata: d.jsonl\nrewards: [mine:f, pkg.mine:f, xml_format, other:g]"
+    path = write(tmp_path / "sub" / "c.yaml", text)
+    for name in ("sub/d.jsonl", "sub/tiny/config.json", "sub/mine.py", "sub/pkg/mine.py"):
+        write(tmp_path / name, "")
+    found = load("sub/c.yaml")
+    assert (found.model, found.data) == ("sub/tiny", "sub/d.jsonl")
+    assert found.rewards == ["sub/mine:f", "sub/pkg.mine:f", "xml_format", "other:g"]
+    for name in ("d.jsonl", "mine.py", "tiny/config.json"):
+        write(tmp_path / name, "")
+    found = load(path)
+    assert (found.model, found.data) == ("tiny", "d.jsonl")
+    assert found.rewards[:2] == ["mine:f", f"{path.parent}/pkg.mine:f"]
+    assert load("sub/c.yaml", {"rewards": ["pkg.mine:h"], "data": "other.jsonl"}).rewards == ["sub/pkg.mine:h"]
+
+
+def test_an_unnamed_run_takes_the_first_free_name(tmp_path):
+    assert load().with_name().name == "demo"
+    write(tmp_path / "runs" / "demo" / "config.json", "{}")
+    write(tmp_path / "runs" / "demo-2" / "config.json", "{}")
+    assert load().with_name().name == "demo-3"
+    assert load(None, {"name": "demo"}).with_name().name == "demo"
+    own = load(None, {"model": "Qwen/Qwen2.5-0.5B", "data": "d.jsonl", "rewards": ["xml_format"]})
+    assert own.with_name().name == "Qwen2.5-0.5B"
