@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from redit_fast.advantages import Advantages, group_advantages
     from redit_fast.backends import use_backend
     from redit_fast.dither import Dither
-    from redit_fast.linear import linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp, logit_transforms
+    from redit_fast.linear import linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp
     from redit_fast.logprob import LogpEntropy, grpo_loss, token_logp
     from redit_fast.losses import LossConfig, LossOutput, policy_loss
-    from redit_fast.optim import RegularizedAdamW
-    from redit_fast.regularize import GradientRegularizer, parameter_groups
+    from redit_fast.optim import RegularizedAdamW, parameter_groups
+    from redit_fast.regularize import GradientRegularizer
+    from redit_fast.transforms import logit_transforms
 
 __version__ = "0.1.0"
 
@@ -31,8 +32,8 @@ _HOME = {
     "linear_grpo_loss": "linear",
     "linear_grpo_loss_and_grad_": "linear",
     "linear_logp": "linear",
-    "logit_transforms": "linear",
-    "parameter_groups": "regularize",
+    "logit_transforms": "transforms",
+    "parameter_groups": "optim",
     "policy_loss": "losses",
     "token_logp": "logprob",
     "use_backend": "backends",

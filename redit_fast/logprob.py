@@ -9,7 +9,8 @@ from torch import Tensor
 
 from redit_fast.backends import primitive
 from redit_fast.dither import check_choice
-from redit_fast.losses import LogitTransform, LossConfig, LossOutput, Rows, loss_metrics, policy_loss
+from redit_fast.losses import LossConfig, LossOutput, Rows, loss_metrics, policy_loss
+from redit_fast.transforms import LogitTransform
 
 IGNORE = -100
 EntropyMode = Literal["none", "metric", "grad"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from redit_fast.dither import check_choice
+from redit_fast.transforms import LogitTransform
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"]
 Importance = Literal["token", "sequence"]
@@ -38,20 +39,6 @@ _LATER_FIELDS = ("dual_clip", "correction", "correction_cap", "correction_floor"
                  "top_entropy_quantile", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos",
                  "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub",
                  "kl_cov_ratio", "kl_cov_coef", "dro_beta")  # fmt: skip
-
-
-class LogitTransform(NamedTuple):
-    """z = softcap(logit_scale * logit) / temperature, softcap(x) = c tanh(x / c)."""
-
-    temperature: float = 1.0
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def check(self) -> LogitTransform:
-        for name, value in self._asdict().items():
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be finite and above 0, got {value}")
-        return self
 
 
 @dataclass(frozen=True)

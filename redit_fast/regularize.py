@@ -12,7 +12,6 @@ g1 + (gamma/epsilon) g2, the finite-difference gradient of L + (gamma/2) |grad L
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -436,33 +435,3 @@ def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         kinds.setdefault(tensor.dtype, []).append(tensor)
     return list(kinds.values())
-
-
-def parameter_groups(model: nn.Module, perturb: str = "decoder_layers") -> list[dict]:
-    """Two parameter groups for an optimizer, with and without `perturb: True`.
-
-    "decoder_layers" perturbs what lies inside the model's module lists (attention, MLP and norms of the layers), not
-    embedding, head or final norm, as the GR paper does; anything else is a regular expression searched in parameter
-    names.
-
-    Raises:
-        ValueError: no trainable parameter matches.
-    """
-    if perturb == "decoder_layers":
-        lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-
-        def matches(name: str) -> bool:
-            return name.startswith(lists)
-    else:
-        pattern = re.compile(perturb)
-
-        def matches(name: str) -> bool:
-            return pattern.search(name) is not None
-
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    chosen = [p for name, p in trainable if matches(name)]
-    if not chosen:
-        raise ValueError(f"perturb={perturb!r} matches none of the {len(trainable)} trainable parameters")
-    others = [p for name, p in trainable if not matches(name)]
-    groups = [{"params": chosen, "perturb": True}, {"params": others, "perturb": False}]
-    return [group for group in groups if group["params"]]

@@ -102,8 +102,10 @@ def test_gradients_are_those_of_float64_finite_differences(name):
         change = torch.zeros_like(logp)
         change[b, t] = step
         with torch.no_grad():
-            up, down = (by_hand(config, (logp + s * change).double(), advantages, old.double(), ref.double(), mask, entropy)
-                        for s in (1, -1))  # fmt: skip
+            up, down = (
+                by_hand(config, (logp + s * change).double(), advantages, old.double(), ref.double(), mask, entropy)
+                for s in (1, -1)
+            )
         assert logp.grad[b, t].item() == pytest.approx((up[0] - down[0]) / (2 * step), rel=2e-2, abs=2e-4)
 
 

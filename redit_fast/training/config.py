@@ -25,11 +25,11 @@ from redit_fast.losses import LossType
 # The defaults that depend on what is trained: the embedded demo (model: null), or a model of the user's.
 DEMO = {
     "rewards": [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps", "answer_format")],
-    "steps": 24,
-    "warm_start_steps": 340,
+    "steps": 40,
+    "warm_start_steps": 600,
     "eval_every": 8,
     "max_completion_length": 48,
-    "learning_rate": 2e-4,
+    "learning_rate": 1e-4,
     "checkpoint_every": 8,
 }
 OWN_MODEL = {

@@ -1,0 +1,101 @@
+"""Passes over parameters: lists of tensors in, scalars stay on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from redit_fast.dither import rounding_halves
+
+
+def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
+    """out () float64 = sum of the squares of all elements, in the order of the tensors."""
+    out.zero_()
+    for tensor in tensors:
+        out += tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum(dtype=torch.float64)
+
+
+def _round_stochastically(x: Tensor, dtype: torch.dtype, halves: Tensor) -> Tensor:
+    """x float32 -> dtype, up with the probability of its dropped bits: 16 for bfloat16, 13 for float16."""
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    keep = -(1 << dropped)
+    bits = (x.view(torch.int32).long() + (halves & ~keep).view_as(x)) & keep
+    rounded = bits.to(torch.int32).view(torch.float32)
+    return torch.where(torch.isfinite(x), rounded, x).to(dtype)
+
+
+def perturb(
+    sums: Tensor,
+    params: list[Tensor],
+    copies: list[Tensor | None],
+    grads: list[Tensor],
+    offsets: list[int],
+    scale: Tensor,
+    rounding: str,
+    seed: int,
+    step: Tensor,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """params += scale * grads, rounded once (a scale of 0 moves nothing); the old values into the copies that are not
+    None.
+
+    sums (4,) float64 = <applied, intended>, |applied|^2, |intended|^2 and the number of weights moved, `applied` being
+    the change that the forward pass sees in compute_dtype (None: the parameter's own). offsets are each tensor's first
+    element in the concatenation of all trainable parameters, which places it in the counter of the stochastic rounding.
+    """
+    sums.zero_()
+    for param, copy, grad, offset in zip(params, copies, grads, offsets, strict=True):
+        wide = torch.promote_types(param.dtype, torch.float32)
+        intended = torch.where(scale == 0, 0.0, scale.to(wide) * grad.to(wide))  # 0 also where g1 holds NaN
+        moved = param.to(wide) + intended
+        if rounding == "stochastic" and param.dtype in (torch.bfloat16, torch.float16):
+            halves = rounding_halves(seed, offset, param.numel(), step, param.device)
+            moved = _round_stochastically(moved.contiguous(), param.dtype, halves)
+        else:
+            moved = moved.to(param.dtype)
+        seen = compute_dtype or param.dtype
+        applied = moved.to(seen).double() - param.to(seen).double()
+        intended = intended.double()
+        sums += torch.stack(
+            [(applied * intended).sum(), applied.square().sum(), intended.square().sum(), (applied != 0).sum().double()]
+        )
+        if copy is not None:
+            copy.copy_(param)
+        param.copy_(moved)
+
+
+def adamw(
+    params: list[Tensor],
+    masters: list[Tensor | None],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    factor: Tensor,
+    finite: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW step (torch.optim.AdamW's order of operations) with gradients factor * grads, on the float32 master
+    where there is one; params = nearest(master). Where `finite` () is false nothing changes but params, which become
+    the master again."""
+    for param, master, grad, m, v, step in zip(params, masters, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        weights = param if master is None else master
+        g = grad.to(weights.dtype) * factor.to(weights.dtype)
+        new_step = (step + 1).double()
+        new_m = torch.lerp(m, g, 1 - beta1)
+        new_v = (v * beta2).addcmul(g, g, value=1 - beta2)
+        denominator = new_v.sqrt() / (1 - beta2**new_step).sqrt() + eps
+        update = new_m * -(lr / (1 - beta1**new_step)) / denominator
+        for old, new in (
+            (m, new_m),
+            (v, new_v),
+            (weights, weights * (1 - lr * weight_decay) + update),
+            (step, step + 1),
+        ):
+            old.copy_(torch.where(finite, new, old))
+        if master is not None:
+            param.copy_(master)
