@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from redit_fast.training import report as run_report
 
             run_report.write(args.run)
+            print(Path(args.run, "report.html"))
         elif args.command == "info":
             _info()
         else:

@@ -61,6 +61,22 @@ def answers():
         }
 
 
+def table() -> str:
+    """The Markdown table of docs/noise.md."""
+    lines = [
+        "| seed | sample id | stream | step | Philox words | uniform u | normal z |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in answers():
+        u, z = float.fromhex(case["uniform"]), float.fromhex(case["normal_float32"])
+        counter = f"{case['seed']} | {case['sample_id']} | {case['stream']:#x} | {case['step']}"
+        lines.append(f"| {counter} | `{' '.join(case['words'])}` | {u!r} | {z!r} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    path = Path(__file__).with_name("known_answers.json")
-    path.write_text(json.dumps(list(answers()), indent=1) + "\n")
+    here = Path(__file__).parent
+    (here / "known_answers.json").write_text(json.dumps(list(answers()), indent=1) + "\n")
+    page = here.parent / "docs" / "noise.md"
+    text, marker = page.read_text(), "<!-- known answers -->\n"
+    page.write_text(text[: text.index(marker)] + marker + "\n" + table() + "\n")

@@ -32,9 +32,8 @@ def broken_rules(source):
         elif isinstance(node, ast.ExceptHandler):
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             for exception in caught:
-                broad = exception is None or getattr(exception, "id", "") in BROAD
-                if broad and not isinstance(node.body[-1], ast.Raise):
-                    yield node.lineno, "swallows everything"
+                if exception is None or getattr(exception, "id", "") in BROAD:
+                    yield node.lineno, "catches everything"
 
 
 def test_the_package_contains_nothing_unsafe():
@@ -66,9 +65,8 @@ def test_the_checker_finds_each(source):
 
 
 def test_the_checker_leaves_honest_code_alone():
-    user_code = "try:\n    f()\nexcept Exception as error:\n    raise RewardError('f') from error"
     ours = "model.eval()\ntry:\n    load(trust_remote_code=False)\nexcept (ValueError, OSError):\n    pass\nst.load(b)"
-    assert list(broken_rules(user_code)) == list(broken_rules(ours)) == []
+    assert list(broken_rules(ours)) == []
 
 
 def test_setup_stays_small_and_runs_no_other_program():

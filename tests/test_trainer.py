@@ -31,6 +31,7 @@ def model_folder(tmp_path_factory):
     model, tokenizer = builtin.build(0)
     builtin.warm_start(model, tokenizer, steps=4, seed=0)
     model.config.attention_dropout = 0.1
+    model.config.max_position_embeddings = 1024
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -103,6 +104,16 @@ def test_a_config_file_and_flags_train_a_users_model_on_a_users_data(settings, t
     assert all(moved)
     text = "Ada has 3 coins. She buys 4 more.\n<think>3+4=7</think><answer>7</answer>"
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(settings["model"])(text)["input_ids"]
+
+
+def test_the_shipped_word_problems_train_with_the_shipped_config(settings, tmp_path, capsys):
+    job = {key: settings[key] for key in ("model", "name", "out_dir", "steps", "prompts_per_step", "group_size",
+                                          "max_completion_length", "eval_problems")}  # fmt: skip
+    with pytest.warns(UserWarning, match="no chat template"):
+        assert main(["train", "--config", "examples/word_problems.yaml", *flags(job)]) == 0
+    samples = lines_of(tmp_path / "run" / "completions.jsonl")
+    assert samples[0]["rewards"].keys() == {"numeric_answer", "xml_format"}
+    assert config.load(tmp_path / "run" / "config.json").data == "examples/word_problems.jsonl"
 
 
 def test_rollout_log_probs_are_those_that_the_loss_sees(model_folder):
@@ -281,7 +292,7 @@ def test_nothing_is_written_when_the_start_fails(settings, tmp_path, capsys):
         ({"data": str(bad)}, "bad.jsonl:37"),
         ({"model": str(tmp_path / "nowhere")}, "nowhere"),
         ({"rewards": ["no_such_reward"]}, "no_such_reward"),
-        ({"max_completion_length": 250}, "tokens"),
+        ({"max_completion_length": 1010}, "tokens"),
         ({"max_prompt_length": 3}, "tokens"),
     ]:
         assert main(["train", *flags({**settings, **change})]) == 2

@@ -13,8 +13,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
@@ -108,11 +107,11 @@ def _rewards(function: RewardFunction, prompts, completions, columns) -> list[fl
         return function.fn(**{name: list(values[rows]) for name, values in arguments.items()})
 
     try:
-        with _user_code(f"reward function {function.name!r}"):
+        with _UserCode(f"reward function {function.name!r}"):
             values = call(slice(None))
     except RewardError:
         for i in range(len(completions)):  # which sample it was: one at a time
-            with _user_code(f"reward function {function.name!r}, sample {i}"):
+            with _UserCode(f"reward function {function.name!r}, sample {i}"):
                 call(slice(i, i + 1))
         raise
     if hasattr(values, "tolist"):  # a tensor or an array
@@ -137,13 +136,18 @@ def _number(function: RewardFunction, sample: int, value: object) -> float:
     )
 
 
-@contextmanager
-def _user_code(where: str) -> Iterator[None]:
-    """The one place that runs code that is not ours: whatever it raises becomes one sentence."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
+class _UserCode:
+    """The one place that runs code that is not ours: whatever it raises, but a Ctrl-C, becomes one sentence."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            raise RewardError(f"{self.where} raised {type(error).__name__}: {error}") from error
 
 
 def _user_function(name: str) -> Callable:
@@ -160,7 +164,7 @@ def _module(folder: Path, module: str, name: str) -> ModuleType:
     file = module_file(folder, module)
     if file is None:
         try:
-            with _user_code(f"rewards: {name!r}: importing {module}"):
+            with _UserCode(f"rewards: {name!r}: importing {module}"):
                 return import_module(module)
         except RewardError as error:
             if isinstance(error.__cause__, ModuleNotFoundError) and f"{module}.".startswith(f"{error.__cause__.name}."):
@@ -178,7 +182,7 @@ def _module(folder: Path, module: str, name: str) -> ModuleType:
     spec = spec_from_file_location(key, file)
     sys.modules[key] = module_from_spec(spec)
     try:
-        with _user_code(f"rewards: {name!r}: importing {file}"):
+        with _UserCode(f"rewards: {name!r}: importing {file}"):
             spec.loader.exec_module(sys.modules[key])
     except RewardError:
         del sys.modules[key]
