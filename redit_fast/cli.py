@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _info()
         else:
             parser.print_help()
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
         _complain(str(error))
         return 2
     except KeyboardInterrupt as stop:

@@ -183,3 +183,7 @@ def test_warm_start_learns_the_format_and_repeats_bit_for_bit():
         model, tokenizer.eos_token_id, [tokenizer(record["prompt"])["input_ids"]], max_new_tokens=1, temperature=0
     )
     assert tokenizer.decode(rollout.completions[0]) in builtin.TAGS
+
+
+def test_no_problems_are_no_problem():
+    assert builtin.records(0, held_out=True, seed=0) == []

@@ -114,6 +114,10 @@ def answer_format(prompts, completions, **columns) -> list[float]:
     return [0.25 if FORMAT.fullmatch(text) else 0.0 for text in completions]
 
 
+right_steps.reward_scale = 0.5  # the full scale, which the dither level is relative to
+answer_format.reward_scale = 0.25
+
+
 def build(seed: int) -> tuple[Qwen2ForCausalLM, Tokenizer]:
     """A Qwen2 model of 0.24 M float32 parameters, initialised by `seed`, and its byte-level BPE tokenizer.
 
