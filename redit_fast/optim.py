@@ -144,10 +144,12 @@ class RegularizedAdamW(GradientRegularizer):
             seed=seed,
         )
 
-    def _keep(self, params: list[Tensor]) -> list[Tensor | None]:
+    def _keep(self, params: list[Tensor]) -> None:
         for p in params:
             self.optimizer.state_of(p)
-        return [None if p.dtype in LOW_PRECISION else super(RegularizedAdamW, self)._keep([p])[0] for p in params]
+        without_master = [p for p in params if p.dtype not in LOW_PRECISION]
+        if without_master:
+            super()._keep(without_master)
 
     def _restore_parameters(self, before_step: bool = False) -> None:
         for p in self._moved:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal, get_args
 
@@ -96,16 +97,11 @@ class GradientRegularizer(torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if epsilon == "auto":
             raise NotImplementedError("epsilon='auto' is not part of this version")
-        for name, value, least in (
-            ("gamma", gamma, 0.0),
-            ("epsilon", epsilon, None),
-            ("perturb_max_norm", perturb_max_norm, None),
-            ("max_norm", 1.0 if max_norm is None else max_norm, None),
-        ):
-            if not math.isfinite(value) or value < 0 or (least is None and value == 0):
-                raise ValueError(
-                    f"{name} must be finite and {'at least' if least is not None else 'above'} 0, got {value}"
-                )
+        if not (math.isfinite(gamma) and gamma >= 0):
+            raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
+        for name, value in (("epsilon", epsilon), ("max_norm", max_norm), ("perturb_max_norm", perturb_max_norm)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be finite and above 0, got {value}")
         check_choice("rounding", rounding, get_args(Rounding))
         check_seed(seed)
         if gamma_warmup_steps < 0 or every_k_steps < 1:
@@ -116,12 +112,8 @@ class GradientRegularizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.gamma, self.epsilon, self.normalized = gamma, epsilon, normalized
         self.max_norm, self.perturb_max_norm = max_norm, perturb_max_norm
-        self.rounding, self.keep_first_grad, self.compute_dtype, self.seed = (
-            rounding,
-            keep_first_grad,
-            compute_dtype,
-            seed,
-        )
+        self.rounding, self.compute_dtype, self.seed = rounding, compute_dtype, seed
+        self.keep_first_grad = keep_first_grad
         self.gamma_warmup_steps, self.every_k_steps = gamma_warmup_steps, every_k_steps
         if not self._parameters():
             raise ValueError("optimizer holds no parameter that requires a gradient")
@@ -156,9 +148,8 @@ class GradientRegularizer(torch.optim.Optimizer):
     def _gamma_now(self) -> float:
         if self._attempts % self.every_k_steps:
             return 0.0
-        return (
-            self.gamma * min(1.0, self._attempts / self.gamma_warmup_steps) if self.gamma_warmup_steps else self.gamma
-        )
+        warmed = min(1.0, self._attempts / self.gamma_warmup_steps) if self.gamma_warmup_steps else 1.0
+        return self.gamma * warmed
 
     @torch.no_grad()
     def perturb(self) -> Perturbation:
@@ -178,30 +169,32 @@ class GradientRegularizer(torch.optim.Optimizer):
         if not chosen:
             raise RuntimeError("no parameter with a gradient is in a group that is perturbed: see parameter_groups()")
         grads = [p.grad for p in chosen]
-        set_norm = self._norm(grads)
+        g1_norm, set_norm = self._norm([p.grad for p in params]), self._norm(grads)
         scale = self.epsilon / set_norm
         if not self.normalized:
             scale = self.epsilon * (self.perturb_max_norm / set_norm).clamp(max=1)
-        self._finite = torch.isfinite(set_norm)
+        self._finite = torch.isfinite(g1_norm)
         scale = torch.where(torch.isfinite(scale) & self._finite, scale, 0.0)
-        g1_norm = self._norm([p.grad for p in params])
         sums = torch.zeros(4, dtype=torch.float64, device=set_norm.device)
+        self._keep(chosen)
         self._perturbed, self._moved = True, chosen
-        primitive("perturb", set_norm.device)(
-            sums,
-            chosen,
-            self._keep(chosen),
-            grads,
-            [offsets[p] for p in chosen],
-            scale,
-            self.rounding,
-            self.seed,
-            self._completed,
-            self.compute_dtype,
-        )
-        self._changed(chosen)
+        with ExitStack() as on_failure:
+            on_failure.callback(self.restore)
+            primitive("perturb", set_norm.device)(
+                sums,
+                chosen,
+                grads,
+                [offsets[p] for p in chosen],
+                scale,
+                self.rounding,
+                self.seed,
+                self._completed,
+                self.compute_dtype,
+            )
+            self._changed(chosen)
+            self._take_first_grad(params, gamma)
+            on_failure.pop_all()
         self._metrics = {"gr/g1_norm": g1_norm, **_step_metrics(sums, sum(p.numel() for p in chosen))}
-        self._take_first_grad(params, gamma)
         return Perturbation(self, True)
 
     def _perturbed_set(self) -> tuple[dict[Tensor, int], list[Tensor]]:
@@ -239,9 +232,12 @@ class GradientRegularizer(torch.optim.Optimizer):
 
     # What RegularizedAdamW does differently: where theta is kept, and how the step is taken.
 
-    def _keep(self, params: list[Tensor]) -> list[Tensor | None]:
-        """Where perturb() saves each parameter: kept between steps, so that nothing is allocated in them."""
-        return [self._copies.setdefault(p, torch.empty_like(p)) for p in params]
+    def _keep(self, params: list[Tensor]) -> None:
+        """Saves theta, in copies that stay between steps."""
+        for p in params:
+            if p not in self._copies:
+                self._copies[p] = torch.empty_like(p)
+        torch._foreach_copy_([self._copies[p] for p in params], params)
 
     def _restore_parameters(self, before_step: bool = False) -> None:
         torch._foreach_copy_(self._moved, [self._copies[p] for p in self._moved])

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
 from redit_fast import dither
@@ -183,6 +184,38 @@ def test_parameters_come_back_bit_by_bit(backend, make, dtype, way):
             opt.step()
     assert all(map(torch.equal, model.parameters(), before))
     assert opt.metrics()["gr/skipped_steps"] == way.startswith("nan")
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """Raises once, at the n-th write into a tensor."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= func is torch.ops.aten.copy_.default
+        if self.left == 0:
+            self.left = -1
+            raise MemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_perturbation_that_fails_half_way_leaves_the_parameters_as_they_were(make, dtype):
+    params = [nn.Parameter(torch.randn(5).to(dtype)) for _ in range(3)]
+    before = [p.detach().clone() for p in params]
+    opt = make(params, gamma=0.5, epsilon=0.5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with (
+        rf.use_backend("reference"),
+        pytest.raises(MemoryError),
+        OutOfMemoryAt(3 if make is adamw and dtype != torch.float32 else 2),
+    ):
+        opt.perturb()
+    assert all(map(torch.equal, params, before)) and opt.state_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])

@@ -109,7 +109,7 @@ def closing_rows(summary: dict) -> list[tuple[str, str]]:
         table.append(("RL steps", f"{summary['steps']:,}"))
     if known("tokens_generated", "tokens_per_second"):
         tokens, rate = summary["tokens_generated"], summary["tokens_per_second"]
-        table.append(("Tokens generated", f"{tokens:,.0f} ({rate:,.0f} per second of rollout)"))
+        table.append(("Tokens generated", f"{tokens:,.0f} ({rate:,.0f}/s of rollout)"))
     if known("seconds"):
         table.append(("Time", _duration(summary["seconds"])))
     return table
@@ -171,7 +171,9 @@ def curves(config: TrainConfig, metrics: Sequence[dict]) -> Figure:
     _panel(norm, "Gradient norm", "norm before clipping")
     _line(norm, metrics, "grad_norm", BLUE, "all parameters")
     norm.set_ylim(bottom=0)
-    if config.max_grad_norm is not None:
+    if config.max_grad_norm is not None and any(
+        (row.get("grad_norm") or 0.0) > config.max_grad_norm for row in metrics
+    ):
         norm.axhline(config.max_grad_norm, label=f"clipped to {config.max_grad_norm:g}", **MARK)
 
     _panel(cosine, "Applied vs intended perturbation", "cosine")

@@ -27,7 +27,6 @@ def _round_stochastically(x: Tensor, dtype: torch.dtype, halves: Tensor) -> Tens
 def perturb(
     sums: Tensor,
     params: list[Tensor],
-    copies: list[Tensor | None],
     grads: list[Tensor],
     offsets: list[int],
     scale: Tensor,
@@ -44,7 +43,7 @@ def perturb(
     element in the concatenation of all trainable parameters, which places it in the counter of the stochastic rounding.
     """
     sums.zero_()
-    for param, copy, grad, offset in zip(params, copies, grads, offsets, strict=True):
+    for param, grad, offset in zip(params, grads, offsets, strict=True):
         wide = torch.promote_types(param.dtype, torch.float32)
         intended = torch.where(scale == 0, 0.0, scale.to(wide) * grad.to(wide))  # 0 also where g1 holds NaN
         moved = param.to(wide) + intended
@@ -59,8 +58,6 @@ def perturb(
         sums += torch.stack(
             [(applied * intended).sum(), applied.square().sum(), intended.square().sum(), (applied != 0).sum().double()]
         )
-        if copy is not None:
-            copy.copy_(param)
         param.copy_(moved)
 
 
