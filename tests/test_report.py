@@ -130,7 +130,7 @@ def test_a_finished_run_has_a_picture_and_a_page_that_stands_alone(run):
         "31.2%",
         "94.8%",
         "+63.6 points",
-        "72,123 (20,123 per second of rollout)",
+        "72,123 (20,123/s of rollout)",
         "1 min 41 s",
         "warm start 1 min 0 s (60%)",
         "redit-fast 9.9.9, torch 8.8.8",
