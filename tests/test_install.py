@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -16,6 +17,7 @@ import pytest
 from tests.test_floors import ROOT
 
 GENERATED = (".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".benchmarks")
+PYTHON = (sys.executable, "-S")  # without the import hooks of .pth files, an editable install's among them
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
 WHERE = """
 import importlib.util, redit_fast
@@ -33,7 +35,12 @@ def run(*command, cwd, **env):
 
 
 def python(script, cwd, **env):
-    return run(sys.executable, "-c", script, cwd=cwd, **env).split()
+    return run(*PYTHON, "-c", script, cwd=cwd, **env).split()
+
+
+def beside(folder):
+    """The package in `folder` and the libraries of this environment, without its editable install of the package."""
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{sysconfig.get_path('purelib')}"}
 
 
 def checkout(folder):
@@ -118,7 +125,7 @@ import torch
 if importlib.util.find_spec("triton"): import redit_fast.kernels.element
 with redit_fast.use_backend("cpu"): redit_fast.group_advantages(torch.rand(8), group_size=4)
 """
-    package, kernel = python(script, tmp_path, PYTHONPATH=str(installed))
+    package, kernel = python(script, tmp_path, **beside(installed))
     assert Path(package).is_relative_to(installed) and Path(kernel).is_relative_to(installed)
 
 
@@ -134,7 +141,7 @@ print(redit_fast._cpu.__file__, x / 16 > 0)
 paths = set(re.findall(r"/\\S+", open("/proc/self/maps").read()))
 print(*[path for path in paths if re.search(r"lib(gomp|omp|iomp5)[-.\\w]*\\.so", path)])
 """
-    loaded, denormals, *openmp = python(script, tmp_path, PYTHONPATH=str(installed))
+    loaded, denormals, *openmp = python(script, tmp_path, **beside(installed))
     assert loaded == str(module) and denormals == "True"
     assert len(openmp) == 1 and "/torch" in openmp[0]
 
@@ -149,8 +156,8 @@ def test_a_build_without_compiler_and_torch_gives_a_package_that_says_so(pure, t
     wheel, target = pure
     with zipfile.ZipFile(wheel) as archive:
         assert not any("_cpu." in name for name in archive.namelist())
-    env = {"PYTHONPATH": str(target), "COLUMNS": "400"}
-    assert SENTENCE in run(sys.executable, "-m", "redit_fast", "info", cwd=tmp_path, **env)
+    env = beside(target) | {"COLUMNS": "400"}
+    assert SENTENCE in run(*PYTHON, "-m", "redit_fast", "info", cwd=tmp_path, **env)
     script = """
 import redit_fast, torch
 print(redit_fast.__file__, len(redit_fast.group_advantages(torch.rand(8), group_size=4).values))
@@ -169,9 +176,8 @@ def test_an_editable_install_works_without_a_compiler(tmp_path):
     bin = tmp_path / "venv" / "bin"
     run(bin / "pip", "install", "-q", "--no-deps", "-e", source, cwd=tmp_path, **NO_COMPILER)
     # The dependencies come from the environment of these tests; a .pth file in it would not be read from here.
-    torch_home = python("import torch, pathlib; print(pathlib.Path(torch.__file__).parent.parent)", tmp_path)[0]
     site = run(bin / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
-    Path(site, "dependencies.pth").write_text(torch_home)
+    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     package, kernel = run(bin / "python", "-c", WHERE, cwd=tmp_path).split()
     assert package == str(source / "redit_fast" / "__init__.py")
     assert os.path.samefile(kernel, source / "kernels" / "element.py")
@@ -190,7 +196,7 @@ def test_requirements_have_lower_bounds_only_and_installing_replaces_nothing(whe
         metadata = Parser().parsestr(archive.read(name).decode())
     requirements = [line.split(";")[0].strip() for line in metadata.get_all("Requires-Dist")]
     assert "torch>=2.8" in requirements and not re.search(r"<|==|~=|!=", "\n".join(requirements))
-    assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
     versions = (ROOT / "redit_fast" / "__init__.py").read_text()
     assert f'__version__ = "{metadata["Version"]}"' in versions
     plan = ("-m", "pip", "install", "--dry-run", "--no-index", "--no-cache-dir", wheel)
@@ -203,7 +209,8 @@ def test_importing_loads_nothing_heavy_and_starts_no_gpu(tmp_path):
 import sys, torch
 before = set(sys.modules)
 import redit_fast
+for name in redit_fast.__all__: getattr(redit_fast, name)
 heavy = ("triton", "transformers", "matplotlib", "pydantic", "rich", "yaml", "numpy", "safetensors")
 print(torch.cuda.is_initialized(), *[name for name in heavy if name in set(sys.modules) - before])
 """
-    assert python(script, tmp_path, PYTHONPATH=str(ROOT)) == ["False"]
+    assert python(script, tmp_path, **beside(ROOT)) == ["False"]
