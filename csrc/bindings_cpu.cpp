@@ -10,6 +10,12 @@
 
 namespace py = pybind11;
 
+void bind_token_loss(py::module_& module);  // bindings_token_loss.cpp
+
+namespace redit {
+void bind_params(py::module_& module);  // bindings_params.cpp
+}
+
 namespace {
 
 using Address = uintptr_t;
@@ -55,4 +61,8 @@ void group_advantages(Address values, Address group_mean, Address group_std, Add
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu, module) { module.def("group_advantages", &group_advantages); }
+PYBIND11_MODULE(_cpu, module) {
+  module.def("group_advantages", &group_advantages);
+  bind_token_loss(module);
+  redit::bind_params(module);
+}

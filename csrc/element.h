@@ -19,19 +19,21 @@ struct Words {
   uint32_t x0, x1, x2, x3;
 };
 
+constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u, kPhiloxKey1 = 0xBB67AE85u;  // added to the key after every round
+
+REDIT_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+  const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
+  c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
+  c1 = uint32_t(p1);
+  c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+  c3 = uint32_t(p0);
+}
+
 // Philox4x32-10 (Salmon et al., SC 2011): key = seed, counter = (id lo, id hi, stream, step).
 REDIT_HD Words philox4x32(uint64_t seed, int64_t id, uint32_t stream, uint32_t step) {
   uint32_t c0 = uint32_t(id), c1 = uint32_t(uint64_t(id) >> 32), c2 = stream, c3 = step;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(p1);
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
+  for (int round = 0; round < 10; ++round, k0 += kPhiloxKey0, k1 += kPhiloxKey1) philox_round(c0, c1, c2, c3, k0, k1);
   return {c0, c1, c2, c3};
 }
 
@@ -84,6 +86,34 @@ REDIT_HD double noise(bool gaussian, double half_range, uint64_t seed, int64_t i
   const Words words = philox4x32(seed, id, stream, step);
   if (!gaussian) return half_range * (2.0 * uniform(words.x0) - 1.0);
   return (half_range / 1.7320508075688772) * double(float(box_muller(words.x0, words.x1)));
+}
+
+// One AdamW step in torch.optim.AdamW's order of operations, in T = float or double. Not its bits: torch's lerp fuses
+// its multiply-add and its float32 sqrt misses the last bit of 5 % of values; here IEEE rounds every operation.
+template <class T>
+struct AdamwScalars {
+  T factor, lerp, other_lerp, beta2, one_minus_beta2, root_correction2, eps, minus_step_size, decay;
+  bool from_grad;  // torch.lerp starts from the nearer end
+  REDIT_HD AdamwScalars(double step, double factor, double lr, double beta1, double beta2, double eps,
+                        double weight_decay)
+      : factor(T(factor)),
+        lerp(T(1 - beta1)),
+        other_lerp(lerp - T(1)),
+        beta2(T(beta2)),
+        one_minus_beta2(T(1 - beta2)),
+        root_correction2(T(std::sqrt(1 - std::pow(beta2, step)))),
+        eps(T(eps)),
+        minus_step_size(T(-(lr / (1 - std::pow(beta1, step))))),
+        decay(T(1 - lr * weight_decay)),
+        from_grad(!(lerp < T(0.5))) {}
+};
+
+template <class T>
+REDIT_HD void adamw_element(T& weight, T& m, T& v, T grad, const AdamwScalars<T>& s) {
+  const T g = grad * s.factor;
+  m = s.from_grad ? g + s.other_lerp * (g - m) : m + s.lerp * (g - m);
+  v = v * s.beta2 + (s.one_minus_beta2 * g) * g;
+  weight = weight * s.decay + (m * s.minus_step_size) / (std::sqrt(v) / s.root_correction2 + s.eps);
 }
 
 }  // namespace redit

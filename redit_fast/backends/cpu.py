@@ -6,9 +6,14 @@ that `import torch` has put into the process (libtorch_global_deps, with RTLD_GL
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+
+from redit_fast.losses import LossConfig
+from redit_fast.transforms import LogitTransform
 
 try:
     import redit_fast._cpu as _cpu
@@ -22,7 +27,16 @@ except ModuleNotFoundError:
 except ImportError as error:
     _missing = f"redit_fast._cpu does not load beside torch {torch.__version__}: {error}"
 
-_OPS = ("group_advantages",)
+_OPS = (
+    "group_advantages",
+    "token_logp",
+    "token_logp_grad",
+    "token_loss",
+    "scale_in_place",
+    "squared_norm",
+    "perturb",
+    "adamw",
+)
 
 
 def why_not(op: str, device: torch.device) -> str | None:
@@ -73,3 +87,246 @@ def group_advantages(
         torch.get_num_threads(),
     )
     increment_version(outputs)
+
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEVEL = -1  # instruction set of the token loss: 0 baseline, 1 AVX2, 2 AVX-512; -1: the best that the processor has
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _matrix(tensor: Tensor | None) -> tuple[int, int, int, int, int]:
+    return (0, 0, 0, 1, 1) if tensor is None else (tensor.data_ptr(), *tensor.shape, *tensor.stride())
+
+
+def _setting(x: Tensor, transform: LogitTransform) -> tuple[int, float, float, float, bool, int, int]:
+    temperature, scale, softcap = transform
+    inner, outer = (1.0, scale) if softcap is None else (scale / softcap, softcap)
+    factors = (scale / temperature, inner, outer / temperature / math.log(2))  # the kernels exponentiate to base 2
+    return (_TYPES.index(x.dtype), *factors, softcap is not None, torch.get_num_threads(), _LEVEL)
+
+
+def token_logp(
+    logp: Tensor, entropy: Tensor | None, sums: Tensor, logits: Tensor, targets: Tensor, transform: LogitTransform
+) -> None:
+    """As `reference.token_logp`; logp and entropy contiguous, so are the rows of sums."""
+    targets = targets.contiguous()
+    _cpu.token_logp(
+        logp.data_ptr(),
+        _address(entropy),
+        sums.data_ptr(),
+        sums.stride(0),
+        _matrix(logits),
+        targets.data_ptr(),
+        _setting(logits, transform),
+    )
+    increment_version((logp, sums) if entropy is None else (logp, entropy, sums))
+
+
+def token_logp_grad(
+    grad_logits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    sums: Tensor,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    entropy: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """As `reference.token_logp_grad`; grad_logp, grad_entropy and entropy contiguous, so are the rows of sums."""
+    targets = targets.contiguous()
+    _cpu.token_logp_grad(
+        _matrix(grad_logits),
+        _matrix(logits),
+        targets.data_ptr(),
+        sums.data_ptr(),
+        sums.stride(0),
+        grad_logp.data_ptr(),
+        _address(grad_entropy),
+        _address(entropy),
+        _setting(logits, transform),
+    )
+    increment_version((grad_logits,))
+
+
+def token_loss(
+    loss: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    grad_logits: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    config: LossConfig,
+    grad_scale: Tensor | None,
+) -> None:
+    """As `reference.token_loss`; the rows' numbers (R,) float32."""
+    # held until the call returns: a contiguous copy is read through its address
+    inputs = [None if x is None else x.contiguous() for x in (targets, weights, advantages, old_logp, ref_logp)]
+    _cpu.token_loss(
+        loss.data_ptr(),
+        logp.data_ptr(),
+        entropy.data_ptr(),
+        _matrix(grad_logits),
+        _matrix(logits),
+        *map(_address, inputs),
+        config.loss_type == "cispo",
+        config.kl_ratio_correction,
+        *config.clip_range,
+        math.inf if config.delta is None else config.delta,
+        config.beta,
+        1.0 if grad_scale is None else grad_scale.item(),
+        _setting(logits, config.transform),
+    )
+    increment_version((loss, logp, entropy) if grad_logits is None else (loss, logp, entropy, grad_logits))
+
+
+def scale_in_place(x: Tensor, factor: Tensor) -> None:
+    """As `reference.scale_in_place`; x of at most two dimensions."""
+    matrix = x.view(1, -1) if x.is_contiguous() else x.unsqueeze(0) if x.ndim == 1 else x
+    if matrix.stride(0) == 1:
+        matrix = matrix.t()
+    _cpu.scale_in_place(_matrix(matrix), factor.item(), _setting(x, LogitTransform()))
+    increment_version((x,))
+
+
+# Passes over parameters: tables of (address, dtype) in, one call a pass.
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # Dtype of csrc/formats.h
+
+
+def _table(name: str, tensors: list[Tensor | None]) -> list[tuple[int, int]]:
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} must lie on the CPU as the others do, got a tensor on {tensor.device}")
+        if tensor.dtype not in _CODES:
+            raise NotImplementedError(
+                f"{name} of {tensor.dtype}: the cpu backend has float32, bfloat16, float16 and float64; "
+                "use_backend('reference') has every dtype"
+            )
+    return [(0, 0) if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype]) for tensor in tensors]
+
+
+def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """A transposed or channels-last tensor is read through a row-major copy: the rounding's counter is row-major."""
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _finish(originals: list[Tensor | None], written: list[Tensor | None]) -> None:
+    """Version counters of what was written, and row-major copies back to where they came from."""
+    for original, copy in zip(originals, written, strict=True):
+        if original is not None and copy is not original:
+            original.copy_(copy)
+    increment_version([original for original in originals if original is not None])
+
+
+def _check_like(name: str, tensors: list[Tensor | None], params: list[Tensor], wide: bool) -> None:
+    for tensor, param in zip(tensors, params, strict=True):
+        if tensor is None:
+            continue
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        if tensor.shape != param.shape or (wide and tensor.dtype != dtype):
+            raise ValueError(
+                f"{name} must be {f'{dtype}, ' if wide else ''}of its parameter's shape {tuple(param.shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+
+
+def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
+    """As `reference.squared_norm`, with the squares in float64."""
+    tensors = _contiguous(tensors)
+    numels = [tensor.numel() for tensor in tensors]
+    _cpu.squared_norm(out.data_ptr(), _table("tensors", tensors), numels, torch.get_num_threads())
+    increment_version(out)
+
+
+@torch.no_grad()
+def perturb(
+    sums: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor],
+    offsets: list[int],
+    scale: Tensor,
+    rounding: str,
+    seed: int,
+    step: Tensor,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """As `reference.perturb`: the parameters bit for bit, the sums to 1e-12."""
+    _check_like("grads", grads, params, wide=False)
+    if compute_dtype is not None and compute_dtype not in _CODES:
+        raise NotImplementedError(f"compute_dtype {compute_dtype} has no C++ version; use_backend('reference') has it")
+    moved, grads = _contiguous(params), _contiguous(grads)
+    _cpu.perturb(
+        sums.data_ptr(),
+        _table("params", moved),
+        _table("grads", grads),
+        [param.numel() for param in params],
+        offsets,
+        scale.item(),
+        rounding == "stochastic",
+        seed,
+        int(step),
+        -1 if compute_dtype is None else _CODES[compute_dtype],
+        torch.get_num_threads(),
+    )
+    increment_version(sums)
+    _finish(params, moved)
+
+
+@torch.no_grad()
+def adamw(
+    params: list[Tensor],
+    masters: list[Tensor | None],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    factor: Tensor,
+    finite: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """As `reference.adamw`, to the last bit or two of float32."""
+    _check_like("grads", grads, params, wide=False)
+    for name, state in (("masters", masters), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check_like(name, state, params, wide=True)
+    for param, master, step in zip(params, masters, steps, strict=True):
+        if step.dtype != torch.float32 or step.numel() != 1 or step.device.type != "cpu":
+            raise ValueError(f"steps must be float32 numbers on the CPU, got {step.dtype} {tuple(step.shape)}")
+        if master is None and param.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"a {param.dtype} parameter needs a float32 master")
+    written = (params, masters, exp_avgs, exp_avg_sqs)
+    work = [_contiguous(tensors) for tensors in written]
+    grads = _contiguous(grads)
+    p, master, m, v = map(_table, ("params", "masters", "exp_avgs", "exp_avg_sqs"), work)
+    _cpu.adamw(
+        p,
+        master,
+        _table("grads", grads),
+        m,
+        v,
+        [step.data_ptr() for step in steps],
+        [param.numel() for param in params],
+        factor.item(),
+        bool(finite),
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        torch.get_num_threads(),
+    )
+    for originals, copies in zip(written, work, strict=True):
+        _finish(originals, copies)
+    increment_version(steps)

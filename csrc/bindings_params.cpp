@@ -1,0 +1,49 @@
+// Bindings of the passes over parameters: (address, dtype) lists from redit_fast/backends/cpu.py.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "params.h"
+
+namespace py = pybind11;
+
+namespace redit {
+namespace {
+
+using Table = std::vector<std::pair<uintptr_t, int>>;  // address (0: absent), Dtype
+
+Arrays arrays(const Table& table) {
+  Arrays result;
+  for (const auto& [address, dtype] : table) result.push_back({reinterpret_cast<void*>(address), Dtype(dtype)});
+  return result;
+}
+
+}  // namespace
+
+void bind_params(py::module_& module) {
+  module.def("squared_norm", [](uintptr_t out, const Table& tensors, const Sizes& numels, int threads) {
+    const Arrays table = arrays(tensors);
+    py::gil_scoped_release release;
+    *reinterpret_cast<double*>(out) = squared_norm(table, numels, threads);
+  });
+  module.def("perturb", [](uintptr_t sums, const Table& params, const Table& grads, const Sizes& numels,
+                           const Sizes& offsets, double scale, bool stochastic, uint64_t seed, uint32_t step,
+                           int compute_dtype, int threads) {
+    const Arrays p = arrays(params), g = arrays(grads);
+    py::gil_scoped_release release;
+    perturb(reinterpret_cast<double*>(sums), p, g, numels, offsets, {scale, stochastic, seed, step, compute_dtype},
+            threads);
+  });
+  module.def("adamw", [](const Table& params, const Table& masters, const Table& grads, const Table& exp_avgs,
+                         const Table& exp_avg_sqs, const std::vector<uintptr_t>& steps, const Sizes& numels,
+                         double factor, bool finite, double lr, double beta1, double beta2, double eps,
+                         double weight_decay, int threads) {
+    AdamwTable table{arrays(params),      arrays(masters), arrays(grads), arrays(exp_avgs),
+                     arrays(exp_avg_sqs), {},              numels};
+    for (uintptr_t step : steps) table.steps.push_back(reinterpret_cast<float*>(step));
+    py::gil_scoped_release release;
+    adamw(table, {factor, finite, lr, beta1, beta2, eps, weight_decay}, threads);
+  });
+}
+
+}  // namespace redit

@@ -1,0 +1,50 @@
+// Arguments of the passes over parameters: tables of contiguous tensors.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "formats.h"
+
+namespace redit {
+
+struct Array {
+  void* data;  // null: absent
+  Dtype dtype;
+};
+
+using Arrays = std::vector<Array>;
+using Sizes = std::vector<int64_t>;
+
+// Sum of squares over all tensors.
+double squared_norm(const Arrays& tensors, const Sizes& numels, int threads);
+
+struct PerturbOptions {
+  double scale;
+  bool stochastic;
+  uint64_t seed;
+  uint32_t step;
+  int compute_dtype;  // a Dtype, or -1: each parameter's own
+};
+
+// params += scale * grads; sums[4] = <applied, intended>, |applied|^2, |intended|^2, number moved. offsets: each
+// tensor's first element in the concatenation of all trainable parameters.
+void perturb(double* sums, const Arrays& params, const Arrays& grads, const Sizes& numels, const Sizes& offsets,
+             const PerturbOptions& options, int threads);
+
+struct AdamwTable {
+  Arrays params, masters, grads, exp_avgs, exp_avg_sqs;
+  std::vector<float*> steps;
+  Sizes numels;
+};
+
+struct AdamwOptions {
+  double factor;
+  bool finite;
+  double lr, beta1, beta2, eps, weight_decay;
+};
+
+// One AdamW step on the master where there is one, then params = nearest(master). Not finite: only the latter.
+void adamw(const AdamwTable& table, const AdamwOptions& options, int threads);
+
+}  // namespace redit

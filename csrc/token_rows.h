@@ -1,0 +1,157 @@
+// One row of logits: its sums, its largest element, its gradient. token_loss.cpp includes this file once for every
+// instruction set, inside a namespace whose name carries it. A row's sums run over 32 lanes (column mod 32) in chunks
+// of 4096 columns and are combined in one order: the same bits with every instruction set, address and neighbour.
+// Memory: sums and largest read the row; gradient reads it from the cache and writes it.
+
+#include "simd.h"
+
+constexpr int kBlock = 32, kVectors = kBlock / REDIT_LANES;
+constexpr int64_t kChunk = 4096;  // 128 additions a lane, then one to the total: 1e-5 becomes 1e-6 at V = 151936
+constexpr float kLowest = -127.0f, kHighest = 90.0f;  // 2^y is 0 at the lowest; above e^40 = 2^57.7 a row is redone
+
+// y = (z - z_anchor) log2 e, and dz/dx up to the constant slope.
+template <bool capped>
+REDIT_INLINE Floats gap(Floats x, float anchor, const Transform& t, Floats& bend) {
+  if (!capped) return (x - anchor) * t.outer;
+  const Floats tangent = hyperbolic_tangent(x * t.inner);
+  bend = 1.0f - tangent * tangent;
+  return (tangent - anchor) * t.outer;  // the anchor comes as a tanh
+}
+
+template <bool capped>
+REDIT_INLINE float squash(float anchor, const Transform& t) {
+  return capped ? hyperbolic_tangent(splat(anchor * t.inner))[0] : anchor;
+}
+
+template <class Type>
+REDIT_INLINE float element(const void* row, int64_t column) {
+  typename Type::Stored lanes[REDIT_LANES] = {};
+  lanes[0] = static_cast<const typename Type::Stored*>(row)[column];
+  return Type::load(lanes)[0];
+}
+
+template <class Type>
+float read(const void* row, int64_t column) {
+  return element<Type>(row, column);
+}
+
+// Exactly 0 from 2^-126.5 down; NaN stays. Sets y to its bounds, so that e y is never 0 times infinity.
+REDIT_INLINE Floats bounded_power(Floats& y) {
+  y = clamp(y, kLowest, kHighest);
+  return power_of_two(y);
+}
+
+template <class Type, bool capped>
+RowSums sums(const void* row, int64_t vocabulary, int64_t target, float anchor, const Transform& t) {
+  const auto* x = static_cast<const typename Type::Stored*>(row);
+  const float a = squash<capped>(anchor, t);
+  Floats others[kVectors] = {}, weighted[kVectors] = {}, bend;
+  const int64_t target_block = target < 0 ? -1 : target / kBlock * kBlock;
+  for (int64_t chunk = 0; chunk < vocabulary; chunk += kChunk) {
+    Floats chunk_others[kVectors] = {}, chunk_weighted[kVectors] = {};
+    const int64_t stop = chunk + kChunk < vocabulary ? chunk + kChunk : vocabulary;
+    for (int64_t j = chunk; j < stop; j += kBlock) {
+      if (j != target_block && j + kBlock <= stop) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          Floats y = gap<capped>(Type::load(x + j + v * REDIT_LANES), a, t, bend);
+          const Floats e = bounded_power(y);
+          chunk_others[v] += e;
+          chunk_weighted[v] += e * y;
+        }
+        continue;
+      }
+      typename Type::Stored block[kBlock] = {};
+      float y_block[kBlock];
+      const int64_t count = stop - j < kBlock ? stop - j : kBlock;
+      __builtin_memcpy(block, x + j, size_t(count) * sizeof *x);
+      for (int v = 0; v < kVectors; ++v)
+        Float32::store(y_block + v * REDIT_LANES, gap<capped>(Type::load(block + v * REDIT_LANES), a, t, bend));
+      for (int64_t i = count; i < kBlock; ++i) y_block[i] = -__builtin_inff();
+      if (j == target_block) y_block[target - j] = -__builtin_inff();
+      for (int v = 0; v < kVectors; ++v) {
+        Floats y = Float32::load(y_block + v * REDIT_LANES);
+        const Floats e = bounded_power(y);
+        chunk_others[v] += e;
+        chunk_weighted[v] += e * y;
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) others[v] += chunk_others[v], weighted[v] += chunk_weighted[v];
+  }
+  double other_sum = 0, weighted_sum = 0;
+  for (int v = 0; v < kVectors; ++v)
+    for (int l = 0; l < REDIT_LANES; ++l) other_sum += double(others[v][l]), weighted_sum += double(weighted[v][l]);
+  return {float(other_sum), float(weighted_sum)};
+}
+
+// Of all elements that are not NaN (a NaN reaches the row's sums without help).
+template <class Type>
+float largest(const void* row, int64_t vocabulary) {
+  const auto* x = static_cast<const typename Type::Stored*>(row);
+  Floats top = splat(-__builtin_inff());
+  int64_t j = 0;
+  for (; j + REDIT_LANES <= vocabulary; j += REDIT_LANES) {
+    const Floats value = Type::load(x + j);
+    top = value > top ? value : top;
+  }
+  float result = -__builtin_inff();
+  for (int l = 0; l < REDIT_LANES; ++l) result = top[l] > result ? top[l] : result;
+  for (; j < vocabulary; ++j) {
+    const float value = element<Type>(row, j);
+    result = value > result ? value : result;
+  }
+  return result;
+}
+
+// out = e (constant + by_gap y) dz/dx; the target's column is the caller's number. out may be the row.
+template <class Type, bool capped>
+void gradient(void* out, const void* row, int64_t vocabulary, int64_t target, float at_target, float anchor,
+              const Slopes& slopes, const Transform& t) {
+  const auto* x = static_cast<const typename Type::Stored*>(row);
+  auto* g = static_cast<typename Type::Stored*>(out);
+  const float a = squash<capped>(anchor, t);
+  const auto lanes = [&](typename Type::Stored* to, const typename Type::Stored* from)
+      __attribute__((always_inline)) {
+    Floats bend, y = gap<capped>(Type::load(from), a, t, bend);
+    Floats e = bounded_power(y);
+    if (capped) e *= bend;
+    Type::store(to, e * (slopes.constant + slopes.by_gap * y));
+  };
+  int64_t j = 0;
+  for (; j + kBlock <= vocabulary; j += kBlock)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) lanes(g + j + v * REDIT_LANES, x + j + v * REDIT_LANES);
+  if (j < vocabulary) {
+    typename Type::Stored block[kBlock] = {};
+    __builtin_memcpy(block, x + j, size_t(vocabulary - j) * sizeof *x);
+    for (int v = 0; v < kVectors; ++v) lanes(block + v * REDIT_LANES, block + v * REDIT_LANES);
+    __builtin_memcpy(g + j, block, size_t(vocabulary - j) * sizeof *x);
+  }
+  if (target < 0) return;
+  typename Type::Stored last[REDIT_LANES];
+  Type::store(last, splat(at_target));
+  g[target] = last[0];
+}
+
+template <class Type>
+void scale(void* row, int64_t count, float factor) {
+  auto* x = static_cast<typename Type::Stored*>(row);
+  int64_t j = 0;
+  for (; j + REDIT_LANES <= count; j += REDIT_LANES) Type::store(x + j, Type::load(x + j) * factor);
+  for (; j < count; ++j) {
+    typename Type::Stored lanes[REDIT_LANES];
+    Type::store(lanes, splat(element<Type>(x, j) * factor));
+    x[j] = lanes[0];
+  }
+}
+
+template <class Type, bool capped>
+constexpr RowKernels kernels() {
+  return {&read<Type>, &sums<Type, capped>, &largest<Type>, &gradient<Type, capped>, &scale<Type>};
+}
+
+constexpr RowKernels kKernels[3][2] = {{kernels<Float32, false>(), kernels<Float32, true>()},
+                                       {kernels<BFloat16, false>(), kernels<BFloat16, true>()},
+                                       {kernels<Float16, false>(), kernels<Float16, true>()}};
+
+#undef REDIT_INLINE

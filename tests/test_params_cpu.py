@@ -1,0 +1,197 @@
+"""What only the compiled parameter passes can get wrong: the rounding, chunk and block edges, threads, layouts."""
+
+import math
+
+import pytest
+import torch
+
+from redit_fast.backends import cpu, reference
+
+refusal = cpu.why_not("perturb", torch.device("cpu"))
+pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SIZES = [1, 0, 7, 1023, 1025, 65536, 65537, 70_001]  # below and past a lane group, a block of 1024, a chunk of 65536
+OFFSETS = [0, 1, 1, 8, 1031, 2**33 + 3, 2**33 + 65_539, 13]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def tensors(dtype, scale=1.0, sizes=SIZES):
+    return [(torch.randn(n, dtype=torch.float64) * scale).to(dtype) for n in sizes]
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def perturbed(module, params, grads, scale=0.37, rounding="stochastic", compute_dtype=None, offsets=OFFSETS, step=5):
+    params, sums = [p.clone() for p in params], torch.full((4,), math.nan, dtype=torch.float64)
+    module.perturb(
+        sums, params, grads, offsets, scalar(scale), rounding, 2**64 - 9, torch.tensor(step), compute_dtype
+    )  # fmt: skip
+    return params, sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("compute_dtype", [None, *DTYPES])
+def test_perturbed_bits_and_sums_equal_the_reference(dtype, rounding, compute_dtype):
+    params, grads = tensors(dtype), tensors(dtype, 1e-2)
+    options = {"rounding": rounding, "compute_dtype": compute_dtype}
+    ours, sums = perturbed(cpu, params, grads, **options)
+    theirs, expected = perturbed(reference, params, grads, **options)
+    assert all(map(torch.equal, ours, theirs))
+    assert not any(p.numel() and torch.equal(p, q) for p, q in zip(ours[3:], params[3:]))
+    assert expected.min() > 0
+    torch.testing.assert_close(sums, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_every_half_and_every_edge_of_the_format_is_rounded_as_the_reference_does(dtype, rounding):
+    """All 65536 values as parameters: subnormal, infinite, NaN, and steps that overflow."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    for scale in (1e-8, 1.0, 3e4, 3e38):
+        grads = [torch.randn(len(every)).to(dtype)]
+        ours, _ = perturbed(cpu, [every], grads, scale, rounding, offsets=[3])
+        theirs, _ = perturbed(reference, [every], grads, scale, rounding, offsets=[3])
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_scale_of_zero_moves_nothing_where_the_gradient_is_nan():
+    for dtype in DTYPES:
+        params = tensors(dtype)
+        ours, sums = perturbed(cpu, params, [torch.full_like(p, math.nan) for p in params], scale=0.0)
+        assert all(map(torch.equal, ours, params)) and sums.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_is_that_of_float64(dtype):
+    values = tensors(dtype, 3.0)
+    out = scalar(math.nan)
+    cpu.squared_norm(out, values)
+    torch.testing.assert_close(out, sum(x.double().square().sum() for x in values), rtol=1e-12, atol=0)
+    cpu.squared_norm(out, [torch.zeros(0, dtype=dtype)])
+    assert out == 0
+    cpu.squared_norm(out, [values[-1], torch.full((2,), math.inf, dtype=dtype)])
+    assert out == math.inf
+
+
+def adamw_state(dtype, sizes=SIZES):
+    params, grads = tensors(dtype, sizes=sizes), tensors(dtype, 1e-2, sizes)
+    low = dtype in (torch.bfloat16, torch.float16)
+    wide = torch.promote_types(dtype, torch.float32)
+    masters = [p.float() + torch.randn(p.shape) * 1e-4 if low else None for p in params]
+    m, v = tensors(wide, 1e-2, sizes), [x.square() for x in tensors(wide, 1e-2, sizes)]
+    steps = [torch.tensor(float(i)) for i in range(len(sizes))]
+    return params, masters, grads, m, v, steps
+
+
+def run_adamw(module, state, finite=True, beta1=0.9, factor=0.7):
+    copies = [[None if x is None else x.clone() for x in row] for row in state]
+    module.adamw(*copies, scalar(factor), torch.tensor(finite), 1e-2, beta1, 0.999, 1e-8, 0.1)
+    return copies
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beta1", [0.9, 0.3, 0.0])
+def test_an_adamw_step_is_the_references_to_an_ulp_or_two(dtype, beta1):
+    state = adamw_state(dtype)
+    ours, theirs = run_adamw(cpu, state, beta1=beta1), run_adamw(reference, state, beta1=beta1)
+    precision = 2.0**-52 if dtype == torch.float64 else 2.0**-23
+    for row in (0, 1, 3, 4):  # sums of old value and change cancel, so an ulp is one of their sizes
+        for x, y, old in zip(ours[row], theirs[row], state[row]):
+            if x is not None and x.numel() and x.dtype == torch.promote_types(dtype, torch.float32):
+                assert ((x - y).abs() <= 4 * precision * (y.abs() + old.abs())).all()
+                assert not torch.equal(x, old)
+    for p, master in zip(ours[0], ours[1]):
+        assert master is None or torch.equal(p, master.to(dtype))
+    assert ours[5] == theirs[5] and [s.item() for s in ours[5]] == [i + 1 for i in range(len(SIZES))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_that_is_not_finite_only_writes_the_master_back(dtype):
+    state = adamw_state(dtype)
+    ours = run_adamw(cpu, state, finite=False, factor=math.nan)
+    for after, before in zip(ours[1:], state[1:]):
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(after, before))
+    for p, master, before in zip(ours[0], ours[1], state[0]):
+        assert torch.equal(p, before if master is None else master.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_number_of_threads(threads, dtype):
+    params, grads, state, results = tensors(dtype), tensors(dtype, 1e-2), adamw_state(dtype), []
+    for count in (1, 2, 3):
+        threads(count)
+        norm = scalar(0.0)
+        cpu.squared_norm(norm, params)
+        moved, sums = perturbed(cpu, params, grads)
+        stepped = [x for row in run_adamw(cpu, state) for x in row if x is not None]
+        results.append([norm, sums, *moved, *stepped])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transposed_and_channels_last_tensors_are_counted_in_row_major_order(dtype):
+    def layouts(x):
+        wide = torch.zeros(x.numel() * 2, dtype=x.dtype)[::2].copy_(x.flatten())
+        channels_last = x.view(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
+        return [x.view(14, 15).t().contiguous().t(), channels_last, wide]
+
+    values, slopes = torch.randn(210).to(dtype), torch.randn(210).to(dtype)
+    expected, _ = perturbed(reference, [values], [slopes], offsets=[3])
+    for p, g in zip(layouts(values), layouts(slopes)):
+        assert not p.is_contiguous()
+        strides, sums = p.stride(), torch.zeros(4, dtype=torch.float64)
+        cpu.perturb(sums, [p], [g], [3], scalar(0.37), "stochastic", 2**64 - 9, torch.tensor(5), None)
+        assert torch.equal(p.flatten(), expected[0]) and p.stride() == strides
+        norm = scalar(0.0)
+        cpu.squared_norm(norm, [g])
+        torch.testing.assert_close(norm, slopes.double().square().sum(), rtol=1e-12, atol=0)
+    state = adamw_state(dtype, [210])
+    expected = run_adamw(cpu, state)
+    for kind in range(3):
+        row = [[x if x is None else layouts(x)[kind] if x.dim() else x.clone() for x in part] for part in state]
+        cpu.adamw(*row, scalar(0.7), torch.tensor(True), 1e-2, 0.9, 0.999, 1e-8, 0.1)
+        for part, wanted in zip(row, expected):
+            assert all(x is y is None or torch.equal(x.flatten(), y.flatten()) for x, y in zip(part, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_written_is_known_to_autograd(dtype):
+    params, masters, grads, m, v, steps = adamw_state(dtype, [5, 9])
+    sums, norm = torch.zeros(4, dtype=torch.float64), scalar(0.0)
+    written = [sums, norm, *params]
+    versions = [x._version for x in written + grads]
+    cpu.squared_norm(norm, grads)
+    cpu.perturb(sums, params, grads, [0, 5], scalar(1.0), "nearest", 0, torch.tensor(0), None)
+    assert [x._version for x in written] == [version + 1 for version in versions[:4]]
+    written = [x for x in (*params, *masters, *m, *v, *steps) if x is not None]
+    before = [x._version for x in written]
+    leaf = torch.ones(5, requires_grad=True)
+    product_of_old_values = leaf * params[0]
+    cpu.adamw(params, masters, grads, m, v, steps, scalar(1.0), torch.tensor(True), 1e-2, 0.9, 0.999, 1e-8, 0.0)
+    assert [x._version for x in written] == [version + 1 for version in before]
+    assert [g._version for g in grads] == versions[4:]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product_of_old_values.sum().backward()
+
+
+def test_a_dtype_without_a_version_and_a_wrong_shape_are_refused_by_name_before_anything_is_written():
+    p, sums = torch.ones(4), torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="float8"):
+        cpu.squared_norm(scalar(0.0), [torch.zeros(4).to(torch.float8_e4m3fn)])
+    with pytest.raises(ValueError, match="grads"):
+        cpu.perturb(sums, [p], [torch.ones(3)], [0], scalar(1.0), "nearest", 0, torch.tensor(0), None)
+    none, one = [None], [torch.zeros(())]
+    for m in (torch.zeros(4, dtype=torch.float16), torch.zeros(3)):
+        with pytest.raises(ValueError, match="exp_avgs"):
+            cpu.adamw([p], none, [p], [m], [p], one, scalar(1.0), torch.tensor(True), 1e-2, 0.9, 0.999, 1e-8, 0.0)
+    assert torch.equal(p, torch.ones(4)) and one[0] == 0
