@@ -1,4 +1,4 @@
-// Dithered group advantages; redit_fast/backends/reference.py::group_advantages is the definition, bit for bit.
+// Dithered group advantages; redit_fast/backends/reference/advantages.py is the definition, bit for bit.
 //
 // float64 inside: members of a group are summed in batch order, the variance takes two passes, batch-wide sums add the group
 // sums in order of first appearance in blocks of 1024 and then the blocks; one rounding to float32 at the store. Groups are

@@ -281,7 +281,7 @@ print(rf.group_advantages(rewards, group_size=4, dither=rf.Dither(), sample_ids=
         subprocess.Popen([sys.executable, "-c", script, str(rank)], stdout=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks)
     single = rf.group_advantages(torch.zeros(16), group_size=4, dither=rf.Dither()).values.tolist()
     assert [float(x) for out in outputs for x in out.strip()[1:-1].split(",")] == single
