@@ -349,6 +349,32 @@ def test_parameter_groups_default_to_the_decoder_layers():
         rf.parameter_groups(model, perturb="adapter")
 
 
+def test_a_gradient_of_pass_1_that_is_not_finite_outside_the_perturbed_set_skips_the_step(backend):
+    """At gamma = epsilon g1 itself is thrown away, so only this check can see it."""
+    inside, outside = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+    opt = adamw([{"params": [inside]}, {"params": [outside], "perturb": False}], gamma=0.1, epsilon=0.1)
+    before = inside.detach().clone(), outside.detach().clone()
+    inside.grad, outside.grad = torch.ones(4), torch.tensor([1.0, math.nan, 1.0, 1.0])
+    assert opt.perturb()
+    inside.grad, outside.grad = torch.ones(4), torch.ones(4)
+    opt.step()
+    assert torch.equal(inside, before[0]) and torch.equal(outside, before[1])
+    assert opt.metrics()["gr/skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_a_parameter_without_a_gradient_in_pass_2_comes_back_too(backend, make, dtype):
+    used, once = (nn.Parameter(torch.randn(64).to(dtype)) for _ in range(2))
+    opt = make([used, once], gamma=0.5, epsilon=0.5)
+    before = once.detach().clone()
+    used.grad, once.grad = torch.ones_like(used), torch.ones_like(once)
+    assert opt.perturb() and not torch.equal(once, before)
+    used.grad = torch.ones_like(used)
+    opt.step()
+    assert torch.equal(once, before)
+
+
 @pytest.mark.parametrize("keep", [None, True])
 def test_micro_batches_equal_one_batch(backend, keep):
     x = torch.randn(8, 16)
