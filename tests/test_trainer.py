@@ -199,6 +199,21 @@ def test_kill_9_at_any_moment_never_damages_an_older_checkpoint(settings, tmp_pa
     assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == list(range(done + 2))
 
 
+def test_a_checkpoint_that_exists_has_all_the_lines_that_lead_to_it(settings, monkeypatch):
+    publish, steps = checkpoint.publish, []
+
+    def publish_after_reading(draft):
+        run = draft.parent.parent
+        steps.append(checkpoint.step_of(draft))
+        assert lines_of(run / "metrics.jsonl")[-1]["step"] == steps[-1]
+        assert steps[-1] == 0 or lines_of(run / "completions.jsonl")[-1]["step"] == steps[-1]
+        return publish(draft)
+
+    monkeypatch.setattr(checkpoint, "publish", publish_after_reading)
+    train(config.load(overrides=settings))
+    assert steps == list(range(settings["steps"] + 1))
+
+
 def test_ctrl_c_saves_prints_the_resume_command_and_exits_with_130(settings, tmp_path):
     job = {**settings, "steps": 500, "checkpoint_every": 400}
     process = launch(job)

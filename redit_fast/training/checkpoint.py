@@ -2,7 +2,7 @@
 
 checkpoints/step-000024/ holds the model, the tokenizer, optimizer.safetensors, state.json and manifest.json with the
 SHA-256 of every other file. It is written under another name, flushed to disk and renamed, so a crash leaves older ones
-alone.
+alone. The trainer writes a step's metrics between the two: a checkpoint that exists has all the lines that lead to it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 MANIFEST = "manifest.json"
 
 
-def save(
+def write(
     folder: Path, step: int, model: PreTrainedModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer
 ) -> Path:
-    """Writes `folder`/step-NNNNNN; one of that name that is complete is kept, since equal steps are equal.
+    """A draft of `folder`/step-NNNNNN on disk, which `publish` makes a checkpoint.
 
     Raises:
         OSError: the disk is full or the folder is not writable; older checkpoints are untouched.
     """
     target, draft = folder / f"step-{step:06d}", folder / f".draft-{step:06d}"
-    if target.exists() and _damage(target) is None:
-        return target
-    for leftover in (target, draft):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     state = optimizer.state_dict()
     tensors = {f"{i}.{name}": tensor for i, values in state.pop("state").items() for name, tensor in values.items()}
@@ -49,8 +46,18 @@ def save(
     _write_json(draft / MANIFEST, {path.name: _digest(path) for path in sorted(draft.iterdir())})
     for path in [*draft.iterdir(), draft]:
         _flush(path)
+    return draft
+
+
+def publish(draft: Path) -> Path:
+    """Gives a draft its checkpoint's name; a complete one of that name stays, since equal steps are equal."""
+    target = draft.with_name(draft.name.replace(".draft", "step"))
+    if target.exists() and _damage(target) is None:
+        shutil.rmtree(draft)
+        return target
+    shutil.rmtree(target, ignore_errors=True)
     os.replace(draft, target)
-    _flush(folder)
+    _flush(draft.parent)
     return target
 
 

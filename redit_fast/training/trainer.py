@@ -84,8 +84,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
     runs.replace(run / "config.json", json.dumps(dict(config), indent=1) + "\n")
     runs.keep_lines_until(run, done)
 
-    def save() -> None:
-        checkpoint.save(run / "checkpoints", done, model, tokenizer, optimizer)
+    def draft() -> Path:
+        return checkpoint.write(run / "checkpoints", done, model, tokenizer, optimizer)
 
     def evaluate() -> dict[str, float]:
         accuracy = _accuracy(model, tokenizer, ends, dataset.held_out, functions, config)
@@ -105,8 +105,9 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                 with runs.uninterrupted():
                     done = 0
                     with clock("checkpoint"):
-                        save()
+                        written = draft()
                     runs.append(run / "metrics.jsonl", [{"schema": 1, "step": 0, **metrics, **clock.times()}])
+                    checkpoint.publish(written)
             bar = progress.add_task("GRPO", total=config.steps, completed=done, numbers="")
 
             for step in range(done, config.steps):
@@ -163,19 +164,22 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                     if done == config.steps or done % config.eval_every == 0:
                         with clock("eval"):
                             metrics |= evaluate()
+                    written = None
                     if done == config.steps or done % config.checkpoint_every == 0:
                         with clock("checkpoint"):
-                            save()
+                            written = draft()
                     lines = _completion_lines(done, records, texts, functions, scores, advantages)
                     runs.append(run / "completions.jsonl", lines)
                     runs.append(run / "metrics.jsonl", [{"schema": 1, "step": done, **metrics, **clock.times()}])
+                    if written is not None:
+                        checkpoint.publish(written)
                 progress.update(bar, advance=1, numbers=_numbers(metrics))
         except (KeyboardInterrupt, rewards.RewardError) as stop:
             progress.stop()
             with runs.uninterrupted():
                 optimizer.restore()
                 if done >= 0:
-                    save()
+                    checkpoint.publish(draft())
             if isinstance(stop, rewards.RewardError):
                 raise
             at = f"after step {done} of {config.steps}" if done >= 0 else "in the warm start"
