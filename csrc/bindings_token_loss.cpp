@@ -13,6 +13,7 @@ namespace {
 
 using Address = uintptr_t;
 using Strided = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;   // address, rows, columns, strides
+using Policy = std::tuple<int, int, int, bool, float, float, float, float, float, float, float, float, float, float>;
 using Setting = std::tuple<int, double, float, float, bool, int, int>;     // type, transform, threads, level (-1: best)
 
 template <class T>
@@ -23,6 +24,12 @@ T* pointer(Address address) {
 redit::Matrix matrix(const Strided& in) {
   const auto& [address, rows, columns, row_stride, column_stride] = in;
   return {pointer<void>(address), rows, columns, row_stride, column_stride};
+}
+
+redit::PolicyLoss policy_loss(const Policy& in) {
+  const auto& [form, kl, correction, corrected, low, high, delta, dual, positive, negative, dro, beta, floor, cap] = in;
+  return {redit::LossForm(form), redit::Kl(kl), redit::Correction(correction), corrected, low, high, delta, dual,
+          positive, negative, dro, beta, floor, cap};
 }
 
 redit::Run run(const Setting& in) {
@@ -49,12 +56,15 @@ void token_logp_grad(const Strided& grad, const Strided& logits, Address targets
 }
 
 void token_loss(Address loss, Address logp, Address entropy, const Strided& grad, const Strided& logits,
-                Address targets, Address weights, Address advantages, Address old_logp, Address ref_logp, bool cispo,
-                bool ratio_corrected, float low, float high, float bound, float beta, float grad_scale,
-                const Setting& setting) {
-  const redit::TokenLoss in{pointer<const float>(weights),  pointer<const float>(advantages),
-                            pointer<const float>(old_logp), pointer<const float>(ref_logp),
-                            {cispo, ratio_corrected, low, high, bound, beta}, grad_scale};
+                Address targets, Address weights, Address advantages, Address old_logp, Address ref_logp,
+                Address sampling_logp, const Policy& policy, float grad_scale, const Setting& setting) {
+  const redit::TokenLoss in{pointer<const float>(weights),
+                            pointer<const float>(advantages),
+                            pointer<const float>(old_logp),
+                            pointer<const float>(ref_logp),
+                            pointer<const float>(sampling_logp),
+                            policy_loss(policy),
+                            grad_scale};
   const redit::Run how = run(setting);
   py::gil_scoped_release release;
   redit::token_loss(pointer<float>(loss), pointer<float>(logp), pointer<float>(entropy), matrix(grad), matrix(logits),

@@ -258,7 +258,9 @@ void token_loss(float* loss, float* logp, float* entropy, const Matrix& grad, co
     logp[r] = row.logp;
     entropy[r] = row.entropy;
     const float old_logp = in.old_logp ? in.old_logp[r] : row.logp, ref_logp = in.ref_logp ? in.ref_logp[r] : 0;
-    const LossSlope token = token_coefficient(in.config, row.logp, in.advantages[r], old_logp, ref_logp);
+    const float sampling_logp = in.sampling_logp ? in.sampling_logp[r] : 0;
+    const LossSlope token =
+        token_coefficient(in.config, row.logp, in.advantages[r], old_logp, ref_logp, sampling_logp);
     row_losses[r] = in.weights[r] * token.loss;
     if (grad.data) backward(grad, r, x, targets[r], row, in.weights[r] * token.slope * in.grad_scale, 0, run, scratch);
   });

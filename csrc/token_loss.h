@@ -41,8 +41,8 @@ void token_logp_grad(const Matrix& grad, const Matrix& logits, const int64_t* ta
                      int64_t sums_stride, const float* grad_logp, const float* grad_entropy, const float* entropy,
                      const Run& run);
 
-struct TokenLoss {  // (R,); old_logp null: on policy; ref_logp null: no KL
-  const float *weights, *advantages, *old_logp, *ref_logp;
+struct TokenLoss {  // (R,); old_logp null: on policy; ref_logp null: no KL; sampling_logp null: no correction
+  const float *weights, *advantages, *old_logp, *ref_logp, *sampling_logp;
   PolicyLoss config;
   float grad_scale;
 };

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from redit_fast.dither import Dither
     from redit_fast.linear import linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp
     from redit_fast.logprob import LogpEntropy, grpo_loss, token_logp
-    from redit_fast.losses import LossConfig, LossOutput, policy_loss
+    from redit_fast.loss_config import LossConfig
+    from redit_fast.losses import LossOutput, policy_loss
     from redit_fast.optim import RegularizedAdamW, parameter_groups
+    from redit_fast.presets import advantage_options
     from redit_fast.regularize import GradientRegularizer
     from redit_fast.transforms import logit_transforms
 
@@ -24,9 +26,10 @@ _HOME = {
     "Dither": "dither",
     "GradientRegularizer": "regularize",
     "LogpEntropy": "logprob",
-    "LossConfig": "losses",
+    "LossConfig": "loss_config",
     "LossOutput": "losses",
     "RegularizedAdamW": "optim",
+    "advantage_options": "presets",
     "group_advantages": "advantages",
     "grpo_loss": "logprob",
     "linear_grpo_loss": "linear",

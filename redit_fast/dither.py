@@ -20,6 +20,7 @@ from torch import Tensor
 
 STREAM_ROUNDING = 0x10000  # stochastic rounding of perturbed parameters
 STREAM_SAMPLING = 0x10001  # token sampling: id = sample + (position << 32)
+STREAM_CLIP_COV = 0x10002  # the tokens that clip_cov drops: id = index among the scored tokens of the call
 MAX_REWARDS = 0x10000  # streams below are reward indices
 
 Distribution = Literal["gaussian", "uniform"]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from redit_fast.backends import primitive
 from redit_fast.logprob import IGNORE
-from redit_fast.losses import LossConfig, Rows, token_coefficients
+from redit_fast.loss_rows import Rows
+from redit_fast.loss_terms import token_coefficients
 from redit_fast.transforms import LogitTransform
 
 CHUNK_BYTES = 256 << 20  # of the E chunk, unless chunk_rows is given
@@ -140,7 +141,7 @@ def outgoing(head: Head, grads: tuple[Tensor | None, ...], rows: int) -> tuple[T
 
 
 def fused_loss(
-    head: Head, rows: Rows, weights: Tensor, config: LossConfig, grads: tuple[Tensor | None, ...]
+    head: Head, rows: Rows, weights: Tensor, grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), logp and entropy (R,); adds into the gradients that are not None, chunk by chunk."""
     logp, entropy, sums = head.new_rows(), head.new_rows(), head.new_rows(3)
@@ -148,16 +149,11 @@ def fused_loss(
     e = head.new_e() if wanted else None
     loss = logp.new_zeros(())
     weights, advantages = head.compact(weights), head.compact(rows.advantages)
-    old_logp = None if rows.old_logp is None else head.compact(rows.old_logp)
-    ref_logp = None if rows.ref_logp is None else head.compact(rows.ref_logp)
+    others = [None if x is None else head.compact(x) for x in (rows.old_logp, rows.ref_logp, rows.sampling_logp)]
     for chunk in head.chunks():
         part = forward(head, chunk, e, logp, entropy, sums, None, None)
         row_loss, slope = token_coefficients(
-            config,
-            logp[chunk],
-            advantages[chunk],
-            None if old_logp is None else old_logp[chunk],
-            None if ref_logp is None else ref_logp[chunk],
+            rows.config, logp[chunk], advantages[chunk], *(None if x is None else x[chunk] for x in others)
         )
         used = weights[chunk] != 0  # not in the padding
         loss += torch.where(used, weights[chunk] * row_loss, 0.0).sum()

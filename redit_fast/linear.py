@@ -19,11 +19,13 @@ from redit_fast.logprob import (
     EntropyMode,
     LogpEntropy,
     check_targets,
-    loss_from_logp,
+    detached,
     refuse_double_backward,
     refuse_second_backward,
 )
-from redit_fast.losses import LossConfig, LossOutput, Rows, loss_metrics
+from redit_fast.loss_config import LossConfig
+from redit_fast.loss_rows import Rows
+from redit_fast.losses import LossOutput, fused_metrics, rows_loss
 from redit_fast.transforms import LogitTransform
 
 
@@ -147,11 +149,14 @@ def linear_grpo_loss(
     bias: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    sampling_logp: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: LossConfig,
     chunk_rows: int | None = None,
+    step: int = 0,
+    seed: int = 0,
 ) -> LossOutput:
     """`grpo_loss` from hidden states (..., D) and the head's weight (V, D), without logits.
 
@@ -166,8 +171,9 @@ def linear_grpo_loss(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     flat = _check_head(hidden, weight, bias, targets, mask, chunk_rows, validate=False)
     mask = (flat != IGNORE).view(targets.shape)
-    rows = Rows.check(targets, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer)
-    if config.route == "logp":
+    rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
+                      step, seed)  # fmt: skip
+    if rows.config.route == "logp":
         logp, entropy = linear_logp(
             hidden,
             weight,
@@ -178,28 +184,27 @@ def linear_grpo_loss(
             chunk_rows=chunk_rows,
             **config.transform._asdict(),
         )
-        return loss_from_logp(logp, entropy, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer)
+        return detached(rows_loss(rows, logp, entropy, normalizer))
     loss, logp, entropy = _LinearGrpoLoss.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         flat,
         rows,
-        rows.weights(config, normalizer),
-        config,
+        rows.weights(normalizer),
         chunk_rows,
     )
-    metrics = loss_metrics(config, rows, logp, entropy)
+    metrics = fused_metrics(rows, logp, entropy)
     return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), metrics, "fused")
 
 
 class _LinearGrpoLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, weights, config, chunk_rows):
+    def forward(ctx, hidden, weight, bias, targets, rows, weights, chunk_rows):
         with torch.autocast(hidden.device.type, enabled=False):
-            head = Head.of(hidden, weight, bias, targets, config.transform, chunk_rows)
+            head = Head.of(hidden, weight, bias, targets, rows.config.transform, chunk_rows)
             grads = new_gradients(head, ctx.needs_input_grad[:3])
-            loss, logp, entropy = fused_loss(head, rows, weights, config, grads)
+            loss, logp, entropy = fused_loss(head, rows, weights, grads)
             ctx.grads = outgoing(head, grads, len(targets))
         ctx.spent = False
         ctx.mark_non_differentiable(logp, entropy)
@@ -212,7 +217,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
         for grad in ctx.grads:
             if grad is not None:
                 primitive("scale_in_place", grad.device)(grad, upstream)
-        return *ctx.grads, None, None, None, None, None
+        return *ctx.grads, None, None, None, None
 
 
 @torch.no_grad()
@@ -227,11 +232,14 @@ def linear_grpo_loss_and_grad_(
     bias_grad: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    sampling_logp: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: LossConfig,
     chunk_rows: int | None = None,
+    step: int = 0,
+    seed: int = 0,
 ) -> tuple[LossOutput, Tensor]:
     """`linear_grpo_loss` without autograd: adds dL/dweight and dL/dbias in float32 into `weight_grad` (V, D) and
     `bias_grad` (V,), where given, and returns the loss with dL/dhidden, of the shape and dtype of `hidden`.
@@ -247,22 +255,23 @@ def linear_grpo_loss_and_grad_(
             shape = "no bias" if of is None else f"float32 {tuple(of.shape)} on {of.device}"
             raise ValueError(f"{name} must match {shape}, got {grad.dtype} {tuple(grad.shape)} on {grad.device}")
     mask = (flat != IGNORE).view(targets.shape)
-    rows = Rows.check(targets, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer)
+    rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
+                      step, seed)  # fmt: skip
     head = Head.of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat, config.transform, chunk_rows)
     grads = torch.zeros_like(head.hidden), weight_grad, bias_grad
-    if config.route == "fused":
-        loss, logp, entropy = fused_loss(head, rows, rows.weights(config, normalizer), config, grads)
-        logp, entropy = logp.view(targets.shape), entropy.view(targets.shape)
-        out = LossOutput(loss, logp, entropy, loss_metrics(config, rows, logp.view(-1), entropy.view(-1)), "fused")
+    if rows.config.route == "fused":
+        loss, logp, entropy = fused_loss(head, rows, rows.weights(normalizer), grads)
+        metrics = fused_metrics(rows, logp, entropy)
+        out = LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), metrics, "fused")
     else:
         logp, entropy, sums = head.new_rows(), head.new_rows(), head.new_rows(3)
         for chunk in head.chunks():
             forward(head, chunk, None, logp, entropy, sums, None, None)
         with torch.enable_grad():
             leaves = [head.expand(x, len(flat)).view(targets.shape).requires_grad_() for x in (logp, entropy)]
-            out = loss_from_logp(*leaves, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer)
-            g, h = torch.autograd.grad(out.loss, leaves)
-        h = None if config.entropy_coef == 0 else head.compact(h.reshape(-1))
+            out = detached(rows_loss(rows, *leaves, normalizer))
+            g, h = torch.autograd.grad(out.loss, leaves, allow_unused=True)  # entropy, where it has no coefficient
+        h = None if h is None else head.compact(h.reshape(-1))
         gradients(head, head.compact(g.reshape(-1)), h, *grads)
         out = out._replace(loss=out.loss.detach())
     return out, head.expand(grads[0], len(flat)).view(hidden.shape)

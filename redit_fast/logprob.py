@@ -9,7 +9,9 @@ from torch import Tensor
 
 from redit_fast.backends import primitive
 from redit_fast.dither import check_choice
-from redit_fast.losses import LossConfig, LossOutput, Rows, loss_metrics, policy_loss
+from redit_fast.loss_config import LossConfig
+from redit_fast.loss_rows import Rows
+from redit_fast.losses import LossOutput, fused_metrics, rows_loss
 from redit_fast.transforms import LogitTransform
 
 IGNORE = -100
@@ -142,19 +144,22 @@ def grpo_loss(
     *,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    sampling_logp: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: LossConfig,
     inplace: bool = False,
     grad_scale: Tensor | None = None,
+    step: int = 0,
+    seed: int = 0,
 ) -> LossOutput:
     """`policy_loss` of the log-probs of `targets` under `logits` (already shifted), loss and gradient in one pass.
 
     Args:
         logits, targets, mask: as in `token_logp`, with config's temperature, logit_scale and softcap; a target of -100
             counts as masked.
-        advantages, old_logp, ref_logp, cu_seqlens, normalizer: as in `policy_loss`.
+        advantages, old_logp, ref_logp, sampling_logp, cu_seqlens, normalizer, step, seed: as in `policy_loss`.
         inplace: the gradient overwrites `logits`, in the forward pass already.
         grad_scale: 0-d, the upstream gradient that backward will receive, for instance GradScaler's scale: the stored
             gradient is multiplied by it before it is rounded, the returned loss is not.
@@ -168,10 +173,11 @@ def grpo_loss(
     """
     flat = check_targets("logits", logits, targets, mask, logits.shape[-1] if logits.ndim else 0, validate=False)
     mask = (flat != IGNORE).view(targets.shape)
-    rows = Rows.check(targets, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer)
+    rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
+                      step, seed)  # fmt: skip
     if grad_scale is not None and (not isinstance(grad_scale, Tensor) or grad_scale.ndim != 0):
         raise ValueError(f"grad_scale must be a 0-d tensor, got {grad_scale}")
-    if config.route == "logp":
+    if rows.config.route == "logp":
         logp, entropy = token_logp(
             logits,
             targets,
@@ -180,27 +186,16 @@ def grpo_loss(
             inplace_backward=inplace,
             **config.transform._asdict(),
         )
-        return loss_from_logp(logp, entropy, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer)
+        return detached(rows_loss(rows, logp, entropy, normalizer))
     loss, logp, entropy = _GrpoLoss.apply(
-        logits.reshape(-1, logits.shape[-1]), flat, rows, rows.weights(config, normalizer), config, inplace, grad_scale
+        logits.reshape(-1, logits.shape[-1]), flat, rows, rows.weights(normalizer), inplace, grad_scale
     )
-    metrics = loss_metrics(config, rows, logp, entropy)
+    metrics = fused_metrics(rows, logp, entropy)
     return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), metrics, "fused")
 
 
-def loss_from_logp(logp, entropy, advantages, old_logp, ref_logp, mask, cu_seqlens, config, normalizer) -> LossOutput:
-    out = policy_loss(
-        logp,
-        advantages,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        entropy=entropy,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        config=config,
-        normalizer=normalizer,
-    )
-    return out._replace(logp=logp.detach(), entropy=entropy.detach())
+def detached(out: LossOutput) -> LossOutput:
+    return out._replace(logp=out.logp.detach(), entropy=out.entropy.detach())
 
 
 def scaled_by_upstream(ctx, grad: Tensor, upstream: Tensor) -> Tensor:
@@ -221,7 +216,7 @@ def refuse_second_backward(ctx) -> None:
 
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, rows, weights, config, inplace, grad_scale):
+    def forward(ctx, logits, targets, rows, weights, inplace, grad_scale):
         loss = logits.new_zeros((), dtype=torch.float32)
         logp = logits.new_empty(len(targets), dtype=torch.float32)
         entropy = torch.empty_like(logp)
@@ -239,7 +234,8 @@ class _GrpoLoss(torch.autograd.Function):
             rows.advantages,
             rows.old_logp,
             rows.ref_logp,
-            config,
+            rows.sampling_logp,
+            rows.config,
             grad_scale,
         )
         ctx.grad, ctx.grad_scale, ctx.spent = grad, grad_scale, False
@@ -250,4 +246,4 @@ class _GrpoLoss(torch.autograd.Function):
     def backward(ctx, upstream, *_):
         refuse_double_backward()
         refuse_second_backward(ctx)
-        return scaled_by_upstream(ctx, ctx.grad, upstream), None, None, None, None, None, None
+        return scaled_by_upstream(ctx, ctx.grad, upstream), None, None, None, None, None

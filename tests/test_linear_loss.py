@@ -101,8 +101,9 @@ def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
     hidden, weight, bias, targets = head(90, 4200, 24, dtype, 0.3)
     mask, advantages = torch.rand(90) > 0.2, torch.randn(4)
     logp, entropy = exact_logp(hidden, weight, bias, targets, **config.transform._asdict())
-    old, ref = (logp + 0.2 * torch.randn(90).double()).float(), (logp - 0.1).float()
-    kwargs = dict(old_logp=old, ref_logp=ref, mask=mask, cu_seqlens=torch.tensor([0, 30, 30, 61, 90]), config=config)
+    old, ref, sampling = (logp + 0.2 * torch.randn(90).double()).float(), (logp - 0.1).float(), (logp + 0.1).float()
+    kwargs = dict(old_logp=old, ref_logp=ref, sampling_logp=sampling, mask=mask,
+                  cu_seqlens=torch.tensor([0, 30, 30, 61, 90]), config=config)  # fmt: skip
 
     exact = leaves(hidden.double(), weight.double(), bias.double())
     true_logp, true_entropy = exact_logp(*exact, targets, **config.transform._asdict())
@@ -118,7 +119,7 @@ def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
     for x, y in zip(ours, exact):
         assert x.grad.dtype == dtype and relative(x.grad, y.grad) < LIMITS[dtype]
 
-    weight_grad, bias_grad = torch.full_like(weight, 0.5, dtype=torch.float32), torch.zeros(len(bias))
+    weight_grad, bias_grad = torch.full_like(weight, 2**-6, dtype=torch.float32), torch.zeros(len(bias))
     direct, hidden_grad = rf.linear_grpo_loss_and_grad_(
         hidden,
         weight,
@@ -133,7 +134,7 @@ def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
     assert direct.route == out.route and torch.equal(direct.loss, out.loss.detach()) and not direct.loss.requires_grad
     assert torch.equal(hidden_grad, ours[0].grad)
     float32_limit = 3e-3 if dtype == torch.bfloat16 else LIMITS[dtype]
-    assert relative(weight_grad - 0.5, exact[1].grad) < float32_limit + 1e-5  # added to what was there
+    assert relative(weight_grad - 2**-6, exact[1].grad) < float32_limit + 1e-5  # added to what was there
     assert relative(bias_grad, exact[2].grad) < float32_limit
 
 
@@ -210,7 +211,7 @@ def test_a_fully_masked_batch_gives_zero_loss_and_zero_gradients(backend):
         inputs = leaves(hidden, weight, bias)
         out = rf.linear_grpo_loss(
             inputs[0], inputs[1], targets, torch.ones(20), bias=inputs[2], mask=torch.zeros(20), config=config,
-            ref_logp=torch.zeros(20),
+            ref_logp=torch.zeros(20), sampling_logp=torch.zeros(20),
         )  # fmt: skip
         out.loss.backward()
         assert out.loss == 0 and all((x.grad == 0).all() for x in inputs)

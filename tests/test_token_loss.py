@@ -275,8 +275,20 @@ def test_create_graph_raises_naming_gradient_regularisation():
 
 LOSSES = {
     "dapo": rf.LossConfig("dapo", epsilon_high=0.28, temperature=0.8),
+    "dapo-delta": rf.LossConfig("dapo", delta=1.3, epsilon_low=0.1),
+    "bnpo-dual-clip": rf.LossConfig("bnpo", dual_clip=1.2, epsilon_high=0.1),
     "grpo-kl": rf.LossConfig("grpo", beta=0.1, kl_ratio_correction=True, softcap=8.0),
+    "grpo-k1": rf.LossConfig("grpo", beta=0.1, kl="k1"),
+    "dr_grpo-k2": rf.LossConfig("dr_grpo", max_completion_length=50, beta=0.1, kl="k2"),
+    "luspo-abs": rf.LossConfig("luspo", beta=0.1, kl="abs", kl_ratio_correction=True),
     "cispo": rf.LossConfig("cispo", epsilon_high=1.1),
+    "sapo-mask": rf.LossConfig(
+        "sapo", sapo_temperature_pos=2.0, correction="token_mask", correction_floor=0.7, correction_cap=1.3
+    ),
+    "reinforce-truncate": rf.LossConfig("reinforce", correction="token_truncate", correction_cap=1.1, beta=0.1),
+    "dppo_tv": rf.LossConfig("dppo_tv", epsilon_low=0.01),
+    "dppo_kl": rf.LossConfig("dppo_kl", epsilon_low=0.003),
+    "dro": rf.LossConfig("dro", dro_beta=0.5, correction="token_truncate", correction_cap=1.2, correction_floor=0.9),
     "gspo": rf.LossConfig("gspo", epsilon_low=0.05, epsilon_high=0.05),
     "entropy": rf.LossConfig("bnpo", entropy_coef=0.1),
 }
@@ -286,8 +298,14 @@ def loss_batch(config, rows, vocabulary, dtype):
     logits = sliced(4, rows, vocabulary, dtype=dtype, scale=3.0)
     targets, mask = torch.randint(vocabulary, (4, rows)), torch.rand(4, rows) > 0.2
     logp = oracle(logits.double(), targets, **config.transform._asdict())[0]
-    old, ref = (logp + 0.2 * torch.randn(4, rows).double()).float(), (logp - 0.1).float()
-    return logits, targets, torch.randn(4), dict(old_logp=old, ref_logp=ref, mask=mask, config=config)
+    old, ref, sampling = (
+        (logp + 0.2 * torch.randn(4, rows).double()).float(),
+        (logp - 0.1).float(),
+        (logp + 0.1).float(),
+    )
+    sampling[:, 0] = math.nan  # unknown to the sampler
+    kwargs = dict(old_logp=old, ref_logp=ref, sampling_logp=sampling, mask=mask, config=config)
+    return logits, targets, torch.randn(4), kwargs
 
 
 def exact_loss(logits, targets, advantages, dtype, **kwargs):
@@ -316,6 +334,60 @@ def test_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, vocabulary, dt
     torch.testing.assert_close(out.logp[kwargs["mask"]], exact.logp.detach().float()[kwargs["mask"]], rtol=0, atol=2e-5)
     for key in exact.metrics:
         torch.testing.assert_close(out.metrics[key], exact.metrics[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "advantage", "share"),  # share of -A, the gradient of an unclipped token
+    [
+        (rf.LossConfig(epsilon_low=0.0), -1.0, 1.0),  # r = 1 is the lower edge: the limit passes at its bounds
+        (rf.LossConfig(epsilon_low=0.2, epsilon_high=0.0), 1.0, 1.0),
+        (rf.LossConfig(epsilon_low=0.0, epsilon_high=0.0), 1.0, 1.0),
+        (rf.LossConfig(delta=1.0, epsilon_low=0.5, epsilon_high=0.0), -1.0, 1.0),
+        (rf.LossConfig(delta=0.9), -1.0, 1.0),  # the unclipped branch is bounded, the clipped one is larger
+        (rf.LossConfig(delta=0.9), 1.0, 0.0),
+        (rf.LossConfig("cispo", cispo_bound="relative", epsilon_low=0.0), -1.0, 1.0),
+        (rf.LossConfig("dppo_tv", epsilon_low=0.0), -1.0, 1.0),
+        (rf.LossConfig("dppo_kl", epsilon_low=0.0, epsilon_high=0.0), 1.0, 1.0),
+        (rf.LossConfig("sapo"), 1.0, 1.0),
+        (rf.LossConfig("dro", dro_beta=1.0), 1.0, 1.0),
+        (rf.LossConfig("gpg"), -1.0, 1.0),
+        (rf.LossConfig(beta=0.5, kl="abs"), 1.0, 1.0),  # |d| has slope 0 at d = 0
+        (rf.LossConfig(correction="token_mask", correction_floor=1.0), 1.0, 1.0),  # both bounds of a mask are inside
+        (rf.LossConfig(correction="token_mask", correction_cap=1.0), 1.0, 1.0),
+        (rf.LossConfig(correction="token_mask", correction_floor=1.1), 1.0, 0.0),
+        (rf.LossConfig(correction="token_truncate", correction_cap=0.5), 1.0, 0.5),
+    ],
+)
+@pytest.mark.parametrize("old", ["none", "equal"])
+def test_ties_follow_the_documented_subgradient_exactly(backend, config, advantage, share, old):
+    """Two equal logits: log-probs of exactly -log 2, so that the policies can be equal to the last bit."""
+    logits, targets = torch.zeros(1, 2, requires_grad=True), torch.tensor([0])
+    logp = rf.token_logp(logits, targets).detach()
+    out = rf.grpo_loss(
+        logits, targets, torch.tensor([advantage]), config=config, ref_logp=logp, sampling_logp=logp,
+        old_logp=logp if old == "equal" else None,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.route == "fused" and torch.equal(logits.grad, -advantage * share * torch.tensor([[0.5, -0.5]]))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if not LOSSES[name].entropy_coef])
+def test_micro_batches_of_the_fused_loss_add_up(backend, name):
+    config = LOSSES[name]
+    logits, targets, advantages, kwargs = loss_batch(config, 16, 31, torch.float32)
+    normalizer = {"tokens": kwargs["mask"].sum(), "sequences": 4, "length": 4 * 50}[config.denominator]
+
+    def gradient(parts):
+        leaf = logits.clone().requires_grad_()
+        for rows in parts:
+            mine = {key: value if key == "config" else value[rows] for key, value in kwargs.items()}
+            rf.grpo_loss(leaf[rows], targets[rows], advantages[rows], normalizer=normalizer, **mine).loss.backward()
+        return leaf.grad
+
+    whole = gradient([torch.arange(4)])
+    assert whole.abs().max() > 1e-3
+    for parts in (torch.arange(4).split(1), torch.tensor([2, 0, 3, 1]).split(2)):
+        torch.testing.assert_close(gradient(parts), whole, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", LOSSES)

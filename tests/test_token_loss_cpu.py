@@ -5,7 +5,7 @@ import torch
 
 import redit_fast as rf
 from redit_fast.backends import cpu
-from redit_fast.losses import token_coefficients
+from redit_fast.loss_terms import token_coefficients
 from redit_fast.transforms import LogitTransform
 
 refusal = cpu.why_not("token_loss", torch.device("cpu"))
@@ -108,10 +108,18 @@ def test_in_place_gives_the_bits_of_a_fresh_gradient_and_writes_nothing_else(dty
 CONFIGS = [
     rf.LossConfig("grpo", delta=1.3),
     rf.LossConfig("bnpo", delta=1.05),
+    rf.LossConfig("bnpo", dual_clip=1.3),
     rf.LossConfig("dr_grpo", max_completion_length=9, beta=0.2),
     rf.LossConfig("dapo", epsilon_high=0.28, beta=0.1, kl_ratio_correction=True),
     rf.LossConfig("cispo", epsilon_high=1.1),
     rf.LossConfig("cispo", cispo_bound="relative", epsilon_low=0.1, beta=0.1),
+    rf.LossConfig("sapo", beta=0.1, kl="k1", kl_ratio_correction=True),
+    rf.LossConfig("luspo", beta=0.1, kl="k2", kl_ratio_correction=True),
+    rf.LossConfig("gpg", beta=0.1, kl="abs", kl_ratio_correction=True),
+    rf.LossConfig("reinforce", correction="token_truncate", correction_cap=1.2, correction_floor=0.9),
+    rf.LossConfig("dppo_tv", epsilon_low=0.1, epsilon_high=0.05),
+    rf.LossConfig("dppo_kl", epsilon_low=0.1, epsilon_high=0.05),
+    rf.LossConfig("dro", dro_beta=0.5, correction="token_mask", correction_cap=1.2, correction_floor=0.9),
 ]
 
 
@@ -121,18 +129,20 @@ def test_token_coefficients_are_those_of_the_loss_file_ties_included(config):
     logits, targets = torch.zeros(4000, 2), torch.zeros(4000, dtype=torch.long)
     logp, entropy, loss = torch.empty(4000), torch.empty(4000), torch.zeros(())
     cpu.token_logp(logp, entropy, torch.empty(3, 4000), logits, targets, LogitTransform())
-    old, ref = logp + 0.4 * torch.randn(4000), logp + 0.4 * torch.randn(4000)
+    old, ref, sampling = (logp + 0.4 * torch.randn(4000) for _ in range(3))
     old[:1000] = logp[:1000]  # ratio exactly 1: min(r A, clip(r) A) is a tie
-    old[1000:1020], ref[1020:1040] = 21.0, -25.0  # beyond the clamp
+    old[1000:1020], ref[1020:1040] = -25.0, 25.0  # beyond the clamp
+    ref[1040:1060], sampling[1060:1080], sampling[1080:1100] = logp[0], torch.nan, -torch.inf
     advantages, weights = torch.randn(4000), torch.rand(4000)
     advantages[::7] = 0.0
-    ref = ref if config.beta else None
+    ref, sampling = ref if config.beta else None, None if config.correction == "none" else sampling
     for old_logp in (old, None):
-        row_loss, slope = token_coefficients(config, logp, advantages, old_logp, ref)
+        row_loss, slope = token_coefficients(config, logp, advantages, old_logp, ref, sampling)
         grad = torch.empty_like(logits)
         cpu.token_loss(
-            loss, logp, entropy, grad, logits, targets, weights, advantages, old_logp, ref, config, torch.tensor(4.0)
-        )
+            loss, logp, entropy, grad, logits, targets, weights, advantages, old_logp, ref, sampling, config,
+            torch.tensor(4.0),
+        )  # fmt: skip
         assert slope.abs().max() > 0.5
         torch.testing.assert_close(grad[:, 0], 4 * weights * slope / 2, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(loss, (weights * row_loss).double().sum().float(), rtol=1e-5, atol=1e-4)
@@ -169,6 +179,6 @@ def test_every_output_is_known_to_autograd_as_written():
     transform = LogitTransform()
     assert written(lambda: cpu.token_logp(logp, entropy, sums, logits, targets, transform), logp, entropy, sums)
     assert written(lambda: cpu.token_logp_grad(grad, grad, targets, sums, rows, rows, entropy, transform), grad)
-    arguments = (loss, logp, entropy, grad, grad, targets, rows, rows, None, None, rf.LossConfig(), None)
+    arguments = (loss, logp, entropy, grad, grad, targets, rows, rows, None, None, None, rf.LossConfig(), None)
     assert written(lambda: cpu.token_loss(*arguments), loss, logp, entropy, grad)
     assert written(lambda: cpu.scale_in_place(grad, torch.tensor(2.0)), grad)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.losses import LossConfig
+from redit_fast.loss_config import LossConfig
 from redit_fast.transforms import LogitTransform
 
 try:
@@ -151,6 +151,29 @@ def token_logp_grad(
     increment_version((grad_logits,))
 
 
+_FORMS = {"cispo": 1, "sapo": 2, "gpg": 3, "reinforce": 3, "dppo_tv": 4, "dppo_kl": 5, "dro": 6}  # else 0: clipped
+_KLS = ("k1", "k2", "k3", "abs")
+_CORRECTIONS = ("none", "token_truncate", "token_mask")
+
+
+def _policy(config: LossConfig) -> tuple:
+    """PolicyLoss of csrc/policy_loss.h, field by field."""
+    return (
+        _FORMS.get(config.loss_type, 0),
+        _KLS.index(config.kl),
+        _CORRECTIONS.index(config.correction),
+        config.kl_ratio_correction,
+        *config.clip_range,
+        math.inf if config.delta is None else config.delta,
+        math.inf if config.dual_clip is None else config.dual_clip,
+        config.sapo_temperature_pos,
+        config.sapo_temperature_neg,
+        config.dro_beta or 0.0,
+        config.beta,
+        *config.correction_range,
+    )
+
+
 def token_loss(
     loss: Tensor,
     logp: Tensor,
@@ -162,12 +185,14 @@ def token_loss(
     advantages: Tensor,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
     config: LossConfig,
     grad_scale: Tensor | None,
 ) -> None:
     """As `reference.token_loss`; the rows' numbers (R,) float32."""
     # held until the call returns: a contiguous copy is read through its address
-    inputs = [None if x is None else x.contiguous() for x in (targets, weights, advantages, old_logp, ref_logp)]
+    rows = (targets, weights, advantages, old_logp, ref_logp, sampling_logp)
+    inputs = [None if x is None else x.contiguous() for x in rows]
     _cpu.token_loss(
         loss.data_ptr(),
         logp.data_ptr(),
@@ -175,11 +200,7 @@ def token_loss(
         _matrix(grad_logits),
         _matrix(logits),
         *map(_address, inputs),
-        config.loss_type == "cispo",
-        config.kl_ratio_correction,
-        *config.clip_range,
-        math.inf if config.delta is None else config.delta,
-        config.beta,
+        _policy(config),
         1.0 if grad_scale is None else grad_scale.item(),
         _setting(logits, config.transform),
     )

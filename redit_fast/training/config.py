@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from redit_fast.advantages import Scale
 from redit_fast.dither import DeadGroups, Distribution, Schedule
-from redit_fast.losses import LossType
+from redit_fast.loss_config import LossType
 
 # The defaults that depend on what is trained: the embedded demo (model: null), or a model of the user's.
 DEMO = {

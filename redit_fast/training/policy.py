@@ -95,11 +95,11 @@ class Batch:
     @property
     def normalizer(self) -> float:
         """The whole step's denominator, so that micro-batches add up."""
-        if self.settings.loss_type in ("grpo", "gspo"):
-            return float(len(self.sequences))
-        if self.settings.loss_type == "dr_grpo":
+        if self.settings.denominator == "tokens":
+            return float(sum(self.lengths))
+        if self.settings.denominator == "length":
             return float(len(self.sequences) * self.settings.max_completion_length)
-        return float(sum(self.lengths))
+        return float(len(self.sequences))
 
     def backward(self, model: PreTrainedModel, seed: int, old_logp: Tensor | None = None) -> Pass:
         """Adds the gradient of the whole step's loss to .grad, one micro-batch after the other."""

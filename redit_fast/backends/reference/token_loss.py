@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redit_fast.losses import LossConfig, token_coefficients
+from redit_fast.loss_config import LossConfig
+from redit_fast.loss_terms import token_coefficients
 from redit_fast.transforms import LogitTransform
 
 IGNORE = -100
@@ -136,6 +137,7 @@ def token_loss(
     advantages: Tensor,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
     config: LossConfig,
     grad_scale: Tensor | None,
 ) -> None:
@@ -143,7 +145,7 @@ def token_loss(
     ()."""
     sums = logits.new_empty(3, len(targets), dtype=torch.float32)
     token_logp(logp, entropy, sums, logits, targets, config.transform)
-    row_loss, slope = token_coefficients(config, logp, advantages, old_logp, ref_logp)
+    row_loss, slope = token_coefficients(config, logp, advantages, old_logp, ref_logp, sampling_logp)
     scored = targets != IGNORE
     loss.copy_(torch.where(scored, weights * row_loss, 0.0).sum())
     if grad_logits is not None:

@@ -1,0 +1,171 @@
+"""What a loss reads, checked and flattened: rows of tokens, padded or packed, and the sequences they form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from redit_fast.dither import check_seed, check_step
+from redit_fast.loss_config import LossConfig
+
+
+class Layout:
+    """Rows as sequences: padded (..., T), packed with cu_seqlens (S + 1,), or one 1-D sequence."""
+
+    def __init__(self, shape: torch.Size, cu_seqlens: Tensor | None):
+        if cu_seqlens is None:
+            if not shape:
+                raise ValueError("targets must have at least one dimension, the tokens of a sequence; got a 0-d tensor")
+            self.lengths, self.length = None, shape[-1]
+            self.count = math.prod(shape[:-1])
+        else:
+            if len(shape) != 1:
+                raise ValueError(f"cu_seqlens goes with packed rows of shape (R,), got {tuple(shape)}")
+            if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or cu_seqlens.is_floating_point():
+                raise ValueError(
+                    f"cu_seqlens must be (S + 1,) integers, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+                )
+            self.lengths, self.count = cu_seqlens.diff().long(), len(cu_seqlens) - 1
+            if cu_seqlens.device.type == "cpu" and (
+                cu_seqlens[0] != 0 or cu_seqlens[-1] != shape[0] or (self.lengths < 0).any()
+            ):
+                raise ValueError(
+                    f"cu_seqlens must rise from 0 to the {shape[0]} rows, got {cu_seqlens.tolist()[:8]}..."
+                )
+        self.rows = math.prod(shape)
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """(R,) -> (S,) float32, in a fixed order."""
+        if self.lengths is None:
+            return rows.view(self.count, self.length).sum(-1)
+        return torch.segment_reduce(rows, "sum", lengths=self.lengths, unsafe=True, initial=0.0)
+
+    def spread(self, sequences: Tensor) -> Tensor:
+        """(S,) -> (R,)"""
+        if self.lengths is None:
+            return sequences[:, None].expand(self.count, self.length).reshape(-1)
+        return sequences.repeat_interleave(self.lengths, output_size=self.rows)
+
+
+class Rows(NamedTuple):
+    """Everything a loss reads beside the log-probs, flat: (R,) float32 without graph; masked rows hold zeros."""
+
+    config: LossConfig  # of this call: without an optional correction that lacks its sampling_logp
+    layout: Layout
+    mask: Tensor  # bool
+    advantages: Tensor
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    sampling_logp: Tensor | None
+    step: int
+    seed: int
+
+    @classmethod
+    def check(
+        cls,
+        logp: Tensor,
+        advantages: Tensor,
+        old_logp: Tensor | None,
+        ref_logp: Tensor | None,
+        sampling_logp: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        config: LossConfig,
+        normalizer: float | Tensor | None,
+        step: int,
+        seed: int,
+    ) -> Rows:
+        """Checks the arguments of a loss against the shape and device of `logp` (or of the targets) and flattens
+        them."""
+        if not isinstance(config, LossConfig):
+            raise TypeError(f"config must be a LossConfig, got {type(config).__name__}")
+        layout = Layout(logp.shape, cu_seqlens)
+        for name, tensor in (
+            ("advantages", advantages),
+            ("old_logp", old_logp),
+            ("ref_logp", ref_logp),
+            ("sampling_logp", sampling_logp),
+            ("mask", mask),
+        ):
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor) or tensor.device != logp.device:
+                raise TypeError(
+                    f"{name} must be a tensor on {logp.device}, got {getattr(tensor, 'device', type(tensor))}"
+                )
+            per_sequence = name == "advantages" and tensor.shape == (layout.count,)
+            if tensor.shape != logp.shape and not per_sequence:
+                also = f" or ({layout.count},)" if name == "advantages" else ""
+                raise ValueError(f"{name} must have shape {tuple(logp.shape)}{also}, got {tuple(tensor.shape)}")
+        if config.beta != 0 and ref_logp is None:
+            raise ValueError(f"ref_logp is required by beta={config.beta}")
+        if config.correction != "none" and sampling_logp is None:
+            if not config._correction_optional:
+                raise ValueError(f"sampling_logp is required by correction={config.correction!r}")
+            config = replace(config, correction="none")
+        if config.denominator == "length" and config.max_completion_length is None and normalizer is None:
+            raise ValueError(
+                f"loss_type={config.loss_type!r} needs max_completion_length in its config or a normalizer"
+            )
+        if isinstance(normalizer, Tensor) and normalizer.ndim != 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+        check_step(step)
+        check_seed(seed)
+
+        scored = (
+            (mask != 0).reshape(-1)
+            if mask is not None
+            else torch.ones(layout.rows, dtype=torch.bool, device=logp.device)
+        )
+
+        def flat(tensor: Tensor | None, wanted: bool = True) -> Tensor | None:
+            if tensor is None or not wanted:
+                return None
+            return torch.where(scored, tensor.detach().reshape(-1).float(), 0.0)
+
+        if advantages.shape != logp.shape:
+            advantages = layout.spread(advantages).view(logp.shape)
+        return cls(
+            config,
+            layout,
+            scored,
+            flat(advantages),
+            flat(old_logp),
+            flat(ref_logp, config.beta != 0),
+            flat(sampling_logp, config.correction != "none" or config.off_policy_mask_threshold is not None),
+            step,
+            seed,
+        )
+
+    def weights(self, normalizer: float | Tensor | None) -> Tensor:
+        """(R,) float32: the factor of each row's loss in the whole loss; 0 where masked."""
+        config, weights = self.config, self.mask.float()
+        if config.denominator == "tokens":
+            default = weights.sum().clamp(min=1)
+        elif config.denominator == "sequences":
+            default = float(self.layout.count)
+        else:
+            default = float(self.layout.count * (config.max_completion_length or 0))
+        if config.denominator == "sequences" and config.loss_type != "luspo":
+            weights = weights / self.layout.spread(self.layout.sum(weights).clamp(min=1))
+        return weights / (default if normalizer is None else normalizer)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """() over the scored tokens; 0 without any."""
+        return torch.where(self.mask, values, 0.0).sum() / self.mask.sum().clamp(min=1)
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """(R,): at each row the sum over the scored tokens of its sequence."""
+        return self.layout.spread(self.layout.sum(torch.where(self.mask, values, 0.0)))
+
+    def sequence_means(self, values: Tensor, kept: Tensor) -> Tensor:
+        """(S,) over the tokens of `kept`; 0 without any."""
+        return self.layout.sum(torch.where(kept, values, 0.0)) / self.layout.sum(kept.float()).clamp(min=1)
+
+    def sequence_mean(self, values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """(R,): at each row the mean over the tokens of `kept` (the scored ones) of its sequence."""
+        return self.layout.spread(self.sequence_means(values, self.mask if kept is None else kept))
