@@ -1,8 +1,9 @@
 """What each peer's own loss is, as plain data: `LossConfig.like` and `advantage_options` read these tables.
 
-A row says: their name of the loss, where it is defined, its options at the peer's own defaults, and what else of ours it
-takes to be that loss. An override must be one of the row's options; everything else is refused by name. `docs/peers.md`
-shows these tables and what no preset can carry: normalizers, which belong to the call, and limits on outliers.
+A row says: their name of the loss, where it is defined, its options at the peer's own defaults, and what else of ours
+it takes to be that loss. An override must be one of the row's options; everything else is refused by name.
+`docs/peers.md` shows these tables and what no preset can carry: normalizers, which belong to the call, and limits on
+outliers.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ ANYWHERE = ("max_completion_length", "temperature", "logit_scale", "softcap")
 _SAPO = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
 _VESPO = {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}
 
-# TRL: beta, epsilon, delta, ... of GRPOConfig; use_bias_correction_kl=True; vllm_importance_sampling_mode, _clip_max and
-# _clip_min, which act when vLLM generated: when there is a sampling_logp.
+# TRL: beta, epsilon, delta, ... of GRPOConfig; use_bias_correction_kl=True; vllm_importance_sampling_mode, _clip_max
+# and _clip_min, which act when vLLM generated: when there is a sampling_logp.
 _GRPO_PY = "trl/trainer/grpo_trainer.py::GRPOTrainer._compute_loss"
 _TRL = {
     "beta": 0.0,
@@ -99,8 +100,8 @@ _TRL_LOSSES = {
     ),
 }
 
-# verl: actor.clip_ratio_low, clip_ratio_high, clip_ratio_c, tau_pos, policy_loss.*; use_kl_loss=False (kl_loss_coef 0.001 and
-# low_var_kl once it is on); algorithm.rollout_correction: rollout_is null, rollout_is_threshold 2.0.
+# verl: actor.clip_ratio_low, clip_ratio_high, clip_ratio_c, tau_pos, policy_loss.*; use_kl_loss=False (kl_loss_coef
+# 0.001 and low_var_kl once it is on); algorithm.rollout_correction: rollout_is null, rollout_is_threshold 2.0.
 _CORE_ALGOS = "verl/trainer/ppo/core_algos.py::compute_policy_loss_"
 _VERL = {"beta": 0.0, "kl": "k3", "correction": "none", "correction_cap": 2.0, "correction_floor": None}
 _VERL_TOKEN = {**_VERL, "entropy_coef": 0.0}  # verl averages the entropy as it does the loss: per token, as ours
@@ -148,8 +149,9 @@ _CLIP_RATIO_C = (
     "set clip_ratio_c=20 in verl, LossConfig({}) is the same loss"
 )
 
-# OpenRLHF: actor.eps_clip, dual_clip, entropy_coef; kl.use_loss=False (estimator k1 once it is on); is_correction_level off
-# (thresholds 0.5 and 5.0). KL and entropy are averaged over tokens, also where the loss is averaged over sequences.
+# OpenRLHF: actor.eps_clip, dual_clip, entropy_coef; kl.use_loss=False (estimator k1 once it is on);
+# is_correction_level off (thresholds 0.5 and 5.0). KL and entropy are averaged over tokens, also where the loss is
+# averaged over sequences.
 _LOSS_PY = "openrlhf/models/loss.py::PolicyLoss.forward"
 _OPENRLHF = {"epsilon_low": 0.2, "epsilon_high": 0.2, "dual_clip": None, "entropy_coef": 0.0}
 _OPENRLHF_CORRECTION = {"correction": "none", "correction_cap": 5.0, "correction_floor": 0.5}
@@ -174,8 +176,8 @@ _OPENRLHF_LOSSES = {
     "gspo": Loss("gspo", _LOSS_PY, _OPENRLHF, {**_NO_KL, "correction": "none"}),
 }
 
-# Liger: the arguments of LigerFusedLinearGRPOLoss. The sampler's correction is a ready ratio there (vllm_is_ratio), so that
-# its mode and bounds are the caller's.
+# Liger: the arguments of LigerFusedLinearGRPOLoss. The sampler's correction is a ready ratio there (vllm_is_ratio), so
+# that its mode and bounds are the caller's.
 _GRPO_LOSS_PY = "liger_kernel/chunked_loss/grpo_loss.py::LigerFusedLinearGRPOFunction.ppo_loss_fn"
 _LIGER = {
     "beta": 0.04,

@@ -67,24 +67,23 @@ def differences() -> list[str]:
 
 
 def losses(peer) -> list[str]:
-    preset, rows = PRESETS[peer], []
+    preset, alike = PRESETS[peer], {}
     for loss_type, loss in preset.losses.items():
-        set_ = {k: v for k, v in {**loss.options, **loss.fixed}.items() if v != DEFAULTS[k]}
+        differs = {k: v for k, v in {**loss.options, **loss.fixed}.items() if v != DEFAULTS[k]}
         fewer = [f"{k} only {', '.join(v)}" for k, v in loss.choices.items()]
-        rows.append([shown(loss_type), loss.name, ", ".join(f"{k}={v!r}" for k, v in set_.items()), "; ".join(fewer),
-                     f"`{loss.source}`"])  # fmt: skip
-    title = f"## {peer} {preset.version}"
-    defaults = f"Defaults: `{preset.defaults}`. Advantages: `{preset.advantages_source}`."
-    header = ["loss_type", "there", "differs from LossConfig() in", "restricted", "defined in"]
-    lines = [title, "", defaults, "", *table(header, rows), "Refused:", ""]
-    lines += [f"- `{loss_type}`: {why}" for loss_type, why in preset.refused.items()]
+        cells = (", ".join(f"{k}={v!r}" for k, v in differs.items()), "; ".join(fewer), f"`{loss.source}`")
+        alike.setdefault(cells, []).append(f"`{loss_type}`" + ("" if loss.name == loss_type else f" ({loss.name})"))
+    rows = [[", ".join(names), *cells] for cells, names in alike.items()]
+    sources = f"Defaults: `{preset.defaults}`. Advantages: `{preset.advantages_source}`."
+    lines = [f"## {peer} {preset.version}", "", sources, ""]
+    lines += table(["loss_type (there)", "differs from LossConfig() in", "restricted", "defined in"], rows)
     known = {name for each in PRESETS.values() for name in (*each.losses, *each.refused)}
-    rest = [name for name in sorted(known) if name not in {**preset.losses, **preset.refused}]
-    lines += [f"- not there: {', '.join(rest)}"]
+    absent = sorted(known - {*preset.losses, *preset.refused, *preset.names})
     has = {name for loss in preset.losses.values() for name in (*loss.options, *loss.fixed)}
-    lacks = [name for name in KNOBS if name not in has and name not in ("kl_cov_coef",)]
-    lacks += [name for name in ("off_policy_mask_threshold", "top_entropy_quantile") if name not in has]
-    return [*lines, f"- options that it has in no loss: {', '.join(lacks) or 'none'}", ""]
+    options = (*KNOBS, "off_policy_mask_threshold", "top_entropy_quantile")
+    lacks = [name for name in options if name not in has and name != "kl_cov_coef"]
+    lines += ["Refused:", "", *(f"- `{loss_type}`: {why}" for loss_type, why in preset.refused.items())]
+    return [*lines, f"- losses not there: {', '.join(absent)}", f"- options in no loss: {', '.join(lacks)}", ""]
 
 
 def render() -> str:

@@ -1,7 +1,8 @@
 """TRL's own code beside ours: the same rollouts, log-probs and options give the same loss, gradient and metrics.
 
-What runs is TRL's `_generate_and_score_completions` (advantages, sampler's correction) and `_compute_loss`, on a trainer
-made without its `__init__`: generation, the model's forward pass and the reward functions are stubs that hand out tensors.
+What runs is TRL's `_generate_and_score_completions` (advantages, sampler's correction) and `_compute_loss`, on a
+trainer made without its `__init__`: generation, the model's forward pass and the reward functions are stubs that hand
+out tensors.
 """
 
 from collections import defaultdict
@@ -60,7 +61,7 @@ ON_POLICY = {"num_iterations": 1}  # TRL then computes no old log-probs
 
 
 def rollouts(seed=0):
-    """Eight completions of two prompts; one is shorter, one has holes (tool results), one has no scored token at all."""
+    """Eight completions of two prompts; some are shorter, one has holes (tool results), one has no scored token."""
     torch.manual_seed(seed)
     logp = -torch.rand(ROWS, LENGTH) * 2 - 0.1
     completion_mask = (torch.arange(LENGTH) < torch.tensor([7, 5, 7, 3, 6, 7, 4, 7])[:, None]).long()
@@ -137,8 +138,8 @@ def trl_loss(loss_type, options, batch, logits=None, targets=None):
     With `logits` the log-probs are those that TRL computes from them."""
     kind, config_class = TRAINERS.get(loss_type, (GRPOTrainer, GRPOConfig))
     if kind is GRPOTrainer:
-        options = {"loss_type": "grpo", "importance_sampling_level": "sequence", **options} if loss_type == "gspo" else {
-            "loss_type": loss_type, **options}  # fmt: skip
+        gspo = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+        options = {**(gspo if loss_type == "gspo" else {"loss_type": loss_type}), **options}
     config = config_class(**TRAINING, **{"num_iterations": 2, **options})
     logp, entropy = batch.logp.clone().requires_grad_(), batch.entropy.clone().requires_grad_()
     if logits is not None:
