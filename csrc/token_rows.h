@@ -1,4 +1,4 @@
-// One row of logits: its sums, its largest element, its gradient. token_loss.cpp includes this file once for every
+// One row of logits: its sums, its largest element, its gradient. rows.cpp includes this file once for every
 // instruction set, inside a namespace whose name carries it. A row's sums run over 32 lanes (column mod 32) in chunks
 // of 4096 columns and are combined in one order: the same bits with every instruction set, address and neighbour.
 // Memory: sums and largest read the row; gradient reads it from the cache and writes it.
@@ -33,6 +33,13 @@ REDIT_INLINE float element(const void* row, int64_t column) {
 template <class Type>
 float read(const void* row, int64_t column) {
   return element<Type>(row, column);
+}
+
+template <class Type>
+void write(void* row, int64_t column, float value) {
+  typename Type::Stored lanes[REDIT_LANES];
+  Type::store(lanes, splat(value));
+  static_cast<typename Type::Stored*>(row)[column] = lanes[0];
 }
 
 // Exactly 0 from 2^-126.5 down; NaN stays. Sets y to its bounds, so that e y is never 0 times infinity.
@@ -127,10 +134,7 @@ void gradient(void* out, const void* row, int64_t vocabulary, int64_t target, fl
     for (int v = 0; v < kVectors; ++v) lanes(block + v * REDIT_LANES, block + v * REDIT_LANES);
     __builtin_memcpy(g + j, block, size_t(vocabulary - j) * sizeof *x);
   }
-  if (target < 0) return;
-  typename Type::Stored last[REDIT_LANES];
-  Type::store(last, splat(at_target));
-  g[target] = last[0];
+  if (target >= 0) write<Type>(g, target, at_target);
 }
 
 template <class Type>
@@ -138,16 +142,83 @@ void scale(void* row, int64_t count, float factor) {
   auto* x = static_cast<typename Type::Stored*>(row);
   int64_t j = 0;
   for (; j + REDIT_LANES <= count; j += REDIT_LANES) Type::store(x + j, Type::load(x + j) * factor);
-  for (; j < count; ++j) {
-    typename Type::Stored lanes[REDIT_LANES];
-    Type::store(lanes, splat(element<Type>(x, j) * factor));
-    x[j] = lanes[0];
+  for (; j < count; ++j) write<Type>(x, j, element<Type>(x, j) * factor);
+}
+
+template <class Type>
+float dot(const void* a_row, const void* b_row, int64_t count) {
+  const auto* a = static_cast<const typename Type::Stored*>(a_row);
+  const auto* b = static_cast<const typename Type::Stored*>(b_row);
+  Floats lanes[kVectors] = {};
+  int64_t j = 0;
+  for (; j + kBlock <= count; j += kBlock)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v)
+      lanes[v] += Type::load(a + j + v * REDIT_LANES) * Type::load(b + j + v * REDIT_LANES);
+  double sum = 0;
+  for (int v = 0; v < kVectors; ++v)
+    for (int l = 0; l < REDIT_LANES; ++l) sum += double(lanes[v][l]);
+  for (; j < count; ++j) sum += double(element<Type>(a, j)) * double(element<Type>(b, j));
+  return float(sum);
+}
+
+// A tile of a row of the head, float32: its sums without the target's column, its largest element with it; and where
+// out is given out = e (constant + by_gap y) dz/dx in Type. A tile is at most kChunk columns.
+template <class Type, bool capped>
+TileSums exponentials(void* out, const float* tile, int64_t count, int64_t target, float anchor, const Slopes& slopes,
+                      const Transform& t) {
+  auto* to = static_cast<typename Type::Stored*>(out);
+  const float a = squash<capped>(anchor, t);
+  Floats others[kVectors] = {}, weighted[kVectors] = {}, top = splat(-__builtin_inff());
+  const auto lanes = [&](int v, typename Type::Stored* stored, const float* x, Ints keep)
+      __attribute__((always_inline)) {
+    const Floats value = Float32::load(x);
+    Floats bend, y = gap<capped>(value, a, t, bend);
+    Floats e = (Floats)((Ints)bounded_power(y) & keep);
+    top = value > top ? value : top;
+    others[v] += e;
+    weighted[v] += e * y;
+    if (!stored) return;
+    if (capped) e *= bend;
+    Type::store(stored, e * (slopes.constant + slopes.by_gap * y));
+  };
+  const int64_t target_block = target < 0 ? -1 : target / kBlock * kBlock;
+  for (int64_t j = 0; j < count; j += kBlock) {
+    if (j != target_block && j + kBlock <= count) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = j + v * REDIT_LANES;
+        lanes(v, out ? to + at : nullptr, tile + at, ~Ints{});
+      }
+      continue;
+    }
+    const int64_t columns = count - j < kBlock ? count - j : kBlock;
+    float block[kBlock];
+    int32_t keep[kBlock];
+    typename Type::Stored stored[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) {
+      block[i] = tile[j + (i < columns ? i : 0)];
+      keep[i] = i < columns && j + i != target ? -1 : 0;
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      Ints kept;
+      __builtin_memcpy(&kept, keep + v * REDIT_LANES, sizeof kept);
+      lanes(v, stored + v * REDIT_LANES, block + v * REDIT_LANES, kept);
+    }
+    if (out) __builtin_memcpy(to + j, stored, size_t(columns) * sizeof *stored);
   }
+  double other_sum = 0, weighted_sum = 0;
+  float largest = -__builtin_inff();
+  for (int v = 0; v < kVectors; ++v)
+    for (int l = 0; l < REDIT_LANES; ++l) other_sum += double(others[v][l]), weighted_sum += double(weighted[v][l]);
+  for (int l = 0; l < REDIT_LANES; ++l) largest = top[l] > largest ? top[l] : largest;
+  return {{float(other_sum), float(weighted_sum)}, largest};
 }
 
 template <class Type, bool capped>
 constexpr RowKernels kernels() {
-  return {&read<Type>, &sums<Type, capped>, &largest<Type>, &gradient<Type, capped>, &scale<Type>};
+  return {&read<Type>,  &write<Type>, &sums<Type, capped>, &largest<Type>, &gradient<Type, capped>,
+          &scale<Type>, &dot<Type>,   &exponentials<Type, capped>};
 }
 
 constexpr RowKernels kKernels[3][2] = {{kernels<Float32, false>(), kernels<Float32, true>()},
