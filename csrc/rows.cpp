@@ -7,6 +7,12 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 namespace redit {
@@ -25,10 +31,10 @@ namespace rows_baseline {
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #define REDIT_LANES 8
 namespace rows_avx2 {
@@ -67,7 +73,7 @@ int best_level() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return 2;
-  if (__builtin_cpu_supports("avx2")) return 1;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
 }
@@ -93,6 +99,17 @@ const void* contiguous_row(const Matrix& matrix, int64_t row, const Run& run, vo
   if (matrix.column_stride == 1) return x;
   copy_row(run.type, scratch, 1, x, matrix.column_stride, matrix.columns);
   return scratch;
+}
+
+void advise_huge_pages(const Matrix& matrix, const Run& run) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const int64_t bytes = matrix.rows * matrix.row_stride * size_of(run.type);
+  if (matrix.row_stride < matrix.columns || bytes < int64_t(2 * kHugePage)) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(matrix.data), first = (begin + kHugePage - 1) & -kHugePage;
+  const uintptr_t last = (begin + uintptr_t(bytes)) & -kHugePage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: what it returns does not matter
+#endif
 }
 
 bool needs_repair(float anchor, float others) { return !(others <= kRepair) || !std::isfinite(anchor); }

@@ -72,6 +72,10 @@ void copy_row(ElementType type, void* to, int64_t to_stride, const void* from, i
 // The row itself where its elements are neighbours, else a copy in `scratch`.
 const void* contiguous_row(const Matrix& matrix, int64_t row, const Run& run, void* scratch);
 
+// Asks for 2 MB pages under an output that may not have been touched: faults on 4 KB pages take 40 of the 60 ms of a
+// fresh gradient of 131 MB.
+void advise_huge_pages(const Matrix& matrix, const Run& run);
+
 constexpr float kNaN = __builtin_nanf("");
 constexpr double kLn2 = 0.6931471805599453;
 

@@ -70,6 +70,7 @@ void token_logp(const TokenForward& out, const Matrix& logits, const int64_t* ta
 void token_logp_grad(const Matrix& grad, const Matrix& logits, const int64_t* targets, const float* sums,
                      int64_t sums_stride, const float* grad_logp, const float* grad_entropy, const float* entropy,
                      const Run& run) {
+  if (grad.data != logits.data) advise_huge_pages(grad, run);
   for_each_row(logits.rows, logits.columns, scratch_elements(logits, grad), run, [&](int64_t r, void* scratch) {
     if (targets[r] == kIgnore) return clear(grad, r, run, scratch);
     Row row{sums[r], sums[sums_stride + r], sums[2 * sums_stride + r], 0, 0, grad_entropy ? entropy[r] : 0};
@@ -81,6 +82,7 @@ void token_logp_grad(const Matrix& grad, const Matrix& logits, const int64_t* ta
 
 void token_loss(float* loss, float* logp, float* entropy, const Matrix& grad, const Matrix& logits,
                 const int64_t* targets, const TokenLoss& in, const Run& run) {
+  if (grad.data && grad.data != logits.data) advise_huge_pages(grad, run);
   std::vector<float> row_losses(size_t(logits.rows));
   for_each_row(logits.rows, logits.columns, scratch_elements(logits, grad), run, [&](int64_t r, void* scratch) {
     if (targets[r] == kIgnore) {

@@ -1,6 +1,6 @@
 // One row of logits: its sums, its largest element, its gradient. rows.cpp includes this file once for every
 // instruction set, inside a namespace whose name carries it. A row's sums run over 32 lanes (column mod 32) in chunks
-// of 4096 columns and are combined in one order: the same bits with every instruction set, address and neighbour.
+// of 4096 columns and are combined in one order: the same bits with every vector width, address and neighbour.
 // Memory: sums and largest read the row; gradient reads it from the cache and writes it.
 
 #include "simd.h"
@@ -44,7 +44,11 @@ void write(void* row, int64_t column, float value) {
 
 // Exactly 0 from 2^-126.5 down; NaN stays. Sets y to its bounds, so that e y is never 0 times infinity.
 REDIT_INLINE Floats bounded_power(Floats& y) {
+#if defined(__x86_64__) && REDIT_LANES == 16
+  y = (Floats)_mm512_maskz_max_ps(0xFFFF, (__m512)splat(kLowest), (__m512)y);
+#else
   y = clamp(y, kLowest, kHighest);
+#endif
   return power_of_two(y);
 }
 
@@ -64,7 +68,7 @@ RowSums sums(const void* row, int64_t vocabulary, int64_t target, float anchor, 
           Floats y = gap<capped>(Type::load(x + j + v * REDIT_LANES), a, t, bend);
           const Floats e = bounded_power(y);
           chunk_others[v] += e;
-          chunk_weighted[v] += e * y;
+          chunk_weighted[v] = multiply_add(e, y, chunk_weighted[v]);
         }
         continue;
       }
@@ -80,7 +84,7 @@ RowSums sums(const void* row, int64_t vocabulary, int64_t target, float anchor, 
         Floats y = Float32::load(y_block + v * REDIT_LANES);
         const Floats e = bounded_power(y);
         chunk_others[v] += e;
-        chunk_weighted[v] += e * y;
+        chunk_weighted[v] = multiply_add(e, y, chunk_weighted[v]);
       }
     }
     for (int v = 0; v < kVectors; ++v) others[v] += chunk_others[v], weighted[v] += chunk_weighted[v];
@@ -117,12 +121,11 @@ void gradient(void* out, const void* row, int64_t vocabulary, int64_t target, fl
   const auto* x = static_cast<const typename Type::Stored*>(row);
   auto* g = static_cast<typename Type::Stored*>(out);
   const float a = squash<capped>(anchor, t);
-  const auto lanes = [&](typename Type::Stored* to, const typename Type::Stored* from)
-      __attribute__((always_inline)) {
+  const auto lanes = [&](typename Type::Stored* to, const typename Type::Stored* from) __attribute__((always_inline)) {
     Floats bend, y = gap<capped>(Type::load(from), a, t, bend);
     Floats e = bounded_power(y);
     if (capped) e *= bend;
-    Type::store(to, e * (slopes.constant + slopes.by_gap * y));
+    Type::store(to, e * multiply_add(y, splat(slopes.by_gap), splat(slopes.constant)));
   };
   int64_t j = 0;
   for (; j + kBlock <= vocabulary; j += kBlock)
@@ -154,7 +157,7 @@ float dot(const void* a_row, const void* b_row, int64_t count) {
   for (; j + kBlock <= count; j += kBlock)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
-      lanes[v] += Type::load(a + j + v * REDIT_LANES) * Type::load(b + j + v * REDIT_LANES);
+      lanes[v] = multiply_add(Type::load(a + j + v * REDIT_LANES), Type::load(b + j + v * REDIT_LANES), lanes[v]);
   double sum = 0;
   for (int v = 0; v < kVectors; ++v)
     for (int l = 0; l < REDIT_LANES; ++l) sum += double(lanes[v][l]);
@@ -171,17 +174,17 @@ TileSums exponentials(void* out, const float* tile, int64_t count, int64_t targe
   const float a = squash<capped>(anchor, t);
   Floats others[kVectors] = {}, weighted[kVectors] = {}, top = splat(-__builtin_inff());
   const auto lanes = [&](int v, typename Type::Stored* stored, const float* x, Ints keep)
-      __attribute__((always_inline)) {
-    const Floats value = Float32::load(x);
-    Floats bend, y = gap<capped>(value, a, t, bend);
-    Floats e = (Floats)((Ints)bounded_power(y) & keep);
-    top = value > top ? value : top;
-    others[v] += e;
-    weighted[v] += e * y;
-    if (!stored) return;
-    if (capped) e *= bend;
-    Type::store(stored, e * (slopes.constant + slopes.by_gap * y));
-  };
+                         __attribute__((always_inline)) {
+                           const Floats value = Float32::load(x);
+                           Floats bend, y = gap<capped>(value, a, t, bend);
+                           Floats e = (Floats)((Ints)bounded_power(y) & keep);
+                           top = value > top ? value : top;
+                           others[v] += e;
+                           weighted[v] = multiply_add(e, y, weighted[v]);
+                           if (!stored) return;
+                           if (capped) e *= bend;
+                           Type::store(stored, e * multiply_add(y, splat(slopes.by_gap), splat(slopes.constant)));
+                         };
   const int64_t target_block = target < 0 ? -1 : target / kBlock * kBlock;
   for (int64_t j = 0; j < count; j += kBlock) {
     if (j != target_block && j + kBlock <= count) {
@@ -217,7 +220,7 @@ TileSums exponentials(void* out, const float* tile, int64_t count, int64_t targe
 
 template <class Type, bool capped>
 constexpr RowKernels kernels() {
-  return {&read<Type>,  &write<Type>, &sums<Type, capped>, &largest<Type>, &gradient<Type, capped>,
+  return {&read<Type>,  &write<Type>, &sums<Type, capped>,        &largest<Type>, &gradient<Type, capped>,
           &scale<Type>, &dot<Type>,   &exponentials<Type, capped>};
 }
 

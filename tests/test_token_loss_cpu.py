@@ -48,18 +48,27 @@ def assert_same_bits(first, second):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_near_bits(baseline, fused, rtol=1e-5):
+    """SSE2 has no fused multiply-add: float32 rounding apart on the scale of a row, or one rounding of 16 bits."""
+    for a, b in zip(baseline, fused, strict=True):
+        coarse = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(a.dtype, rtol)
+        assert torch.equal(a.isfinite(), b.isfinite())
+        a, b = a.nan_to_num().double(), b.nan_to_num().double()
+        assert ((a - b).abs() <= coarse * b.abs().amax(-1, keepdim=True).clamp(min=1)).all()
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [7, 31, 32, 33, 127, 4096, 5003])  # below, at and above 32 lanes; two chunks
-def test_every_instruction_set_gives_the_same_bits(monkeypatch, vocabulary, dtype, transform):
+def test_the_instruction_sets_agree_and_those_that_fuse_to_the_bit(monkeypatch, vocabulary, dtype, transform):
     logits, targets = hostile(40, vocabulary, dtype)
     results = []
     for level in range(cpu._cpu.best_level() + 1):
         monkeypatch.setattr(cpu, "_LEVEL", level)
         results.append(run(logits, targets, transform))
     assert results[0][0].isfinite().sum() >= 35 and results[0][0][7:].abs().max() > 1
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    assert_near_bits(results[0], results[-1])
+    assert_same_bits(results[min(1, len(results) - 1)], results[-1])
 
 
 def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch):
