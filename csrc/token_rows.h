@@ -42,6 +42,14 @@ void write(void* row, int64_t column, float value) {
   static_cast<typename Type::Stored*>(row)[column] = lanes[0];
 }
 
+// The lines of a block that comes 2 KB later: the sums run at the speed of the exponentials and that of memory, not at
+// their sum.
+template <class Stored>
+REDIT_INLINE void prefetch(const Stored* block) {
+  const char* later = reinterpret_cast<const char*>(block) + 2048;
+  for (size_t line = 0; line < kBlock * sizeof(Stored); line += 64) __builtin_prefetch(later + line);
+}
+
 // Exactly 0 from 2^-126.5 down; NaN stays. Sets y to its bounds, so that e y is never 0 times infinity.
 REDIT_INLINE Floats bounded_power(Floats& y) {
 #if defined(__x86_64__) && REDIT_LANES == 16
@@ -63,6 +71,7 @@ RowSums sums(const void* row, int64_t vocabulary, int64_t target, float anchor, 
     const int64_t stop = chunk + kChunk < vocabulary ? chunk + kChunk : vocabulary;
     for (int64_t j = chunk; j < stop; j += kBlock) {
       if (j != target_block && j + kBlock <= stop) {
+        prefetch(x + j);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           Floats y = gap<capped>(Type::load(x + j + v * REDIT_LANES), a, t, bend);
