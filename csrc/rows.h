@@ -34,7 +34,8 @@ struct Run {
 int best_level();  // the highest that this processor runs
 
 struct RowSums {
-  float others, weighted;  // sum_{j != t} e_j and sum_{j != t} e_j y_j, y = (z - z_anchor) log2(e)
+  float others;    // sum_{j != t} e_j
+  float weighted;  // sum_{j != t} e_j y_j, y = (z - z_anchor) log2(e), where it was asked for
 };
 
 struct TileSums {
@@ -49,7 +50,8 @@ struct Slopes {
 struct RowKernels {  // see token_rows.h
   float (*read)(const void* row, int64_t column);
   void (*write)(void* row, int64_t column, float value);
-  RowSums (*sums)(const void* row, int64_t vocabulary, int64_t target, float anchor, const Transform& transform);
+  RowSums (*sums)(const void* row, int64_t vocabulary, int64_t target, float anchor, bool weigh,
+                  const Transform& transform);
   float (*largest)(const void* row, int64_t vocabulary);
   void (*gradient)(void* out, const void* row, int64_t vocabulary, int64_t target, float at_target, float anchor,
                    const Slopes& slopes, const Transform& transform);

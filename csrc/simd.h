@@ -24,28 +24,29 @@ REDIT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// low <= y <= high; NaN stays: maxps and minps return their second operand then. (Compare and blend cost 10 % more.)
-REDIT_INLINE Floats clamp(Floats y, float low, float high) {
+// y within the bounds of power_of_two; NaN stays: maxps and minps return their second operand then. (Compare and blend
+// cost 10 % more.)
+REDIT_INLINE Floats bounded(Floats y) {
 #if defined(__x86_64__) && REDIT_LANES == 16
-  y = (Floats)_mm512_maskz_max_ps(0xFFFF, (__m512)splat(low), (__m512)y);
-  return (Floats)_mm512_maskz_min_ps(0xFFFF, (__m512)splat(high), (__m512)y);
+  return (Floats)_mm512_maskz_max_ps(0xFFFF, (__m512)splat(-160.0f), (__m512)y);
 #elif defined(__x86_64__) && REDIT_LANES == 8
-  return (Floats)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)y));
+  return (Floats)_mm256_min_ps((__m256)splat(90.0f), _mm256_max_ps((__m256)splat(-127.0f), (__m256)y));
 #elif defined(__x86_64__)
-  return (Floats)_mm_min_ps((__m128)splat(high), _mm_max_ps((__m128)splat(low), (__m128)y));
+  return (Floats)_mm_min_ps((__m128)splat(90.0f), _mm_max_ps((__m128)splat(-127.0f), (__m128)y));
 #else
-  y = low > y ? splat(low) : y;
-  return high < y ? splat(high) : y;
+  y = y < -127.0f ? splat(-127.0f) : y;
+  return y > 90.0f ? splat(90.0f) : y;
 #endif
 }
 
-// 2^y, exactly 0 from y = -126.5 down; from 2^57.7 = e^40 up any number above that, for a row so large is redone; NaN
-// stays. Minimax polynomial of 2^f on [-1/2, 1/2] with p(0) = 1: error 1.1e-7 with its coefficients in float32. The low
-// bits of y + 1.5 * 2^23 are the integer n nearest to y.
+// 2^y of a bounded y, exactly 0 at the lower bound; above e^40 = 2^57.7 only its size matters. NaN stays. Minimax
+// polynomial of 2^f on [-1/2, 1/2] with p(0) = 1: error 1.1e-7 with its coefficients in float32. AVX-512 scales down to
+// denormals and up to infinity; elsewhere 2^n is made in the exponent, and 0 below 2^-126.
 REDIT_INLINE Floats power_of_two(Floats y) {
 #if defined(__x86_64__) && REDIT_LANES == 16
   const Floats n = (Floats)_mm512_maskz_roundscale_ps(0xFFFF, (__m512)y, 0), f = y - n;
 #else
+  // the low bits of y + 1.5 * 2^23 are the integer n nearest to y
   const Floats shifted = y + 12582912.0f, f = y - (shifted - 12582912.0f);
 #endif
   Floats p = multiply_add(f, splat(1.326473110e-03f), splat(9.671513994e-03f));
@@ -54,8 +55,7 @@ REDIT_INLINE Floats power_of_two(Floats y) {
   p = multiply_add(p, f, splat(6.931469776e-01f));
   p = multiply_add(p, f, splat(1.0f));
 #if defined(__x86_64__) && REDIT_LANES == 16
-  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)n, (__m512)splat(-127.0f), _CMP_NLE_UQ);  // or NaN
-  return (Floats)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+  return (Floats)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)n);
 #else
   return p * (Floats)(((Words)shifted << 23) + 0x3F800000u);
 #endif

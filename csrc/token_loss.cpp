@@ -15,15 +15,16 @@ namespace {
 
 constexpr int64_t kIgnore = -100;
 
-Row forward(const void* x, int64_t vocabulary, int64_t target, const Run& run) {
+// The entropy is that of the row `with_entropy`, else meaningless.
+Row forward(const void* x, int64_t vocabulary, int64_t target, bool with_entropy, const Run& run) {
   if (stray(target, vocabulary)) return {kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
   const RowKernels& kernel = row_kernels(run);
   const float at_target = kernel.read(x, target);
   float anchor = at_target;
-  RowSums sums = kernel.sums(x, vocabulary, target, anchor, run.transform);
+  RowSums sums = kernel.sums(x, vocabulary, target, anchor, with_entropy, run.transform);
   if (needs_repair(anchor, sums.others)) {
     anchor = kernel.largest(x, vocabulary);
-    sums = kernel.sums(x, vocabulary, target, anchor, run.transform);
+    sums = kernel.sums(x, vocabulary, target, anchor, with_entropy, run.transform);
   }
   return finish(anchor, at_target, sums, run.transform);
 }
@@ -58,7 +59,8 @@ int64_t scratch_elements(const Matrix& logits, const Matrix& grad) {
 void token_logp(const TokenForward& out, const Matrix& logits, const int64_t* targets, const Run& run) {
   for_each_row(logits.rows, logits.columns, scratch_elements(logits, {}), run, [&](int64_t r, void* scratch) {
     Row row{};
-    if (targets[r] != kIgnore) row = forward(contiguous_row(logits, r, run, scratch), logits.columns, targets[r], run);
+    if (targets[r] != kIgnore)
+      row = forward(contiguous_row(logits, r, run, scratch), logits.columns, targets[r], out.entropy, run);
     out.logp[r] = row.logp;
     if (out.entropy) out.entropy[r] = row.entropy;
     out.sums[r] = row.anchor;
@@ -91,7 +93,7 @@ void token_loss(float* loss, float* logp, float* entropy, const Matrix& grad, co
       return;
     }
     const void* x = contiguous_row(logits, r, run, scratch);
-    const Row row = forward(x, logits.columns, targets[r], run);
+    const Row row = forward(x, logits.columns, targets[r], true, run);
     logp[r] = row.logp;
     entropy[r] = row.entropy;
     const float old_logp = in.old_logp ? in.old_logp[r] : row.logp, ref_logp = in.ref_logp ? in.ref_logp[r] : 0;

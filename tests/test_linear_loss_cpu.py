@@ -53,7 +53,7 @@ def test_the_instruction_sets_agree_and_those_that_fuse_to_the_bit(monkeypatch, 
         monkeypatch.setattr(cpu, "_LEVEL", level)
         results.append(run(cpu, *arguments, transform, with_entropy=True))
     assert_near_bits(results[0], results[-1], rtol=4e-5)  # the anchor too is a sum of products
-    assert_same_bits(results[min(1, len(results) - 1)], results[-1])
+    assert_same_bits(results[min(1, len(results) - 1)], results[-1], denormal=2**-120)  # which AVX-512 keeps
 
 
 def test_a_row_has_the_same_bits_in_every_block_and_with_or_without_e(threads):  # noqa: F811
