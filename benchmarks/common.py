@@ -1,4 +1,4 @@
-"""Candidates side by side: in turn, round by round, in one process, every result checked while the clock stands.
+"""Candidates side by side: in turn, round by round, in one process, every result checked with the clock stopped.
 
     def make():                       # builds what the candidate holds, gives the function that is run every round
         state = ...
