@@ -1,12 +1,12 @@
-"""Candidates side by side: in turn, round by round, in one process, every result checked with the clock stopped.
+"""Candidates measured side by side: in turn, round by round, in one process, with every result checked off the clock.
 
-    def make():                       # builds what the candidate holds, gives the function that is run every round
+    def make():                  # builds what the candidate holds, gives the function that is run every round
         state = ...
         def run():
             reset(state)
-            with clock:               # only this is timed
+            with clock:          # only this is timed
                 out = pass_(state)
-            check(out)                # raises
+            check(out)           # raises
         return run
 
     rows = measure([Candidate("ours", bytes, make), Candidate("torch", bytes, make_torch, baseline=True)], rounds=9)

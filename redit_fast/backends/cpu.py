@@ -92,7 +92,7 @@ def group_advantages(
 
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEVEL = -1  # instruction set of the token loss: 0 baseline, 1 AVX2, 2 AVX-512; -1: the best that the processor has
+_LEVEL = -1  # instruction set: 0 baseline, 1 AVX2, 2 AVX-512; -1: the best that the processor has
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -300,7 +300,7 @@ def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     """As `reference.squared_norm`, with the squares in float64."""
     tensors = _contiguous(tensors)
     numels = [tensor.numel() for tensor in tensors]
-    _cpu.squared_norm(out.data_ptr(), _table("tensors", tensors), numels, torch.get_num_threads())
+    _cpu.squared_norm(out.data_ptr(), _table("tensors", tensors), numels, torch.get_num_threads(), _LEVEL)
     increment_version(out)
 
 
@@ -333,6 +333,7 @@ def perturb(
         int(step),
         -1 if compute_dtype is None else _CODES[compute_dtype],
         torch.get_num_threads(),
+        _LEVEL,
     )
     increment_version(sums)
     _finish(params, moved)
@@ -383,6 +384,7 @@ def adamw(
         eps,
         weight_decay,
         torch.get_num_threads(),
+        _LEVEL,
     )
     for originals, copies in zip(written, work, strict=True):
         _finish(originals, copies)
