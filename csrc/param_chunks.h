@@ -116,7 +116,7 @@ REDIT_INLINE Calls product(Calls x, uint32_t factor) {  // of the low 32 bits
 // philox4x32 with its words in the low 32 bits of 64-bit lanes, where the multiplier wants them; what is above them is
 // dropped at the end. 6 instructions a round: 0.2 ns a weight with AVX-512.
 REDIT_INLINE void philox_halves(uint16_t* halves, int64_t calls, uint64_t first, uint64_t seed, uint32_t step) {
-  Calls id;
+  Calls id = {};
   for (int i = 0; i < kCalls; ++i) id[i] = first + uint64_t(i);
   for (int64_t call = 0; call < calls; call += kCalls, id += kCalls, halves += 8 * kCalls) {
     Calls c0 = id, c1 = id >> 32, c2 = Calls{} + kStreamRounding, c3 = Calls{} + step;
