@@ -1,4 +1,4 @@
-# `make demo`, `make test` and `make lint` do all the set-up themselves, once: .venv, torch, this package, its C++ module.
+# Every command here does all the set-up itself, once: .venv, torch, this package, its C++ module.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ NVIDIA := $(wildcard /proc/driver/nvidia)$(shell command -v nvidia-smi 2>/dev/nu
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(if $(NVIDIA),torch,torch==2.13.0)
 
-.PHONY: demo test lint
+.PHONY: demo test lint sanitize
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -19,6 +19,18 @@ test: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+
+# The tests of the C++ module on a second build of it, with the shipped flags and checks of every access and overflow.
+# CXXFLAGS takes the place of Python's own flags, so without their -fwrapv. libasan must come first in the process, and
+# libstdc++ with it: else it finds no __cxa_throw. Python itself leaks. Fifty repeats touch no further memory.
+CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(READY)
+	rm -rf build/sanitize
+	CXXFLAGS="$(CHECKS) -D_GLIBCXX_ASSERTIONS" LDFLAGS="$(CHECKS)" $(VENV)/bin/python setup.py -q build \
+		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+		$(VENV)/bin/pytest -x --import-mode=append --capture=sys -k "cpu and not fifty" tests/sanitize.py tests/test_*.py
 
 # A torch that is already in .venv stays.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)

@@ -1,42 +1,75 @@
-"""Dithered group advantages: pytest benchmarks --benchmark-only
+"""Dithered group advantages: python -m benchmarks.bench_advantages, or pytest benchmarks --benchmark-only
 
-128 prompts x 8 completions x 3 rewards. Every timed call's output is checked; the eager baseline computes TRL 1.16's
-formula without noise, weights by group or unscored rewards, so it does less.
+128 prompts x 8 completions x 3 rewards, 1024 prompts without --small. The eager baseline computes TRL 1.16's formula
+without noise, weights by group or unscored rewards, so it does less. Bytes: the rewards and six numbers a sample.
 """
 
 import pytest
 import torch
 
 import redit_fast as rf
+from benchmarks.common import Candidate, clock, main, measure, show
 from redit_fast import backends
 
-PROMPTS, GROUP, REWARDS = 128, 8, 3
-
-
-def rewards():
-    return torch.randint(0, 3, (PROMPTS * GROUP, REWARDS), generator=torch.Generator().manual_seed(0)).double() / 2
+GROUP, REWARDS = 8, 3
 
 
 def trl_eager(values):
-    total = values.nansum(1).view(PROMPTS, GROUP)
+    total = values.nansum(1).view(-1, GROUP)
     return ((total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)).flatten().float()
 
 
-@pytest.mark.parametrize("backend", backends.NAMES)
-@pytest.mark.parametrize("dither", [None, rf.Dither()], ids=["clean", "dithered"])
-def test_advantages(benchmark, backend, dither):
-    refusal = backends._backend(backend).why_not("group_advantages", torch.device("cpu"))
-    if refusal:
-        pytest.skip(f"{backend}: {refusal}")
-    values = rewards()
-    with rf.use_backend("reference"):
-        expected = rf.group_advantages(values, group_size=GROUP, dither=dither, step=3).values
-    with rf.use_backend(backend):
-        out = benchmark(rf.group_advantages, values, group_size=GROUP, dither=dither, step=3)
-    assert torch.equal(out.values, expected)
+def candidates(prompts):
+    samples = prompts * GROUP
+    values = torch.randint(0, 3, (samples, REWARDS), generator=torch.Generator().manual_seed(0)).double() / 2
+    moved = samples * (8 * REWARDS + 5 * 4 + 1)
+
+    def ours(backend, dither):
+        def advantages():
+            return rf.group_advantages(values, group_size=GROUP, dither=dither, step=3).values
+
+        with rf.use_backend("reference"):
+            expected = advantages()
+
+        def run():
+            with rf.use_backend(backend), clock:
+                out = advantages()
+            assert torch.equal(out, expected)
+
+        return Candidate(f"{backend}, {'dithered' if dither else 'clean'}", moved, lambda: run)
+
+    def trl():
+        clean = rf.group_advantages(values, group_size=GROUP).values
+
+        def run():
+            with clock:
+                out = trl_eager(values)
+            torch.testing.assert_close(out, clean, rtol=1e-5, atol=1e-6)
+
+        return run
+
+    module = backends._backend("cpu")
+    names = [name for name in backends.NAMES if name != "cpu" or not module.why_not("group_advantages", values.device)]
+    group = [ours(name, dither) for name in names for dither in (None, rf.Dither())]
+    return [*group, Candidate("TRL, eager, clean", moved, trl, baseline=True)]
 
 
-def test_trl_eager(benchmark):
-    values = rewards()
-    out = benchmark(trl_eager, values)
-    torch.testing.assert_close(out, rf.group_advantages(values, group_size=GROUP).values, rtol=1e-5, atol=1e-6)
+def tables(small):
+    prompts = 128 if small else 1024
+    title = f"advantages, {prompts} prompts x {GROUP} x {REWARDS}"
+    rows = measure(candidates(prompts), rounds=51)
+    show(title, rows)
+    return {title: rows}
+
+
+SMALL = {candidate.name: candidate for candidate in candidates(128)}
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("name", SMALL)
+def test_advantages(benchmark, name):
+    benchmark.pedantic(SMALL[name].make(), rounds=25, warmup_rounds=1)
+
+
+if __name__ == "__main__":
+    main(tables)

@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+
 #include "params.h"
+#include "token_loss.h"  // best_level
 
 namespace py = pybind11;
 
@@ -18,31 +21,39 @@ Arrays arrays(const Table& table) {
   return result;
 }
 
+int checked(int level) {  // -1: best
+  if (level > best_level()) throw std::invalid_argument("this processor lacks the instruction set asked for");
+  return level < 0 ? best_level() : level;
+}
+
 }  // namespace
 
 void bind_params(py::module_& module) {
-  module.def("squared_norm", [](uintptr_t out, const Table& tensors, const Sizes& numels, int threads) {
+  module.def("squared_norm", [](uintptr_t out, const Table& tensors, const Sizes& numels, int threads, int level) {
     const Arrays table = arrays(tensors);
+    level = checked(level);
     py::gil_scoped_release release;
-    *reinterpret_cast<double*>(out) = squared_norm(table, numels, threads);
+    *reinterpret_cast<double*>(out) = squared_norm(table, numels, threads, level);
   });
   module.def("perturb", [](uintptr_t sums, const Table& params, const Table& grads, const Sizes& numels,
                            const Sizes& offsets, double scale, bool stochastic, uint64_t seed, uint32_t step,
-                           int compute_dtype, int threads) {
+                           int compute_dtype, int threads, int level) {
     const Arrays p = arrays(params), g = arrays(grads);
+    level = checked(level);
     py::gil_scoped_release release;
     perturb(reinterpret_cast<double*>(sums), p, g, numels, offsets, {scale, stochastic, seed, step, compute_dtype},
-            threads);
+            threads, level);
   });
   module.def("adamw", [](const Table& params, const Table& masters, const Table& grads, const Table& exp_avgs,
                          const Table& exp_avg_sqs, const std::vector<uintptr_t>& steps, const Sizes& numels,
                          double factor, bool finite, double lr, double beta1, double beta2, double eps,
-                         double weight_decay, int threads) {
+                         double weight_decay, int threads, int level) {
     AdamwTable table{arrays(params),      arrays(masters), arrays(grads), arrays(exp_avgs),
                      arrays(exp_avg_sqs), {},              numels};
     for (uintptr_t step : steps) table.steps.push_back(reinterpret_cast<float*>(step));
+    level = checked(level);
     py::gil_scoped_release release;
-    adamw(table, {factor, finite, lr, beta1, beta2, eps, weight_decay}, threads);
+    adamw(table, {factor, finite, lr, beta1, beta2, eps, weight_decay}, threads, level);
   });
 }
 

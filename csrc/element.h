@@ -19,10 +19,11 @@ struct Words {
   uint32_t x0, x1, x2, x3;
 };
 
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u, kPhiloxKey1 = 0xBB67AE85u;  // added to the key after every round
 
 REDIT_HD void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
-  const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
+  const uint64_t p0 = uint64_t(c0) * kPhiloxFactor0, p1 = uint64_t(c2) * kPhiloxFactor1;
   c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
   c1 = uint32_t(p1);
   c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;

@@ -1,4 +1,4 @@
-// Arguments of the passes over parameters: tables of contiguous tensors.
+// Passes over parameters: arguments are tables of contiguous tensors. level: see token_loss.h.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ using Arrays = std::vector<Array>;
 using Sizes = std::vector<int64_t>;
 
 // Sum of squares over all tensors.
-double squared_norm(const Arrays& tensors, const Sizes& numels, int threads);
+double squared_norm(const Arrays& tensors, const Sizes& numels, int threads, int level);
 
 struct PerturbOptions {
   double scale;
@@ -30,7 +30,7 @@ struct PerturbOptions {
 // params += scale * grads; sums[4] = <applied, intended>, |applied|^2, |intended|^2, number moved. offsets: each
 // tensor's first element in the concatenation of all trainable parameters.
 void perturb(double* sums, const Arrays& params, const Arrays& grads, const Sizes& numels, const Sizes& offsets,
-             const PerturbOptions& options, int threads);
+             const PerturbOptions& options, int threads, int level);
 
 struct AdamwTable {
   Arrays params, masters, grads, exp_avgs, exp_avg_sqs;
@@ -45,6 +45,6 @@ struct AdamwOptions {
 };
 
 // One AdamW step on the master where there is one, then params = nearest(master). Not finite: only the latter.
-void adamw(const AdamwTable& table, const AdamwOptions& options, int threads);
+void adamw(const AdamwTable& table, const AdamwOptions& options, int threads, int level);
 
 }  // namespace redit

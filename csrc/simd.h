@@ -1,7 +1,7 @@
-// Vectors of REDIT_LANES floats in the compiler's own vector types: + - * / compare and select, no fused multiply-add.
-// Intrinsics only where the compiler's lowering is slow and their result is the same to the bit: minimum and maximum,
-// conversions of 16-bit numbers. So one source gives the same bits with SSE2, AVX2, AVX-512 and NEON registers.
-// No include guard: token_rows.h includes it once per instruction set, inside that set's namespace.
+// Vectors of REDIT_LANES floats in the compiler's own vector types: + - * / compare and select. Intrinsics where those
+// have no word for it (fused multiply-add, half again as fast here) or where the compiler's lowering is slow. One
+// source gives the same bits with AVX2, AVX-512 and NEON registers; SSE2, which cannot fuse, rounds twice. No include
+// guard: token_rows.h includes it once per instruction set, inside that set's namespace.
 
 #define REDIT_INLINE static inline __attribute__((always_inline))
 
@@ -12,43 +12,63 @@ typedef uint16_t Halves __attribute__((vector_size(2 * REDIT_LANES)));
 
 REDIT_INLINE Floats splat(float x) { return x - Floats{}; }  // x - 0 keeps -0, NaN and infinities
 
-// low <= y <= high; NaN stays: maxps and minps return their second operand then. (Compare and blend cost 10 % more.)
-REDIT_INLINE Floats clamp(Floats y, float low, float high) {
+REDIT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__x86_64__) && REDIT_LANES == 16
-  y = (Floats)_mm512_maskz_max_ps(0xFFFF, (__m512)splat(low), (__m512)y);
-  return (Floats)_mm512_maskz_min_ps(0xFFFF, (__m512)splat(high), (__m512)y);
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__x86_64__) && REDIT_LANES == 8
-  return (Floats)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)y));
-#elif defined(__x86_64__)
-  return (Floats)_mm_min_ps((__m128)splat(high), _mm_max_ps((__m128)splat(low), (__m128)y));
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
-  y = low > y ? splat(low) : y;
-  return high < y ? splat(high) : y;
+  return a * b + c;
 #endif
 }
 
-// 2^y for y up to 127 and exactly 0 from -127.4 to -126.5; NaN stays. Minimax polynomial of 2^f on [-1/2, 1/2]: error
-// 1.6e-8 with its coefficients in float32. The low bits of y + 1.5 * 2^23 are the integer n nearest to y; n + 127 moved
-// into the exponent is 2^n, and 0 at n = -127.
+// y within the bounds of power_of_two; NaN stays: maxps and minps return their second operand then. (Compare and blend
+// cost 10 % more.)
+REDIT_INLINE Floats bounded(Floats y) {
+#if defined(__x86_64__) && REDIT_LANES == 16
+  return (Floats)_mm512_maskz_max_ps(0xFFFF, (__m512)splat(-160.0f), (__m512)y);
+#elif defined(__x86_64__) && REDIT_LANES == 8
+  return (Floats)_mm256_min_ps((__m256)splat(90.0f), _mm256_max_ps((__m256)splat(-127.0f), (__m256)y));
+#elif defined(__x86_64__)
+  return (Floats)_mm_min_ps((__m128)splat(90.0f), _mm_max_ps((__m128)splat(-127.0f), (__m128)y));
+#else
+  y = y < -127.0f ? splat(-127.0f) : y;
+  return y > 90.0f ? splat(90.0f) : y;
+#endif
+}
+
+// 2^y of a bounded y, exactly 0 at the lower bound; above e^40 = 2^57.7 only its size matters. NaN stays. Minimax
+// polynomial of 2^f on [-1/2, 1/2] with p(0) = 1: error 1.1e-7 with its coefficients in float32. AVX-512 scales down to
+// denormals and up to infinity; elsewhere 2^n is made in the exponent, and 0 below 2^-126.
 REDIT_INLINE Floats power_of_two(Floats y) {
+#if defined(__x86_64__) && REDIT_LANES == 16
+  const Floats n = (Floats)_mm512_maskz_roundscale_ps(0xFFFF, (__m512)y, 0), f = y - n;
+#else
+  // the low bits of y + 1.5 * 2^23 are the integer n nearest to y
   const Floats shifted = y + 12582912.0f, f = y - (shifted - 12582912.0f);
-  Floats p = f * 1.535336050e-04f + 1.339887502e-03f;
-  p = p * f + 9.618436918e-03f;
-  p = p * f + 5.550332367e-02f;
-  p = p * f + 2.402264774e-01f;
-  p = p * f + 6.931471825e-01f;
-  p = p * f + 1.0f;
+#endif
+  Floats p = multiply_add(f, splat(1.326473110e-03f), splat(9.671513994e-03f));
+  p = multiply_add(p, f, splat(5.550733746e-02f));
+  p = multiply_add(p, f, splat(2.402224206e-01f));
+  p = multiply_add(p, f, splat(6.931469776e-01f));
+  p = multiply_add(p, f, splat(1.0f));
+#if defined(__x86_64__) && REDIT_LANES == 16
+  return (Floats)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)n);
+#else
   return p * (Floats)(((Words)shifted << 23) + 0x3F800000u);
+#endif
 }
 
 // tanh u; NaN stays. Below 0.625 Cephes' odd polynomial, above it 1 - 2 / (e^2|u| + 1): error 1.5e-7.
 REDIT_INLINE Floats hyperbolic_tangent(Floats u) {
   const Floats size = (Floats)((Words)u & 0x7FFFFFFFu), square = u * u;
-  Floats small = square * -5.70498872745e-3f + 2.06390887954e-2f;
-  small = small * square + -5.37397155531e-2f;
-  small = small * square + 1.33314422036e-1f;
-  small = small * square + -3.33332819422e-1f;
-  small = small * square * u + u;
+  Floats small = multiply_add(square, splat(-5.70498872745e-3f), splat(2.06390887954e-2f));
+  small = multiply_add(small, square, splat(-5.37397155531e-2f));
+  small = multiply_add(small, square, splat(1.33314422036e-1f));
+  small = multiply_add(small, square, splat(-3.33332819422e-1f));
+  small = multiply_add(small * square, u, u);
   const Floats large = 1.0f - 2.0f / (power_of_two(size > 10.0f ? splat(30.0f) : size * 2.88539008f) + 1.0f);
   return size < 0.625f ? small : (Floats)((Words)large | ((Words)u & 0x80000000u));
 }
@@ -89,9 +109,10 @@ struct BFloat16 {
     __builtin_memcpy(&bits, x, sizeof bits);
     return (Floats)(widen(bits) << 16);
   }
-  REDIT_INLINE void store(uint16_t* x, Floats value) {  // to nearest even
-    const Words bits = (Words)value, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const Halves out = narrow(value == value ? rounded : Words{} + 0x7FC0u);
+  // To nearest even. No case for NaN: a NaN that came from bfloat16 inputs has zeros below, and stays one.
+  REDIT_INLINE void store(uint16_t* x, Floats value) {
+    const Words bits = (Words)value;
+    const Halves out = narrow((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
     __builtin_memcpy(x, &out, sizeof out);
   }
 };

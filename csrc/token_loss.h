@@ -4,36 +4,15 @@
 #include <cstdint>
 
 #include "policy_loss.h"
+#include "rows.h"
 
 namespace redit {
-
-struct Matrix {  // strides in elements
-  void* data;
-  int64_t rows, columns, row_stride, column_stride;
-};
-
-struct Transform {  // z = softcap(logit_scale x) / temperature
-  double slope;  // logit_scale / temperature
-  float inner;   // logit_scale / softcap
-  float outer;   // log2(e) / temperature times softcap, or logit_scale without one
-  bool capped;
-};
-
-enum class ElementType { float32, bfloat16, float16 };
 
 struct TokenForward {     // outputs (R,); sums[i * sums_stride + r]: the anchor, sum_{j != t} e_j and sum_j e_j
   float *logp, *entropy;  // entropy may be null
   float* sums;
   int64_t sums_stride;
 };
-
-struct Run {
-  ElementType type;
-  Transform transform;
-  int threads, level;  // level 0 baseline, 1 AVX2, 2 AVX-512
-};
-
-int best_level();  // the highest that this processor runs
 
 void token_logp(const TokenForward& out, const Matrix& logits, const int64_t* targets, const Run& run);
 

@@ -89,22 +89,26 @@ def forward(head: Head, chunk: slice, e: Tensor | None, logp, entropy, sums, *up
 
 
 def accumulate(head: Head, chunk: slice, e: Tensor, beta: Tensor, hidden_grad, weight_grad, bias_grad) -> None:
-    """hidden_grad[chunk] = beta * (E W); weight_grad += E^T (beta * X); bias_grad += sum of beta * E; all in
+    """hidden_grad[chunk] = beta * (E W); weight_grad += E^T (beta * X); bias_grad += sum of beta * E; sums in
     float32."""
-    if not beta.any():
-        return
     used = (beta != 0)[:, None]
+    if not used.any():
+        return
+    if not used.all():  # E of an unused row may hold NaN
+        e = e.masked_fill(~used, 0)
     scaled = torch.where(used, beta[:, None] * head.hidden[chunk].float(), 0.0)
     rows = torch.zeros_like(scaled) if hidden_grad is not None else None
     for start in range(0, len(head.weight), TILE_V):
         tile = slice(start, start + TILE_V)
-        e_tile = torch.where(used, e[:, tile].float(), 0.0)
         if hidden_grad is not None:
-            rows += e_tile @ head.weight[tile].float()
+            # bfloat16: torch rounds a tile's product once more (1e-3), for 2.5 times the speed on this CPU
+            rows += e[:, tile] @ head.weight[tile].to(e.dtype)
+        wide = e[:, tile].float()
         if weight_grad is not None:
-            weight_grad[tile] += e_tile.t() @ scaled
+            # beta * X in bfloat16 would bring the error to the limit of 3e-3
+            weight_grad[tile] += wide.t() @ scaled
         if bias_grad is not None:
-            bias_grad[tile] += beta @ e_tile
+            bias_grad[tile] += beta @ wide
     if hidden_grad is not None:
         hidden_grad[chunk] = torch.where(used, beta[:, None] * rows, 0.0).to(hidden_grad.dtype)
 

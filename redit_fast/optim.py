@@ -24,7 +24,7 @@ class _MasterAdamW(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.versions: dict[Tensor, int] = {}  # p._version when the master was last equal to it
+        self.versions: dict[Tensor, int] = {}  # p._version when its master, or copy, was last equal to it
 
     def state_of(self, p: Tensor) -> dict[str, Tensor]:
         """The state of `p`, made at first use; its master refreshed if `p` was changed by others since the last
@@ -43,7 +43,8 @@ class _MasterAdamW(torch.optim.Optimizer):
             self.versions[p] = p._version
         return state
 
-    def update(self, params: list[Tensor], factor: Tensor, finite: Tensor) -> None:
+    def update(self, params: list[Tensor], factor: Tensor, finite: Tensor, copies: dict[Tensor, Tensor]) -> None:
+        """One step from the masters, or from the `copies` of parameters without one, which take the step too."""
         wanted = set(params)
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in wanted]
@@ -53,7 +54,7 @@ class _MasterAdamW(torch.optim.Optimizer):
             beta1, beta2 = group["betas"]
             primitive("adamw", factor.device)(
                 chosen,
-                [state.get("master") for state in states],
+                [state.get("master", copies.get(p)) for p, state in zip(chosen, states, strict=True)],
                 [p.grad for p in chosen],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
@@ -66,7 +67,7 @@ class _MasterAdamW(torch.optim.Optimizer):
                 group["eps"],
                 group["weight_decay"],
             )
-            self.versions |= {p: p._version for p in chosen if p.dtype in LOW_PRECISION}
+            self.versions |= {p: p._version for p in chosen if p.dtype in LOW_PRECISION or p in copies}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch.optim.Optimizer, but shapes are checked and float32 state stays float32 beside low-precision
@@ -98,8 +99,10 @@ class RegularizedAdamW(GradientRegularizer):
     """AdamW with gradient regularisation; the verbs and the GR arguments are `GradientRegularizer`'s.
 
     bfloat16 and float16 parameters have a float32 master, from which the step restores them, so that GR holds nothing
-    beside AdamW's own state; float32 parameters are copied for the time of the second pass. With gamma 0 the step is
-    AdamW's.
+    beside AdamW's own state. float32 and float64 parameters have a copy, which the step writes with them, so that it is
+    neither made nor put back in passes of its own. Masters and copies follow a parameter that others change in place
+    (`load_state_dict`, `p.copy_` under no_grad), but not what is written through `p.data`, which torch does not count.
+    With gamma 0 the step is AdamW's.
 
     Args:
         params: parameters or parameter groups (`parameter_groups`).
@@ -145,18 +148,19 @@ class RegularizedAdamW(GradientRegularizer):
         )
 
     def _keep(self, params: list[Tensor]) -> None:
+        """Copies what has no master, unless AdamW wrote the copy with the parameter and nobody changed it since."""
         for p in params:
             self.optimizer.state_of(p)
+        versions = self.optimizer.versions
         without_master = [p for p in params if p.dtype not in LOW_PRECISION]
-        if without_master:
-            super()._keep(without_master)
+        stale = [p for p in without_master if p not in self._copies or versions.get(p) != p._version]
+        if stale:
+            super()._keep(stale)
 
     def _restore_parameters(self, before_step: bool = False) -> None:
         for p in self._moved:
-            if p.dtype not in LOW_PRECISION:
-                p.copy_(self._copies[p])
-            elif not before_step or p.grad is None:  # AdamW writes the others from their masters
-                p.copy_(self.state[p]["master"])
+            if not before_step or p.grad is None:  # AdamW writes the others from their masters and copies
+                p.copy_(self._copies[p] if p in self._copies else self.optimizer.state[p]["master"])
         self._changed(self._moved)
 
     def _changed(self, params: list[Tensor]) -> None:
@@ -164,7 +168,8 @@ class RegularizedAdamW(GradientRegularizer):
         self.optimizer.versions |= {p: p._version for p in params}
 
     def _take_step(self, params: list[Tensor], factor: Tensor, finite: Tensor) -> None:
-        self.optimizer.update(params, factor, finite)
+        moved = self._moved if self._perturbed else []
+        self.optimizer.update(params, factor, finite, {p: self._copies[p] for p in moved if p in self._copies})
 
 
 def parameter_groups(model: nn.Module, perturb: str = "decoder_layers") -> list[dict]:

@@ -168,8 +168,10 @@ class GradientRegularizer(torch.optim.Optimizer):
         offsets, chosen = self._perturbed_set()
         if not chosen:
             raise RuntimeError("no parameter with a gradient is in a group that is perturbed: see parameter_groups()")
-        grads = [p.grad for p in chosen]
-        g1_norm, set_norm = self._norm([p.grad for p in params]), self._norm(grads)
+        grads, perturbed = [p.grad for p in chosen], set(chosen)
+        others = [p.grad for p in params if p not in perturbed]
+        set_norm = self._norm(grads)
+        g1_norm = torch.hypot(set_norm, self._norm(others)) if others else set_norm
         scale = self.epsilon / set_norm
         if not self.normalized:
             scale = self.epsilon * (self.perturb_max_norm / set_norm).clamp(max=1)
@@ -284,6 +286,8 @@ class GradientRegularizer(torch.optim.Optimizer):
             params, factor = self._combine(params, factor)
         norm = self._norm([p.grad for p in params]) * factor
         finite = finite & torch.isfinite(norm)
+        if self._perturbed and self._first is None and self._ratio == 1:
+            self._metrics["gr/g2_norm"] = norm
         if self.max_norm is not None:
             factor = factor * (self.max_norm / (norm + 1e-6)).clamp(max=1)
         self._take_step(params, factor, finite)
@@ -305,18 +309,18 @@ class GradientRegularizer(torch.optim.Optimizer):
         ratio, first = self._ratio, self._first
         nan = torch.full_like(factor, torch.nan)
         self._metrics |= {"gr/g2_norm": nan, "gr/penalty_ratio": nan}
-        if ratio == 1 or first is not None:
-            self._metrics["gr/g2_norm"] = self._norm([p.grad for p in params])
         if first is None:
             return params, factor * ratio
+        self._metrics["gr/g2_norm"] = self._norm([p.grad for p in params])
         params = list(dict.fromkeys([*params, *first]))
         for p in params:
             if p.grad is None:
                 p.grad = torch.zeros_like(first[p])
             if p not in first:
                 first[p] = torch.zeros_like(p.grad)
-        difference = self._norm([p.grad.double() - first[p].double() for p in params])
-        self._metrics["gr/penalty_ratio"] = ratio * difference / self._metrics["gr/g1_norm"]
+        # one difference in float64 at a time: all of them together are four times the bfloat16 gradients
+        differences = torch.stack([self._norm([p.grad.double() - first[p].double()]) for p in params])
+        self._metrics["gr/penalty_ratio"] = ratio * differences.square().sum().sqrt() / self._metrics["gr/g1_norm"]
         for p in params:
             wide = torch.promote_types(p.grad.dtype, torch.float32)
             p.grad.copy_((1 - ratio) * first[p].to(wide) + ratio * p.grad.to(wide))

@@ -29,17 +29,17 @@ def threads():
 
 @compiled
 @pytest.mark.parametrize(("scale", "combine"), ESTIMATORS)
-def test_bits_do_not_depend_on_the_number_of_threads(threads, scale, combine):
-    rewards, ids = torch.randn(10_000, 2), torch.randint(0, 1300, (10_000,))
-    results = []
-    for count in (1, 2, 3, 7):
-        threads(count)
-        with rf.use_backend("cpu"):
-            results.append(
-                rf.group_advantages(rewards, group_ids=ids, dither=rf.Dither(seed=2), scale=scale, combine=combine)
-            )
-    for out in results[1:]:
-        assert all(map(torch.equal, out, results[0]))
+def test_fifty_repeats_on_every_number_of_threads_give_the_same_bits(threads, scale, combine):
+    """Rewards of 0.1 with noise of 1e-14: the rounding of every sum reaches the advantages."""
+    rewards, ids = torch.full((10_000, 2), 0.1, dtype=torch.float64), torch.randint(0, 1300, (10_000,))
+    options = dict(group_ids=ids, dither=rf.Dither(level=1e-14, seed=2), scale=scale, combine=combine, eps=0.0)
+    with rf.use_backend("cpu"):
+        expected = rf.group_advantages(rewards, **options)
+        for count in (1, 2, 3, 4):
+            threads(count)
+            for _ in range(50):
+                assert all(map(torch.equal, rf.group_advantages(rewards, **options), expected))
+    assert expected.values.abs().max() > 1
 
 
 @compiled

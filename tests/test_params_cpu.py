@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
+import redit_fast as rf
 from redit_fast.backends import cpu, reference
 
 refusal = cpu.why_not("perturb", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SIZES = [1, 0, 7, 1023, 1025, 65536, 65537, 70_001]  # below and past a lane group, a block of 1024, a chunk of 65536
+SIZES = [1, 0, 7, 1023, 1025, 65536, 65537, 70_001]  # below and past 16 lanes, a block of 1024, a chunk of 65536
 OFFSETS = [0, 1, 1, 8, 1031, 2**33 + 3, 2**33 + 65_539, 13]
 
 
@@ -48,7 +49,7 @@ def test_perturbed_bits_and_sums_equal_the_reference(dtype, rounding, compute_dt
     assert all(map(torch.equal, ours, theirs))
     assert not any(p.numel() and torch.equal(p, q) for p, q in zip(ours[3:], params[3:]))
     assert expected.min() > 0
-    torch.testing.assert_close(sums, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -124,18 +125,89 @@ def test_a_step_that_is_not_finite_only_writes_the_master_back(dtype):
         assert torch.equal(p, before if master is None else master.to(dtype))
 
 
+def every_pass(params, grads, state, **options):
+    """Everything that the three passes write."""
+    norm = scalar(0.0)
+    cpu.squared_norm(norm, params)
+    moved, sums = perturbed(cpu, params, grads, **options)
+    return [norm, sums, *moved, *(x for row in run_adamw(cpu, state) for x in row if x is not None)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_the_number_of_threads(threads, dtype):
-    params, grads, state, results = tensors(dtype), tensors(dtype, 1e-2), adamw_state(dtype), []
-    for count in (1, 2, 3):
+def test_fifty_repeats_on_one_to_four_threads_give_the_same_bits(threads, dtype):
+    sizes = [1025, 65_537, 140_003]  # 1, 2 and 3 chunks: as many as there are threads, and more
+    inputs = tensors(dtype, sizes=sizes), tensors(dtype, 1e-2, sizes), adamw_state(dtype, sizes)
+    first = every_pass(*inputs)
+    assert not any(map(torch.equal, first[2:5], inputs[0])) and first[1].min() > 0
+    for count in (1, 2, 3, 4):
         threads(count)
-        norm = scalar(0.0)
-        cpu.squared_norm(norm, params)
-        moved, sums = perturbed(cpu, params, grads)
-        stepped = [x for row in run_adamw(cpu, state) for x in row if x is not None]
-        results.append([norm, sums, *moved, *stepped])
-    for result in results[1:]:
-        assert all(map(torch.equal, result, results[0]))
+        for _ in range(50):
+            assert all(map(torch.equal, every_pass(*inputs), first))
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_gives_the_same_bits(monkeypatch, dtype, rounding, compute_dtype):
+    params, grads, state = tensors(dtype), tensors(dtype, 1e-2), adamw_state(dtype)
+    for p, value in zip(params[3:], (math.nan, math.inf, -math.inf, 1e-7, 1e-40)):  # 1e-7: subnormal in float16
+        p[::5] = value
+    results = []
+    for level in range(cpu._cpu.best_level() + 1):
+        monkeypatch.setattr(cpu, "_LEVEL", level)
+        results.append(every_pass(params, grads, state, rounding=rounding, compute_dtype=compute_dtype))
+        # without infinities, for sums that are numbers
+        results[-1] += perturbed(cpu, params[6:], grads[6:], offsets=[5, 3], rounding=rounding)[1]
+    assert results[0][-4:] and all(x.isfinite() and x > 0 for x in results[0][-4:])
+    for other in results[1:]:
+        for x, y in zip(other, results[0]):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "_LEVEL", 3)
+    with pytest.raises(ValueError, match="instruction set"):
+        cpu.squared_norm(scalar(0.0), [torch.ones(4)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+def test_gradients_of_another_dtype_are_converted(dtype, grad_dtype):
+    params, grads = tensors(dtype), tensors(grad_dtype, 1e-2)
+    ours, sums = perturbed(cpu, params, grads)
+    theirs, expected = perturbed(reference, params, grads)
+    assert all(map(torch.equal, ours, theirs)) and expected.min() > 0
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_writes_the_copy_so_that_only_a_parameter_changed_by_others_is_copied_again(monkeypatch, dtype):
+    changed, left = (torch.nn.Parameter(torch.randn(50, dtype=dtype)) for _ in range(2))
+    opt = rf.RegularizedAdamW([changed, left], gamma=0.5, epsilon=0.5)
+    copied, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: copied.append(list(of)) or copy(to, of))
+
+    def step(gamma=0.5):
+        opt.gamma = gamma
+        for p in (changed, left):
+            p.grad = torch.ones_like(p)
+        before = [p.detach().clone() for p in (changed, left)]
+        if opt.perturb():
+            assert not torch.equal(changed, before[0]) and not torch.equal(left, before[1])
+            for p in (changed, left):
+                p.grad = torch.ones_like(p)
+        opt.step()
+        for p, old in zip((changed, left), before):
+            assert 0 < (p - old).abs().max() < 0.01  # a step of lr 1e-3 from where it was, the perturbation undone
+        return [[id(p) for p in params] for params in copied]
+
+    first = step()
+    assert first == step() == [[id(changed), id(left)]]
+    with torch.no_grad():
+        changed.add_(1)
+    assert step() == [*first, [id(changed)]]
+    step(gamma=0.0)
+    assert step()[2:] == first  # a step without perturbation moved both
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

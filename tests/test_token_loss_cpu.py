@@ -43,23 +43,32 @@ def run(logits, targets, transform):
     return logp, entropy, sums, grad
 
 
-def assert_same_bits(first, second):
+def assert_same_bits(first, second, denormal=0.0):
     for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=0, atol=denormal, equal_nan=True)
+
+
+def assert_near_bits(baseline, fused, rtol=1e-5):
+    """SSE2 has no fused multiply-add: float32 rounding apart on the scale of a row, or one rounding of 16 bits."""
+    for a, b in zip(baseline, fused, strict=True):
+        coarse = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(a.dtype, rtol)
+        assert torch.equal(a.isfinite(), b.isfinite())
+        a, b = a.nan_to_num().double(), b.nan_to_num().double()
+        assert ((a - b).abs() <= coarse * b.abs().amax(-1, keepdim=True).clamp(min=1)).all()
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [7, 31, 32, 33, 127, 4096, 5003])  # below, at and above 32 lanes; two chunks
-def test_every_instruction_set_gives_the_same_bits(monkeypatch, vocabulary, dtype, transform):
+def test_the_instruction_sets_agree_and_those_that_fuse_to_the_bit(monkeypatch, vocabulary, dtype, transform):
     logits, targets = hostile(40, vocabulary, dtype)
     results = []
     for level in range(cpu._cpu.best_level() + 1):
         monkeypatch.setattr(cpu, "_LEVEL", level)
         results.append(run(logits, targets, transform))
     assert results[0][0].isfinite().sum() >= 35 and results[0][0][7:].abs().max() > 1
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+    assert_near_bits(results[0], results[-1])
+    assert_same_bits(results[min(1, len(results) - 1)], results[-1], denormal=2**-120)  # which AVX-512 keeps
 
 
 def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch):
@@ -68,15 +77,23 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch):
         run(torch.randn(2, 5), torch.tensor([0, 1]), LogitTransform())
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_bits_do_not_depend_on_the_number_of_threads(threads, transform):
-    logits, targets = hostile(300, 1009, torch.float32)
-    results = []
-    for count in (1, 2, 3, 7):
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_fifty_repeats_on_every_number_of_threads_give_the_same_bits(threads, dtype):
+    logits, targets = hostile(107, 1009, dtype)
+    rows = [x[7:] for x in (logits, targets, torch.rand(107), torch.randn(107))]  # a NaN would hide the other losses
+    transform, config = TRANSFORMS[1], rf.LossConfig(**TRANSFORMS[1]._asdict())
+
+    def everything():
+        loss, logp, entropy, grad = torch.empty(()), torch.empty(100), torch.empty(100), torch.empty_like(rows[0])
+        cpu.token_loss(loss, logp, entropy, grad, *rows, None, None, None, config, None)
+        return *run(logits, targets, transform), loss, logp, entropy, grad
+
+    expected = everything()
+    assert expected[4].isfinite() and expected[4] != 0
+    for count in (1, 2, 3, 4):
         threads(count)
-        results.append(run(logits, targets, transform))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+        for _ in range(50):
+            assert_same_bits(everything(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,6 +7,7 @@ that `import torch` has put into the process (libtorch_global_deps, with RTLD_GL
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ _OPS = (
     "token_logp_grad",
     "token_loss",
     "scale_in_place",
+    "exp_product",
     "squared_norm",
     "perturb",
     "adamw",
@@ -90,7 +92,7 @@ def group_advantages(
 
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEVEL = -1  # instruction set of the token loss: 0 baseline, 1 AVX2, 2 AVX-512; -1: the best that the processor has
+_LEVEL = -1  # instruction set: 0 baseline, 1 AVX2, 2 AVX-512; -1: the best that the processor has
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -216,6 +218,61 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     increment_version((x,))
 
 
+TILE_ROWS, TILE_COLUMNS = 128, 2048  # of a product tile, rows per thread: 1 MB of float32 a thread
+
+
+@torch.no_grad()
+def exp_product(
+    e: Tensor | None,
+    logp: Tensor,
+    entropy: Tensor | None,
+    sums: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """As `reference.exp_product`; logp, entropy and their gradients contiguous, so are the rows of sums and of e."""
+    count, vocabulary = len(hidden), len(weight)
+    targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
+    x = hidden.float()  # torch's 16-bit products round their result
+    tile_rows = TILE_ROWS * torch.get_num_threads()
+    tile = x.new_empty(min(tile_rows, count) * min(TILE_COLUMNS, vocabulary))
+    setting = _setting(hidden, transform)
+    rows = _cpu.HeadRows(targets.data_ptr(), count, vocabulary)
+    rows.anchor_at_targets(_matrix(hidden), _matrix(weight), _address(bias), setting)
+
+    def add_tiles(e: Tensor | None, blocks: Iterable[int]) -> None:
+        for column in range(0, vocabulary, TILE_COLUMNS):
+            columns = weight[column : column + TILE_COLUMNS].float().t()
+            for row in blocks:
+                part = x[row : row + tile_rows]
+                z = tile[: len(part) * columns.shape[1]].view(len(part), -1)
+                if bias is None:
+                    torch.mm(part, columns, out=z)
+                else:
+                    torch.addmm(bias[column : column + TILE_COLUMNS].float(), part, columns, out=z)
+                rows.add(_matrix(e), _matrix(z), row, column, setting if e is None else _setting(e, transform))
+
+    blocks, with_entropy = range(0, count, tile_rows), grad_entropy is not None
+    add_tiles(None if with_entropy else e, blocks)
+    broken = rows.repair(tile_rows)
+    if broken:
+        add_tiles(None if with_entropy else e, broken)
+    gradients = (grad_logp, grad_entropy) if with_entropy else (None, None)
+    rows.finish(logp.data_ptr(), _address(entropy), sums.data_ptr(), sums.stride(0), *map(_address, gradients), setting)
+    written = [logp, sums] if entropy is None else [logp, entropy, sums]
+    if e is not None:
+        if with_entropy:
+            add_tiles(e, blocks)
+        rows.store_targets(_matrix(e), _setting(e, transform))
+        written.append(e)
+    increment_version(written)
+
+
 # Passes over parameters: tables of (address, dtype) in, one call a pass.
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # Dtype of csrc/formats.h
@@ -264,7 +321,7 @@ def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     """As `reference.squared_norm`, with the squares in float64."""
     tensors = _contiguous(tensors)
     numels = [tensor.numel() for tensor in tensors]
-    _cpu.squared_norm(out.data_ptr(), _table("tensors", tensors), numels, torch.get_num_threads())
+    _cpu.squared_norm(out.data_ptr(), _table("tensors", tensors), numels, torch.get_num_threads(), _LEVEL)
     increment_version(out)
 
 
@@ -297,6 +354,7 @@ def perturb(
         int(step),
         -1 if compute_dtype is None else _CODES[compute_dtype],
         torch.get_num_threads(),
+        _LEVEL,
     )
     increment_version(sums)
     _finish(params, moved)
@@ -347,6 +405,7 @@ def adamw(
         eps,
         weight_decay,
         torch.get_num_threads(),
+        _LEVEL,
     )
     for originals, copies in zip(written, work, strict=True):
         _finish(originals, copies)

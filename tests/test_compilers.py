@@ -1,0 +1,51 @@
+"""clang and an aarch64 compiler take the sources without a warning; their programs give the bits of g++ on x86-64."""
+
+import runpy
+import shutil
+import sysconfig
+
+import pybind11
+import pytest
+
+from tests.test_floors import ROOT
+from tests.test_install import run
+
+EMULATOR = {"clang++": (), "aarch64-linux-gnu-g++": ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")}
+HEADERS = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
+OPS = [path for path in (ROOT / "csrc").glob("*.cpp") if not path.name.startswith("bindings")]
+BINDINGS = list((ROOT / "csrc").glob("bindings*.cpp"))
+pytestmark = pytest.mark.parametrize("compiler", EMULATOR)
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """The names of setup.py."""
+    monkeypatch.setattr("setuptools.setup", lambda **settings: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def need(*programs):
+    for program in programs:
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+
+
+# Code for the bindings, which only pass their arguments on, would take 30 s more.
+@pytest.mark.parametrize(("sources", "mode"), [(OPS, "-c"), (BINDINGS, "-fsyntax-only")], ids=["ops", "bindings"])
+def test_every_source_compiles_without_a_warning(compiler, sources, mode, setup, tmp_path):
+    need(compiler)
+    if sources is BINDINGS and "aarch64" in compiler and "/usr/include" in sysconfig.get_path("include"):
+        pytest.skip("Debian's python3-dev has the pyconfig.h of this processor only")
+    assert len(sources) >= 3
+    flags = (*setup["FLAGS"], *setup["OPENMP"], "-Wall", "-Wextra", "-Werror")
+    run(compiler, *flags, *HEADERS, mode, *sources, cwd=tmp_path)
+
+
+def test_programs_give_the_same_bits(compiler, setup, tmp_path):
+    need("g++", compiler, *EMULATOR[compiler][:1])
+    outputs = []
+    for builder, emulator in (("g++", ()), (compiler, EMULATOR[compiler])):
+        run(builder, *setup["FLAGS"], f"-I{ROOT / 'csrc'}", ROOT / "tests" / "bits.cpp", *OPS, cwd=tmp_path)
+        outputs.append(run(*emulator, tmp_path / "a.out", cwd=tmp_path).splitlines())
+    assert outputs[0] == outputs[1]
+    assert len({line.split()[-1] for line in outputs[0]}) == len(outputs[0]) == 36  # 6 token losses, 2 noises
