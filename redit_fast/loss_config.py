@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from redit_fast.dither import check_choice
+from redit_fast.presets import Peer, loss_options
 from redit_fast.transforms import LogitTransform
 
 LossType = Literal[
@@ -79,7 +80,7 @@ class LossConfig:
             log-ratio)): the sequence's ratio, the token's gradient.
         rloo (2402.14740, TRL): the same with r = exp(sum of the sequence's log-ratios).
         gmpo (2507.20673): l = -A exp(mean over the sequence of u), u = min(d, clip(d)) for A > 0, max(d, clip(d))
-            otherwise, with d = logp - old limited to [-epsilon_low, epsilon_high].
+            otherwise, d = logp - old, clip(d) = d limited to [-epsilon_low, epsilon_high].
         cispo (2506.13585): l = -sg(r limited by cispo_bound) A logp.
         sapo (2511.20347): l = -(4 / tau) sigmoid(tau (r - 1)) A, tau = sapo_temperature_pos for A > 0, else _neg.
         vespo (2602.10693): l = -sg(phi) A logp, phi = exp(lambda + k log w - lambda w), log w the sum of the sequence's
@@ -89,8 +90,8 @@ class LossConfig:
             (otherwise), else 0; p = exp(logp).
         dppo_kl (2602.04879): the same where the binary KL from p_old to p is at most epsilon_high (A > 0) or
             epsilon_low (otherwise), or p moved against the advantage.
-        clip_cov (2505.22617): grpo's l, but 0 on a random clip_cov_ratio of the tokens (at least one) among those that
-            clip_cov_lb < (A - mean A)(logp - mean logp) < clip_cov_ub and that are not clipped.
+        clip_cov (2505.22617): grpo's l, but 0 on a random clip_cov_ratio of the tokens (at least one) among those with
+            clip_cov_lb < (A - mean A)(logp - mean logp) < clip_cov_ub that are not clipped.
         kl_cov (2505.22617): l = -r A, + kl_cov_coef |logp - old| on the kl_cov_ratio of the tokens (at least one) with
             the largest (A - mean A)(logp - mean logp).
         dro (2405.19107): l = -A logp + dro_beta (logp - old)^2 / 2.
@@ -166,6 +167,28 @@ class LossConfig:
     softcap: float | None = None
     # True: without sampling_logp the correction is off instead of an error. For presets, whose peers behave so.
     _correction_optional: bool = field(default=False, kw_only=True, repr=False)
+
+    @classmethod
+    def like(
+        cls, peer: Peer, version: str | None = None, loss_type: str | None = None, **overrides: object
+    ) -> LossConfig:
+        """The loss that another library computes, at that library's own defaults (tables and sources: docs/peers.md).
+
+        A correction that comes from the preset acts where the call has a sampling_logp, as in the peer; one among the
+        overrides requires it. The denominator belongs to the call: see `normalizer` in `policy_loss`.
+
+        Args:
+            peer: "trl", "verl", "openrlhf" or "liger".
+            version: the peer's; None or the one that the preset was checked against.
+            loss_type: one of ours or the peer's own name for its loss, which wins; None is the peer's default.
+            overrides: fields that the peer's loss has as options, and max_completion_length, temperature, logit_scale
+                and softcap, which belong to the run.
+
+        Raises:
+            ValueError, TypeError: an unknown peer, version, loss_type or field, or a value that `LossConfig` refuses.
+            NotImplementedError: a loss, field or value that the peer does not have, naming it.
+        """
+        return cls(**loss_options(peer, version, loss_type, overrides))
 
     def __post_init__(self) -> None:
         check_choice("loss_type", self.loss_type, get_args(LossType))

@@ -199,7 +199,7 @@ def _clip_cov_tokens(rows: Rows, logp: Tensor, clipped: Tensor) -> Tensor:
 
 def _kl_cov_tokens(rows: Rows, logp: Tensor) -> Tensor:
     keys = torch.where(rows.mask, -_covariance(rows, logp), torch.inf)
-    return rows.mask & _smallest(keys, _share(rows, rows.config.kl_cov_ratio))
+    return _smallest(keys, _share(rows, rows.config.kl_cov_ratio))
 
 
 def token_coefficients(

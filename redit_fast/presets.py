@@ -46,7 +46,6 @@ NOTES = {  # what it is -> what it is here
     "group of one": "advantage 0",
 }
 
-
 # Properties of a model or a run, not of a peer.
 ANYWHERE = ("max_completion_length", "temperature", "logit_scale", "softcap")
 
@@ -214,7 +213,8 @@ PRESETS: dict[str, Preset] = {
         {
             "denominator": "as here, x gradient_accumulation_steps; dapo, cispo, vespo: num_items_in_batch x "
             "gradient_accumulation_steps / (steps_per_generation x processes)",
-            "sequence without tokens": "as here; gmpo and rloo add -A, without gradient",
+            "sequence without tokens": "as here; gmpo and rloo add -A, without gradient; the metric cispo_clip_ratio "
+            "with importance 'sequence' counts it with a ratio of 1",
             "log-ratio limited to": "nothing; vespo: token [-20, 20], sum [log 1e-8, 20]",
             "KL": "as here, no limit; rloo: k1 in the reward, beta 0.05",
             "entropy bonus": "as here, / gradient_accumulation_steps",

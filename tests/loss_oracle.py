@@ -12,10 +12,6 @@ def exp(x):
     return math.exp(min(max(x, -20.0), 20.0))
 
 
-def sign(x):
-    return (x > 0) - (x < 0)
-
-
 def loss_by_hand(config, logp, frozen, batch, step=0, seed=0):
     """The loss at `logp` (B, T) float64 with everything behind a stop-gradient taken at `frozen`, so that finite
     differences in `logp` are the gradient; and the numbers that metrics are made of."""
@@ -78,7 +74,7 @@ def loss_by_hand(config, logp, frozen, batch, step=0, seed=0):
         elif kind == "gmpo":
             limits = (-config.epsilon_low, high - 1)
             limited = {j: min(max(d[j], limits[0]), limits[1]) for j in mine}
-            r = exp(mean(sign(A[j]) * min(sign(A[j]) * d[j], sign(A[j]) * limited[j]) for j in mine if j in kept))
+            r = exp(mean((min if A[j] > 0 else max)(d[j], limited[j]) for j in mine if j in kept))
         r0 = exp(d0[i]) if kind != "cispo" or config.importance == "token" else exp(mean(d0[j] for j in mine))
         exponents[i] = math.log(r)
         if kind in ("gpg", "reinforce"):
@@ -109,7 +105,7 @@ def loss_by_hand(config, logp, frozen, batch, step=0, seed=0):
                 kl = p_old * (old[i] - x0[i]) + (1 - p_old) * math.log((1 - p_old + 1e-8) / (1 - p + 1e-8))
                 drop = kl > high - 1 and p > p_old if A[i] > 0 else kl > config.epsilon_low and p < p_old
             policy[i] = 0.0 if drop else -A[i] * min(r0, 20.0) * x[i]
-            (above if A[i] > 0 else below).update({i} if drop else ())
+            (above if A[i] > 0 else below).update({i} if drop and A[i] else ())
         elif kind == "sapo":
             tau = config.sapo_temperature_pos if A[i] > 0 else config.sapo_temperature_neg
             policy[i] = -4 / tau / (1 + math.exp(-tau * (r - 1))) * A[i]

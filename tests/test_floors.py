@@ -28,10 +28,11 @@ FLOORS = {
     "redit_fast.backends.cpu": 1,
     "redit_fast.backends.triton": 1,
     "redit_fast.backends.cuda": 1,
-    "redit_fast.losses": 0.4,  # floor 0 from the config up to the loss; their argument checks come from dither
+    "redit_fast.losses": 0.4,  # floor 0 from the presets up to the loss; their argument checks come from dither
     "redit_fast.loss_terms": 0.3,
     "redit_fast.loss_rows": 0.2,
     "redit_fast.loss_config": 0.1,
+    "redit_fast.presets": 0.05,
     "redit_fast.dither": 0,
     "redit_fast.transforms": 0,
     "redit_fast.kernels": 0,

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
+from redit_fast.loss_config import LossType
 from redit_fast.loss_rows import Rows
 from redit_fast.loss_terms import token_coefficients
 from tests.loss_oracle import loss_by_hand
@@ -46,6 +48,7 @@ CONFIGS = {
     "dro-mask": rf.LossConfig("dro", dro_beta=0.7, correction="token_mask", correction_cap=1.3),
     "gspo": rf.LossConfig("gspo", epsilon_low=0.02, epsilon_high=0.03),
     "gspo-dual-clip": rf.LossConfig("gspo", epsilon_low=0.02, epsilon_high=0.03, dual_clip=1.1),
+    "gspo-k3-corrected": rf.LossConfig("gspo", epsilon_low=0.02, beta=0.2, kl_ratio_correction=True),
     "gspo_token": rf.LossConfig("gspo_token", epsilon_low=0.02, epsilon_high=0.03),
     "bnpo-sequence-kl": rf.LossConfig("bnpo", "sequence", 0.02, beta=0.2, kl_ratio_correction=True),
     "luspo-sequence": rf.LossConfig("luspo", "sequence", 0.02),
@@ -142,6 +145,7 @@ def acts(config, hand):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_metrics_are_trl_keys_and_their_definitions(name):
     config, batch = CONFIGS[name], new_batch()
+    batch.advantages[4] = 0.0
     out, _ = loss_and_grad(config, batch)
     hand = loss_by_hand(config, batch.logp.double(), batch.logp.double(), batch)
     assert all(acts(config, hand)), "an option that does nothing here: the case tests nothing"
@@ -187,12 +191,23 @@ def test_metrics_are_trl_keys_and_their_definitions(name):
     assert not any(value.requires_grad or value.ndim for value in out.metrics.values())
 
 
+@pytest.mark.parametrize(
+    ("options", "least"), [({}, 0.5), ({"importance": "sequence"}, 0.0), ({"loss_type": "rloo"}, 0.0)]
+)
+def test_the_least_share_of_clipped_tokens_with_a_sequence_without_tokens(options, least):
+    """As in TRL: it has no share of clipped tokens; where the ratio is the sequence's, its own is not clipped."""
+    logp, old, mask = torch.full((3, 2), -2.0), torch.tensor([[-1.0, -2.0]] * 3), torch.tensor([[1, 1], [0, 0], [1, 1]])
+    out = rf.policy_loss(logp, -torch.ones(3), old_logp=old, mask=mask, config=rf.LossConfig(**options))
+    assert out.metrics["clip_ratio/low_min"] == least and out.metrics["clip_ratio/low_mean"] > 0
+
+
 @pytest.mark.parametrize("name", TOKEN_LEVEL)
 @pytest.mark.parametrize("spread", [0.0, 0.3, 30.0])
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_the_fused_coefficient_is_the_derivative_of_policy_loss(name, spread, on_policy):
     config, batch = CONFIGS[name], new_batch(8, 50, spread)
-    for row, edge in enumerate((*config.clip_range, config.delta or config.dual_clip or 1.3)):
+    batch.advantages = torch.randn(8, 50)  # both signs at each edge
+    for row, edge in zip((0, 1, 3), (*config.clip_range, config.delta or config.dual_clip or 1.3)):
         if math.isfinite(edge) and edge > 0:  # at the clip edges too, where the tie rules act
             batch.old[row] = batch.logp[row] - torch.tensor(edge).log()
     batch.advantages[4] = 0.0
@@ -316,6 +331,11 @@ def test_a_fully_masked_batch_is_exactly_zero_with_a_graph(name, empty):
     out, grad = loss_and_grad(CONFIGS[name], batch)
     assert out.loss == 0 and grad is not None and (grad == 0).all()
     assert all(torch.isfinite(value) for value in out.metrics.values())
+    assert out.metrics.get("clip_ratio/low_min", 0) == 0
+
+
+def test_only_batch_statistics_keep_a_loss_type_from_adding_up():
+    assert {CONFIGS[name].loss_type for name in ADDITIVE} == {*get_args(LossType)} - {"clip_cov", "kl_cov"}
 
 
 def denominator(config, batch, rows=slice(None)):
@@ -351,19 +371,23 @@ def test_micro_batches_add_up_whatever_their_size_and_order(name):
 def two_ranks(rank, store):
     """One rank's half of every loss; run by the test below."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mine = slice(4 * rank, 4 * rank + 4)
+    mine = slice(8 * rank, 8 * rank + 8)
     for name in ADDITIVE:
-        config, batch = CONFIGS[name], new_batch(8, 9)
+        config, batch = CONFIGS[name], new_batch(16, 9)
         normalizer = torch.as_tensor(denominator(config, batch, mine))
         torch.distributed.all_reduce(normalizer)
-        theta, whole = (torch.ones((), requires_grad=True) for _ in range(2))
-        for leaf, rows, n in ((theta, mine, normalizer), (whole, slice(None), None)):
+        theta, whole = (torch.ones(9, requires_grad=True) for _ in range(2))  # parameters that every sequence shares
+        losses = [
             rf.policy_loss(
                 leaf * batch.logp[rows], batch.advantages[rows], **arguments(batch, rows), config=config, normalizer=n
-            ).loss.backward()
-        torch.distributed.all_reduce(theta.grad)
-        assert whole.grad.abs() > 1e-3
-        torch.testing.assert_close(theta.grad, whole.grad, rtol=1e-5, atol=1e-6)
+            ).loss
+            for leaf, rows, n in ((theta, mine, normalizer), (whole, slice(None), None))
+        ]
+        sum(losses).backward()
+        for part, total in ((losses[0].detach(), losses[1].detach()), (theta.grad, whole.grad)):
+            torch.distributed.all_reduce(part)
+            assert total.abs().max() > 1e-3
+            torch.testing.assert_close(part, total, rtol=1e-5, atol=1e-6 * total.abs().max().item())
     torch.distributed.barrier()  # a rank that leaves first can abort the other
     torch.distributed.destroy_process_group()
 
@@ -397,6 +421,25 @@ def test_outside_the_clamp_nothing_passes_and_at_its_bound_all():
     out.loss.backward()
     assert out.metrics["ratio/overflow_frac"] == 0.5
     assert logp.grad[0, 0] == 0 and logp.grad[0, 3] != 0
+
+
+@pytest.mark.parametrize(
+    ("log_ratios", "gaps", "log_w"), [((25.0, -18.0), (0.0, 0.0), 2.0), ((2.0, 19.5), (0.0, 9.0), 1.5)]
+)
+def test_vespo_limits_each_log_weight_before_the_sum(log_ratios, gaps, log_w):
+    """A masked token is e^-20 in the weight, not 0."""
+    config = rf.LossConfig("vespo", correction="token_mask", vespo_k_pos=0.5, vespo_lambda_pos=0.1)
+    logp, old = torch.tensor([-30.0, -30.0]), torch.tensor([-30.0, -30.0]) - torch.tensor(log_ratios)
+    out = rf.policy_loss(logp, torch.ones(1), old_logp=old, sampling_logp=old - torch.tensor(gaps), config=config)
+    phi = math.exp(0.1 + 0.5 * log_w - 0.1 * math.exp(log_w))
+    assert out.metrics["vespo/phi_seq_mean"].item() == pytest.approx(phi, rel=1e-5)
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "sequence_truncate"])
+def test_a_correction_without_a_cap_is_limited_by_the_clamp(correction):
+    config, logp = rf.LossConfig("gpg", correction=correction, correction_cap=math.inf), -torch.ones(1)
+    out = rf.policy_loss(logp, torch.ones(1), old_logp=logp, sampling_logp=logp - 100, config=config)
+    assert out.loss.item() == pytest.approx(math.exp(20), rel=1e-5)
 
 
 def test_low_precision_logp_is_computed_in_float32_with_one_rounding():
@@ -439,6 +482,16 @@ def test_clip_cov_draws_by_seed_and_step():
             loss_and_grad(CONFIGS["clip_cov"], batch, **{name: value})
 
 
+def test_clip_cov_drops_only_tokens_between_its_bounds():
+    """Two tokens with a covariance of exactly 1."""
+    logp, advantages = torch.tensor([[-1.0], [-3.0]]), torch.tensor([1.0, -1.0])
+    kept = [
+        rf.policy_loss(logp, advantages, config=rf.LossConfig("clip_cov", clip_cov_lb=lb, clip_cov_ub=ub)).loss == 0
+        for lb, ub in [(0.9, 1.1), (1.0, 1.1), (0.9, 1.0)]
+    ]
+    assert kept == [False, True, True]  # the kept losses are -1 and 1
+
+
 def test_the_entropy_quantile_is_torch_quantile_and_keeps_ties():
     batch, every = new_batch(4, 25), torch.arange(1, 100) / 100
     batch.mask = torch.ones_like(batch.mask)
@@ -457,7 +510,9 @@ def test_the_off_policy_mask_falls_back_to_the_old_policy_and_to_none():
     assert torch.equal(loss_and_grad(config, batch)[0].loss, with_old.loss)
     assert with_old.loss != loss_and_grad(rf.LossConfig(), batch)[0].loss
     batch.old = None
-    assert torch.equal(loss_and_grad(config, batch)[0].loss, loss_and_grad(rf.LossConfig(), batch)[0].loss)
+    for threshold in (0.05, 0.0):  # a drift of exactly the threshold is kept
+        config = rf.LossConfig("dapo", off_policy_mask_threshold=threshold)
+        assert torch.equal(loss_and_grad(config, batch)[0].loss, loss_and_grad(rf.LossConfig(), batch)[0].loss)
 
 
 def test_a_correction_that_may_be_missing_is_off_without_sampling_logp():

@@ -11,13 +11,9 @@ import torch
 
 import redit_fast as rf
 from redit_fast.loss_config import LossConfig
-from redit_fast.presets import PRESETS, loss_options
+from redit_fast.presets import PRESETS
 
 ROWS, LENGTH = 6, 8
-
-
-def like(peer, loss_type, **overrides):
-    return LossConfig(**loss_options(peer, None, loss_type, overrides))
 
 
 def rollouts(seed=0):
@@ -222,7 +218,7 @@ def test_verl(loss_type, on_policy):
     def loss(logp, old, A, m, batch):
         return aggregate(formula(logp, old, A, m), m)
 
-    config = like("verl", loss_type, **assumed)
+    config = LossConfig.like("verl", loss_type=loss_type, **assumed)
     assert_parity(config, loss, batch, on_policy, denominator(loss_type, batch))
 
 
@@ -236,7 +232,7 @@ def test_verl_kl_loss(loss_type, kind):
         return aggregate(formula(logp, old, A, m), m) + 0.2 * aggregate(verl_kl(logp, batch.ref.double(), kind), m)
 
     batch = rollouts()
-    config = like("verl", loss_type, beta=0.2, kl=kind, **assumed)
+    config = LossConfig.like("verl", loss_type=loss_type, beta=0.2, kl=kind, **assumed)
     assert_parity(config, loss, batch, normalizer=denominator(loss_type, batch))
 
 
@@ -256,7 +252,7 @@ def test_verl_rollout_correction(loss_type, mode, bounds):
         return aggregate(formula(logp, old, A, m) * weights, m) + 0.2 * aggregate(verl_kl(logp, batch.ref, "k3"), m)
 
     batch = rollouts()
-    config = like("verl", loss_type, correction=mode, beta=0.2, **bounds, **assumed)
+    config = LossConfig.like("verl", loss_type=loss_type, correction=mode, beta=0.2, **bounds, **assumed)
     assert_parity(config, loss, batch, normalizer=denominator(loss_type, batch))
 
 
@@ -271,9 +267,9 @@ def test_verl_rollout_correction_of_geo_mean(mode):
 
     batch = rollouts()
     batch.sequences = ROWS
-    assert_parity(like("verl", "geo_mean", correction=mode), loss, batch)
+    assert_parity(LossConfig.like("verl", loss_type="geo_mean", correction=mode), loss, batch)
     with pytest.raises(NotImplementedError, match="correction='token_truncate'"):
-        like("verl", "geo_mean", correction="token_truncate")
+        LossConfig.like("verl", loss_type="geo_mean", correction="token_truncate")
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate"])
@@ -284,7 +280,7 @@ def test_verl_rollout_correction_of_reinforce(mode):
     def loss(logp, old, A, m, batch):
         return token_mean(verl_gpg(logp, old, A, m) * rollout_weights(batch.logp, batch.sampling, m, mode, 2.0, 0), m)
 
-    assert_parity(like("verl", "reinforce", correction=mode), loss, rollouts(), on_policy=True)
+    assert_parity(LossConfig.like("verl", loss_type="reinforce", correction=mode), loss, rollouts(), on_policy=True)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +307,7 @@ def test_verl_options(loss_type, options, arguments):
         assert not torch.equal(values * m, formula(logp, old, A, m) * m)
         return aggregate(values, m)
 
-    assert_parity(like("verl", loss_type, **options), loss, batch)
+    assert_parity(LossConfig.like("verl", loss_type=loss_type, **options), loss, batch)
 
 
 def test_verl_entropy_bonus():
@@ -320,16 +316,16 @@ def test_verl_entropy_bonus():
     def loss(logp, old, A, m, batch):
         return token_mean(verl_vanilla(logp, old, A, m), m) - 0.05 * token_mean(batch.entropy, m)
 
-    assert_parity(like("verl", "dapo", entropy_coef=0.05), loss, rollouts())
+    assert_parity(LossConfig.like("verl", loss_type="dapo", entropy_coef=0.05), loss, rollouts())
     with pytest.raises(NotImplementedError, match="entropy_coef"):
-        like("verl", "grpo", entropy_coef=0.05)
+        LossConfig.like("verl", loss_type="grpo", entropy_coef=0.05)
 
 
 def test_verl_clip_cov_samples_among_its_candidates():
     """compute_policy_loss_clip_cov: max(int(ratio tokens), 1) of them get no gradient; which ones is chance."""
     batch = rollouts()
     logp = batch.logp.clone().requires_grad_()
-    config = like("verl", "clip_cov", clip_cov_ratio=0.1, clip_cov_lb=0.2, clip_cov_ub=0.9)
+    config = LossConfig.like("verl", loss_type="clip_cov", clip_cov_ratio=0.1, clip_cov_lb=0.2, clip_cov_ub=0.9)
     rf.policy_loss(logp, batch.advantages, old_logp=batch.old, mask=batch.mask, config=config).loss.backward()
     A, m = batch.advantages[:, None], batch.mask
     plain, limited = -A * (batch.logp - batch.old).exp(), -A * (batch.logp - batch.old).exp().clamp(0.8, 1.2)
@@ -364,12 +360,12 @@ def test_verl_dppo_is_ours_with_its_clip_ratio_c_at_20(loss_type):
     arguments = (batch.logp, batch.old, batch.advantages[:, None], batch.mask.float(), batch)
     assert (loss(*arguments, c=3.0) - theirs).abs() > 1e-3
     with pytest.raises(NotImplementedError, match="clip_ratio_c"):
-        like("verl", loss_type)
+        LossConfig.like("verl", loss_type=loss_type)
 
 
 def test_verl_defaults_that_small_batches_do_not_show():
     """verl/workers/config/actor.py::PolicyLossConfig"""
-    clip_cov, kl_cov = like("verl", "clip_cov"), like("verl", "kl_cov")
+    clip_cov, kl_cov = LossConfig.like("verl", loss_type="clip_cov"), LossConfig.like("verl", loss_type="kl_cov")
     assert (clip_cov.clip_cov_ratio, clip_cov.clip_cov_lb, clip_cov.clip_cov_ub) == (2e-4, 1.0, 5.0)
     assert (kl_cov.kl_cov_ratio, kl_cov.kl_cov_coef) == (2e-4, 0.1)
 
@@ -426,7 +422,7 @@ def test_openrlhf(loss_type, options, arguments, on_policy):
     def loss(logp, old, A, m, batch):
         return aggregate(formula(logp, old, A, m, **arguments), m)
 
-    assert_parity(like("openrlhf", loss_type, **options), loss, rollouts(), on_policy)
+    assert_parity(LossConfig.like("openrlhf", loss_type=loss_type, **options), loss, rollouts(), on_policy)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -441,12 +437,12 @@ def test_openrlhf_kl_loss(kind):
         return token_mean(openrlhf_ppo(logp, old, A, m), m) + 0.2 * token_mean(kl, m)
 
     options = {} if kind == "k1" else {"kl": kind}
-    assert_parity(like("openrlhf", "ppo", beta=0.2, **options), loss, rollouts())
+    assert_parity(LossConfig.like("openrlhf", loss_type="ppo", beta=0.2, **options), loss, rollouts())
     for loss_type in ("grpo", "gspo"):
         with pytest.raises(NotImplementedError, match="beta"):
-            like("openrlhf", loss_type, beta=0.2)
+            LossConfig.like("openrlhf", loss_type=loss_type, beta=0.2)
     with pytest.raises(NotImplementedError, match="kl='abs'"):
-        like("openrlhf", "ppo", beta=0.2, kl="abs")
+        LossConfig.like("openrlhf", loss_type="ppo", beta=0.2, kl="abs")
 
 
 @pytest.mark.parametrize("loss_type", OPENRLHF)
@@ -457,7 +453,7 @@ def test_openrlhf_entropy_bonus(loss_type):
     def loss(logp, old, A, m, batch):
         return aggregate(formula(logp, old, A, m), m) - 0.05 * token_mean(batch.entropy, m)
 
-    assert_parity(like("openrlhf", loss_type, entropy_coef=0.05), loss, rollouts())
+    assert_parity(LossConfig.like("openrlhf", loss_type=loss_type, entropy_coef=0.05), loss, rollouts())
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
@@ -475,12 +471,12 @@ def test_openrlhf_correction(loss_type, mode, bounds):
         return aggregate(w * formula(logp, old, A, m), m)
 
     options = {} if bounds == (0.5, 5.0) else {"correction_floor": low, "correction_cap": high}
-    assert_parity(like("openrlhf", loss_type, correction=mode, **options), loss, rollouts())
+    assert_parity(LossConfig.like("openrlhf", loss_type=loss_type, correction=mode, **options), loss, rollouts())
     for refused in ("sequence_mask", "sequence_truncate"):  # a sequence's geometric mean decides, the token's w remains
         with pytest.raises(NotImplementedError, match=f"correction='{refused}'"):
-            like("openrlhf", loss_type, correction=refused)
+            LossConfig.like("openrlhf", loss_type=loss_type, correction=refused)
     with pytest.raises(NotImplementedError, match="correction"):  # there the sampler's log-probs replace the old ones
-        like("openrlhf", "gspo", correction=mode)
+        LossConfig.like("openrlhf", loss_type="gspo", correction=mode)
 
 
 def test_openrlhf_advantages():
@@ -575,7 +571,7 @@ def run_ours(config, problem, normalizer=None):
 def assert_liger_parity(liger, loss_type, overrides, ratio=None, items=None, ours_too=None, bites=True, seed=0):
     problem, needs = liger_problem(seed), LIGER_NEEDS.get(loss_type, {})
     theirs = run_liger(liger, liger_arguments(loss_type, {**needs, **overrides}), problem, ratio, items)
-    config = like("liger", loss_type, **needs, **overrides, **(ours_too or {}))
+    config = LossConfig.like("liger", loss_type=loss_type, **needs, **overrides, **(ours_too or {}))
     ours = run_ours(config, problem, items)
     if bites:
         base = run_liger(liger, liger_arguments(loss_type, needs), problem)
@@ -627,7 +623,7 @@ def test_liger_parameters(liger, loss_type, options):
 def test_liger_takes_the_samplers_correction_as_a_ratio(liger, loss_type, mode):
     if loss_type == "vespo" and mode.startswith("sequence"):
         with pytest.raises(NotImplementedError, match="correction"):
-            like("liger", "vespo", correction=mode)
+            LossConfig.like("liger", loss_type="vespo", correction=mode)
         return
     batch = liger_problem()[0]
     ratio = rollout_weights(batch.old, batch.sampling, batch.mask.double(), mode, 1.5, 0.0).float()
@@ -656,7 +652,7 @@ def test_liger_luspo_depends_on_the_padding_and_is_refused(liger):
     )
     assert (run_liger(liger, {"loss_type": "luspo"}, wider)[0] - narrow).abs() > 1e-2
     with pytest.raises(NotImplementedError, match="luspo.*padding"):
-        like("liger", "luspo")
+        LossConfig.like("liger", loss_type="luspo")
 
 
 def test_the_liger_presets_defaults_are_those_of_its_class(liger):

@@ -14,7 +14,7 @@ import torch
 
 import redit_fast as rf
 from redit_fast.loss_config import LossConfig
-from redit_fast.presets import PRESETS, loss_options
+from redit_fast.presets import PRESETS
 
 pytest.importorskip("trl", reason="TRL is not installed: its parity tests need it")
 
@@ -156,9 +156,8 @@ def trl_loss(loss_type, options, batch, logits=None, targets=None):
 
 
 def our_config(loss_type, options):
-    return LossConfig(
-        **loss_options("trl", None, loss_type, {NAMES[key]: value for key, value in options.items() if key in NAMES})
-    )
+    overrides = {NAMES[key]: value for key, value in options.items() if key in NAMES}
+    return LossConfig.like("trl", loss_type=loss_type, **overrides)
 
 
 def our_loss(config, batch, on_policy=False, sampling=False, normalizer=None, advantages=None):

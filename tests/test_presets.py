@@ -7,24 +7,27 @@ import torch
 
 import redit_fast as rf
 from redit_fast.loss_config import LossConfig
-from redit_fast.presets import NOTES, PRESETS, _fields, loss_options
+from redit_fast.presets import NOTES, PRESETS, _fields
 from tests.make_peers_doc import MARKER, PAGE, render
 
 ROWS = [(peer, loss_type) for peer, preset in PRESETS.items() for loss_type in preset.losses]
 
 
-def like(peer, version=None, loss_type=None, **overrides):
-    return LossConfig(**loss_options(peer, version, loss_type, overrides))
-
-
 @pytest.mark.parametrize(("peer", "loss_type"), ROWS)
 def test_every_row_is_a_loss_config(peer, loss_type):
-    config = like(peer, loss_type=loss_type, **({"dro_beta": 0.1} if loss_type == "dro" else {}))
+    config = LossConfig.like(peer, loss_type=loss_type, **({"dro_beta": 0.1} if loss_type == "dro" else {}))
     row = PRESETS[peer].losses[loss_type]
     assert config.loss_type == loss_type
     expected = {**row.options, **row.fixed} | ({"dro_beta": 0.1} if loss_type == "dro" else {})
     assert {name: getattr(config, name) for name in expected} == expected
     assert not set(row.options) & set(row.fixed)
+
+
+def test_loss_config_like():
+    config = LossConfig.like("trl", version="1.16.0", loss_type="grpo", beta=0.1)
+    assert config == LossConfig(
+        "grpo", beta=0.1, kl_ratio_correction=True, correction="sequence_mask", _correction_optional=True
+    )
 
 
 def test_presets_know_every_field():
@@ -34,7 +37,7 @@ def test_presets_know_every_field():
 
 @pytest.mark.parametrize("peer", PRESETS)
 def test_the_default_loss_is_dapo_of_each_peer(peer):
-    assert like(peer) == like(peer, loss_type="dapo")
+    assert LossConfig.like(peer) == LossConfig.like(peer, loss_type="dapo")
 
 
 @pytest.mark.parametrize(
@@ -47,15 +50,15 @@ def test_the_default_loss_is_dapo_of_each_peer(peer):
     ],
 )
 def test_the_peers_own_names(peer, theirs, ours):
-    assert like(peer, loss_type=theirs) == like(peer, loss_type=ours)
+    assert LossConfig.like(peer, loss_type=theirs) == LossConfig.like(peer, loss_type=ours)
 
 
 @pytest.mark.parametrize("peer", PRESETS)
 def test_versions(peer):
     version = PRESETS[peer].version
-    assert like(peer, version) == like(peer, version.rpartition(".")[0]) == like(peer)
+    assert LossConfig.like(peer, version) == LossConfig.like(peer, version.rpartition(".")[0]) == LossConfig.like(peer)
     assert rf.advantage_options(peer, version) == rf.advantage_options(peer)
-    for call in (like, rf.advantage_options):
+    for call in (LossConfig.like, rf.advantage_options):
         with pytest.raises(ValueError, match=f"version of {peer}.*'0.0.1'"):
             call(peer, "0.0.1")
 
@@ -86,28 +89,24 @@ def test_versions(peer):
 )
 def test_what_a_preset_cannot_reproduce_is_refused_by_name(peer, loss_type, overrides, error, message):
     with pytest.raises(error, match=message):
-        like(peer, loss_type=loss_type, **overrides)
+        LossConfig.like(peer, loss_type=loss_type, **overrides)
 
 
 def test_the_model_and_the_run_are_the_callers():
-    config = like("verl", loss_type="dr_grpo", max_completion_length=99, temperature=0.7, logit_scale=2.0, softcap=30.0)
-    assert (config.max_completion_length, config.temperature, config.logit_scale, config.softcap) == (
-        99,
-        0.7,
-        2.0,
-        30.0,
-    )
-    assert like("trl", kl="k3") == like("trl")  # a fixed option may be named at its value
+    mine = {"max_completion_length": 99, "temperature": 0.7, "logit_scale": 2.0, "softcap": 30.0}
+    config = LossConfig.like("verl", loss_type="dr_grpo", **mine)
+    assert {name: getattr(config, name) for name in mine} == mine
+    assert LossConfig.like("trl", kl="k3") == LossConfig.like("trl")  # a fixed option may be named at its value
 
 
 def test_a_presets_correction_is_optional_and_the_callers_is_not():
     logp, advantages = torch.zeros(2, 3, requires_grad=True), torch.ones(2)
     sampling = torch.full((2, 3), -1.0)  # a sequence weight of e^3, above the cap of 3
-    for config in (like("trl"), like("trl", correction_cap=2.0)):
+    for config in (LossConfig.like("trl"), LossConfig.like("trl", correction_cap=2.0)):
         assert rf.policy_loss(logp, advantages, config=config).loss == -1
         assert rf.policy_loss(logp, advantages, sampling_logp=sampling, config=config).loss == 0
     with pytest.raises(ValueError, match="sampling_logp is required by correction='sequence_mask'"):
-        rf.policy_loss(logp, advantages, config=like("trl", correction="sequence_mask"))
+        rf.policy_loss(logp, advantages, config=LossConfig.like("trl", correction="sequence_mask"))
 
 
 def test_advantage_options_are_arguments_and_a_fresh_dict():
@@ -125,11 +124,3 @@ def test_the_documented_tables_are_the_presets():
     text = PAGE.read_text()
     tables = text[text.index(MARKER) + len(MARKER) :].lstrip("\n")
     assert tables == render(), "run python -m tests.make_peers_doc"
-
-
-@pytest.mark.skipif(not hasattr(LossConfig, "like"), reason="LossConfig has no `like` yet")
-def test_loss_config_like():
-    for peer in PRESETS:
-        assert LossConfig.like(peer) == like(peer)
-    config = LossConfig.like("trl", version="1.16.0", loss_type="grpo", beta=0.1)
-    assert config == like("trl", "1.16.0", "grpo", beta=0.1) and config.beta == 0.1

@@ -371,6 +371,17 @@ def test_ties_follow_the_documented_subgradient_exactly(backend, config, advanta
     assert out.route == "fused" and torch.equal(logits.grad, -advantage * share * torch.tensor([[0.5, -0.5]]))
 
 
+@pytest.mark.parametrize(("nearby", "share"), [(1 - 1e-6, 0.0), (1.0, 0.5), (1 + 1e-6, 1.0)])
+def test_at_the_dual_clip_half_of_the_gradient_passes(backend, nearby, share):
+    """The loss is r for A = -1, its bound dual_clip. In float32 -log 2 - 0.25 is exact, and so r = exp(0.25)."""
+    logits, targets = torch.zeros(1, 2, requires_grad=True), torch.tensor([0])
+    ratio = torch.tensor(0.25).exp().item()
+    old = rf.token_logp(logits, targets).detach() - 0.25
+    config = rf.LossConfig(dual_clip=ratio * nearby)
+    rf.grpo_loss(logits, targets, -torch.ones(1), old_logp=old, config=config).loss.backward()
+    torch.testing.assert_close(logits.grad, share * ratio * torch.tensor([[0.5, -0.5]]))
+
+
 @pytest.mark.parametrize("name", [name for name in LOSSES if not LOSSES[name].entropy_coef])
 def test_micro_batches_of_the_fused_loss_add_up(backend, name):
     config = LOSSES[name]

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import redit_fast as rf
 from redit_fast.cli import main
+from redit_fast.loss_config import LossType
 from redit_fast.training import builtin, checkpoint, config, policy
 from redit_fast.training.rollout import generate
 from redit_fast.training.trainer import train
@@ -122,11 +125,11 @@ def test_rollout_log_probs_are_those_that_the_loss_sees(model_folder):
     prompts = tokenizer([record["prompt"] for record in builtin.records(5, held_out=False, seed=3)])["input_ids"]
     rollout = generate(model, 0, prompts, group_size=2, max_new_tokens=9, seed=1)
     run = config.TrainConfig(model="m", data="d", rewards=["exact_answer"], group_size=2, steps=1)
-    batch = policy.Batch.of(prompts, rollout, torch.ones(10), policy.rf.LossConfig(), run)
+    batch = policy.Batch.of(prompts, rollout, torch.ones(10), rf.LossConfig(), run, 0)
     model.config.attention_dropout = 0.0
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.0
-    logp = batch.backward(model, seed=0).logp
+    logp = batch.backward(model).logp
     for i, part in enumerate(logp.split(batch.lengths)):
         ids = torch.tensor(prompts[i // 2] + rollout.completions[i])[None]
         with torch.no_grad():
@@ -134,8 +137,9 @@ def test_rollout_log_probs_are_those_that_the_loss_sees(model_folder):
         torch.testing.assert_close(part, expected[-len(part) :], rtol=0, atol=1e-4)
 
 
-def test_micro_batches_give_the_same_gradient(model_folder):
-    gradients = []
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo"])
+def test_micro_batches_give_the_same_gradient(model_folder, loss_type):
+    gradients, settings = [], rf.LossConfig(loss_type, max_completion_length=9)
     for micro in (None, 3):
         model, tokenizer = policy.load(Path(model_folder))
         model.config.attention_dropout = 0.0
@@ -144,8 +148,11 @@ def test_micro_batches_give_the_same_gradient(model_folder):
         prompts = tokenizer([record["prompt"] for record in builtin.records(4, held_out=False, seed=3)])["input_ids"]
         rollout = generate(model, 0, prompts, group_size=2, max_new_tokens=9, seed=1)
         run = config.TrainConfig(model="m", data="d", rewards=["exact_answer"], group_size=2, micro_batch_size=micro)
-        batch = policy.Batch.of(prompts, rollout, torch.linspace(0, 1, 8), policy.rf.LossConfig(), run)
-        done = batch.backward(model, seed=0)
+        batch = policy.Batch.of(prompts, rollout, torch.linspace(0, 1, 8), settings, run, 0)
+        done = batch.backward(model)
+        ends = torch.tensor([0, *batch.lengths]).cumsum(0)
+        whole = rf.policy_loss(done.logp, batch.advantages, cu_seqlens=ends, config=settings)
+        assert done.loss == pytest.approx(whole.loss.item(), rel=1e-5)
         gradients.append((done.loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
     torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=1e-4, atol=1e-6)
@@ -349,20 +356,23 @@ VARIANTS = [
     {"gamma": 0.0},
     {"dither_level": 0.0},
     {"dead_groups": "skip"},
-    {"loss_type": "gspo"},
-    {"loss_type": "cispo"},
-    {"loss_type": "dr_grpo", "pass2_ratio": "pass1"},
     {"gr_normalized": True},
     {"micro_batch_size": 5, "advantage_scale": "batch"},
 ]
 
 
-@pytest.mark.parametrize("change", VARIANTS, ids=str)
-def test_every_variant_trains(settings, tmp_path, change):
+@pytest.fixture
+def varied(settings, tmp_path):
+    """Settings with a reward that differs between the samples of a group."""
     (tmp_path / "varied.py").write_text(
         "def judge(prompts, completions, **columns):\n    return [float(len(c) % 3) for c in completions]\n"
     )
-    train(config.load(overrides={**settings, "rewards": [f"{tmp_path}/varied:judge"], **change, "steps": 1}))
+    return {**settings, "rewards": [f"{tmp_path}/varied:judge"]}
+
+
+@pytest.mark.parametrize("change", VARIANTS, ids=str)
+def test_every_variant_trains(varied, tmp_path, change):
+    train(config.load(overrides={**varied, **change, "steps": 1}))
     line = lines_of(tmp_path / "run" / "metrics.jsonl")[1]
     assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
     assert ("gr/step_cos" in line) == (change.get("gamma") != 0.0)
@@ -370,6 +380,42 @@ def test_every_variant_trains(settings, tmp_path, change):
         assert line["reward/dithered_std"] == line["reward/raw_std"] and line["adv/rms_dead_groups"] == 0
     if change.get("dead_groups") == "skip":
         assert line["adv/rms_dead_groups"] == 0
+
+
+CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "clip_ratio/low_min",
+           "clip_ratio/high_max")  # fmt: skip
+OWN_METRICS = {  # of the losses that do not clip as PPO does
+    "cispo": ["cispo_clip_ratio"], "vespo": ["vespo/phi_seq_mean"],
+    "sapo": [], "gpg": [], "reinforce": [], "kl_cov": [], "dro": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+def test_every_loss_type_trains(varied, tmp_path, monkeypatch, loss_type):
+    """Three steps of two passes, the second with the first's old log-probs, so that there the ratio is not 1."""
+    calls, loss = [], rf.linear_grpo_loss
+
+    def recorded(*args, **options):
+        out = loss(*args, **options)
+        calls.append((options["step"], options["seed"], out.route, out.metrics["policy/on_policy"].item()))
+        return out
+
+    monkeypatch.setattr(rf, "linear_grpo_loss", recorded)
+    run = {"loss_type": loss_type, "pass2_ratio": "pass1", "steps": 3, "checkpoint_every": 3, "seed": 7}
+    if loss_type == "dro":
+        run["dro_beta"] = 0.5
+    train(config.load(overrides={**varied, **run, "eval_problems": 0}))
+    route = rf.LossConfig(loss_type, dro_beta=run.get("dro_beta")).route
+    assert calls == [(step, 7, route, float(first)) for step in range(3) for first in (True, False)]
+    expected = {*OWN_METRICS.get(loss_type, CLIPPED)}
+    for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]:
+        assert math.isfinite(line["loss"]) and 0 < line["grad_norm"] < math.inf and line["gr/step_cos"] > 0.9
+        assert line["gr/g2_norm"] > 0 and line["gr/skipped_steps"] == 0
+        assert line["ratio/mean"] == 1 and line["policy/on_policy"] == 1 and line["entropy"] > 0
+        assert {key for key in line if "clip_ratio" in key or key.startswith("vespo")} == expected
+        assert all(line[key] == (1 if key.startswith("vespo") else 0) for key in expected)
+    before, after = (load_file(tmp_path / f"run/checkpoints/step-00000{n}/model.safetensors") for n in (0, 3))
+    assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_demo_starts_from_nothing_and_its_pieces_fit(tmp_path, monkeypatch):

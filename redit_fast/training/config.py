@@ -90,6 +90,7 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
     loss_type: LossType = Field("dapo", description="Policy loss.")
+    dro_beta: float | None = Field(None, gt=0, description="Weight of the squared log-ratio in loss_type dro alone.")
     advantage_scale: Scale = Field(
         "group", description="What divides an advantage: the deviation of its group, of the batch, or nothing."
     )
@@ -146,6 +147,10 @@ class TrainConfig(BaseModel):
             raise ValueError(f"warm_start_steps: got {self.warm_start_steps}, only the embedded demo has a warm start")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights: got {len(self.reward_weights)} for {len(self.rewards)} reward functions")
+        if self.loss_type == "dro" and self.dro_beta is None:
+            raise ValueError("loss_type: dro needs a dro_beta, which has no default")
+        if self.loss_type != "dro" and self.dro_beta is not None:
+            raise ValueError(f"dro_beta: got {self.dro_beta}, only loss_type dro uses it")
         return self
 
     def with_name(self) -> TrainConfig:

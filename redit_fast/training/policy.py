@@ -84,13 +84,18 @@ class Batch:
     advantages: Tensor  # (N,)
     settings: rf.LossConfig
     micro: int
+    step: int
+    seed: int
 
     @classmethod
-    def of(cls, prompts, rollout: Rollout, advantages: Tensor, settings: rf.LossConfig, config: TrainConfig) -> Batch:
+    def of(
+        cls, prompts, rollout: Rollout, advantages: Tensor, settings: rf.LossConfig, config: TrainConfig, step: int
+    ) -> Batch:
         prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
         sequences = [torch.tensor(p + c) for p, c in zip(prompts, rollout.completions, strict=True)]
         lengths = [len(completion) for completion in rollout.completions]
-        return cls(sequences, lengths, advantages, settings, config.micro_batch_size or len(sequences))
+        micro = config.micro_batch_size or len(sequences)
+        return cls(sequences, lengths, advantages, settings, micro, step, config.seed)
 
     @property
     def normalizer(self) -> float:
@@ -101,9 +106,13 @@ class Batch:
             return float(len(self.sequences) * self.settings.max_completion_length)
         return float(len(self.sequences))
 
-    def backward(self, model: PreTrainedModel, seed: int, old_logp: Tensor | None = None) -> Pass:
-        """Adds the gradient of the whole step's loss to .grad, one micro-batch after the other."""
-        torch.manual_seed(seed % 2**63)  # the same dropout in both passes
+    def backward(self, model: PreTrainedModel, old_logp: Tensor | None = None) -> Pass:
+        """Adds the gradient of the whole step's loss to .grad, one micro-batch after the other.
+
+        Both passes draw the same dropout and the same lots for clip_cov. The tokens that clip_cov and kl_cov choose are
+        by definition those of a call: of a micro-batch, and in the second pass of its own log-probs.
+        """
+        torch.manual_seed((self.seed + self.step) % 2**63)
         model.train()
         head, loss, parts, entropies = model.get_output_embeddings(), 0.0, [], []
         for start in range(0, len(self.sequences), self.micro):
@@ -127,6 +136,8 @@ class Batch:
                 cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
                 normalizer=self.normalizer,
                 config=self.settings,
+                step=self.step,
+                seed=self.seed,
             )
             out.loss.backward()
             loss += out.loss.item()

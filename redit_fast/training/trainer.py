@@ -52,6 +52,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
         config.loss_type,
         temperature=config.temperature,
         cispo_bound="relative" if config.loss_type == "cispo" else "absolute",  # TRL's would scale a ratio of 1 to 0.2
+        dro_beta=config.dro_beta,
         max_completion_length=config.max_completion_length,
         **rf.logit_transforms(model.config),
     )
@@ -137,16 +138,16 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                         step=step,
                         scale=config.advantage_scale,
                     )
-                batch = policy.Batch.of(prompts, rollout, advantages.values, loss_config, config)
+                batch = policy.Batch.of(prompts, rollout, advantages.values, loss_config, config, step)
                 with clock("pass1"):
-                    first = batch.backward(model, seed=config.seed + step)
+                    first = batch.backward(model)
                 with clock("pass2"):
                     with runs.uninterrupted():
                         perturbation = optimizer.perturb()
                     with perturbation:
                         if perturbation:
                             old_logp = first.logp if config.pass2_ratio == "pass1" else None
-                            batch.backward(model, seed=config.seed + step, old_logp=old_logp)
+                            batch.backward(model, old_logp)
                 with runs.uninterrupted():
                     with clock("optimizer"):
                         optimizer.step()
