@@ -3,27 +3,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-
+#include "bindings.h"
 #include "params.h"
-#include "token_loss.h"  // best_level
 
 namespace py = pybind11;
 
 namespace redit {
 namespace {
 
-using Table = std::vector<std::pair<uintptr_t, int>>;  // address (0: absent), Dtype
+using Table = std::vector<std::pair<Address, int>>;  // address (0: absent), Dtype
 
 Arrays arrays(const Table& table) {
   Arrays result;
-  for (const auto& [address, dtype] : table) result.push_back({reinterpret_cast<void*>(address), Dtype(dtype)});
+  for (const auto& [address, dtype] : table) result.push_back({pointer<void>(address), Dtype(dtype)});
   return result;
-}
-
-int checked(int level) {  // -1: best
-  if (level > best_level()) throw std::invalid_argument("this processor lacks the instruction set asked for");
-  return level < 0 ? best_level() : level;
 }
 
 }  // namespace

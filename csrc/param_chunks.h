@@ -1,4 +1,4 @@
-// A chunk of one tensor: its sum of squares, its perturbation, its AdamW step. params.cpp includes this file once for
+// A chunk of one tensor: its sum of squares, its perturbation, its AdamW step. levels.h includes this file once for
 // every instruction set, inside a namespace whose name carries it. Sums run over 16 lanes (element mod 16) of float64
 // and are added in one order: the same bits with every instruction set.
 

@@ -37,52 +37,8 @@ struct ChunkKernels {  // elements [begin, end) of one tensor
   void (*adamw)(const AdamwTable& table, const AdamwOptions& options, int64_t tensor, int64_t begin, int64_t end);
 };
 
-// One source for every instruction set, selected at run time; see token_loss.cpp.
-#define REDIT_LANES 4
-namespace chunks_baseline {
-#include "param_chunks.h"
-}
-#undef REDIT_LANES
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-#endif
-#define REDIT_LANES 8
-namespace chunks_avx2 {
-#include "param_chunks.h"
-}
-#undef REDIT_LANES
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#endif
-#define REDIT_LANES 16
-namespace chunks_avx512 {
-#include "param_chunks.h"
-}
-#undef REDIT_LANES
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-const ChunkKernels& kernels(Dtype dtype, [[maybe_unused]] int level) {
-#if defined(__x86_64__)
-  if (level == 2) return chunks_avx512::kKernels[int(dtype)];
-  if (level == 1) return chunks_avx2::kKernels[int(dtype)];
-#endif
-  return chunks_baseline::kKernels[int(dtype)];
-}
+#define REDIT_KERNELS "param_chunks.h"
+#include "levels.h"
 
 struct Chunk {
   int64_t tensor, begin, end;
@@ -111,7 +67,7 @@ double squared_norm(const Arrays& tensors, const Sizes& numels, int threads, int
   std::vector<double> partials(chunks.size());
   for_each_chunk(chunks, threads, [&](int64_t i, const Chunk& chunk) {
     const Array& tensor = tensors[chunk.tensor];
-    partials[i] = kernels(tensor.dtype, level).sum_of_squares(tensor.data, chunk.begin, chunk.end);
+    partials[i] = kernels(level)[int(tensor.dtype)].sum_of_squares(tensor.data, chunk.begin, chunk.end);
   });
   double sum = 0;
   for (double partial : partials) sum += partial;
@@ -129,7 +85,7 @@ void perturb(double* sums, const Arrays& params, const Arrays& grads, const Size
   std::vector<Partial> partials(chunks.size());
   for_each_chunk(chunks, threads, [&](int64_t i, const Chunk& chunk) {
     const Array& param = params[chunk.tensor];
-    kernels(param.dtype, level)
+    kernels(level)[int(param.dtype)]
         .perturb(partials[i].sums, param, grads[chunk.tensor], chunk.begin, chunk.end, offsets[chunk.tensor], options);
   });
   for (const Partial& partial : partials)
@@ -138,7 +94,7 @@ void perturb(double* sums, const Arrays& params, const Arrays& grads, const Size
 
 void adamw(const AdamwTable& table, const AdamwOptions& options, int threads, int level) {
   for_each_chunk(chunks_of(table.numels), threads, [&](int64_t, const Chunk& chunk) {
-    kernels(table.params[chunk.tensor].dtype, level).adamw(table, options, chunk.tensor, chunk.begin, chunk.end);
+    kernels(level)[int(table.params[chunk.tensor].dtype)].adamw(table, options, chunk.tensor, chunk.begin, chunk.end);
   });
   if (options.finite)
     for (float* step : table.steps) *step += 1;

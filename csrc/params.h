@@ -1,4 +1,4 @@
-// Passes over parameters: arguments are tables of contiguous tensors. level: see token_loss.h.
+// Passes over parameters: arguments are tables of contiguous tensors. level: see rows.h.
 #pragma once
 
 #include <cstdint>
