@@ -1,6 +1,6 @@
-// A chunk of one tensor: its sum of squares, its perturbation, its AdamW step. levels.h includes this file once for
-// every instruction set, inside a namespace whose name carries it. Sums run over 16 lanes (element mod 16) of float64
-// and are added in one order: the same bits with every instruction set.
+// A chunk of one tensor: its sum of squares, its perturbation, its combined gradient, its AdamW step. levels.h includes
+// this file once for every instruction set, inside a namespace whose name carries it. Sums run over 16 lanes (element
+// mod 16) of float64 and are added in one order: the same bits with every instruction set.
 
 #include "simd.h"
 
@@ -15,8 +15,8 @@ constexpr int kVectors = kLanes / REDIT_LANES, kCalls = REDIT_LANES / 2;
 
 // Elements as W (float or double): in place where they are W already, else converted into `buffer`.
 template <class W>
-const W* load(W* __restrict buffer, const Array& from, int64_t first, int64_t n) {
-  if (from.dtype == kDtype<W>) return static_cast<const W*>(from.data) + first;
+W* load(W* __restrict buffer, const Array& from, int64_t first, int64_t n) {
+  if (from.dtype == kDtype<W>) return static_cast<W*>(from.data) + first;
   if (from.dtype == Dtype::float32) {
     const float* __restrict x = static_cast<const float*>(from.data) + first;
     for (int64_t i = 0; i < n; ++i) buffer[i] = W(x[i]);
@@ -31,6 +31,39 @@ const W* load(W* __restrict buffer, const Array& from, int64_t first, int64_t n)
       for (int64_t i = 0; i < n; ++i) buffer[i] = W(from_float16(x[i]));
   }
   return buffer;
+}
+
+template <class W>
+void store(const Array& to, int64_t first, int64_t n, const W* __restrict x) {
+  if (to.dtype == Dtype::float32) {
+    float* __restrict out = static_cast<float*>(to.data) + first;
+    for (int64_t i = 0; i < n; ++i) out[i] = float(x[i]);
+  } else if (to.dtype == Dtype::float64) {
+    double* __restrict out = static_cast<double*>(to.data) + first;
+    for (int64_t i = 0; i < n; ++i) out[i] = double(x[i]);
+  } else {
+    uint16_t* __restrict out = static_cast<uint16_t*>(to.data) + first;
+    if (to.dtype == Dtype::bfloat16)
+      for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(float(x[i]));
+    else
+      for (int64_t i = 0; i < n; ++i) out[i] = to_float16(float(x[i]));
+  }
+}
+
+template <class W>
+void scale_elements(const Array& x, int64_t first, int64_t n, W factor) {
+  alignas(64) W buffer[kBlock];
+  W* values = load(buffer, x, first, n);
+  for (int64_t i = 0; i < n; ++i) values[i] *= factor;
+  if (values == buffer) store(x, first, n, static_cast<const W*>(values));
+}
+
+void scale_block(const Array& x, int64_t first, int64_t n, double factor) {
+  if (factor == 1) return;
+  if (x.dtype == Dtype::float64)
+    scale_elements(x, first, n, factor);
+  else
+    scale_elements(x, first, n, float(factor));
 }
 
 struct Pair {
@@ -197,17 +230,18 @@ struct PerturbSums {
 // n elements from x and g on; halves: of each element and up to 15 more, or null. Past the end zeros are perturbed to
 // zeros, whatever the half.
 template <class Type, class Grad>
-void perturb_block(PerturbSums& all, typename Type::Stored* x, const typename Grad::Stored* g, int64_t n,
-                   const uint16_t* halves, float scale, Dtype seen) {
+void perturb_block(PerturbSums& all, typename Type::Stored* x, typename Grad::Stored* g, int64_t n,
+                   const uint16_t* halves, float scale, float grad_factor, Dtype seen) {
   constexpr bool narrow = sizeof(typename Type::Stored) == 2;
   PerturbSums sums = all;  // in registers
-  const auto perturb_16 = [&](typename Type::Stored* x, const typename Grad::Stored* g, const uint16_t* halves)
+  const auto perturb_16 = [&](typename Type::Stored* x, typename Grad::Stored* g, const uint16_t* halves)
       __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const int at = v * REDIT_LANES;
       Floats old = Type::load(x + at);
-      const Floats intended = Grad::load(g + at) * scale;
+      const Floats slope = Grad::load(g + at), intended = slope * scale;
+      if (grad_factor != 1) put(Grad{}, g + at, slope * grad_factor, nullptr);
       Floats now = put(Type{}, x + at, old + intended, halves ? halves + at : nullptr);
       if (seen != dtype_of(Type{})) old = seen_as(seen, old), now = seen_as(seen, now);
       sums.moved[v] -= now != old;
@@ -226,6 +260,7 @@ void perturb_block(PerturbSums& all, typename Type::Stored* x, const typename Gr
     __builtin_memcpy(last_g, g + i, size_t(n - i) * sizeof *g);
     perturb_16(last_x, last_g, halves ? halves + i : nullptr);
     __builtin_memcpy(x + i, last_x, size_t(n - i) * sizeof *x);
+    if (grad_factor != 1) __builtin_memcpy(g + i, last_g, size_t(n - i) * sizeof *g);
   }
   all = sums;
 }
@@ -236,7 +271,7 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
   using Stored = typename Type::Stored;
   auto* x = static_cast<Stored*>(param.data);
   PerturbSums lanes;
-  const float scale = float(options.scale);
+  const float scale = float(options.scale), factor = float(options.grad_factor);
   const Dtype seen = options.compute_dtype < 0 ? dtype_of(Type{}) : Dtype(options.compute_dtype);
   alignas(64) uint16_t halves[kBlock + 8 + 8 * kCalls];
   alignas(64) float buffer[kBlock];
@@ -248,10 +283,12 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
       of_element = halves + first % 8;
     }
     if (grad.dtype == dtype_of(Type{}))
-      perturb_block<Type, Type>(lanes, x + begin, static_cast<const Stored*>(grad.data) + begin, n, of_element, scale,
-                                seen);
-    else
-      perturb_block<Type, Float32>(lanes, x + begin, load(buffer, grad, begin, n), n, of_element, scale, seen);
+      perturb_block<Type, Type>(lanes, x + begin, static_cast<Stored*>(grad.data) + begin, n, of_element, scale,
+                                factor, seen);
+    else {
+      perturb_block<Type, Float32>(lanes, x + begin, load(buffer, grad, begin, n), n, of_element, scale, 1, seen);
+      scale_block(grad, begin, n, options.grad_factor);
+    }
   }
   int64_t moved = 0;
   for (const Ints& count : lanes.moved)
@@ -260,13 +297,49 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
   sums[3] = double(moved);
 }
 
+template <class Type>
+void combine(double* sums, const Array& first, const Array& grad, int64_t begin, int64_t end, double ratio) {
+  using Stored = typename Type::Stored;
+  const auto* old = static_cast<const Stored*>(first.data);
+  auto* g = static_cast<Stored*>(grad.data);
+  const float share = float(ratio), rest = float(1 - ratio);
+  Lanes second, gaps, combined;
+  const auto combine_16 = [&](const Stored* old, Stored* g) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = v * REDIT_LANES;
+      const Floats g1 = Type::load(old + at), g2 = Type::load(g + at);
+      const Pair both = in_double(put(Type{}, g + at, rest * g1 + share * g2, nullptr));
+      const Pair now = in_double(g2), gap = difference(Float32{}, g2, g1);
+      add_products<true>(second, v, now, now);
+      add_products<false>(gaps, v, gap, gap);
+      add_products<true>(combined, v, both, both);
+    }
+  };
+  for (; begin + kLanes <= end; begin += kLanes) combine_16(old + begin, g + begin);
+  if (begin < end) {
+    const size_t bytes = size_t(end - begin) * sizeof *g;
+    Stored last_old[kLanes] = {}, last_g[kLanes] = {};
+    __builtin_memcpy(last_old, old + begin, bytes);
+    __builtin_memcpy(last_g, g + begin, bytes);
+    combine_16(last_old, last_g);
+    __builtin_memcpy(g + begin, last_g, bytes);
+  }
+  sums[0] = total(second), sums[1] = total(gaps), sums[2] = total(combined);
+}
+
 // float64, without a low-precision type beside it: plain loops, and its products are rounded before they are added.
-double sum_of_squared_doubles(const void* tensor, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const double*>(tensor);
-  double lanes[kLanes] = {}, sum = 0;
-  for (int64_t i = begin; i < end; ++i) lanes[(i - begin) % kLanes] += x[i] * x[i];
+double total(const double (&lanes)[kLanes]) {
+  double sum = 0;
   for (double lane : lanes) sum += lane;
   return sum;
+}
+
+double sum_of_squared_doubles(const void* tensor, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const double*>(tensor);
+  double lanes[kLanes] = {};
+  for (int64_t i = begin; i < end; ++i) lanes[(i - begin) % kLanes] += x[i] * x[i];
+  return total(lanes);
 }
 
 double seen_as(Dtype seen, double x) {
@@ -293,34 +366,29 @@ void perturb_doubles(double* sums, const Array& param, const Array& grad, int64_
       lanes[2][i % kLanes] += intended * intended;
       lanes[3][i % kLanes] += applied != 0 ? 1.0 : 0.0;
     }
+    scale_block(grad, begin, n, options.grad_factor);
   }
-  for (int k = 0; k < 4; ++k) {
-    sums[k] = 0;
-    for (double lane : lanes[k]) sums[k] += lane;
+  for (int k = 0; k < 4; ++k) sums[k] = total(lanes[k]);
+}
+
+void combine_doubles(double* sums, const Array& first, const Array& grad, int64_t begin, int64_t end, double ratio) {
+  const auto* old = static_cast<const double*>(first.data);
+  auto* g = static_cast<double*>(grad.data);
+  double lanes[3][kLanes] = {};
+  for (int64_t i = begin; i < end; ++i) {
+    const double gap = g[i] - old[i], both = (1 - ratio) * old[i] + ratio * g[i];
+    lanes[0][i % kLanes] += g[i] * g[i];
+    lanes[1][i % kLanes] += gap * gap;
+    lanes[2][i % kLanes] += both * both;
+    g[i] = both;
   }
+  for (int k = 0; k < 3; ++k) sums[k] = total(lanes[k]);
 }
 
 template <class W>
 void adamw_block(W* __restrict w, W* __restrict m, W* __restrict v, const W* __restrict g, int64_t n,
                  const AdamwScalars<W>& scalars) {
   for (int64_t i = 0; i < n; ++i) adamw_element(w[i], m[i], v[i], g[i], scalars);
-}
-
-template <class W>
-void store(const Array& to, int64_t first, int64_t n, const W* __restrict x) {
-  if (to.dtype == Dtype::float32) {
-    float* __restrict out = static_cast<float*>(to.data) + first;
-    for (int64_t i = 0; i < n; ++i) out[i] = float(x[i]);
-  } else if (to.dtype == Dtype::float64) {
-    double* __restrict out = static_cast<double*>(to.data) + first;
-    for (int64_t i = 0; i < n; ++i) out[i] = double(x[i]);
-  } else {
-    uint16_t* __restrict out = static_cast<uint16_t*>(to.data) + first;
-    if (to.dtype == Dtype::bfloat16)
-      for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(float(x[i]));
-    else
-      for (int64_t i = 0; i < n; ++i) out[i] = to_float16(float(x[i]));
-  }
 }
 
 template <class W>
@@ -340,9 +408,10 @@ void adamw(const AdamwTable& table, const AdamwOptions& options, int64_t tensor,
   }
 }
 
-constexpr ChunkKernels kKernels[4] = {{&sum_of_squares<Float32>, &perturb<Float32>, &adamw<float>},
-                                      {&sum_of_squares<BFloat16>, &perturb<BFloat16>, &adamw<float>},
-                                      {&sum_of_squares<Float16>, &perturb<Float16>, &adamw<float>},
-                                      {&sum_of_squared_doubles, &perturb_doubles, &adamw<double>}};
+constexpr ChunkKernels kKernels[4] = {
+    {&sum_of_squares<Float32>, &perturb<Float32>, &combine<Float32>, &adamw<float>},
+    {&sum_of_squares<BFloat16>, &perturb<BFloat16>, &combine<BFloat16>, &adamw<float>},
+    {&sum_of_squares<Float16>, &perturb<Float16>, &combine<Float16>, &adamw<float>},
+    {&sum_of_squared_doubles, &perturb_doubles, &combine_doubles, &adamw<double>}};
 
 #undef REDIT_INLINE
