@@ -56,7 +56,7 @@ clock = Clock()
 @dataclass
 class Candidate:
     name: str
-    bytes: int  # that the pass has to move, the same for every candidate of a table
+    bytes: int  # that it has to move
     make: Callable[[], Callable[[], None]]
     baseline: bool = False
 

@@ -3,54 +3,54 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-
+#include "bindings.h"
 #include "params.h"
-#include "token_loss.h"  // best_level
 
 namespace py = pybind11;
 
 namespace redit {
 namespace {
 
-using Table = std::vector<std::pair<uintptr_t, int>>;  // address (0: absent), Dtype
+using Table = std::vector<std::pair<Address, int>>;  // address (0: absent), Dtype
 
 Arrays arrays(const Table& table) {
   Arrays result;
-  for (const auto& [address, dtype] : table) result.push_back({reinterpret_cast<void*>(address), Dtype(dtype)});
+  for (const auto& [address, dtype] : table) result.push_back({pointer<void>(address), Dtype(dtype)});
   return result;
-}
-
-int checked(int level) {  // -1: best
-  if (level > best_level()) throw std::invalid_argument("this processor lacks the instruction set asked for");
-  return level < 0 ? best_level() : level;
 }
 
 }  // namespace
 
 void bind_params(py::module_& module) {
-  module.def("squared_norm", [](uintptr_t out, const Table& tensors, const Sizes& numels, int threads, int level) {
+  module.def("squared_norm", [](Address out, const Table& tensors, const Sizes& numels, int threads, int level) {
     const Arrays table = arrays(tensors);
     level = checked(level);
     py::gil_scoped_release release;
-    *reinterpret_cast<double*>(out) = squared_norm(table, numels, threads, level);
+    *pointer<double>(out) = squared_norm(table, numels, threads, level);
   });
-  module.def("perturb", [](uintptr_t sums, const Table& params, const Table& grads, const Sizes& numels,
-                           const Sizes& offsets, double scale, bool stochastic, uint64_t seed, uint32_t step,
-                           int compute_dtype, int threads, int level) {
+  module.def("perturb", [](Address sums, const Table& params, const Table& grads, const Sizes& numels,
+                           const Sizes& offsets, double scale, double grad_factor, bool stochastic, uint64_t seed,
+                           uint32_t step, int compute_dtype, int threads, int level) {
     const Arrays p = arrays(params), g = arrays(grads);
     level = checked(level);
     py::gil_scoped_release release;
-    perturb(reinterpret_cast<double*>(sums), p, g, numels, offsets, {scale, stochastic, seed, step, compute_dtype},
-            threads, level);
+    perturb(*pointer<double[4]>(sums), p, g, numels, offsets,
+            {scale, grad_factor, stochastic, seed, step, compute_dtype}, threads, level);
+  });
+  module.def("combine", [](Address sums, const Table& firsts, const Table& grads, const Sizes& numels, double ratio,
+                           int threads, int level) {
+    const Arrays first = arrays(firsts), g = arrays(grads);
+    level = checked(level);
+    py::gil_scoped_release release;
+    combine(*pointer<double[3]>(sums), first, g, numels, ratio, threads, level);
   });
   module.def("adamw", [](const Table& params, const Table& masters, const Table& grads, const Table& exp_avgs,
-                         const Table& exp_avg_sqs, const std::vector<uintptr_t>& steps, const Sizes& numels,
+                         const Table& exp_avg_sqs, const std::vector<Address>& steps, const Sizes& numels,
                          double factor, bool finite, double lr, double beta1, double beta2, double eps,
                          double weight_decay, int threads, int level) {
     AdamwTable table{arrays(params),      arrays(masters), arrays(grads), arrays(exp_avgs),
                      arrays(exp_avg_sqs), {},              numels};
-    for (uintptr_t step : steps) table.steps.push_back(reinterpret_cast<float*>(step));
+    for (Address step : steps) table.steps.push_back(pointer<float>(step));
     level = checked(level);
     py::gil_scoped_release release;
     adamw(table, {factor, finite, lr, beta1, beta2, eps, weight_decay}, threads, level);

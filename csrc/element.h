@@ -89,10 +89,8 @@ REDIT_HD double noise(bool gaussian, double half_range, uint64_t seed, int64_t i
   return (half_range / 1.7320508075688772) * double(float(box_muller(words.x0, words.x1)));
 }
 
-// One AdamW step in torch.optim.AdamW's order of operations, in T = float or double. Not its bits: torch's lerp fuses
-// its multiply-add and its float32 sqrt misses the last bit of 5 % of values; here IEEE rounds every operation.
 template <class T>
-struct AdamwScalars {
+struct AdamwScalars {  // see adamw_element.h
   T factor, lerp, other_lerp, beta2, one_minus_beta2, root_correction2, eps, minus_step_size, decay;
   bool from_grad;  // torch.lerp starts from the nearer end
   REDIT_HD AdamwScalars(double step, double factor, double lr, double beta1, double beta2, double eps,
@@ -108,13 +106,5 @@ struct AdamwScalars {
         decay(T(1 - lr * weight_decay)),
         from_grad(!(lerp < T(0.5))) {}
 };
-
-template <class T>
-REDIT_HD void adamw_element(T& weight, T& m, T& v, T grad, const AdamwScalars<T>& s) {
-  const T g = grad * s.factor;
-  m = s.from_grad ? g + s.other_lerp * (g - m) : m + s.lerp * (g - m);
-  v = v * s.beta2 + (s.one_minus_beta2 * g) * g;
-  weight = weight * s.decay + (m * s.minus_step_size) / (std::sqrt(v) / s.root_correction2 + s.eps);
-}
 
 }  // namespace redit

@@ -1,7 +1,8 @@
-// A chunk of one tensor: its sum of squares, its perturbation, its AdamW step. params.cpp includes this file once for
-// every instruction set, inside a namespace whose name carries it. Sums run over 16 lanes (element mod 16) of float64
-// and are added in one order: the same bits with every instruction set.
+// A chunk of one tensor: its sum of squares, its perturbation, its combined gradient, its AdamW step. levels.h includes
+// this file once for every instruction set, inside a namespace whose name carries it. Sums run over 16 lanes (element
+// mod 16) of float64 and are added in one order: the same bits with every instruction set.
 
+#include "adamw_element.h"
 #include "simd.h"
 
 typedef double Doubles __attribute__((vector_size(4 * REDIT_LANES)));
@@ -15,8 +16,8 @@ constexpr int kVectors = kLanes / REDIT_LANES, kCalls = REDIT_LANES / 2;
 
 // Elements as W (float or double): in place where they are W already, else converted into `buffer`.
 template <class W>
-const W* load(W* __restrict buffer, const Array& from, int64_t first, int64_t n) {
-  if (from.dtype == kDtype<W>) return static_cast<const W*>(from.data) + first;
+W* load(W* __restrict buffer, const Array& from, int64_t first, int64_t n) {
+  if (from.dtype == kDtype<W>) return static_cast<W*>(from.data) + first;
   if (from.dtype == Dtype::float32) {
     const float* __restrict x = static_cast<const float*>(from.data) + first;
     for (int64_t i = 0; i < n; ++i) buffer[i] = W(x[i]);
@@ -31,6 +32,39 @@ const W* load(W* __restrict buffer, const Array& from, int64_t first, int64_t n)
       for (int64_t i = 0; i < n; ++i) buffer[i] = W(from_float16(x[i]));
   }
   return buffer;
+}
+
+template <class W>
+void store(const Array& to, int64_t first, int64_t n, const W* x) {
+  if (to.dtype == Dtype::float32) {
+    float* out = static_cast<float*>(to.data) + first;
+    for (int64_t i = 0; i < n; ++i) out[i] = float(x[i]);
+  } else if (to.dtype == Dtype::float64) {
+    double* out = static_cast<double*>(to.data) + first;
+    for (int64_t i = 0; i < n; ++i) out[i] = double(x[i]);
+  } else {
+    uint16_t* __restrict out = static_cast<uint16_t*>(to.data) + first;
+    if (to.dtype == Dtype::bfloat16)
+      for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(float(x[i]));
+    else
+      for (int64_t i = 0; i < n; ++i) out[i] = to_float16(float(x[i]));
+  }
+}
+
+template <class W>
+void scale_elements(const Array& x, int64_t first, int64_t n, W factor) {
+  alignas(64) W buffer[kBlock];
+  W* values = load(buffer, x, first, n);
+  for (int64_t i = 0; i < n; ++i) values[i] *= factor;
+  if (values == buffer) store(x, first, n, static_cast<const W*>(values));
+}
+
+void scale_block(const Array& x, int64_t first, int64_t n, double factor) {
+  if (factor == 1) return;
+  if (x.dtype == Dtype::float64)
+    scale_elements(x, first, n, factor);
+  else
+    scale_elements(x, first, n, float(factor));
 }
 
 struct Pair {
@@ -197,17 +231,18 @@ struct PerturbSums {
 // n elements from x and g on; halves: of each element and up to 15 more, or null. Past the end zeros are perturbed to
 // zeros, whatever the half.
 template <class Type, class Grad>
-void perturb_block(PerturbSums& all, typename Type::Stored* x, const typename Grad::Stored* g, int64_t n,
-                   const uint16_t* halves, float scale, Dtype seen) {
+void perturb_block(PerturbSums& all, typename Type::Stored* x, typename Grad::Stored* g, int64_t n,
+                   const uint16_t* halves, float scale, float grad_factor, Dtype seen) {
   constexpr bool narrow = sizeof(typename Type::Stored) == 2;
   PerturbSums sums = all;  // in registers
-  const auto perturb_16 = [&](typename Type::Stored* x, const typename Grad::Stored* g, const uint16_t* halves)
+  const auto perturb_16 = [&](typename Type::Stored* x, typename Grad::Stored* g, const uint16_t* halves)
       __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const int at = v * REDIT_LANES;
       Floats old = Type::load(x + at);
-      const Floats intended = Grad::load(g + at) * scale;
+      const Floats slope = Grad::load(g + at), intended = slope * scale;
+      if (grad_factor != 1) put(Grad{}, g + at, slope * grad_factor, nullptr);
       Floats now = put(Type{}, x + at, old + intended, halves ? halves + at : nullptr);
       if (seen != dtype_of(Type{})) old = seen_as(seen, old), now = seen_as(seen, now);
       sums.moved[v] -= now != old;
@@ -226,6 +261,7 @@ void perturb_block(PerturbSums& all, typename Type::Stored* x, const typename Gr
     __builtin_memcpy(last_g, g + i, size_t(n - i) * sizeof *g);
     perturb_16(last_x, last_g, halves ? halves + i : nullptr);
     __builtin_memcpy(x + i, last_x, size_t(n - i) * sizeof *x);
+    if (grad_factor != 1) __builtin_memcpy(g + i, last_g, size_t(n - i) * sizeof *g);
   }
   all = sums;
 }
@@ -236,7 +272,7 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
   using Stored = typename Type::Stored;
   auto* x = static_cast<Stored*>(param.data);
   PerturbSums lanes;
-  const float scale = float(options.scale);
+  const float scale = float(options.scale), factor = float(options.grad_factor);
   const Dtype seen = options.compute_dtype < 0 ? dtype_of(Type{}) : Dtype(options.compute_dtype);
   alignas(64) uint16_t halves[kBlock + 8 + 8 * kCalls];
   alignas(64) float buffer[kBlock];
@@ -248,10 +284,12 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
       of_element = halves + first % 8;
     }
     if (grad.dtype == dtype_of(Type{}))
-      perturb_block<Type, Type>(lanes, x + begin, static_cast<const Stored*>(grad.data) + begin, n, of_element, scale,
-                                seen);
-    else
-      perturb_block<Type, Float32>(lanes, x + begin, load(buffer, grad, begin, n), n, of_element, scale, seen);
+      perturb_block<Type, Type>(lanes, x + begin, static_cast<Stored*>(grad.data) + begin, n, of_element, scale,
+                                factor, seen);
+    else {
+      perturb_block<Type, Float32>(lanes, x + begin, load(buffer, grad, begin, n), n, of_element, scale, 1, seen);
+      scale_block(grad, begin, n, options.grad_factor);
+    }
   }
   int64_t moved = 0;
   for (const Ints& count : lanes.moved)
@@ -260,13 +298,49 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
   sums[3] = double(moved);
 }
 
+template <class Type>
+void combine(double* sums, const Array& first, const Array& grad, int64_t begin, int64_t end, double ratio) {
+  using Stored = typename Type::Stored;
+  const auto* old = static_cast<const Stored*>(first.data);
+  auto* g = static_cast<Stored*>(grad.data);
+  const float share = float(ratio), rest = float(1 - ratio);
+  Lanes second, gaps, combined;
+  const auto combine_16 = [&](const Stored* old, Stored* g) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = v * REDIT_LANES;
+      const Floats g1 = Type::load(old + at), g2 = Type::load(g + at);
+      const Pair both = in_double(put(Type{}, g + at, rest * g1 + share * g2, nullptr));
+      const Pair now = in_double(g2), gap = difference(Float32{}, g2, g1);
+      add_products<true>(second, v, now, now);
+      add_products<false>(gaps, v, gap, gap);
+      add_products<true>(combined, v, both, both);
+    }
+  };
+  for (; begin + kLanes <= end; begin += kLanes) combine_16(old + begin, g + begin);
+  if (begin < end) {
+    const size_t bytes = size_t(end - begin) * sizeof *g;
+    Stored last_old[kLanes] = {}, last_g[kLanes] = {};
+    __builtin_memcpy(last_old, old + begin, bytes);
+    __builtin_memcpy(last_g, g + begin, bytes);
+    combine_16(last_old, last_g);
+    __builtin_memcpy(g + begin, last_g, bytes);
+  }
+  sums[0] = total(second), sums[1] = total(gaps), sums[2] = total(combined);
+}
+
 // float64, without a low-precision type beside it: plain loops, and its products are rounded before they are added.
-double sum_of_squared_doubles(const void* tensor, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const double*>(tensor);
-  double lanes[kLanes] = {}, sum = 0;
-  for (int64_t i = begin; i < end; ++i) lanes[(i - begin) % kLanes] += x[i] * x[i];
+double total(const double (&lanes)[kLanes]) {
+  double sum = 0;
   for (double lane : lanes) sum += lane;
   return sum;
+}
+
+double sum_of_squared_doubles(const void* tensor, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const double*>(tensor);
+  double lanes[kLanes] = {};
+  for (int64_t i = begin; i < end; ++i) lanes[(i - begin) % kLanes] += x[i] * x[i];
+  return total(lanes);
 }
 
 double seen_as(Dtype seen, double x) {
@@ -293,56 +367,120 @@ void perturb_doubles(double* sums, const Array& param, const Array& grad, int64_
       lanes[2][i % kLanes] += intended * intended;
       lanes[3][i % kLanes] += applied != 0 ? 1.0 : 0.0;
     }
+    scale_block(grad, begin, n, options.grad_factor);
   }
-  for (int k = 0; k < 4; ++k) {
-    sums[k] = 0;
-    for (double lane : lanes[k]) sums[k] += lane;
+  for (int k = 0; k < 4; ++k) sums[k] = total(lanes[k]);
+}
+
+void combine_doubles(double* sums, const Array& first, const Array& grad, int64_t begin, int64_t end, double ratio) {
+  const auto* old = static_cast<const double*>(first.data);
+  auto* g = static_cast<double*>(grad.data);
+  double lanes[3][kLanes] = {};
+  for (int64_t i = begin; i < end; ++i) {
+    const double gap = g[i] - old[i], both = (1 - ratio) * old[i] + ratio * g[i];
+    lanes[0][i % kLanes] += g[i] * g[i];
+    lanes[1][i % kLanes] += gap * gap;
+    lanes[2][i % kLanes] += both * both;
+    g[i] = both;
+  }
+  for (int k = 0; k < 3; ++k) sums[k] = total(lanes[k]);
+}
+
+struct SquareRoot {
+  double operator()(double x) const { return __builtin_sqrt(x); }
+  inline __attribute__((always_inline)) Floats operator()(Floats x) const {
+#if defined(__x86_64__) && REDIT_LANES == 16
+    return (Floats)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
+#elif defined(__x86_64__) && REDIT_LANES == 8
+    return (Floats)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+    return (Floats)_mm_sqrt_ps((__m128)x);
+#else
+    return (Floats)vsqrtq_f32((float32x4_t)x);
+#endif
+  }
+};
+
+// n elements of the weights, which are the parameter's or its master's, and in `out` the parameter where they are the
+// master's.
+template <class Type, class Grad>
+void adamw_block(float* w, float* m, float* v, const typename Grad::Stored* g, typename Type::Stored* out, int64_t n,
+                 const AdamwScalars<float>& scalars) {
+  const auto step = [&](float* w, float* m, float* v, const typename Grad::Stored* g, typename Type::Stored* out)
+      __attribute__((always_inline)) {
+    Floats weight = Float32::load(w), mean = Float32::load(m), square = Float32::load(v);
+    adamw_element(weight, mean, square, Grad::load(g), scalars, SquareRoot{});
+    Float32::store(w, weight), Float32::store(m, mean), Float32::store(v, square);
+    if (out) put(Type{}, out, weight, nullptr);
+  };
+  int64_t i = 0;
+  for (; i + REDIT_LANES <= n; i += REDIT_LANES) step(w + i, m + i, v + i, g + i, out ? out + i : nullptr);
+  if (i < n) {
+    const size_t rest = size_t(n - i);
+    float last_w[REDIT_LANES] = {}, last_m[REDIT_LANES] = {}, last_v[REDIT_LANES] = {};
+    typename Grad::Stored last_g[REDIT_LANES] = {};
+    typename Type::Stored last_out[REDIT_LANES];
+    __builtin_memcpy(last_w, w + i, rest * sizeof *w);
+    __builtin_memcpy(last_m, m + i, rest * sizeof *m);
+    __builtin_memcpy(last_v, v + i, rest * sizeof *v);
+    __builtin_memcpy(last_g, g + i, rest * sizeof *g);
+    step(last_w, last_m, last_v, last_g, last_out);
+    __builtin_memcpy(w + i, last_w, rest * sizeof *w);
+    __builtin_memcpy(m + i, last_m, rest * sizeof *m);
+    __builtin_memcpy(v + i, last_v, rest * sizeof *v);
+    if (out) __builtin_memcpy(out + i, last_out, rest * sizeof *out);
   }
 }
 
 template <class W>
-void adamw_block(W* __restrict w, W* __restrict m, W* __restrict v, const W* __restrict g, int64_t n,
-                 const AdamwScalars<W>& scalars) {
-  for (int64_t i = 0; i < n; ++i) adamw_element(w[i], m[i], v[i], g[i], scalars);
+AdamwScalars<W> scalars_of(const AdamwTable& table, const AdamwOptions& options, int64_t tensor) {
+  return {double(*table.steps[tensor]) + 1, options.factor, options.lr, options.beta1, options.beta2, options.eps,
+          options.weight_decay};
 }
 
-template <class W>
-void store(const Array& to, int64_t first, int64_t n, const W* __restrict x) {
-  if (to.dtype == Dtype::float32) {
-    float* __restrict out = static_cast<float*>(to.data) + first;
-    for (int64_t i = 0; i < n; ++i) out[i] = float(x[i]);
-  } else if (to.dtype == Dtype::float64) {
-    double* __restrict out = static_cast<double*>(to.data) + first;
-    for (int64_t i = 0; i < n; ++i) out[i] = double(x[i]);
-  } else {
-    uint16_t* __restrict out = static_cast<uint16_t*>(to.data) + first;
-    if (to.dtype == Dtype::bfloat16)
-      for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(float(x[i]));
-    else
-      for (int64_t i = 0; i < n; ++i) out[i] = to_float16(float(x[i]));
-  }
-}
-
-template <class W>
+template <class Type>
 void adamw(const AdamwTable& table, const AdamwOptions& options, int64_t tensor, int64_t begin, int64_t end) {
-  const bool has_master = table.masters[tensor].data != nullptr;
-  W* weights = static_cast<W*>((has_master ? table.masters[tensor] : table.params[tensor]).data);
-  alignas(64) W buffer[kBlock];
-  const AdamwScalars<W> scalars(double(*table.steps[tensor]) + 1, options.factor, options.lr, options.beta1,
-                                options.beta2, options.eps, options.weight_decay);
+  using Stored = typename Type::Stored;
+  const Array &param = table.params[tensor], &master = table.masters[tensor], &grad = table.grads[tensor];
+  auto* weights = static_cast<float*>((master.data ? master : param).data);
+  if (!options.finite) {
+    if (master.data) store<float>(param, begin, end - begin, weights + begin);
+    return;
+  }
+  const auto scalars = scalars_of<float>(table, options, tensor);
+  alignas(64) float buffer[kBlock];
   for (; begin < end; begin += kBlock) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
-    if (options.finite)
-      adamw_block(weights + begin, static_cast<W*>(table.exp_avgs[tensor].data) + begin,
-                  static_cast<W*>(table.exp_avg_sqs[tensor].data) + begin, load(buffer, table.grads[tensor], begin, n),
-                  n, scalars);
-    if (has_master) store(table.params[tensor], begin, n, static_cast<const W*>(weights + begin));
+    float *w = weights + begin, *m = static_cast<float*>(table.exp_avgs[tensor].data) + begin;
+    float* v = static_cast<float*>(table.exp_avg_sqs[tensor].data) + begin;
+    Stored* out = master.data ? static_cast<Stored*>(param.data) + begin : nullptr;
+    if (grad.dtype == dtype_of(Type{}))
+      adamw_block<Type, Type>(w, m, v, static_cast<const Stored*>(grad.data) + begin, out, n, scalars);
+    else
+      adamw_block<Type, Float32>(w, m, v, load(buffer, grad, begin, n), out, n, scalars);
   }
 }
 
-constexpr ChunkKernels kKernels[4] = {{&sum_of_squares<Float32>, &perturb<Float32>, &adamw<float>},
-                                      {&sum_of_squares<BFloat16>, &perturb<BFloat16>, &adamw<float>},
-                                      {&sum_of_squares<Float16>, &perturb<Float16>, &adamw<float>},
-                                      {&sum_of_squared_doubles, &perturb_doubles, &adamw<double>}};
+void adamw_doubles(const AdamwTable& table, const AdamwOptions& options, int64_t tensor, int64_t begin, int64_t end) {
+  const Array &param = table.params[tensor], &master = table.masters[tensor];
+  auto* w = static_cast<double*>((master.data ? master : param).data);
+  auto* m = static_cast<double*>(table.exp_avgs[tensor].data);
+  auto* v = static_cast<double*>(table.exp_avg_sqs[tensor].data);
+  const auto scalars = scalars_of<double>(table, options, tensor);
+  alignas(64) double buffer[kBlock];
+  for (; begin < end; begin += kBlock) {
+    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
+    const double* g = load(buffer, table.grads[tensor], begin, n) - begin;
+    for (int64_t i = begin; options.finite && i < begin + n; ++i)
+      adamw_element(w[i], m[i], v[i], g[i], scalars, SquareRoot{});
+    if (master.data) store<double>(param, begin, n, w + begin);
+  }
+}
+
+constexpr ChunkKernels kKernels[4] = {
+    {&sum_of_squares<Float32>, &perturb<Float32>, &combine<Float32>, &adamw<Float32>},
+    {&sum_of_squares<BFloat16>, &perturb<BFloat16>, &combine<BFloat16>, &adamw<BFloat16>},
+    {&sum_of_squares<Float16>, &perturb<Float16>, &combine<Float16>, &adamw<Float16>},
+    {&sum_of_squared_doubles, &perturb_doubles, &combine_doubles, &adamw_doubles}};
 
 #undef REDIT_INLINE

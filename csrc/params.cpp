@@ -2,11 +2,13 @@
 //
 // One parallel loop a pass over chunks of 64 K elements of all tensors. Sums are float64 partials a chunk, in a fixed
 // number of lanes, added in the order of the chunks: their bits depend on neither threads nor instruction set.
-// Memory per weight, float32 / bfloat16 with master: norm reads 4 / 2 bytes, perturb moves 12 / 6, AdamW 28 / 28.
+// Memory per weight, float32 / bfloat16 with master: norm reads 4 / 2 bytes, perturb moves 12 / 6 and 4 / 2 more where
+// it scales the gradients, combine 12 / 6, AdamW 28 / 28.
 
 #include "params.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "element.h"
@@ -34,55 +36,12 @@ struct ChunkKernels {  // elements [begin, end) of one tensor
   double (*sum_of_squares)(const void* tensor, int64_t begin, int64_t end);
   void (*perturb)(double* sums, const Array& param, const Array& grad, int64_t begin, int64_t end, int64_t offset,
                   const PerturbOptions& options);
+  void (*combine)(double* sums, const Array& first, const Array& grad, int64_t begin, int64_t end, double ratio);
   void (*adamw)(const AdamwTable& table, const AdamwOptions& options, int64_t tensor, int64_t begin, int64_t end);
 };
 
-// One source for every instruction set, selected at run time; see token_loss.cpp.
-#define REDIT_LANES 4
-namespace chunks_baseline {
-#include "param_chunks.h"
-}
-#undef REDIT_LANES
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-#endif
-#define REDIT_LANES 8
-namespace chunks_avx2 {
-#include "param_chunks.h"
-}
-#undef REDIT_LANES
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#endif
-#define REDIT_LANES 16
-namespace chunks_avx512 {
-#include "param_chunks.h"
-}
-#undef REDIT_LANES
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-const ChunkKernels& kernels(Dtype dtype, [[maybe_unused]] int level) {
-#if defined(__x86_64__)
-  if (level == 2) return chunks_avx512::kKernels[int(dtype)];
-  if (level == 1) return chunks_avx2::kKernels[int(dtype)];
-#endif
-  return chunks_baseline::kKernels[int(dtype)];
-}
+#define REDIT_KERNELS "param_chunks.h"
+#include "levels.h"
 
 struct Chunk {
   int64_t tensor, begin, end;
@@ -104,41 +63,49 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int threads, const Body& b
   for (int64_t i = 0; i < count; ++i) body(i, chunks[i]);
 }
 
+// `body(sums, chunk)` fills each chunk's own, which are added up in their order.
+template <size_t count, class Body>
+void sum_over_chunks(double (&sums)[count], const Sizes& numels, int threads, const Body& body) {
+  const auto chunks = chunks_of(numels);
+  std::vector<std::array<double, count>> partials(chunks.size());
+  for_each_chunk(chunks, threads, [&](int64_t i, const Chunk& chunk) { body(partials[i].data(), chunk); });
+  std::fill(sums, sums + count, 0.0);
+  for (const auto& partial : partials)
+    for (size_t k = 0; k < count; ++k) sums[k] += partial[k];
+}
+
 }  // namespace
 
 double squared_norm(const Arrays& tensors, const Sizes& numels, int threads, int level) {
-  const auto chunks = chunks_of(numels);
-  std::vector<double> partials(chunks.size());
-  for_each_chunk(chunks, threads, [&](int64_t i, const Chunk& chunk) {
+  double sum[1];
+  sum_over_chunks(sum, numels, threads, [&](double* out, const Chunk& chunk) {
     const Array& tensor = tensors[chunk.tensor];
-    partials[i] = kernels(tensor.dtype, level).sum_of_squares(tensor.data, chunk.begin, chunk.end);
+    *out = kernels(level)[int(tensor.dtype)].sum_of_squares(tensor.data, chunk.begin, chunk.end);
   });
-  double sum = 0;
-  for (double partial : partials) sum += partial;
-  return sum;
+  return *sum;
 }
 
-void perturb(double* sums, const Arrays& params, const Arrays& grads, const Sizes& numels, const Sizes& offsets,
+void perturb(double (&sums)[4], const Arrays& params, const Arrays& grads, const Sizes& numels, const Sizes& offsets,
              const PerturbOptions& options, int threads, int level) {
   std::fill(sums, sums + 4, 0.0);
   if (options.scale == 0) return;  // also where a gradient is NaN
-  struct Partial {
-    double sums[4];
-  };
-  const auto chunks = chunks_of(numels);
-  std::vector<Partial> partials(chunks.size());
-  for_each_chunk(chunks, threads, [&](int64_t i, const Chunk& chunk) {
-    const Array& param = params[chunk.tensor];
-    kernels(param.dtype, level)
-        .perturb(partials[i].sums, param, grads[chunk.tensor], chunk.begin, chunk.end, offsets[chunk.tensor], options);
+  sum_over_chunks(sums, numels, threads, [&](double* out, const Chunk& chunk) {
+    const Array &param = params[chunk.tensor], &grad = grads[chunk.tensor];
+    kernels(level)[int(param.dtype)].perturb(out, param, grad, chunk.begin, chunk.end, offsets[chunk.tensor], options);
   });
-  for (const Partial& partial : partials)
-    for (int k = 0; k < 4; ++k) sums[k] += partial.sums[k];
+}
+
+void combine(double (&sums)[3], const Arrays& firsts, const Arrays& grads, const Sizes& numels, double ratio,
+             int threads, int level) {
+  sum_over_chunks(sums, numels, threads, [&](double* out, const Chunk& chunk) {
+    const Array& grad = grads[chunk.tensor];
+    kernels(level)[int(grad.dtype)].combine(out, firsts[chunk.tensor], grad, chunk.begin, chunk.end, ratio);
+  });
 }
 
 void adamw(const AdamwTable& table, const AdamwOptions& options, int threads, int level) {
   for_each_chunk(chunks_of(table.numels), threads, [&](int64_t, const Chunk& chunk) {
-    kernels(table.params[chunk.tensor].dtype, level).adamw(table, options, chunk.tensor, chunk.begin, chunk.end);
+    kernels(level)[int(table.params[chunk.tensor].dtype)].adamw(table, options, chunk.tensor, chunk.begin, chunk.end);
   });
   if (options.finite)
     for (float* step : table.steps) *step += 1;

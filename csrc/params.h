@@ -1,4 +1,4 @@
-// Passes over parameters: arguments are tables of contiguous tensors. level: see token_loss.h.
+// Passes over parameters: arguments are tables of contiguous tensors. level: see rows.h.
 #pragma once
 
 #include <cstdint>
@@ -20,17 +20,22 @@ using Sizes = std::vector<int64_t>;
 double squared_norm(const Arrays& tensors, const Sizes& numels, int threads, int level);
 
 struct PerturbOptions {
-  double scale;
+  double scale, grad_factor;
   bool stochastic;
   uint64_t seed;
   uint32_t step;
   int compute_dtype;  // a Dtype, or -1: each parameter's own
 };
 
-// params += scale * grads; sums[4] = <applied, intended>, |applied|^2, |intended|^2, number moved. offsets: each
-// tensor's first element in the concatenation of all trainable parameters.
-void perturb(double* sums, const Arrays& params, const Arrays& grads, const Sizes& numels, const Sizes& offsets,
+// params += scale * grads, then grads *= grad_factor; sums[4] = <applied, intended>, |applied|^2, |intended|^2, number
+// moved. offsets: each tensor's first element in the concatenation of all trainable parameters.
+void perturb(double (&sums)[4], const Arrays& params, const Arrays& grads, const Sizes& numels, const Sizes& offsets,
              const PerturbOptions& options, int threads, int level);
+
+// grads = (1 - ratio) * firsts + ratio * grads, of equal dtypes; sums[3] = |old grads|^2, |old grads - firsts|^2,
+// |grads|^2.
+void combine(double (&sums)[3], const Arrays& firsts, const Arrays& grads, const Sizes& numels, double ratio, int threads,
+             int level);
 
 struct AdamwTable {
   Arrays params, masters, grads, exp_avgs, exp_avg_sqs;

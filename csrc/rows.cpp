@@ -20,46 +20,8 @@ namespace {
 
 constexpr float kRepair = 2.353852668370200e17f;  // e^40
 
-// One source for every instruction set, selected at run time. Compiler target attributes rather than a library such as
-// Highway: no dependency, one binary, and GCC and clang both have them. The namespaces name the instruction set, so
-// that a test can tell from the symbols that no other function uses it.
-#define REDIT_LANES 4
-namespace rows_baseline {
-#include "token_rows.h"
-}
-#undef REDIT_LANES
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define REDIT_LANES 8
-namespace rows_avx2 {
-#include "token_rows.h"
-}
-#undef REDIT_LANES
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
-#endif
-#define REDIT_LANES 16
-namespace rows_avx512 {
-#include "token_rows.h"
-}
-#undef REDIT_LANES
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define REDIT_KERNELS "token_rows.h"
+#include "levels.h"
 
 template <class Stored>
 void copy_strided(Stored* to, int64_t to_stride, const Stored* from, int64_t from_stride, int64_t count) {
@@ -78,14 +40,7 @@ int best_level() {
   return 0;
 }
 
-const RowKernels& row_kernels(const Run& run) {
-  const int type = int(run.type), capped = run.transform.capped;
-#if defined(__x86_64__)
-  if (run.level == 2) return rows_avx512::kKernels[type][capped];
-  if (run.level == 1) return rows_avx2::kKernels[type][capped];
-#endif
-  return rows_baseline::kKernels[type][capped];
-}
+const RowKernels& row_kernels(const Run& run) { return kernels(run.level)[int(run.type)][run.transform.capped]; }
 
 void copy_row(ElementType type, void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t count) {
   if (type == ElementType::float32)

@@ -1,4 +1,4 @@
-// One row of logits: its sums, its largest element, its gradient. rows.cpp includes this file once for every
+// One row of logits: its sums, its largest element, its gradient. levels.h includes this file once for every
 // instruction set, inside a namespace whose name carries it. A row's sums run over 32 lanes (column mod 32) in chunks
 // of 4096 columns and are combined in one order: the same bits with every vector width, address and neighbour.
 // Memory: sums and largest read the row; gradient reads it from the cache and writes it.

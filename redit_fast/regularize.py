@@ -179,6 +179,7 @@ class GradientRegularizer(torch.optim.Optimizer):
         scale = torch.where(torch.isfinite(scale) & self._finite, scale, 0.0)
         sums = torch.zeros(4, dtype=torch.float64, device=set_norm.device)
         self._keep(chosen)
+        fold = self._fold_factor(params, gamma)
         self._perturbed, self._moved = True, chosen
         with ExitStack() as on_failure:
             on_failure.callback(self.restore)
@@ -188,13 +189,19 @@ class GradientRegularizer(torch.optim.Optimizer):
                 grads,
                 [offsets[p] for p in chosen],
                 scale,
+                fold,
                 self.rounding,
                 self.seed,
                 self._completed,
                 self.compute_dtype,
             )
             self._changed(chosen)
-            self._take_first_grad(params, gamma)
+            if others and fold != 1:
+                torch._foreach_mul_(others, fold)
+            if self._first is not None or self._ratio == 1:
+                for p in params:
+                    p.grad = None
+            self._grads_before = {p: (id(p.grad), p.grad._version) for p in params if p.grad is not None}
             on_failure.pop_all()
         self._metrics = {"gr/g1_norm": g1_norm, **_step_metrics(sums, sum(p.numel() for p in chosen))}
         return Perturbation(self, True)
@@ -211,21 +218,15 @@ class GradientRegularizer(torch.optim.Optimizer):
                     chosen.append(p)
         return offsets, chosen
 
-    def _take_first_grad(self, params: list[Tensor], gamma: float) -> None:
-        """Leaves .grad so that the second backward pass accumulates to what step() multiplies by gamma / epsilon."""
+    def _fold_factor(self, params: list[Tensor], gamma: float) -> float:
+        """What g1 in .grad is multiplied by, so that the second backward pass accumulates to the combined gradient
+        over gamma / epsilon; 1 where g1 is kept aside, or not needed."""
         ratio = gamma / self.epsilon
         keep = self.keep_first_grad
         if keep is None:
             keep = not 0.5 <= ratio <= 3 and any(p.grad.dtype in LOW_PRECISION for p in params)
-        self._ratio, self._first = ratio, None
-        if keep:
-            self._first = {p: p.grad for p in params}
-        if keep or ratio == 1:
-            for p in params:
-                p.grad = None
-        else:
-            torch._foreach_mul_([p.grad for p in params], 1 / ratio - 1)
-        self._grads_before = {p: (id(p.grad), p.grad._version) for p in params if p.grad is not None}
+        self._ratio, self._first = ratio, {p: p.grad for p in params} if keep else None
+        return 1.0 if keep or ratio == 1 else 1 / ratio - 1
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
         square = torch.zeros((), dtype=torch.float64, device=grads[0].device)
@@ -278,16 +279,14 @@ class GradientRegularizer(torch.optim.Optimizer):
                 "step() while perturbed, without a second pass: call loss.backward() once more, or restore()"
             )
         params = self._with_grad()
-        factor = torch.ones((), dtype=torch.float64, device=params[0].device)
-        finite = torch.ones((), dtype=torch.bool, device=params[0].device)
+        factor, finite = torch.ones((), dtype=torch.float64, device=params[0].device), True
         if self._perturbed:
             self._restore_parameters(before_step=True)
             finite = self._finite
-            params, factor = self._combine(params, factor)
-        norm = self._norm([p.grad for p in params]) * factor
-        finite = finite & torch.isfinite(norm)
-        if self._perturbed and self._first is None and self._ratio == 1:
-            self._metrics["gr/g2_norm"] = norm
+            params, norm, factor = self._combine(params, factor)
+        else:
+            norm = self._norm([p.grad for p in params])
+        finite = torch.isfinite(norm) & finite
         if self.max_norm is not None:
             factor = factor * (self.max_norm / (norm + 1e-6)).clamp(max=1)
         self._take_step(params, factor, finite)
@@ -304,27 +303,25 @@ class GradientRegularizer(torch.optim.Optimizer):
         now = {p: (id(p.grad), p.grad._version) for p in self._parameters() if p.grad is not None}
         return now != self._grads_before
 
-    def _combine(self, params: list[Tensor], factor: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The parameters with a combined gradient in .grad, up to the factor returned beside them."""
+    def _combine(self, params: list[Tensor], one: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The parameters with the combined gradient in .grad up to a factor, that gradient's norm, and the factor."""
         ratio, first = self._ratio, self._first
-        nan = torch.full_like(factor, torch.nan)
-        self._metrics |= {"gr/g2_norm": nan, "gr/penalty_ratio": nan}
+        nan = torch.full_like(one, torch.nan)
         if first is None:
-            return params, factor * ratio
-        self._metrics["gr/g2_norm"] = self._norm([p.grad for p in params])
+            norm = self._norm([p.grad for p in params]) * ratio
+            self._metrics |= {"gr/g2_norm": norm if ratio == 1 else nan, "gr/penalty_ratio": nan}
+            return params, norm, one * ratio
         params = list(dict.fromkeys([*params, *first]))
         for p in params:
             if p.grad is None:
                 p.grad = torch.zeros_like(first[p])
             if p not in first:
                 first[p] = torch.zeros_like(p.grad)
-        # one difference in float64 at a time: all of them together are four times the bfloat16 gradients
-        differences = torch.stack([self._norm([p.grad.double() - first[p].double()]) for p in params])
-        self._metrics["gr/penalty_ratio"] = ratio * differences.square().sum().sqrt() / self._metrics["gr/g1_norm"]
-        for p in params:
-            wide = torch.promote_types(p.grad.dtype, torch.float32)
-            p.grad.copy_((1 - ratio) * first[p].to(wide) + ratio * p.grad.to(wide))
-        return params, factor
+        sums = torch.zeros(3, dtype=torch.float64, device=one.device)
+        primitive("combine", one.device)(sums, [first[p] for p in params], [p.grad for p in params], ratio)
+        g2_norm, gap, norm = sums.sqrt()
+        self._metrics |= {"gr/g2_norm": g2_norm, "gr/penalty_ratio": ratio * gap / self._metrics["gr/g1_norm"]}
+        return params, norm, one
 
     def two_pass(self, closure: Callable[[], Tensor], model: nn.Module | None = None) -> Tensor:
         """The whole step: closure, perturb, closure, step.

@@ -30,12 +30,23 @@ def scalar(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-def perturbed(module, params, grads, scale=0.37, rounding="stochastic", compute_dtype=None, offsets=OFFSETS, step=5):
+def perturbed(module, params, grads, scale=0.37, rounding="stochastic", compute_dtype=None, offsets=OFFSETS, factor=1):
+    """Perturbed copies of the parameters, with a factor other than 1 the scaled gradients after them, and the sums."""
     params, sums = [p.clone() for p in params], torch.full((4,), math.nan, dtype=torch.float64)
+    scaled = [g.clone() for g in grads]
     module.perturb(
-        sums, params, grads, offsets, scalar(scale), rounding, 2**64 - 9, torch.tensor(step), compute_dtype
+        sums, params, scaled, offsets, scalar(scale), factor, rounding, 2**64 - 9, torch.tensor(5), compute_dtype
     )  # fmt: skip
+    if factor != 1:
+        return params + scaled, sums
+    torch.testing.assert_close(scaled, grads, rtol=0, atol=0, equal_nan=True)
     return params, sums
+
+
+def combined(module, firsts, grads, ratio=0.3):
+    grads, sums = [g.clone() for g in grads], torch.full((3,), math.nan, dtype=torch.float64)
+    module.combine(sums, firsts, grads, ratio)
+    return grads, sums
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,11 +75,41 @@ def test_every_half_and_every_edge_of_the_format_is_rounded_as_the_reference_doe
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_scale_of_zero_moves_nothing_where_the_gradient_is_nan():
-    for dtype in DTYPES:
-        params = tensors(dtype)
-        ours, sums = perturbed(cpu, params, [torch.full_like(p, math.nan) for p in params], scale=0.0)
-        assert all(map(torch.equal, ours, params)) and sums.tolist() == [0.0] * 4
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("module", [cpu, reference])
+def test_a_scale_of_zero_changes_nothing_where_the_gradient_is_nan(module, dtype):
+    params, grads = tensors(dtype), tensors(dtype)
+    for g in grads:
+        g[::2] = math.nan
+    ours, sums = perturbed(module, params, grads, scale=0.0, factor=0.5)
+    torch.testing.assert_close(ours, params + grads, rtol=0, atol=0, equal_nan=True)
+    assert sums.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("grad_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_perturbation_scales_the_gradients_behind_it(dtype, grad_dtype):
+    params, grads = tensors(dtype), tensors(grad_dtype, 1e-2)
+    kept, sums = perturbed(cpu, params, grads)
+    ours, scaled_sums = perturbed(cpu, params, grads, factor=-2 / 3)
+    theirs, _ = perturbed(reference, params, grads, factor=-2 / 3)
+    assert all(map(torch.equal, ours, theirs)) and torch.equal(sums, scaled_sums)
+    assert all(map(torch.equal, ours, kept))
+    for scaled, g in zip(ours[len(grads) :], grads):
+        torch.testing.assert_close(scaled, g * (-2 / 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combined_bits_and_sums_equal_the_reference(dtype):
+    firsts, grads = tensors(dtype), tensors(dtype, 3.0)
+    ours, sums = combined(cpu, firsts, grads)
+    theirs, expected = combined(reference, firsts, grads)
+    assert all(map(torch.equal, ours, theirs))
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=0)
+    for both, g1, g2 in zip(ours, firsts, grads):
+        torch.testing.assert_close(both, 0.7 * g1 + 0.3 * g2, rtol=2e-2, atol=2e-2 if dtype.itemsize == 2 else 1e-6)
+    g1, g2, both = (torch.cat(x).double() for x in (firsts, grads, ours))
+    torch.testing.assert_close(sums, torch.stack([x.square().sum() for x in (g2, g2 - g1, both)]), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,11 +167,12 @@ def test_a_step_that_is_not_finite_only_writes_the_master_back(dtype):
 
 
 def every_pass(params, grads, state, **options):
-    """Everything that the three passes write."""
+    """Everything that the passes write."""
     norm = scalar(0.0)
     cpu.squared_norm(norm, params)
-    moved, sums = perturbed(cpu, params, grads, **options)
-    return [norm, sums, *moved, *(x for row in run_adamw(cpu, state) for x in row if x is not None)]
+    moved, sums = perturbed(cpu, params, grads, factor=0.3, **options)
+    both, gaps = combined(cpu, params, grads)
+    return [norm, sums, *moved, gaps, *both, *(x for row in run_adamw(cpu, state) for x in row if x is not None)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,11 +264,14 @@ def test_transposed_and_channels_last_tensors_are_counted_in_row_major_order(dty
     for p, g in zip(layouts(values), layouts(slopes)):
         assert not p.is_contiguous()
         strides, sums = p.stride(), torch.zeros(4, dtype=torch.float64)
-        cpu.perturb(sums, [p], [g], [3], scalar(0.37), "stochastic", 2**64 - 9, torch.tensor(5), None)
+        cpu.perturb(sums, [p], [g], [3], scalar(0.37), 0.5, "stochastic", 2**64 - 9, torch.tensor(5), None)
         assert torch.equal(p.flatten(), expected[0]) and p.stride() == strides
+        assert torch.equal(g.flatten(), slopes * 0.5)
         norm = scalar(0.0)
         cpu.squared_norm(norm, [g])
-        torch.testing.assert_close(norm, slopes.double().square().sum(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(norm, 0.25 * slopes.double().square().sum(), rtol=1e-12, atol=0)
+        cpu.combine(sums[:3], [p], [g], 0.25)
+        assert torch.equal(g.flatten(), combined(reference, expected[:1], [slopes * 0.5], 0.25)[0][0])
     state = adamw_state(dtype, [210])
     expected = run_adamw(cpu, state)
     for kind in range(3):
@@ -243,8 +288,12 @@ def test_everything_written_is_known_to_autograd(dtype):
     written = [sums, norm, *params]
     versions = [x._version for x in written + grads]
     cpu.squared_norm(norm, grads)
-    cpu.perturb(sums, params, grads, [0, 5], scalar(1.0), "nearest", 0, torch.tensor(0), None)
-    assert [x._version for x in written] == [version + 1 for version in versions[:4]]
+    cpu.perturb(sums, params, grads, [0, 5], scalar(1.0), 1.0, "nearest", 0, torch.tensor(0), None)
+    assert [x._version for x in written + grads] == [version + 1 for version in versions[:4]] + versions[4:]
+    cpu.perturb(sums, params, grads, [0, 5], scalar(1.0), 0.5, "nearest", 0, torch.tensor(0), None)
+    cpu.combine(sums[:3], params, grads, 0.5)
+    assert [g._version for g in grads] == [version + 2 for version in versions[4:]]
+    versions[4:] = [g._version for g in grads]
     written = [x for x in (*params, *masters, *m, *v, *steps) if x is not None]
     before = [x._version for x in written]
     leaf = torch.ones(5, requires_grad=True)
@@ -261,7 +310,10 @@ def test_a_dtype_without_a_version_and_a_wrong_shape_are_refused_by_name_before_
     with pytest.raises(NotImplementedError, match="float8"):
         cpu.squared_norm(scalar(0.0), [torch.zeros(4).to(torch.float8_e4m3fn)])
     with pytest.raises(ValueError, match="grads"):
-        cpu.perturb(sums, [p], [torch.ones(3)], [0], scalar(1.0), "nearest", 0, torch.tensor(0), None)
+        cpu.perturb(sums, [p], [torch.ones(3)], [0], scalar(1.0), 0.5, "nearest", 0, torch.tensor(0), None)
+    for first in (torch.ones(3), torch.ones(4, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="firsts"):
+            cpu.combine(sums[:3], [first], [p], 0.5)
     none, one = [None], [torch.zeros(())]
     for m in (torch.zeros(4, dtype=torch.float16), torch.zeros(3)):
         with pytest.raises(ValueError, match="exp_avgs"):

@@ -25,6 +25,7 @@ PRIMITIVES = (
     "exp_product",
     "squared_norm",
     "perturb",
+    "combine",
     "adamw",
 )
 NAMES = ("cpu", "reference")

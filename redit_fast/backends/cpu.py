@@ -37,6 +37,7 @@ _OPS = (
     "exp_product",
     "squared_norm",
     "perturb",
+    "combine",
     "adamw",
 )
 
@@ -332,6 +333,7 @@ def perturb(
     grads: list[Tensor],
     offsets: list[int],
     scale: Tensor,
+    grad_factor: float,
     rounding: str,
     seed: int,
     step: Tensor,
@@ -341,14 +343,15 @@ def perturb(
     _check_like("grads", grads, params, wide=False)
     if compute_dtype is not None and compute_dtype not in _CODES:
         raise NotImplementedError(f"compute_dtype {compute_dtype} has no C++ version; use_backend('reference') has it")
-    moved, grads = _contiguous(params), _contiguous(grads)
+    moved, slopes = _contiguous(params), _contiguous(grads)
     _cpu.perturb(
         sums.data_ptr(),
         _table("params", moved),
-        _table("grads", grads),
+        _table("grads", slopes),
         [param.numel() for param in params],
         offsets,
         scale.item(),
+        grad_factor,
         rounding == "stochastic",
         seed,
         int(step),
@@ -358,6 +361,31 @@ def perturb(
     )
     increment_version(sums)
     _finish(params, moved)
+    if grad_factor != 1:
+        _finish(grads, slopes)
+
+
+@torch.no_grad()
+def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: float) -> None:
+    """As `reference.combine`: the gradients bit for bit, the sums to 1e-12; both of one dtype."""
+    for first, grad in zip(firsts, grads, strict=True):
+        if first.shape != grad.shape or first.dtype != grad.dtype:
+            raise ValueError(
+                f"firsts must be of their gradient's dtype and shape {grad.dtype} {tuple(grad.shape)}, "
+                f"got {first.dtype} {tuple(first.shape)}"
+            )
+    firsts, combined = _contiguous(firsts), _contiguous(grads)
+    _cpu.combine(
+        sums.data_ptr(),
+        _table("firsts", firsts),
+        _table("grads", combined),
+        [grad.numel() for grad in grads],
+        ratio,
+        torch.get_num_threads(),
+        _LEVEL,
+    )
+    increment_version(sums)
+    _finish(grads, combined)
 
 
 @torch.no_grad()

@@ -30,19 +30,20 @@ def perturb(
     grads: list[Tensor],
     offsets: list[int],
     scale: Tensor,
+    grad_factor: float,
     rounding: str,
     seed: int,
     step: Tensor,
     compute_dtype: torch.dtype | None,
 ) -> None:
-    """params += scale * grads, rounded once (a scale of 0 moves nothing); the old values into the copies that are not
-    None.
+    """params += scale * grads, rounded once, then grads *= grad_factor; a scale of 0 changes neither.
 
     sums (4,) float64 = <applied, intended>, |applied|^2, |intended|^2 and the number of weights moved, `applied` being
     the change that the forward pass sees in compute_dtype (None: the parameter's own). offsets are each tensor's first
     element in the concatenation of all trainable parameters, which places it in the counter of the stochastic rounding.
     """
     sums.zero_()
+    factor = torch.where(scale == 0, torch.ones_like(scale), grad_factor)
     for param, grad, offset in zip(params, grads, offsets, strict=True):
         wide = torch.promote_types(param.dtype, torch.float32)
         intended = torch.where(scale == 0, 0.0, scale.to(wide) * grad.to(wide))  # 0 also where g1 holds NaN
@@ -59,6 +60,23 @@ def perturb(
             [(applied * intended).sum(), applied.square().sum(), intended.square().sum(), (applied != 0).sum().double()]
         )
         param.copy_(moved)
+        if grad_factor != 1:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            grad.copy_(grad.to(wide) * factor.to(wide))
+
+
+def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: float) -> None:
+    """grads = (1 - ratio) * firsts + ratio * grads, rounded once.
+
+    sums (3,) float64 = |old grads|^2, |old grads - firsts|^2, |grads|^2.
+    """
+    sums.zero_()
+    for first, grad in zip(firsts, grads, strict=True):
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        combined = ((1 - ratio) * first.to(wide) + ratio * grad.to(wide)).to(grad.dtype)
+        gap = grad.double() - first.double()
+        sums += torch.stack([x.double().square().sum() for x in (grad, gap, combined)])
+        grad.copy_(combined)
 
 
 def adamw(
