@@ -32,9 +32,9 @@ sanitize: $(READY)
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 		$(VENV)/bin/pytest -x --import-mode=append --capture=sys -k "cpu and not fifty" tests/sanitize.py tests/test_*.py
 
-# A torch that is already in .venv stays. The benchmarks compare with this TRL.
-$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+# A torch that is already in .venv stays. The tests compare with the peers of tests/peers.txt.
+$(READY): pyproject.toml setup.py tests/peers.txt $(wildcard csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
-	$(VENV)/bin/pip install -e ".[dev]" trl==1.16.0
+	$(VENV)/bin/pip install -c tests/peers.txt -e ".[dev]"
 	touch $@

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from benchmarks.demo_table import table
+from benchmarks import cpu_table, demo_table
 from examples import plain_loop
 from tests.make_known_answers import table as known_answers
 
@@ -20,7 +20,8 @@ def test_the_plain_loop_is_the_readmes_and_teaches_a_model():
 
 
 def test_the_tables_are_the_measured_ones():
-    assert f"<!-- demo table -->\n{table()}\n<!-- end of demo table -->" in README
+    assert f"<!-- demo table -->\n{demo_table.table()}\n<!-- end of demo table -->" in README
+    assert f"<!-- cpu table -->\n{cpu_table.table()}\n<!-- end of cpu table -->" in README
     assert known_answers() in (ROOT / "docs" / "noise.md").read_text()
 
 

@@ -1,0 +1,34 @@
+"""The README's table of speeds on the CPU, from benchmarks/results/cpu/*.json: python -m benchmarks.cpu_table
+
+The files come from `python -m benchmarks.bench_token_loss --json benchmarks/results/cpu/token_loss.json`, and params
+likewise, on a machine that does nothing else. A test compares the README with them.
+"""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "cpu"
+
+
+def table() -> str:
+    """The Markdown table: every row of ours in the token losses and the optimizer's steps."""
+    lines = [
+        "| | ms | GB/s, of a copy's | times faster than |",
+        "|---|---|---|---|",
+    ]
+    for name in ("token_loss", "params"):
+        for title, rows in json.loads((RESULTS / f"{name}.json").read_text())["tables"].items():
+            if name == "params" and not title.startswith("step, "):
+                continue
+            for row in rows:
+                if row["ratios"]:
+                    ratios = ", ".join(f"{other} {ratio:.1f}" for other, ratio in row["ratios"].items())
+                    lines.append(
+                        f"| {title}: {row['name']} | {row['ms']:.1f} | {row['gb_per_s']:.0f}, {row['of_copy']:.0%} | "
+                        f"{ratios} |"
+                    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
