@@ -91,20 +91,21 @@ struct Lanes {
   Doubles part[2 * kVectors] = {};
 };
 
-// narrow: x and y were float32, so their product is exact and a fused multiply-add, which saves 15 % of a bfloat16
-// perturbation, gives the bits of a product and a sum.
-template <bool narrow>
+// x and y were float32, so their product is exact and a fused multiply-add, which saves 15 % of a perturbation, gives
+// the bits of a product and a sum.
 REDIT_INLINE Doubles add_product(Doubles sum, Doubles x, Doubles y) {
 #if defined(__x86_64__) && REDIT_LANES == 16
-  if (narrow) return (Doubles)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)sum);
-#endif
+  return (Doubles)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)sum);
+#elif defined(__x86_64__) && REDIT_LANES == 8
+  return (Doubles)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)sum);
+#else
   return sum + x * y;
+#endif
 }
 
-template <bool narrow>
 REDIT_INLINE void add_products(Lanes& lanes, int v, const Pair& x, const Pair& y) {
-  lanes.part[2 * v] = add_product<narrow>(lanes.part[2 * v], x.low, y.low);
-  lanes.part[2 * v + 1] = add_product<narrow>(lanes.part[2 * v + 1], x.high, y.high);
+  lanes.part[2 * v] = add_product(lanes.part[2 * v], x.low, y.low);
+  lanes.part[2 * v + 1] = add_product(lanes.part[2 * v + 1], x.high, y.high);
 }
 
 REDIT_INLINE double total(const Lanes& lanes) {
@@ -122,7 +123,7 @@ double sum_of_squares(const void* tensor, int64_t begin, int64_t end) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const Pair pair = in_double(Type::load(from + v * REDIT_LANES));
-      add_products<true>(lanes, v, pair, pair);
+      add_products(lanes, v, pair, pair);
     }
   };
   for (; begin + kLanes <= end; begin += kLanes) add(x + begin);
@@ -212,17 +213,6 @@ REDIT_INLINE Floats seen_as(Dtype seen, Floats x) {
   return x;
 }
 
-REDIT_INLINE Pair difference(Float32, Floats now, Floats old) {
-  const Pair x = in_double(now), y = in_double(old);
-  return {x.low - y.low, x.high - y.high};
-}
-
-// Of 16-bit numbers: exact in float32 while they are less than 2^16 (float16: 2^13) times apart.
-template <class Type>
-REDIT_INLINE Pair difference(Type, Floats now, Floats old) {
-  return in_double(now - old);
-}
-
 struct PerturbSums {
   Lanes dot, applied, intended;
   Ints moved[kVectors] = {};
@@ -233,7 +223,6 @@ struct PerturbSums {
 template <class Type, class Grad>
 void perturb_block(PerturbSums& all, typename Type::Stored* x, typename Grad::Stored* g, int64_t n,
                    const uint16_t* halves, float scale, float grad_factor, Dtype seen) {
-  constexpr bool narrow = sizeof(typename Type::Stored) == 2;
   PerturbSums sums = all;  // in registers
   const auto perturb_16 = [&](typename Type::Stored* x, typename Grad::Stored* g, const uint16_t* halves)
       __attribute__((always_inline)) {
@@ -246,10 +235,10 @@ void perturb_block(PerturbSums& all, typename Type::Stored* x, typename Grad::St
       Floats now = put(Type{}, x + at, old + intended, halves ? halves + at : nullptr);
       if (seen != dtype_of(Type{})) old = seen_as(seen, old), now = seen_as(seen, now);
       sums.moved[v] -= now != old;
-      const Pair a = difference(Type{}, now, old), b = in_double(intended);
-      add_products<narrow>(sums.dot, v, a, b);
-      add_products<narrow>(sums.applied, v, a, a);
-      add_products<true>(sums.intended, v, b, b);
+      const Pair a = in_double(now - old), b = in_double(intended);
+      add_products(sums.dot, v, a, b);
+      add_products(sums.applied, v, a, a);
+      add_products(sums.intended, v, b, b);
     }
   };
   int64_t i = 0;
@@ -311,10 +300,10 @@ void combine(double* sums, const Array& first, const Array& grad, int64_t begin,
       const int at = v * REDIT_LANES;
       const Floats g1 = Type::load(old + at), g2 = Type::load(g + at);
       const Pair both = in_double(put(Type{}, g + at, rest * g1 + share * g2, nullptr));
-      const Pair now = in_double(g2), gap = difference(Float32{}, g2, g1);
-      add_products<true>(second, v, now, now);
-      add_products<false>(gaps, v, gap, gap);
-      add_products<true>(combined, v, both, both);
+      const Pair now = in_double(g2), gap = in_double(g2 - g1);
+      add_products(second, v, now, now);
+      add_products(gaps, v, gap, gap);
+      add_products(combined, v, both, both);
     }
   };
   for (; begin + kLanes <= end; begin += kLanes) combine_16(old + begin, g + begin);

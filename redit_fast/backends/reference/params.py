@@ -54,7 +54,7 @@ def perturb(
         else:
             moved = moved.to(param.dtype)
         seen = compute_dtype or param.dtype
-        applied = moved.to(seen).double() - param.to(seen).double()
+        applied = (moved.to(seen).to(wide) - param.to(seen).to(wide)).double()
         intended = intended.double()
         sums += torch.stack(
             [(applied * intended).sum(), applied.square().sum(), intended.square().sum(), (applied != 0).sum().double()]
@@ -74,7 +74,7 @@ def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: floa
     for first, grad in zip(firsts, grads, strict=True):
         wide = torch.promote_types(grad.dtype, torch.float32)
         combined = ((1 - ratio) * first.to(wide) + ratio * grad.to(wide)).to(grad.dtype)
-        gap = grad.double() - first.double()
+        gap = grad.to(wide) - first.to(wide)
         sums += torch.stack([x.double().square().sum() for x in (grad, gap, combined)])
         grad.copy_(combined)
 
