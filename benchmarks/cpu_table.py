@@ -23,10 +23,9 @@ def table() -> str:
             for row in rows:
                 if row["ratios"]:
                     ratios = ", ".join(f"{other} {ratio:.1f}" for other, ratio in row["ratios"].items())
-                    lines.append(
-                        f"| {title}: {row['name']} | {row['ms']:.1f} | {row['gb_per_s']:.0f}, {row['of_copy']:.0%} | "
-                        f"{ratios} |"
-                    )
+                    what = f"{title.replace('torch.', '')}: {row['name'].removesuffix(', bfloat16')}"
+                    speed = f"{row['gb_per_s']:.0f}, {row['of_copy']:.0%}"
+                    lines.append(f"| {what} | {row['ms']:.1f} | {speed} | {ratios} |")
     return "\n".join(lines)
 
 
