@@ -73,6 +73,8 @@ def test_a_quadratic_gives_the_closed_form(backend, dtype, keep, gamma, epsilon)
     assert metrics["gr/step_cos"] > 0.999 and metrics["gr/frac_moved"] == 1.0
     if keep:
         assert metrics["gr/penalty_ratio"] == pytest.approx((gamma * (model.H @ g).norm() / g.norm()).item(), rel=2e-2)
+        g2 = model.H @ (x + epsilon * g)
+        assert metrics["gr/g2_norm"] == pytest.approx(g2.norm().item(), rel=1e-5)
     else:
         assert math.isnan(metrics["gr/penalty_ratio"])
 
