@@ -29,6 +29,7 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # noqa
 if trl.__version__ != PRESETS["trl"].version:
     pytest.skip(f"TRL {trl.__version__} is not the {PRESETS['trl'].version} of the preset", allow_module_level=True)
 
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # TRL's own call
 GROUP, ROWS, LENGTH = 4, 8, 7
 NAMES = {  # TRL's options -> ours
     "beta": "beta",

@@ -1,0 +1,16 @@
+"""The README's command for the benchmarks, small: every case runs, and each checks what it timed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import bench_advantages, bench_params, bench_token_loss
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_benchmark_runs_under_pytest_benchmark():
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--no-header"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    cases = sum(len(module.SMALL) for module in (bench_advantages, bench_params, bench_token_loss))
+    assert done.returncode == 0 and f"{cases} passed" in done.stdout, done.stdout[-3000:] + done.stderr
