@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import redit_fast as rf
 from redit_fast.backends import cpu
+from redit_fast.head import rows_per_chunk
 
 refusal = cpu.why_not("exp_product", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")
@@ -125,3 +126,10 @@ def test_estimate_memory_names_a_bad_argument():
                          ({"dtype": torch.float64}, "dtype")]:  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=f"^{name} must be"):
             rf.estimate_memory(**{**good, **change})
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 4)])
+def test_the_default_chunk_is_256_mib_of_e(dtype, width):
+    """float16 keeps E in float32. One step of 16 rows of the vocabulary is 5 to 10 MB."""
+    bytes_of_e = rows_per_chunk(151936, dtype, None) * 151936 * width
+    assert 0.95 * 2**28 < bytes_of_e <= 2**28
