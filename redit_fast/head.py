@@ -106,23 +106,20 @@ def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy
     return e
 
 
-def accumulate(x: Tensor, weight: Tensor, e: Tensor, beta: Tensor, hidden_grad, weight_grad, bias_grad) -> None:
-    """hidden_grad = beta * (E W); weight_grad += E^T (beta * X); bias_grad += sum of beta * E; sums in float32."""
-    scaled = beta[:, None] * x.float()
-    rows = torch.zeros_like(scaled) if hidden_grad is not None else None
+def accumulate(x: Tensor, weight: Tensor, e: Tensor, beta: Tensor, weight_grad, bias_grad, hidden: bool) -> Tensor | None:
+    """weight_grad += E^T (beta * X); bias_grad += sum of beta * E; returns beta * (E W) in float32 where `hidden`."""
+    scaled = (beta[:, None] * x).to(e.dtype)
+    rows = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if hidden else None
     for start in range(0, len(weight), TILE_V):
         tile = slice(start, start + TILE_V)
-        if hidden_grad is not None:
+        if hidden:
             # bfloat16: torch rounds a tile's product once more (1e-3), for twice the speed on this CPU
             rows += e[:, tile] @ weight[tile].to(e.dtype)
-        wide = e[:, tile].float()
         if weight_grad is not None:
-            # beta * X in bfloat16 would bring the error to the limit of 3e-3
-            weight_grad[tile].addmm_(wide.t(), scaled)
+            weight_grad[tile].addmm_(e[:, tile].to(weight_grad.dtype).t(), scaled.to(weight_grad.dtype))
         if bias_grad is not None:
-            bias_grad[tile].addmv_(wide.t(), beta)
-    if hidden_grad is not None:
-        hidden_grad.copy_(rows.mul_(beta[:, None]))
+            bias_grad[tile].addmv_(e[:, tile].float().t(), beta)
+    return rows.mul_(beta[:, None]) if hidden else None
 
 
 def add_gradients(head: Head, chunk: slice, x, e: Tensor, beta: Tensor, hidden_grad, weight_grad, bias_grad) -> None:
@@ -137,13 +134,14 @@ def add_gradients(head: Head, chunk: slice, x, e: Tensor, beta: Tensor, hidden_g
     for to, source in zip(free.split(ROW_MULTIPLE), late.split(ROW_MULTIPLE), strict=True):
         e[to], x[to], beta[to] = e[source], x[source], beta[source]
     e[zeros], x[zeros] = 0, 0  # what they held may be NaN
-    slopes = None if hidden_grad is None else torch.empty_like(x[:count], dtype=hidden_grad.dtype)
-    accumulate(x[:count], head.weight, e[:count], beta[:count], slopes, weight_grad, bias_grad)
+    slopes = accumulate(
+        x[:count], head.weight, e[:count], beta[:count], weight_grad, bias_grad, hidden_grad is not None
+    )
     if hidden_grad is not None:
         places = torch.arange(len(used), device=used.device)
         places[free] = late
         places, known = places[:count], used[places[:count]]
-        hidden_grad.view(-1, hidden_grad.shape[-1])[head.scored[chunk][places[known]]] = slopes[known]
+        hidden_grad.view(-1, hidden_grad.shape[-1])[head.scored[chunk][places[known]]] = slopes[known].to(hidden_grad.dtype)
 
 
 def gradients(head: Head, grad_logp, grad_entropy, hidden_grad, weight_grad, bias_grad) -> None:
@@ -160,13 +158,17 @@ def gradients(head: Head, grad_logp, grad_entropy, hidden_grad, weight_grad, bia
 
 
 def new_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool], chunk_rows: int | None
 ) -> tuple[Tensor | None, ...]:
-    """Zeros: of hidden in the dtype of E, of weight and bias in float32; None where not needed. In float16 all are
-    rounded by `outgoing`, after the upstream gradient: a loss scale comes too late for what a float16 has lost."""
+    """Zeros: of hidden in the dtype of E, of weight and bias in float32, but where one chunk takes every row a bfloat16
+    weight's in bfloat16: its product's one rounding is the last; None where not needed. In float16 all are rounded by
+    `outgoing`, after the upstream gradient: a loss scale comes too late for what a float16 has lost."""
+    rows = hidden.shape[:-1].numel()
+    one_chunk = padded(rows) <= rows_per_chunk(len(weight), hidden.dtype, chunk_rows)
+    weight_dtype = e_dtype(weight.dtype) if one_chunk else torch.float32
     return (
         torch.zeros(hidden.shape, dtype=e_dtype(hidden.dtype), device=hidden.device) if needed[0] else None,
-        torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device) if needed[1] else None,
+        torch.zeros(weight.shape, dtype=weight_dtype, device=hidden.device) if needed[1] else None,
         torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None,
     )
 

@@ -152,7 +152,7 @@ class _LinearLogp(torch.autograd.Function):
                 x = head.rows(chunk)
                 part = forward(head, chunk, x, e, logp, entropy, sums, None, None)
                 if frozen:
-                    accumulate(x, head.weight, part, -1 / sums[2, chunk], slopes[chunk], None, None)
+                    slopes[chunk] = accumulate(x, head.weight, part, -1 / sums[2, chunk], None, None, hidden=True)
         ctx.save_for_backward(hidden, weight, bias, targets, slopes)
         ctx.transform, ctx.chunk_rows = transform, chunk_rows
         ctx.set_materialize_grads(False)
@@ -174,7 +174,7 @@ class _LinearLogp(torch.autograd.Function):
             if slopes is not None:
                 rows = torch.where(g[:, None] == 0, 0.0, g[:, None] * slopes).to(hidden.dtype)
                 return head.expand(rows, len(targets)).view(hidden.shape), None, None, None, None, None, None
-            grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+            grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3], ctx.chunk_rows)
             gradients(head, g, h, *grads)
         return *outgoing(grads, hidden.dtype), None, None, None, None
 
@@ -243,7 +243,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, rows, weights, chunk_rows):
         with torch.autocast(hidden.device.type, enabled=False):
             head = Head.of(hidden, weight, bias, targets, rows.config.transform, chunk_rows)
-            grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+            grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3], chunk_rows)
             loss, logp, entropy, skipped = fused_loss(head, rows, weights, grads)
             ctx.grads = grads if hidden.dtype == torch.float16 else outgoing(grads, hidden.dtype)
         ctx.spent, ctx.dtype = False, hidden.dtype
@@ -299,7 +299,7 @@ def linear_grpo_loss_and_grad_(
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
                       step, seed)  # fmt: skip
     head = Head.of(hidden, weight, bias, flat, config.transform, chunk_rows)
-    hidden_grad, *_ = new_gradients(hidden, weight, bias, (True, False, False))
+    hidden_grad, *_ = new_gradients(hidden, weight, bias, (True, False, False), chunk_rows)
     grads = hidden_grad, weight_grad, bias_grad
     if rows.config.route == "fused":
         loss, logp, entropy, skipped = fused_loss(head, rows, rows.weights(normalizer), grads)
@@ -321,7 +321,8 @@ def linear_grpo_loss_and_grad_(
 
 def estimate_memory(R: int, D: int, V: int, dtype: torch.dtype, trainable: bool, chunk_rows: int | None = None) -> int:
     """Peak bytes above the inputs that `linear_grpo_loss` and its backward pass take on route "fused", gradients
-    included: dX, dW and its float32 accumulator where the weight is `trainable`, and one chunk of rows.
+    included: dX, one chunk of rows, and, where the weight is `trainable`, dW with its float32 accumulator (bfloat16: only
+    where the rows take more than one chunk).
 
     Args:
         R: scored rows that have a coefficient; D: hidden size; V: vocabulary; dtype: of hidden and weight.
@@ -337,11 +338,18 @@ def estimate_memory(R: int, D: int, V: int, dtype: torch.dtype, trainable: bool,
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     rows, width, e_width = min(padded(R), rows_per_chunk(V, dtype, chunk_rows)), dtype.itemsize, e_dtype(dtype).itemsize
-    chunk = e_width * rows * V + (8 + width + 2 * e_width) * rows * D  # five copies of its hidden rows, two in float32
-    if dtype == torch.float16:  # a tile of the weight in float32
-        chunk += 4 * min(V, TILE_V) * D
-    if dtype == torch.bfloat16:  # the forward product's two tiles of the weight in float32, or two of E
-        chunk += max(4 * min(V, 2048) * D, 4 * rows * min(V, 2 * TILE_V))
-    weight = V * D if trainable else 0
-    rounded = 0 if width == 4 else width * (weight + (R * D if e_width > width else 0))
-    return R * (ROW_BYTES + e_width * D) + 4 * weight + max(chunk, rounded)
+    one_chunk = rows == padded(R)
+    product, gradient = 6 * rows * D, (4 + width + 2 * e_width) * rows * D  # copies of the chunk's hidden rows
+    product += min(4 * rows * min(V, 1024), torch.get_num_threads() << 20)  # a tile of the logits
+    if dtype != torch.float32:  # a tile of the weight in float32
+        product += 4 * min(V, 1024) * D
+    if dtype == torch.float16:
+        gradient += 4 * min(V, TILE_V) * D
+    if dtype == torch.bfloat16 and trainable and not one_chunk:  # a tile of E in float32, its hidden rows too
+        gradient += 4 * rows * (min(V, TILE_V) + D)
+    chunk = e_width * rows * V + max(product, gradient)
+    sums = (e_width if one_chunk else 4) * V * D if trainable else 0
+    rounded = width * V * D if trainable and sums != width * V * D else 0
+    if dtype == torch.float16:
+        rounded += width * R * D
+    return R * (ROW_BYTES + e_width * D) + sums + max(chunk, rounded)

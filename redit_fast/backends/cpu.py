@@ -244,13 +244,15 @@ def exp_product(
     x = hidden.float()  # torch's 16-bit products round their result
     tile_rows = TILE_ROWS * torch.get_num_threads()
     tile = x.new_empty(min(tile_rows, count) * min(TILE_COLUMNS, vocabulary))
+    widened = None if weight.dtype == torch.float32 else x.new_empty(min(TILE_COLUMNS, vocabulary), weight.shape[1])
     setting = _setting(hidden, transform)
     rows = _cpu.HeadRows(targets.data_ptr(), count, vocabulary)
     rows.anchor_at_targets(_matrix(hidden), _matrix(weight), _address(bias), setting)
 
     def add_tiles(e: Tensor | None, blocks: Iterable[int]) -> None:
         for column in range(0, vocabulary, TILE_COLUMNS):
-            columns = weight[column : column + TILE_COLUMNS].float().t()
+            columns = weight[column : column + TILE_COLUMNS]
+            columns = (columns if widened is None else widened[: len(columns)].copy_(columns)).t()
             for row in blocks:
                 part = x[row : row + tile_rows]
                 z = tile[: len(part) * columns.shape[1]].view(len(part), -1)
