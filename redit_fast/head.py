@@ -13,8 +13,9 @@ from torch import Tensor
 
 from redit_fast.backends import primitive
 from redit_fast.logprob import IGNORE
-from redit_fast.loss_rows import Rows
+from redit_fast.loss_config import LossConfig
 from redit_fast.loss_terms import token_coefficients
+from redit_fast.operators import operator
 from redit_fast.transforms import LogitTransform
 
 CHUNK_BYTES = 256 << 20  # of the E chunk, unless chunk_rows is given
@@ -37,6 +38,14 @@ def rows_per_chunk(vocabulary: int, dtype: torch.dtype, chunk_rows: int | None) 
     return max(ROW_MULTIPLE, chunk_rows // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
+def _refuse_freed(name: str, tensor: Tensor) -> None:
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} has had its storage freed, as FSDP does with a parameter between "
+            "uses: run the loss inside `with FullyShardedDataParallel.summon_full_params(module):`"
+        )
+
+
 class Head(NamedTuple):
     """The scored rows, which are gathered chunk by chunk and made up to a multiple of 16 with zero rows, and the head
     that they meet."""
@@ -51,6 +60,9 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, hidden, weight, bias, targets, transform: LogitTransform, chunk_rows: int | None) -> Head:
+        _refuse_freed("weight", weight)
+        if bias is not None:
+            _refuse_freed("bias", bias)
         scored = torch.nonzero(targets != IGNORE).squeeze(1)
         row_targets = targets.new_zeros(padded(len(scored)))
         row_targets[: len(scored)] = targets[scored]
@@ -81,11 +93,9 @@ class Head(NamedTuple):
         out[: len(self.scored)] = rows[self.scored]
         return out
 
-    def expand(self, rows: Tensor, count: int) -> Tensor:
-        """(R', ...) -> (count, ...), zero where masked."""
-        out = rows.new_zeros(count, *rows.shape[1:])
+    def expand(self, out: Tensor, rows: Tensor) -> None:
+        """rows (R',) -> out (R,), untouched where masked."""
         out[self.scored] = rows[: len(self.scored)]
-        return out
 
 
 def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy, sums, *upstream) -> Tensor | None:
@@ -106,7 +116,9 @@ def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy
     return e
 
 
-def accumulate(x: Tensor, weight: Tensor, e: Tensor, beta: Tensor, weight_grad, bias_grad, hidden: bool) -> Tensor | None:
+def accumulate(
+    x: Tensor, weight: Tensor, e: Tensor, beta: Tensor, weight_grad, bias_grad, hidden: bool
+) -> Tensor | None:
     """weight_grad += E^T (beta * X); bias_grad += sum of beta * E; returns beta * (E W) in float32 where `hidden`."""
     scaled = (beta[:, None] * x).to(e.dtype)
     rows = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if hidden else None
@@ -141,20 +153,69 @@ def add_gradients(head: Head, chunk: slice, x, e: Tensor, beta: Tensor, hidden_g
         places = torch.arange(len(used), device=used.device)
         places[free] = late
         places, known = places[:count], used[places[:count]]
-        hidden_grad.view(-1, hidden_grad.shape[-1])[head.scored[chunk][places[known]]] = slopes[known].to(hidden_grad.dtype)
+        flat = hidden_grad.view(-1, hidden_grad.shape[-1])
+        flat[head.scored[chunk][places[known]]] = slopes[known].to(flat.dtype)
 
 
-def gradients(head: Head, grad_logp, grad_entropy, hidden_grad, weight_grad, bias_grad) -> None:
-    """The backward pass from the log-probs: E once more, then the gradient products of every chunk."""
+@operator(mutates=("logp", "entropy", "slopes"))
+def linear_logp_(
+    logp: Tensor,
+    entropy: Tensor | None,
+    slopes: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_rows: int | None,
+) -> None:
+    """Writes logp, entropy (R,) and dlogp/dX, slopes (R, D) float32, of the scored rows; targets -100 elsewhere."""
+    head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows)
+    rows, sums, e = head.new_rows(), head.new_rows(3), head.new_e() if slopes is not None else None
+    entropies = None if entropy is None else head.new_rows()
+    with torch.autocast(hidden.device.type, enabled=False):
+        for chunk in head.chunks():
+            x = head.rows(chunk)
+            part = forward(head, chunk, x, e, rows, entropies, sums, None, None)
+            if slopes is not None:
+                found = accumulate(x, head.weight, part, -1 / sums[2, chunk], None, None, hidden=True)
+                scored = head.scored[chunk]
+                slopes[scored] = found[: len(scored)]
+    head.expand(logp, rows)
+    if entropy is not None:
+        head.expand(entropy, entropies)
+
+
+@operator(mutates=("hidden_grad", "weight_grad", "bias_grad"))
+def linear_logp_grad_(
+    hidden_grad: Tensor | None,
+    weight_grad: Tensor | None,
+    bias_grad: Tensor | None,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_rows: int | None,
+) -> None:
+    """The backward pass of `linear_logp_` from gradients (R,): E once more, then the gradient products of every chunk.
+    Adds into the gradients that are not None."""
+    head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows)
+    g, h = head.compact(grad_logp), None if grad_entropy is None else head.compact(grad_entropy)
     e, logp, sums = head.new_e(), head.new_rows(), head.new_rows(3)
-    for chunk in head.chunks():
-        x = head.rows(chunk)
-        part = forward(head, chunk, x, e, logp, None, sums, grad_logp, grad_entropy)
-        coefficient = grad_logp[chunk]
-        if grad_entropy is not None:
-            coefficient = ((coefficient != 0) | (grad_entropy[chunk] != 0)).float()
-        beta = torch.where(coefficient == 0, 0.0, -coefficient / sums[2, chunk])
-        add_gradients(head, chunk, x, part, beta, hidden_grad, weight_grad, bias_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for chunk in head.chunks():
+            x = head.rows(chunk)
+            part = forward(head, chunk, x, e, logp, None, sums, g, h)
+            coefficient = g[chunk] if h is None else ((g[chunk] != 0) | (h[chunk] != 0)).float()
+            beta = torch.where(coefficient == 0, 0.0, -coefficient / sums[2, chunk])
+            add_gradients(head, chunk, x, part, beta, hidden_grad, weight_grad, bias_grad)
 
 
 def new_gradients(
@@ -178,29 +239,50 @@ def outgoing(grads: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tens
     return tuple(None if grad is None else grad.to(dtype) for grad in grads)
 
 
-def fused_loss(
-    head: Head, rows: Rows, weights: Tensor, grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), logp and entropy (R,), and the share () of the scored rows that have no coefficient and so no gradient
-    products; adds into the gradients that are not None, chunk by chunk."""
-    logp, entropy, sums = head.new_rows(), head.new_rows(), head.new_rows(3)
-    wanted = any(grad is not None for grad in grads)
+@operator(mutates=("loss", "logp", "entropy", "skipped", "hidden_grad", "weight_grad", "bias_grad"))
+def linear_loss_(
+    loss: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    skipped: Tensor,
+    hidden_grad: Tensor | None,
+    weight_grad: Tensor | None,
+    bias_grad: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
+    config: str,
+    chunk_rows: int | None,
+) -> None:
+    """Writes loss (), logp and entropy (R,), and the share () of the scored rows that have no coefficient and so no
+    gradient products; adds into the gradients that are not None, chunk by chunk. `config` is a `LossConfig.text`."""
+    policy = LossConfig.of(config)
+    head = Head.of(hidden, weight, bias, targets, policy.transform, chunk_rows)
+    rows, entropies, sums = head.new_rows(), head.new_rows(), head.new_rows(3)
+    wanted = any(grad is not None for grad in (hidden_grad, weight_grad, bias_grad))
     e = head.new_e() if wanted else None
-    loss, skipped = logp.new_zeros(()), logp.new_zeros(())
-    weights, advantages = head.compact(weights), head.compact(rows.advantages)
-    others = [None if x is None else head.compact(x) for x in (rows.old_logp, rows.ref_logp, rows.sampling_logp)]
-    for chunk in head.chunks():
-        x = head.rows(chunk)
-        part = forward(head, chunk, x, e, logp, entropy, sums, None, None)
-        row_loss, slope = token_coefficients(
-            rows.config, logp[chunk], advantages[chunk], *(None if x is None else x[chunk] for x in others)
-        )
-        used = weights[chunk] != 0  # not in the padding
-        loss += torch.where(used, weights[chunk] * row_loss, 0.0).sum()
-        coefficient = torch.where(used, weights[chunk] * slope, 0.0)
-        skipped += (used & (coefficient == 0)).sum()
-        if wanted:
-            beta = torch.where(coefficient == 0, 0.0, -coefficient / sums[2, chunk])
-            add_gradients(head, chunk, x, part, beta, *grads)
-    count = len(rows.mask)
-    return loss, head.expand(logp, count), head.expand(entropy, count), skipped / max(len(head.scored), 1)
+    weights, advantages = head.compact(weights), head.compact(advantages)
+    others = [None if x is None else head.compact(x) for x in (old_logp, ref_logp, sampling_logp)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        for chunk in head.chunks():
+            x = head.rows(chunk)
+            part = forward(head, chunk, x, e, rows, entropies, sums, None, None)
+            row_loss, slope = token_coefficients(
+                policy, rows[chunk], advantages[chunk], *(None if x is None else x[chunk] for x in others)
+            )
+            used = weights[chunk] != 0  # not in the padding
+            loss += torch.where(used, weights[chunk] * row_loss, 0.0).sum()
+            coefficient = torch.where(used, weights[chunk] * slope, 0.0)
+            skipped += (used & (coefficient == 0)).sum()
+            if wanted:
+                beta = torch.where(coefficient == 0, 0.0, -coefficient / sums[2, chunk])
+                add_gradients(head, chunk, x, part, beta, hidden_grad, weight_grad, bias_grad)
+    skipped /= max(len(head.scored), 1)
+    head.expand(logp, rows)
+    head.expand(entropy, entropies)

@@ -11,16 +11,13 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from redit_fast.backends import primitive
 from redit_fast.dither import check_choice
 from redit_fast.head import (
     TILE_V,
-    Head,
-    accumulate,
     e_dtype,
-    forward,
-    fused_loss,
-    gradients,
+    linear_logp_,
+    linear_logp_grad_,
+    linear_loss_,
     new_gradients,
     outgoing,
     padded,
@@ -34,6 +31,7 @@ from redit_fast.logprob import (
     detached,
     refuse_double_backward,
     refuse_second_backward,
+    scale_in_place_,
 )
 from redit_fast.loss_config import LossConfig
 from redit_fast.loss_rows import Rows
@@ -58,11 +56,6 @@ def _refuse_parts(name: str, tensor: Tensor) -> None:
             f"{name} is partitioned by DeepSpeed ZeRO-3, got shape {tuple(tensor.shape)} of "
             f"{tuple(getattr(tensor, 'ds_shape', ()))}: run the loss and its backward pass inside "
             f"`with deepspeed.zero.GatheredParameters([{name}]):`"
-        )
-    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} has had its storage freed, as FSDP does with a parameter between "
-            "uses: run the loss inside `with FullyShardedDataParallel.summon_full_params(module):`"
         )
 
 
@@ -141,26 +134,18 @@ def linear_logp(
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, entropy_mode, chunk_rows):
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = Head.of(hidden, weight, bias, targets, transform, chunk_rows)
-            # A frozen head has its gradient dlogp/dX ready after one more product, and backward none left.
-            frozen = ctx.needs_input_grad[:3] == (True, False, False) and entropy_mode != "grad"
-            slopes = hidden.new_zeros(len(head.targets), hidden.shape[-1], dtype=torch.float32) if frozen else None
-            logp, sums, e = head.new_rows(), head.new_rows(3), head.new_e() if frozen else None
-            entropy = None if entropy_mode == "none" else head.new_rows()
-            for chunk in head.chunks():
-                x = head.rows(chunk)
-                part = forward(head, chunk, x, e, logp, entropy, sums, None, None)
-                if frozen:
-                    slopes[chunk] = accumulate(x, head.weight, part, -1 / sums[2, chunk], None, None, hidden=True)
+        # A frozen head has its gradient dlogp/dX ready after one more product, and backward none left.
+        frozen = ctx.needs_input_grad[:3] == (True, False, False) and entropy_mode != "grad"
+        slopes = torch.zeros_like(hidden, dtype=torch.float32).view(-1, hidden.shape[-1]) if frozen else None
+        logp = hidden.new_zeros(len(targets), dtype=torch.float32)
+        entropy = None if entropy_mode == "none" else torch.zeros_like(logp)
+        linear_logp_(logp, entropy, slopes, hidden, weight, bias, targets, *transform, chunk_rows)
         ctx.save_for_backward(hidden, weight, bias, targets, slopes)
         ctx.transform, ctx.chunk_rows = transform, chunk_rows
         ctx.set_materialize_grads(False)
-        rows = len(targets)
-        out = head.expand(logp, rows), None if entropy is None else head.expand(entropy, rows)
         if entropy_mode == "metric":
-            ctx.mark_non_differentiable(out[1])
-        return out
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
@@ -168,14 +153,13 @@ class _LinearLogp(torch.autograd.Function):
         hidden, weight, bias, targets, slopes = ctx.saved_tensors
         if grad_logp is None:
             grad_logp = torch.zeros(len(targets), device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = Head.of(hidden, weight, bias, targets, ctx.transform, ctx.chunk_rows)
-            g, h = head.compact(grad_logp), None if grad_entropy is None else head.compact(grad_entropy)
-            if slopes is not None:
-                rows = torch.where(g[:, None] == 0, 0.0, g[:, None] * slopes).to(hidden.dtype)
-                return head.expand(rows, len(targets)).view(hidden.shape), None, None, None, None, None, None
-            grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3], ctx.chunk_rows)
-            gradients(head, g, h, *grads)
+        if slopes is not None:
+            rows = torch.where(grad_logp[:, None] == 0, 0.0, grad_logp[:, None] * slopes)
+            return rows.to(hidden.dtype).view(hidden.shape), None, None, None, None, None, None
+        grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3], ctx.chunk_rows)
+        linear_logp_grad_(
+            *grads, grad_logp, grad_entropy, hidden, weight, bias, targets, *ctx.transform, ctx.chunk_rows
+        )
         return *outgoing(grads, hidden.dtype), None, None, None, None
 
 
@@ -226,26 +210,41 @@ def linear_grpo_loss(
         )
         return detached(rows_loss(rows, logp, entropy, normalizer))
     loss, logp, entropy, skipped = _LinearGrpoLoss.apply(
-        hidden,
-        weight,
-        bias,
-        flat,
-        rows,
-        rows.weights(normalizer),
-        chunk_rows,
+        hidden, weight, bias, flat, rows, rows.weights(normalizer), chunk_rows
     )
     metrics = fused_metrics(rows, logp, entropy) | {"head/frac_rows_skipped": skipped}
     return LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), metrics, "fused")
 
 
+def _fused(grads, hidden, weight, bias, targets, rows: Rows, weights: Tensor, chunk_rows) -> tuple[Tensor, ...]:
+    """Loss (), logp and entropy (R,) and the share of rows skipped (); adds into the gradients."""
+    loss, skipped, *row_values = (weights.new_zeros(shape) for shape in ((), (), len(targets), len(targets)))
+    linear_loss_(
+        loss,
+        *row_values,
+        skipped,
+        *grads,
+        hidden,
+        weight,
+        bias,
+        targets,
+        weights,
+        rows.advantages,
+        rows.old_logp,
+        rows.ref_logp,
+        rows.sampling_logp,
+        rows.config.text,
+        chunk_rows,
+    )
+    return loss, *row_values, skipped
+
+
 class _LinearGrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, weights, chunk_rows):
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = Head.of(hidden, weight, bias, targets, rows.config.transform, chunk_rows)
-            grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3], chunk_rows)
-            loss, logp, entropy, skipped = fused_loss(head, rows, weights, grads)
-            ctx.grads = grads if hidden.dtype == torch.float16 else outgoing(grads, hidden.dtype)
+        grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3], chunk_rows)
+        loss, logp, entropy, skipped = _fused(grads, hidden, weight, bias, targets, rows, weights, chunk_rows)
+        ctx.grads = grads if hidden.dtype == torch.float16 else outgoing(grads, hidden.dtype)
         ctx.spent, ctx.dtype = False, hidden.dtype
         ctx.mark_non_differentiable(logp, entropy, skipped)
         return loss, logp, entropy, skipped
@@ -257,7 +256,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None  # autograd copies what is held here as well
         for grad in grads:
             if grad is not None:
-                primitive("scale_in_place", grad.device)(grad.view(-1, grad.shape[-1]), upstream)
+                scale_in_place_(grad, upstream)
         return *outgoing(grads, ctx.dtype), None, None, None, None
 
 
@@ -298,31 +297,30 @@ def linear_grpo_loss_and_grad_(
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
                       step, seed)  # fmt: skip
-    head = Head.of(hidden, weight, bias, flat, config.transform, chunk_rows)
     hidden_grad, *_ = new_gradients(hidden, weight, bias, (True, False, False), chunk_rows)
     grads = hidden_grad, weight_grad, bias_grad
     if rows.config.route == "fused":
-        loss, logp, entropy, skipped = fused_loss(head, rows, rows.weights(normalizer), grads)
+        loss, logp, entropy, skipped = _fused(
+            grads, hidden, weight, bias, flat, rows, rows.weights(normalizer), chunk_rows
+        )
         metrics = fused_metrics(rows, logp, entropy) | {"head/frac_rows_skipped": skipped}
         out = LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), metrics, "fused")
     else:
-        logp, entropy, sums = head.new_rows(), head.new_rows(), head.new_rows(3)
-        for chunk in head.chunks():
-            forward(head, chunk, head.rows(chunk), None, logp, entropy, sums, None, None)
+        leaves = [hidden.new_zeros(targets.shape, dtype=torch.float32, requires_grad=True) for _ in range(2)]
+        head = hidden, weight, bias, flat, *config.transform, chunk_rows
+        linear_logp_(*(leaf.view(-1) for leaf in leaves), None, *head)
         with torch.enable_grad():
-            leaves = [head.expand(x, len(flat)).view(targets.shape).requires_grad_() for x in (logp, entropy)]
             out = detached(rows_loss(rows, *leaves, normalizer))
             g, h = torch.autograd.grad(out.loss, leaves, allow_unused=True)  # entropy, where it has no coefficient
-        h = None if h is None else head.compact(h.reshape(-1))
-        gradients(head, head.compact(g.reshape(-1)), h, *grads)
+        linear_logp_grad_(*grads, g.reshape(-1), None if h is None else h.reshape(-1), *head)
         out = out._replace(loss=out.loss.detach())
     return out, hidden_grad.to(hidden.dtype)
 
 
 def estimate_memory(R: int, D: int, V: int, dtype: torch.dtype, trainable: bool, chunk_rows: int | None = None) -> int:
     """Peak bytes above the inputs that `linear_grpo_loss` and its backward pass take on route "fused", gradients
-    included: dX, one chunk of rows, and, where the weight is `trainable`, dW with its float32 accumulator (bfloat16: only
-    where the rows take more than one chunk).
+    included: dX, one chunk of rows, and, where the weight is `trainable`, dW with its float32 accumulator (in bfloat16
+    only where the rows take more than one chunk).
 
     Args:
         R: scored rows that have a coefficient; D: hidden size; V: vocabulary; dtype: of hidden and weight.

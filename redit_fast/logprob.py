@@ -12,6 +12,7 @@ from redit_fast.dither import check_choice
 from redit_fast.loss_config import LossConfig
 from redit_fast.loss_rows import Rows
 from redit_fast.losses import LossOutput, fused_metrics, rows_loss
+from redit_fast.operators import operator
 from redit_fast.transforms import LogitTransform
 
 IGNORE = -100
@@ -54,6 +55,7 @@ def token_logp(
     """
     transform = LogitTransform(temperature, logit_scale, softcap).check()
     check_choice("entropy", entropy, get_args(EntropyMode))
+    refuse_in_place("inplace_backward", inplace_backward)
     flat = check_targets("logits", logits, targets, mask, logits.shape[-1] if logits.ndim else 0, validate)
     logp, entropies = _TokenLogp.apply(logits.reshape(-1, logits.shape[-1]), flat, transform, entropy, inplace_backward)
     logp = logp.view(targets.shape)
@@ -100,6 +102,82 @@ def refuse_double_backward() -> None:
         )
 
 
+@operator(mutates=("logp", "entropy", "sums"))
+def token_logp_(
+    logp: Tensor,
+    entropy: Tensor | None,
+    sums: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """Writes logp, entropy (R,) and what `token_logp_grad_` needs, sums (3, R), of logits (R, V)."""
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    primitive("token_logp", logits.device)(logp, entropy, sums, logits, targets, transform)
+
+
+@operator(mutates=("grad_logits",))
+def token_logp_grad_(
+    grad_logits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    sums: Tensor,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    entropy: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """Writes dL/dlogits (R, V), which may be the logits themselves, from the gradients (R,) of logp and entropy."""
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    primitive("token_logp_grad", logits.device)(
+        grad_logits, logits, targets, sums, grad_logp, grad_entropy, entropy, transform
+    )
+
+
+@operator(mutates=("loss", "logp", "entropy", "grad_logits"))
+def token_loss_(
+    loss: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    grad_logits: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
+    config: str,
+    grad_scale: Tensor | None,
+) -> None:
+    """Writes loss (), logp and entropy (R,), and grad_scale times dL/dlogits (R, V), which may be the logits
+    themselves. `config` is a `LossConfig.text`."""
+    primitive("token_loss", logits.device)(
+        loss,
+        logp,
+        entropy,
+        grad_logits,
+        logits,
+        targets,
+        weights,
+        advantages,
+        old_logp,
+        ref_logp,
+        sampling_logp,
+        LossConfig.of(config),
+        grad_scale,
+    )
+
+
+def refuse_in_place(name: str, in_place: bool) -> None:
+    if in_place and torch.compiler.is_compiling():
+        raise ValueError(f"{name}=True does not work under torch.compile, which plans the memory itself; leave it out")
+
+
 class _TokenLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, transform, entropy, inplace):
@@ -107,7 +185,7 @@ class _TokenLogp(torch.autograd.Function):
         logp = logits.new_empty(rows, dtype=torch.float32)
         entropies = None if entropy == "none" else torch.empty_like(logp)
         sums = logp.new_empty(3, rows)
-        primitive("token_logp", logits.device)(logp, entropies, sums, logits, targets, transform)
+        token_logp_(logp, entropies, sums, logits, targets, *transform)
         ctx.save_for_backward(logits, targets, sums, entropies if entropy == "grad" else None)
         ctx.transform, ctx.inplace = transform, inplace
         ctx.set_materialize_grads(False)
@@ -124,7 +202,7 @@ class _TokenLogp(torch.autograd.Function):
                 return None, None, None, None, None
             grad_logp = torch.zeros_like(grad_entropy)
         grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        primitive("token_logp_grad", logits.device)(
+        token_logp_grad_(
             grad,
             logits.detach(),
             targets,
@@ -132,7 +210,7 @@ class _TokenLogp(torch.autograd.Function):
             grad_logp.float().contiguous(),
             None if grad_entropy is None else grad_entropy.float().contiguous(),
             entropies,
-            ctx.transform,
+            *ctx.transform,
         )
         return grad, None, None, None, None
 
@@ -171,6 +249,7 @@ def grpo_loss(
     Raises:
         ValueError, TypeError: an argument that does not fit, naming it.
     """
+    refuse_in_place("inplace", inplace)
     flat = check_targets("logits", logits, targets, mask, logits.shape[-1] if logits.ndim else 0, validate=False)
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
@@ -198,11 +277,10 @@ def detached(out: LossOutput) -> LossOutput:
     return out._replace(logp=out.logp.detach(), entropy=out.entropy.detach())
 
 
-def scaled_by_upstream(ctx, grad: Tensor, upstream: Tensor) -> Tensor:
-    """The stored gradient times upstream / grad_scale, in place."""
-    factor = upstream if ctx.grad_scale is None else upstream / ctx.grad_scale
-    primitive("scale_in_place", grad.device)(grad, factor)
-    return grad
+@operator(mutates=("x",))
+def scale_in_place_(x: Tensor, factor: Tensor) -> None:
+    """x (..., n) times factor (), by a kernel that exits at once where that is 1."""
+    primitive("scale_in_place", x.device)(x.view(-1, x.shape[-1]), factor)
 
 
 def refuse_second_backward(ctx) -> None:
@@ -223,7 +301,7 @@ class _GrpoLoss(torch.autograd.Function):
         grad = None
         if ctx.needs_input_grad[0]:
             grad = logits.detach() if inplace else torch.empty_like(logits)
-        primitive("token_loss", logits.device)(
+        token_loss_(
             loss,
             logp,
             entropy,
@@ -235,7 +313,7 @@ class _GrpoLoss(torch.autograd.Function):
             rows.old_logp,
             rows.ref_logp,
             rows.sampling_logp,
-            rows.config,
+            rows.config.text,
             grad_scale,
         )
         ctx.grad, ctx.grad_scale, ctx.spent = grad, grad_scale, False
@@ -246,4 +324,5 @@ class _GrpoLoss(torch.autograd.Function):
     def backward(ctx, upstream, *_):
         refuse_double_backward()
         refuse_second_backward(ctx)
-        return scaled_by_upstream(ctx, ctx.grad, upstream), None, None, None, None, None
+        scale_in_place_(ctx.grad, upstream if ctx.grad_scale is None else upstream / ctx.grad_scale)
+        return ctx.grad, None, None, None, None, None

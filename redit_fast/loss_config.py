@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from ast import literal_eval
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Literal, get_args
 
 from redit_fast.dither import check_choice
@@ -190,6 +192,12 @@ class LossConfig:
         """
         return cls(**loss_options(peer, version, loss_type, overrides))
 
+    @staticmethod
+    @cache
+    def of(text: str) -> LossConfig:
+        """The config that has this `text`."""
+        return LossConfig(**literal_eval(text))
+
     def __post_init__(self) -> None:
         check_choice("loss_type", self.loss_type, get_args(LossType))
         check_choice("importance", self.importance, get_args(Importance))
@@ -214,6 +222,8 @@ class LossConfig:
                 f"correction={self.correction!r} is not supported by loss_type='vespo', whose weight is the sequence's "
                 "own; use 'token_truncate' or 'token_mask'"
             )
+        # Every field, for torch's operators, which take no objects; infinity has no other literal.
+        object.__setattr__(self, "text", repr(asdict(self)).replace("inf", "1e999"))
 
     def _check_numbers(self) -> None:
         for name in (*_POSITIVE, *_NOT_NEGATIVE, *_ANY):

@@ -35,6 +35,7 @@ FLOORS = {
     "redit_fast.presets": 0.05,
     "redit_fast.dither": 0,
     "redit_fast.transforms": 0,
+    "redit_fast.operators": 0,
     "redit_fast.kernels": 0,
     "redit_fast._cpu": 0,
     "redit_fast._cuda": 0,

@@ -5,7 +5,7 @@ import torch
 
 from redit_fast.backends import cpu, reference
 from redit_fast.transforms import LogitTransform
-from tests.test_linear_loss import LargestTensor
+from tests.test_linear_rows import LargestTensor
 from tests.test_token_loss_cpu import assert_near_bits, assert_same_bits, threads  # noqa: F401
 
 refusal = cpu.why_not("exp_product", torch.device("cpu"))

@@ -1,0 +1,147 @@
+"""Inside torch.compile(fullgraph=True) the ops give the bits that they give outside, and raise no graph break."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import redit_fast as rf
+from redit_fast.logprob import token_logp_
+from tests.test_linear_loss import leaves
+from tests.tolerance import relative
+
+WIDTH, VOCABULARY = 16, 300
+OPTIONS = rf.LossConfig(beta=0.1, kl_ratio_correction=True, correction="token_truncate", softcap=9.0, temperature=0.7)
+
+
+def logits(x, w):
+    return torch.tanh(x) @ w.t()
+
+
+def rows_of(x):
+    """Of every loss: advantages, and old, reference and sampler's log-probs."""
+    value = x.detach()[..., 0]
+    return {"advantages": value, "old_logp": value - 5, "ref_logp": value - 5.1, "sampling_logp": value - 4.9}
+
+
+def logp_and_entropy(x, w, t):
+    out = rf.token_logp(logits(x, w), t, mask=t > 9, entropy="grad", temperature=0.7, softcap=9.0)
+    return (out.logp * x.detach()[:, 0]).sum() + out.entropy.sum()
+
+
+def loss(x, w, t):
+    return 3 * rf.grpo_loss(logits(x, w), t, **rows_of(x), config=OPTIONS).loss
+
+
+def scaled_loss(x, w, t):
+    scale = torch.full((), 1024.0)
+    return scale * rf.grpo_loss(logits(x, w), t, **rows_of(x), config=rf.LossConfig(), grad_scale=scale).loss
+
+
+def head_logp_and_entropy(x, w, t):
+    out = rf.linear_logp(torch.tanh(x), w, t, mask=t > 9, bias=w[:, 0], entropy="grad", softcap=9.0)
+    return (out.logp * x.detach()[:, 0]).sum() + out.entropy.sum()
+
+
+def frozen_head(x, w, t):
+    return rf.linear_logp(torch.tanh(x), w.detach(), t, entropy="metric").logp.square().sum()
+
+
+def head_loss(x, w, t):
+    return 3 * rf.linear_grpo_loss(torch.tanh(x), w, t, **rows_of(x), bias=w[:, 0], config=OPTIONS).loss
+
+
+def packed_head_loss(x, w, t):
+    rows = rows_of(x) | {"advantages": x.detach()[:3, 0], "old_logp": None}
+    ends = torch.tensor([0, 2, 2, 1]).cumsum(0)
+    ends[-1] = len(t)
+    return rf.linear_grpo_loss(torch.tanh(x), w, t, **rows, cu_seqlens=ends, config=rf.LossConfig("bnpo")).loss
+
+
+def padded_head_loss_in_16_bits(x, w, t):
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.tanh(x).view(2, -1, WIDTH)
+        return rf.linear_grpo_loss(x, w, t.view(2, -1), x.detach()[:, 0, 0], config=rf.LossConfig("grpo")).loss
+
+
+FUNCTIONS = (logp_and_entropy, loss, scaled_loss, head_logp_and_entropy, frozen_head, head_loss, packed_head_loss,
+             padded_head_loss_in_16_bits)  # fmt: skip
+
+
+def batch(rows):
+    return torch.randn(rows, WIDTH), torch.randn(VOCABULARY, WIDTH), torch.randint(VOCABULARY, (rows,))
+
+
+def results(function, x, w, t):
+    x, w = leaves(x, w)
+    value = function(x, w, t)
+    value.backward()
+    return [tensor for tensor in (value.detach(), x.grad, w.grad) if tensor is not None]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_the_whole_graph_gives_the_same_bits_in_two_compilations_for_20_lengths(function):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for rows in range(4, 44, 2):
+        inputs = batch(rows)
+        plain = results(function, *inputs)
+        assert len(plain) == (2 if function is frozen_head else 3) and all((value != 0).any() for value in plain)
+        assert all(map(torch.equal, results(compiled, *inputs), plain)), rows
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("loss_type", ["gspo", "vespo", "clip_cov"])
+def test_losses_of_a_sequence_compile_too(loss_type):
+    config, inputs = rf.LossConfig(loss_type), batch(24)
+
+    def sequences(x, w, t):
+        x = torch.tanh(x).view(4, 6, WIDTH)
+        return rf.linear_grpo_loss(x, w, t.view(4, 6), x.detach()[:, 0, 0], config=config).loss
+
+    compiled = torch.compile(sequences, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(results(compiled, *inputs), results(sequences, *inputs), strict=True):
+        assert (expected != 0).any() and relative(found, expected) < 1e-6
+
+
+def test_the_default_backend_of_torch_compile_gives_the_same_gradients():
+    """Inductor fuses what lies around the ops."""
+    inputs = batch(24)
+    for function in (loss, head_loss):
+        try:
+            found = results(torch.compile(function, fullgraph=True), *inputs)
+        except torch._inductor.exc.InvalidCxxCompiler as error:
+            pytest.skip(f"Inductor needs a C++ compiler: {error}")
+        for value, expected in zip(found, results(function, *inputs), strict=True):
+            assert relative(value, expected) < 1e-6
+
+
+def test_in_place_is_refused():
+    for name, op in {
+        "inplace_backward": lambda x, t: rf.token_logp(x, t, inplace_backward=True),
+        "inplace": lambda x, t: rf.grpo_loss(x, t, torch.ones(4), config=rf.LossConfig(), inplace=True).loss,
+    }.items():
+        with pytest.raises(Exception, match=f"{name}=True does not work under torch.compile"):
+            torch.compile(op, fullgraph=True, backend="eager")(torch.randn(4, 9), torch.zeros(4, dtype=torch.int64))
+
+
+def test_operators_pass_torchs_own_checks():
+    x, w, t = batch(20)
+    z, scale, rows = x @ w.t(), torch.tensor(2.0), torch.zeros(7, 20)
+    sums, softcap, factors = torch.zeros(3, 20), 9.0, torch.randn(4, 20)
+    token_logp_(rows[0], rows[1], sums, z, t, 0.7, 1.0, softcap)
+    transform, config = (0.7, 1.0, softcap), rf.LossConfig(beta=0.1).text
+    grads = torch.zeros_like(x), torch.zeros_like(w), torch.zeros(len(w))
+    calls = {
+        "token_logp": (rows[0], rows[1], sums, z, t, *transform),
+        "token_logp_grad": (z.clone(), z, t, sums, factors[0], factors[1], rows[1], *transform),
+        "token_loss": (scale * 0, rows[2], rows[3], z.clone(), z, t, *factors, None, config, scale),
+        "scale_in_place": (z, scale),
+        "linear_logp": (rows[4], None, grads[0], x, w, None, t, *transform, 16),
+        "linear_logp_grad": (*grads, factors[0], factors[1], x, w, w[:, 0].clone(), t, *transform, None),
+        "linear_loss": (
+            scale * 0, rows[5], rows[6], scale * 0, *grads, x, w, w[:, 0].clone(), t, *factors, None, config, None
+        ),
+    }  # fmt: skip
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.redit_fast, name), arguments)
