@@ -223,7 +223,7 @@ class LossConfig:
                 "own; use 'token_truncate' or 'token_mask'"
             )
         # Every field, for torch's operators, which take no objects; infinity has no other literal.
-        object.__setattr__(self, "text", repr(asdict(self)).replace("inf", "1e999"))
+        object.__setattr__(self, "text", repr(asdict(self)).replace(": inf", ": 1e999"))
 
     def _check_numbers(self) -> None:
         for name in (*_POSITIVE, *_NOT_NEGATIVE, *_ANY):

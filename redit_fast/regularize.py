@@ -5,8 +5,8 @@ g1 + (gamma/epsilon) g2, the finite-difference gradient of L + (gamma/2) |grad L
     loss_fn(batch).backward()
     if opt.perturb():                 # theta -> theta + epsilon g1 on the perturbed set
         loss_fn(batch).backward()
-    opt.step()                        # theta restored bit by bit, gradients combined and clipped, then the optimizer's
-    step opt.zero_grad()
+    opt.step()                        # theta restored bit by bit, gradients combined and clipped, the optimizer's step
+    opt.zero_grad()
 """
 
 from __future__ import annotations

@@ -62,6 +62,15 @@ PARENTS = {
 }
 
 
+@pytest.mark.parametrize("loss_type", TYPES)
+def test_a_config_comes_back_from_its_text(loss_type):
+    """As torch's operators are given it."""
+    config = rf.LossConfig(loss_type, correction="token_mask", correction_cap=math.inf, **REQUIRED.get(loss_type, {}))
+    assert rf.LossConfig.of(config.text) == config and rf.LossConfig.like("trl") == rf.LossConfig.of(
+        rf.LossConfig.like("trl").text
+    )
+
+
 def test_every_field_and_every_loss_type_is_classified():
     """A new field fails here until it has a change above, and the test below judges it."""
     assert set(CHANGES) == {field.name for field in fields(rf.LossConfig) if not field.name.startswith("_")}
