@@ -1,12 +1,14 @@
 // One row of logits: its sums, its largest element, its gradient. levels.h includes this file once for every
 // instruction set, inside a namespace whose name carries it. A row's sums run over 32 lanes (column mod 32) in chunks
-// of 4096 columns and are combined in one order: the same bits with every vector width, address and neighbour.
+// of 256 columns and are combined in one order: the same bits with every vector width, address and neighbour.
 // Memory: sums and largest read the row; gradient reads it from the cache and writes it.
 
 #include "simd.h"
 
 constexpr int kBlock = 32, kVectors = kBlock / REDIT_LANES;
-constexpr int64_t kChunk = 4096;  // 128 additions a lane, then one to the total: 1e-5 becomes 1e-6 at V = 151936
+// 8 additions a lane, then one without error to the total: equal logits would make 128 additions drift by 2e-6, which
+// the entropy of a target 26 below them multiplies to 6e-5.
+constexpr int64_t kChunk = 256;
 
 // y = (z - z_anchor) log2 e, and dz/dx up to the constant slope. The subtraction comes first: a common shift cancels.
 template <bool capped>
@@ -49,6 +51,17 @@ REDIT_INLINE void prefetch(const Stored* block) {
   for (size_t line = 0; line < kBlock * sizeof(Stored); line += 64) __builtin_prefetch(later + line);
 }
 
+// sum + lost is the exact sum of what was added (Knuth's two-sum).
+struct ExactSum {
+  Floats sum, lost;
+
+  inline __attribute__((always_inline)) void add(Floats x) {
+    const Floats total = sum + x, part = total - sum;
+    lost += (sum - (total - part)) + (x - part);
+    sum = total;
+  }
+};
+
 // NaN stays. Sets y to its bounds, so that e y is never 0 times infinity.
 REDIT_INLINE Floats bounded_power(Floats& y) {
   y = bounded(y);
@@ -59,7 +72,8 @@ template <class Type, bool capped, bool weigh>
 REDIT_INLINE RowSums sums_of(const void* row, int64_t vocabulary, int64_t target, float logit, const Transform& t) {
   const auto* x = static_cast<const typename Type::Stored*>(row);
   const float anchor = squash<capped>(logit, t);
-  Floats others[kVectors] = {}, weighted[kVectors] = {}, bend;
+  ExactSum others[kVectors] = {}, weighted[kVectors] = {};
+  Floats bend;
   const int64_t target_block = target < 0 ? -1 : target / kBlock * kBlock;
   for (int64_t chunk = 0; chunk < vocabulary; chunk += kChunk) {
     Floats chunk_others[kVectors] = {}, chunk_weighted[kVectors] = {};
@@ -96,11 +110,17 @@ REDIT_INLINE RowSums sums_of(const void* row, int64_t vocabulary, int64_t target
       whole(target_block + kBlock, tail);
     }
     if (tail < stop && tail != target_block) part(tail);
-    for (int v = 0; v < kVectors; ++v) others[v] += chunk_others[v], weighted[v] += chunk_weighted[v];
+    for (int v = 0; v < kVectors; ++v) {
+      others[v].add(chunk_others[v]);
+      if (weigh) weighted[v].add(chunk_weighted[v]);
+    }
   }
   double other_sum = 0, weighted_sum = 0;
   for (int v = 0; v < kVectors; ++v)
-    for (int l = 0; l < REDIT_LANES; ++l) other_sum += double(others[v][l]), weighted_sum += double(weighted[v][l]);
+    for (int l = 0; l < REDIT_LANES; ++l) {
+      other_sum += double(others[v].sum[l]) + double(others[v].lost[l]);
+      weighted_sum += double(weighted[v].sum[l]) + double(weighted[v].lost[l]);
+    }
   return {float(other_sum), float(weighted_sum)};
 }
 
@@ -181,7 +201,7 @@ float dot(const void* a_row, const void* b_row, int64_t count) {
 }
 
 // A tile of a row of the head, float32: its sums without the target's column, its largest element with it; and where
-// out is given out = e (constant + by_gap y) dz/dx in Type. A tile is at most kChunk columns.
+// out is given out = e (constant + by_gap y) dz/dx in Type. A tile is at most 1024 columns.
 template <class Type, bool capped>
 TileSums exponentials(void* out, const float* tile, int64_t count, int64_t target, float logit, const Slopes& slopes,
                       const Transform& t) {

@@ -122,6 +122,21 @@ def test_every_option_follows_the_oracle_on_hostile_rewards(backend, dither, bas
     assert out.values.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"scale": "batch"}, {"scale": "none"}, {"baseline": "leave_one_out"}])
+def test_rewards_that_are_equal_only_on_paper_give_exactly_0(backend, dtype, options):
+    """0.35 + 0.4 + 0.95 in four orders, which differ by an ulp; and singletons and single scored samples."""
+    rewards = torch.tensor([[0.35, 0.4, 0.95], [0.95, 0.4, 0.35], [0.4, 0.35, 0.95], [0.95, 0.35, 0.4]], dtype=dtype)
+    assert dtype == torch.float32 or len((rewards[:, 0] + rewards[:, 1] + rewards[:, 2]).unique()) > 1
+    for eps in (0.0, 1e-4):
+        out = rf.group_advantages(rewards, group_size=4, eps=eps, **options)
+        assert (out.values == 0).all() and out.dead.all()
+    for dither in [None] + [rf.Dither(dead_groups=policy) for policy in ("apply", "skip", "center_only", "only")]:
+        for lonely, size in (([3.0, 4.0, 5.0], 1), ([1.0, NAN, NAN, 2.0, math.inf, NAN], 3), ([NAN] * 4, 2)):
+            out = rf.group_advantages(torch.tensor(lonely), group_size=size, dither=dither, eps=0.0, **options)
+            assert (out.values == 0).all() and out.dead.all() and (out.group_std == 0).all()
+
+
 def test_statistics_are_those_of_the_samples_own_group(backend):
     dither = rf.Dither(level=0.1, seed=1)
     out = rf.group_advantages(HOSTILE[:8].double(), group_size=4, dither=dither)
