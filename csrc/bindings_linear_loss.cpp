@@ -1,9 +1,10 @@
-// The head's working rows as redit_fast._cpu.HeadRows; see bindings_cpu.cpp.
+// The head's working rows as redit_fast._cpu.HeadRows, and its products; see bindings_cpu.cpp.
 
 #include <pybind11/stl.h>
 
 #include "bindings.h"
 #include "linear_loss.h"
+#include "product.h"
 
 namespace py = pybind11;
 
@@ -11,6 +12,14 @@ namespace redit {
 
 void bind_linear_loss(py::module_& module) {
   using Release = py::call_guard<py::gil_scoped_release>;
+  module.def("has_product", &has_product);
+  module.def(
+      "product",
+      [](Address c, int64_t c_stride, bool add, const Strided& a, const Strided& b, int threads) {
+        if (!has_product()) throw std::invalid_argument("this processor has no bfloat16 products (AVX512_BF16)");
+        product(pointer<float>(c), c_stride, add, matrix(a), matrix(b), threads);
+      },
+      Release());
   py::class_<HeadRows>(module, "HeadRows")
       .def(py::init([](Address targets, int64_t rows, int64_t vocabulary) {
         return HeadRows(pointer<const int64_t>(targets), rows, vocabulary);

@@ -320,7 +320,8 @@ def linear_grpo_loss_and_grad_(
 def estimate_memory(R: int, D: int, V: int, dtype: torch.dtype, trainable: bool, chunk_rows: int | None = None) -> int:
     """Peak bytes above the inputs that `linear_grpo_loss` and its backward pass take on route "fused", gradients
     included: dX, one chunk of rows, and, where the weight is `trainable`, dW with its float32 accumulator (in bfloat16
-    only where the rows take more than one chunk).
+    only where the rows take more than one chunk). A CPU without AVX512_BF16 takes for bfloat16 a tile of 4096 columns
+    of the weight and of the chunk more, in float32.
 
     Args:
         R: scored rows that have a coefficient; D: hidden size; V: vocabulary; dtype: of hidden and weight.
@@ -337,14 +338,11 @@ def estimate_memory(R: int, D: int, V: int, dtype: torch.dtype, trainable: bool,
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     rows, width, e_width = min(padded(R), rows_per_chunk(V, dtype, chunk_rows)), dtype.itemsize, e_dtype(dtype).itemsize
     one_chunk = rows == padded(R)
-    product, gradient = 6 * rows * D, (4 + width + 2 * e_width) * rows * D  # copies of the chunk's hidden rows
+    product, gradient = width * rows * D, 12 * rows * D  # copies of the chunk's hidden rows
     product += min(4 * rows * min(V, 1024), torch.get_num_threads() << 20)  # a tile of the logits
-    if dtype != torch.float32:  # a tile of the weight in float32
-        product += 4 * min(V, 1024) * D
-    if dtype == torch.float16:
+    if dtype == torch.float16:  # hidden rows and a tile of the weight in float32
+        product += 4 * (rows + min(V, 1024)) * D
         gradient += 4 * min(V, TILE_V) * D
-    if dtype == torch.bfloat16 and trainable and not one_chunk:  # a tile of E in float32, its hidden rows too
-        gradient += 4 * rows * (min(V, TILE_V) + D)
     chunk = e_width * rows * V + max(product, gradient)
     sums = (e_width if one_chunk else 4) * V * D if trainable else 0
     rounded = width * V * D if trainable and sums != width * V * D else 0

@@ -35,6 +35,7 @@ _OPS = (
     "token_loss",
     "scale_in_place",
     "exp_product",
+    "addmm",
     "squared_norm",
     "perturb",
     "combine",
@@ -224,6 +225,27 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
 TILE_ROWS, TILE_COLUMNS = 256, 1024
 
 
+_PAIRS = _missing is None and _cpu.has_product()  # bfloat16 products with float32 results
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    if a.dtype == torch.bfloat16:
+        _cpu.product(out.data_ptr(), out.stride(0), add, _matrix(a), _matrix(b), torch.get_num_threads())
+    elif add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+@torch.no_grad()
+def addmm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """As `reference.addmm`; the rows of out contiguous."""
+    if not (a.dtype == torch.bfloat16 and _PAIRS):
+        a, b = a.float(), b.float()
+    _multiply(out, a, b, add=True)
+    increment_version(out)
+
+
 @torch.no_grad()
 def exp_product(
     e: Tensor | None,
@@ -241,10 +263,11 @@ def exp_product(
     """As `reference.exp_product`; logp, entropy and their gradients contiguous, so are the rows of sums and of e."""
     count, vocabulary = len(hidden), len(weight)
     targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
-    x = hidden.float()  # torch's 16-bit products round their result
+    pairs = hidden.dtype == torch.bfloat16 and _PAIRS
+    x = hidden if pairs else hidden.float()  # torch's 16-bit products round their result
     tile_rows = TILE_ROWS * torch.get_num_threads()
-    tile = x.new_empty(min(tile_rows, count) * min(TILE_COLUMNS, vocabulary))
-    widened = None if weight.dtype == torch.float32 else x.new_empty(min(TILE_COLUMNS, vocabulary), weight.shape[1])
+    tile = x.new_empty(min(tile_rows, count) * min(TILE_COLUMNS, vocabulary), dtype=torch.float32)
+    widened = None if weight.dtype == x.dtype else x.new_empty(min(TILE_COLUMNS, vocabulary), weight.shape[1])
     setting = _setting(hidden, transform)
     rows = _cpu.HeadRows(targets.data_ptr(), count, vocabulary)
     rows.anchor_at_targets(_matrix(hidden), _matrix(weight), _address(bias), setting)
@@ -256,10 +279,9 @@ def exp_product(
             for row in blocks:
                 part = x[row : row + tile_rows]
                 z = tile[: len(part) * columns.shape[1]].view(len(part), -1)
-                if bias is None:
-                    torch.mm(part, columns, out=z)
-                else:
-                    torch.addmm(bias[column : column + TILE_COLUMNS].float(), part, columns, out=z)
+                if bias is not None:
+                    z.copy_(bias[column : column + TILE_COLUMNS])
+                _multiply(z, part, columns, add=bias is not None)
                 rows.add(_matrix(e), _matrix(z), row, column, setting if e is None else _setting(e, transform))
 
     blocks, with_entropy = range(0, count, tile_rows), grad_entropy is not None

@@ -3,12 +3,13 @@
 import torch
 
 from redit_fast.backends.reference.advantages import group_advantages
-from redit_fast.backends.reference.linear_loss import exp_product
+from redit_fast.backends.reference.linear_loss import addmm, exp_product
 from redit_fast.backends.reference.params import adamw, combine, perturb, squared_norm
 from redit_fast.backends.reference.token_loss import scale_in_place, token_logp, token_logp_grad, token_loss
 
 __all__ = [
     "adamw",
+    "addmm",
     "combine",
     "exp_product",
     "group_advantages",

@@ -11,6 +11,11 @@ from redit_fast.transforms import LogitTransform
 TILE_V = 4096  # vocabulary columns per product tile
 
 
+def addmm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (m, n) float32 += a (m, k) b (k, n), of one dtype and any strides; products and sums in float32."""
+    out.addmm_(a.float(), b.float())
+
+
 def exp_product(
     e: Tensor | None,
     logp: Tensor,
