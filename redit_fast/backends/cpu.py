@@ -279,9 +279,9 @@ def exp_product(
             for row in blocks:
                 part = x[row : row + tile_rows]
                 z = tile[: len(part) * columns.shape[1]].view(len(part), -1)
-                if bias is not None:
-                    z.copy_(bias[column : column + TILE_COLUMNS])
-                _multiply(z, part, columns, add=bias is not None)
+                _multiply(z, part, columns, add=False)
+                if bias is not None:  # after the product: sums that start at a large bias lose their bits
+                    z += bias[column : column + TILE_COLUMNS]
                 rows.add(_matrix(e), _matrix(z), row, column, setting if e is None else _setting(e, transform))
 
     blocks, with_entropy = range(0, count, tile_rows), grad_entropy is not None
