@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redit_fast.backends import primitive
 from redit_fast.dither import MAX_REWARDS, Dither, check_choice, check_step, per_reward
+from redit_fast.operators import operator
 
 Baseline = Literal["mean", "leave_one_out"]
 Scale = Literal["group", "batch", "none"]
@@ -97,7 +98,7 @@ def group_advantages(
     )  # fmt: skip
     if count:
         settings = dither or Dither(level=0.0)
-        primitive("group_advantages", device)(
+        group_advantages_(
             *out,
             values,
             _dense_groups(group_size, group_ids, count, device),
@@ -105,7 +106,7 @@ def group_advantages(
             weights,
             half_range,
             settings.distribution,
-            settings.seed,
+            settings.seed - (settings.seed >> 63 << 64),  # operators take 64 bits with a sign
             step,
             settings.dead_groups,
             baseline,
@@ -115,6 +116,55 @@ def group_advantages(
             ddof,
         )
     return out
+
+
+@operator(mutates=("values", "group_mean", "group_std", "dead", "dithered_mean", "dithered_std"))
+def group_advantages_(
+    values: Tensor,
+    group_mean: Tensor,
+    group_std: Tensor,
+    dead: Tensor,
+    dithered_mean: Tensor,
+    dithered_std: Tensor,
+    rewards: Tensor,
+    groups: Tensor,
+    sample_ids: Tensor,
+    weights: Tensor,
+    half_range: Tensor | None,
+    distribution: str,
+    seed: int,
+    step: int,
+    dead_groups: str,
+    baseline: str,
+    scale: str,
+    combine: str,
+    eps: float,
+    ddof: int,
+) -> None:
+    """Writes the fields of `Advantages` for rewards (N, K) float64 of groups (N,); a seed of 2**63 or more comes as
+    seed - 2**64."""
+    primitive("group_advantages", rewards.device)(
+        values,
+        group_mean,
+        group_std,
+        dead,
+        dithered_mean,
+        dithered_std,
+        rewards,
+        groups,
+        sample_ids,
+        weights,
+        half_range,
+        distribution,
+        seed % 2**64,
+        step,
+        dead_groups,
+        baseline,
+        scale,
+        combine,
+        eps,
+        ddof,
+    )
 
 
 def _check(rewards, group_size, group_ids, sample_ids, baseline, scale, combine, eps, ddof) -> None:
@@ -150,8 +200,10 @@ def _dense_groups(group_size: int | None, group_ids: Tensor | None, count: int, 
     """(N,) group index in order of first appearance."""
     if group_size is not None:
         return torch.arange(count, device=device) // group_size
-    _, index = torch.unique(group_ids, return_inverse=True)
-    first = torch.full((int(index.max()) + 1,), count, device=device)
+    by_id, order = torch.sort(group_ids, stable=True)
+    index = torch.zeros_like(order)
+    index[order[1:]] = (by_id[1:] != by_id[:-1]).cumsum(0)
+    first = torch.full((count,), count, device=device)
     first = first.scatter_reduce(0, index, torch.arange(count, device=device), "amin")
     return torch.argsort(torch.argsort(first))[index]
 

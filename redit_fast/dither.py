@@ -114,7 +114,8 @@ def _half_cosine(level: float, progress: float) -> float:
 def per_reward(name: str, value: float | Sequence[float] | Tensor, count: int | None = None) -> Tensor:
     """`value` (a number, sequence or tensor of finite entries) as (count,) float64 on the CPU; ValueError otherwise."""
     numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-    if numbers.ndim > 1 or not torch.isfinite(numbers).all():
+    readable = not torch.compiler.is_compiling()  # a graph cannot ask
+    if numbers.ndim > 1 or (readable and not torch.isfinite(numbers).all()):
         raise ValueError(f"{name} must be a finite number or one finite number per reward, got {value}")
     if count is None:
         return numbers

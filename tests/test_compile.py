@@ -104,6 +104,39 @@ def test_losses_of_a_sequence_compile_too(loss_type):
         assert (expected != 0).any() and relative(found, expected) < 1e-6
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "gmpo", "kl_cov"])
+def test_policy_loss_compiles_too(loss_type):
+    config, old = rf.LossConfig(loss_type, beta=0.1), torch.randn(4, 6)
+    logp, advantages = old + 0.1 * torch.randn(4, 6), torch.randn(4)
+
+    def loss(x):
+        return rf.policy_loss(x, advantages, old_logp=old, ref_logp=old - 0.1, config=config).loss
+
+    (plain,), (compiled,) = leaves(logp), leaves(logp)
+    loss(plain).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert (plain.grad != 0).any() and relative(compiled.grad, plain.grad) < 1e-6
+
+
+@pytest.mark.parametrize("schedule", ["constant", "square_root", "cosine_reverse"])
+def test_advantages_of_every_step_come_from_two_compilations(schedule):
+    dither = rf.Dither(level=0.05, schedule=schedule, total_steps=200, seed=2**64 - 3)
+
+    def advantages(rewards, step):
+        ids = torch.arange(len(rewards)) % 3
+        by_size = rf.group_advantages(rewards, group_size=4, dither=dither, step=step, reward_weights=[1.0, 0.5])
+        return by_size + rf.group_advantages(rewards, group_ids=ids, dither=dither, step=step, scale="batch")
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(advantages, fullgraph=True, backend="aot_eager")
+    for groups in range(3, 23):
+        rewards = torch.rand(4 * groups, 2)
+        found, expected = compiled(rewards, 7 * groups), advantages(rewards, 7 * groups)
+        assert all(map(torch.equal, found, expected)) and (expected[0] != 0).all()
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
 def test_the_default_backend_of_torch_compile_gives_the_same_gradients():
     """Inductor fuses what lies around the ops."""
     inputs = batch(24)
@@ -132,7 +165,11 @@ def test_operators_pass_torchs_own_checks():
     token_logp_(rows[0], rows[1], sums, z, t, 0.7, 1.0, softcap)
     transform, config = (0.7, 1.0, softcap), rf.LossConfig(beta=0.1).text
     grads = torch.zeros_like(x), torch.zeros_like(w), torch.zeros(len(w))
+    fields, dead = torch.zeros(5, 20), torch.zeros(20, dtype=torch.bool)
+    samples, names = torch.arange(20), ("uniform", 5, 1, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1)
     calls = {
+        "group_advantages": (*fields[:3], dead, *fields[3:], factors[:2].t().double().contiguous(), samples // 4,
+                             samples, torch.ones(2).double(), torch.ones(2).double(), *names),
         "token_logp": (rows[0], rows[1], sums, z, t, *transform),
         "token_logp_grad": (z.clone(), z, t, sums, factors[0], factors[1], rows[1], *transform),
         "token_loss": (scale * 0, rows[2], rows[3], z.clone(), z, t, *factors, None, config, scale),

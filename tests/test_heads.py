@@ -70,6 +70,10 @@ def test_a_weight_whose_storage_fsdp_has_freed_is_refused_instead_of_read():
     for call in calls(weight):
         with pytest.raises(ValueError, match="weight .* storage freed.*summon_full_params"):
             call()
+    weight, bias = torch.randn(9, 8), torch.randn(9)
+    bias.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="bias .* storage freed.*summon_full_params"):
+        rf.linear_logp(torch.randn(3, 8), weight, torch.zeros(3, dtype=torch.int64), bias=bias)
 
 
 def test_tied_embeddings_get_both_gradients(backend):
