@@ -59,6 +59,7 @@ class Candidate:
     bytes: int  # that it has to move
     make: Callable[[], Callable[[], None]]
     baseline: bool = False
+    flops: int = 0  # of its products, where they and not the bytes take the time
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Row:
     gb_per_s: float
     of_copy: float  # above 1 where a pass works in place: a copy's stores also read the lines that they fill
     peak_mb: float  # resident memory that making it and its first run add at their peak: state, copies, temporaries
+    gflop_per_s: float
     ratios: dict[str, float] = field(default_factory=dict)  # baseline -> how many times faster than it
 
 
@@ -90,7 +92,7 @@ def measure(candidates: list[Candidate], rounds: int) -> list[Row]:
         taken = seconds[candidate.name]
         tenths, speed = quantiles(taken, n=10, method="inclusive"), candidate.bytes / median(taken)
         row = Row(candidate.name, 1e3 * median(taken), 1e3 * tenths[0], 1e3 * tenths[-1], speed / 1e9,
-                  speed / copy_speed, peaks[candidate.name] / 1e6)  # fmt: skip
+                  speed / copy_speed, peaks[candidate.name] / 1e6, candidate.flops / median(taken) / 1e9)  # fmt: skip
         if not candidate.baseline and candidate is not candidates[0]:
             for other in candidates:
                 if other.baseline:
@@ -134,11 +136,15 @@ def _resident(name):
 
 def show(title: str, rows: list[Row]) -> None:
     width = max(len(row.name) for row in rows)
-    print(f"\n{title}\n{'':{width}}   median ms [p10, p90]      GB/s  of copy  peak MB  times faster than")
+    flops = any(row.gflop_per_s for row in rows)
+    print(f"\n{title}\n{'':{width}}   median ms [p10, p90]      GB/s  of copy  peak MB  "
+          f"{'GFLOP/s  ' if flops else ''}times faster than")  # fmt: skip
     for row in rows:
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row.ratios.items())
         spread = f"{row.ms:8.2f} [{row.p10:.2f}, {row.p90:.2f}]"
-        print(f"{row.name:{width}}  {spread:26}{row.gb_per_s:6.1f}  {row.of_copy:6.0%}  {row.peak_mb:7.0f}  {ratios}")
+        products = f"{row.gflop_per_s:7.0f}  " if flops else ""
+        print(f"{row.name:{width}}  {spread:26}{row.gb_per_s:6.1f}  {row.of_copy:6.0%}  {row.peak_mb:7.0f}  "
+              f"{products}{ratios}")  # fmt: skip
 
 
 def machine() -> dict:

@@ -11,12 +11,12 @@ RESULTS = Path(__file__).parent / "results" / "cpu"
 
 
 def table() -> str:
-    """The Markdown table: every row of ours in the token losses and the optimizer's steps."""
+    """The Markdown table: every row of ours in the token losses, the head and the optimizer's steps."""
     lines = [
-        "| | ms | GB/s, of a copy's | times faster than |",
+        "| | ms | speed, of a copy's | times faster than |",
         "|---|---|---|---|",
     ]
-    for name in ("token_loss", "params"):
+    for name in ("token_loss", "linear_loss", "params"):
         for title, rows in json.loads((RESULTS / f"{name}.json").read_text())["tables"].items():
             if name == "params" and not title.startswith("step, "):
                 continue
@@ -24,7 +24,9 @@ def table() -> str:
                 if row["ratios"]:
                     ratios = ", ".join(f"{other} {ratio:.1f}" for other, ratio in row["ratios"].items())
                     what = f"{title.replace('torch.', '')}: {row['name'].removesuffix(', bfloat16')}"
-                    speed = f"{row['gb_per_s']:.0f}, {row['of_copy']:.0%}"
+                    speed = f"{row['gb_per_s']:.0f} GB/s, {row['of_copy']:.0%}"
+                    if row.get("gflop_per_s"):
+                        speed = f"{row['gflop_per_s']:.0f} GFLOP/s"
                     lines.append(f"| {what} | {row['ms']:.1f} | {speed} | {ratios} |")
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from redit_fast.advantages import Advantages, group_advantages
     from redit_fast.backends import use_backend
     from redit_fast.dither import Dither
-    from redit_fast.linear import linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp
+    from redit_fast.linear import estimate_memory, linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp
     from redit_fast.logprob import LogpEntropy, grpo_loss, token_logp
     from redit_fast.loss_config import LossConfig
     from redit_fast.losses import LossOutput, policy_loss
@@ -30,6 +30,7 @@ _HOME = {
     "LossOutput": "losses",
     "RegularizedAdamW": "optim",
     "advantage_options": "presets",
+    "estimate_memory": "linear",
     "group_advantages": "advantages",
     "grpo_loss": "logprob",
     "linear_grpo_loss": "linear",

@@ -261,6 +261,16 @@ class LossConfig:
         return "fused" if alone else "logp"
 
     @property
+    def silent_at_zero(self) -> bool:
+        """Whether a sequence with an advantage of exactly 0 has no gradient, and none of the others' depends on it."""
+        return (
+            self.loss_type not in ("dro", "clip_cov", "kl_cov")  # a penalty at any advantage; covariances over the call
+            and self.beta == 0
+            and self.entropy_coef == 0
+            and self.top_entropy_quantile == 1
+        )
+
+    @property
     def denominator(self) -> Denominator:
         """What the loss is divided by: the sequences, the scored tokens, or sequences x max_completion_length."""
         if self.loss_type == "dr_grpo":

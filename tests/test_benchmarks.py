@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import bench_advantages, bench_params, bench_token_loss
+from benchmarks import bench_advantages, bench_linear_loss, bench_params, bench_token_loss
 
 ROOT = Path(__file__).parent.parent
 
@@ -12,5 +12,6 @@ ROOT = Path(__file__).parent.parent
 def test_every_benchmark_runs_under_pytest_benchmark():
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "--no-header"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    cases = sum(len(module.SMALL) for module in (bench_advantages, bench_params, bench_token_loss))
+    modules = bench_advantages, bench_linear_loss, bench_params, bench_token_loss
+    cases = sum(len(module.SMALL) for module in modules)
     assert done.returncode == 0 and f"{cases} passed" in done.stdout, done.stdout[-3000:] + done.stderr

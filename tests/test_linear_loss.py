@@ -2,13 +2,17 @@
 
 import math
 from itertools import product
-from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import redit_fast as rf
+from redit_fast.loss_config import LossType
+from tests.test_loss_config import REQUIRED
 from tests.test_token_loss import LOSSES, oracle
 from tests.tolerance import relative, sliced
 
@@ -138,18 +142,174 @@ def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
     assert relative(bias_grad, exact[2].grad) < float32_limit
 
 
-def test_confident_rows_keep_their_gradient(backend):
-    hidden, weight, _, _ = head(32, 1000, 24, torch.bfloat16, 0.1)
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+def test_every_loss_type_has_the_gradients_of_materialised_logits(backend, loss_type):
+    """Off policy, with KL, and the entropy bonus on and off; a masked row, an empty sequence, several chunks."""
+    hidden, weight, bias, targets = head(90, 300, 24, torch.float32, 0.3)
+    for extra in ({"beta": 0.1}, {"beta": 0.1, "entropy_coef": 0.2}):
+        config = rf.LossConfig(loss_type, temperature=0.9, **REQUIRED.get(loss_type, {}), **extra)
+        logp, _ = oracle(hidden @ weight.t() + bias, targets, temperature=0.9)
+        kwargs = dict(old_logp=logp + 0.3 * torch.randn(90), ref_logp=logp + 0.3 * torch.randn(90), config=config,
+                      mask=torch.rand(90) > 0.1, cu_seqlens=torch.tensor([0, 30, 30, 61, 90]))  # fmt: skip
+        advantages = torch.randn(4)
+        expected, ours = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
+        logp, entropy = oracle(expected[0] @ expected[1].t() + expected[2], targets, temperature=0.9)
+        rf.policy_loss(logp, advantages, entropy=entropy, **kwargs).loss.backward()
+        rf.linear_grpo_loss(
+            ours[0], ours[1], targets, advantages, bias=ours[2], chunk_rows=32, **kwargs
+        ).loss.backward()
+        for x, y in zip(ours, expected):
+            assert relative(x.grad, y.grad) < 3e-5  # vespo's weights are exponentials of a sequence's sums
+
+
+def flops(run):
+    """Of the matrix products that `run` takes."""
+
+    def addmm_(out, a, b, **_):
+        return 2 * a[0] * a[1] * b[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("used", [0, 1, 16, 33, 100, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_a_coefficient_skip_the_gradient_products(backend, used, dtype):
+    rows, vocabulary, width = 128, 300, 24
+    hidden, weight, _, targets = head(rows, vocabulary, width, dtype)
+    advantages = torch.zeros(rows)
+    places = torch.randperm(rows)[:used]
+    advantages[places] = torch.randn(used)
+    product, needed = 2 * rows * vocabulary * width, -(-used // 16) * 16 / rows
+    config, out = rf.LossConfig(), None
+
+    def fused(advantages=advantages):
+        nonlocal out
+        inputs = leaves(hidden, weight)
+        out = rf.linear_grpo_loss(*inputs, targets, advantages, config=config)
+        out.loss.backward()
+        return inputs
+
+    def logp():
+        (rf.linear_logp(*leaves(hidden, weight), targets) * advantages).sum().backward()
+
+    def in_place():
+        rf.linear_grpo_loss_and_grad_(
+            hidden, weight, targets, advantages, config=config, weight_grad=torch.zeros(vocabulary, width)
+        )
+
+    assert flops(fused) == flops(in_place) == (1 + 2 * needed) * product
+    assert out.metrics["head/frac_rows_skipped"] == 1 - used / rows
+    assert flops(logp) == (2 + 2 * needed) * product
+    x, w = fused()
+    full, _ = fused(torch.where(advantages == 0, 1.0, advantages))
+    assert torch.equal(x.grad[places], full.grad[places])  # the same bits as among rows that all have one
+    assert (x.grad[advantages == 0] == 0).all() and (full.grad != 0).any(1).all()
+    y, v = leaves(hidden.double(), weight.double())
+    rf.policy_loss(exact_logp(y, v, None, targets)[0], advantages, config=config).loss.backward()
+    assert (w.grad == 0).all() if used == 0 else relative(w.grad, v.grad) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confident_rows_keep_their_gradient(backend, dtype):
+    hidden, weight, _, _ = head(32, 1000, 24, dtype, 0.1)
     targets = torch.arange(32)
     weight[:32] = hidden * 0.6
-    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-    rf.linear_logp(ours, weight, targets).sum().backward()
+    ours, fused, exact = *leaves(hidden, hidden), hidden.double().requires_grad_()
+    scale = 2.0**14 if dtype == torch.float16 else 1.0  # a GradScaler's: these gradients are below a float16
+    (scale * rf.linear_logp(ours, weight, targets).sum()).backward()
+    config = rf.LossConfig("reinforce")
+    out = rf.linear_grpo_loss(fused, weight, targets, torch.ones(32), config=config, normalizer=1)
+    (-scale * out.loss).backward()  # the loss is minus the log-prob
     logp, _ = exact_logp(exact, weight, None, targets)
-    logp.sum().backward()
+    (scale * logp.sum()).backward()
     confident = logp.detach().exp() > 0.999
     assert confident.sum() >= 3
     for row in torch.nonzero(confident).flatten():
         assert relative(ours.grad[row], exact.grad[row]) < 0.01
+        assert relative(fused.grad[row], exact.grad[row]) < 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_targets_200_nats_below_the_maximum_are_exact(backend, dtype):
+    hidden, weight, bias, targets = head(40, 500, 16, dtype, 0.3)
+    far = torch.arange(0, 40, 5)
+    bias[7] = -200
+    bias[8] = 2
+    targets[far] = 7
+    ours = leaves(hidden, weight, bias)
+    logp = rf.linear_logp(ours[0], ours[1], targets, bias=ours[2])
+    exact = leaves(hidden.double(), weight.double(), bias.double())
+    true, _ = exact_logp(*exact, targets)
+    assert (true[far] < -200).all()
+    low, _ = oracle(hidden.float() @ weight.float().t() + bias.float(), targets)
+    allowed = max(1e-5, 1.25 * (low - true).abs().max())
+    assert (logp - true).abs().max() <= allowed
+    logp[far].sum().backward(), true[far].sum().backward()
+    assert all(relative(x.grad, y.grad) < LIMITS[dtype] for x, y in zip(ours, exact))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_equal_weights_give_a_ratio_of_exactly_1(backend, loss_type, dtype):
+    """Old log-probs without a graph, of the rows padded and in another order; the loss on packed rows."""
+    hidden, weight, bias, targets = head(60, 1000, 24, dtype)
+    order = torch.randperm(60)
+    with torch.no_grad():
+        padded = torch.cat([hidden[order], torch.randn(12, 24).to(dtype)]).view(6, 12, 24)
+        ids = torch.cat([targets[order], torch.full((12,), -100)]).view(6, 12)
+        old = torch.empty(60)
+        old[order] = rf.linear_logp(padded, weight, ids, bias=bias).flatten()[:60]
+    out = rf.linear_grpo_loss(
+        *leaves(hidden, weight), targets, torch.randn(2), bias=bias, old_logp=old, config=rf.LossConfig(loss_type),
+        cu_seqlens=torch.tensor([0, 25, 60]),
+    )  # fmt: skip
+    assert torch.equal(out.logp, old) and out.metrics["policy/on_policy"] == 0
+    assert out.metrics["ratio/max_abs_dev"] == 0 and out.metrics["ratio/mean"] == 1
+
+
+UPSTREAM = {
+    "random": lambda: torch.randn(40),
+    "one-hot": lambda: torch.nn.functional.one_hot(torch.tensor(7), 40).float(),
+    "zeros": lambda: torch.zeros(40),
+    "expanded": lambda: torch.tensor(0.3).expand(40),
+    "strided": lambda: torch.randn(40, 3)[:, 1],
+    "from cat": lambda: torch.cat([torch.randn(13), torch.zeros(27)]),
+}
+
+
+@pytest.mark.parametrize("kind", UPSTREAM)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_any_upstream_gradient_is_right(backend, kind, entropy):
+    inputs = head(40, 300, 16, torch.float32, 0.3)
+    targets, g, h = inputs[3], UPSTREAM[kind](), UPSTREAM[kind]()
+    for count in (1, 3):  # a frozen head has a backward pass of its own
+        ours, exact = leaves(*inputs[:3]), leaves(*(x.double() for x in inputs[:3]))
+        out = rf.linear_logp(ours[0], *(x if count == 3 else x.detach() for x in ours[1:2]), targets,
+                             bias=ours[2] if count == 3 else ours[2].detach(), entropy="grad")  # fmt: skip
+        true = exact_logp(*exact, targets)
+        torch.autograd.backward(out if entropy else out[:1], (g, h) if entropy else (g,))
+        torch.autograd.backward(true if entropy else true[:1], (g.double(), h.double()) if entropy else (g.double(),))
+        for x, y in zip(ours[:count], exact):
+            assert (x.grad == 0).all() if kind == "zeros" else relative(x.grad, y.grad) < 3e-6
+
+
+def test_activation_checkpointing_around_it_changes_nothing(backend):
+    hidden, weight, _, targets = head(40, 300, 16, torch.float32, 0.3)
+    weight = weight.contiguous()
+
+    def logp(x, w):
+        return rf.linear_logp(torch.tanh(x), w, targets)
+
+    def loss(x, w):
+        return rf.linear_grpo_loss(torch.tanh(x), w, targets, torch.ones(40), config=rf.LossConfig()).loss
+
+    for function in (logp, loss):
+        plain, again = leaves(hidden, weight), leaves(hidden, weight)
+        function(*plain).sum().backward()
+        checkpoint(function, *again, use_reentrant=False).sum().backward()
+        assert all(torch.equal(x.grad, y.grad) and (x.grad != 0).any() for x, y in zip(plain, again))
 
 
 def test_a_row_has_the_same_bits_whatever_the_other_rows(backend):
@@ -186,6 +346,7 @@ def test_masked_and_ignored_rows_cost_nothing_and_are_never_read(backend):
     b = rf.linear_grpo_loss(dirty, weight, wild, advantages, config=config)
     a.loss.backward(), b.loss.backward()
     assert torch.equal(a.loss, b.loss) and torch.equal(clean.grad, dirty.grad) and (dirty.grad[~mask] == 0).all()
+    assert mask.sum() % 16 != 0 and a.metrics["head/frac_rows_skipped"] == 0  # the padding is no row
     assert torch.equal(rf.linear_logp(dirty, weight, wild), rf.linear_logp(clean, weight, targets, mask=mask))
 
 
@@ -203,6 +364,39 @@ def test_a_poisoned_row_is_nan_alone_and_reaches_the_weight_only_with_a_coeffici
         others = torch.arange(40) != 7
         assert torch.isfinite(x.grad[others]).all()
         assert torch.isfinite(w.grad).all() == (coefficient == 0)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_inside_a_compiled_function_it_gives_the_same_bits():
+    """With graph breaks: fullgraph needs custom operators."""
+    hidden, weight, _, targets = head(40, 300, 16, torch.float32, 0.3)
+
+    def logp(x, w):
+        return rf.linear_logp(torch.tanh(x), w, targets).sum()
+
+    def loss(x, w):
+        return rf.linear_grpo_loss(torch.tanh(x), w, targets, torch.ones(40), config=rf.LossConfig()).loss
+
+    for function in (logp, loss):
+        plain, compiled = leaves(hidden, weight), leaves(hidden, weight)
+        function(*plain).backward()
+        torch.compile(function, backend="eager")(*compiled).backward()
+        assert all(torch.equal(x.grad, y.grad) and (x.grad != 0).any() for x, y in zip(plain, compiled))
+
+
+def test_padded_and_packed_and_sliced_rows_are_the_same(backend):
+    """`hidden[:, :-1]` of a model is not contiguous."""
+    hidden, weight, bias, targets = head(60, 300, 24, torch.float32)
+    packed = hidden.contiguous()
+    wide = torch.cat([packed.view(4, 15, 24), torch.full((4, 1, 24), math.nan)], 1).requires_grad_()
+    x = packed.clone().requires_grad_()
+    a = rf.linear_grpo_loss(x, weight, targets, torch.ones(60), bias=bias, config=rf.LossConfig())
+    b = rf.linear_grpo_loss(wide[:, :-1], weight, targets.view(4, 15), torch.ones(4), bias=bias, config=rf.LossConfig())
+    a.loss.backward(), b.loss.backward()
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.logp, b.logp.flatten())
+    assert torch.equal(x.grad.view(4, 15, 24), wide.grad[:, :-1]) and (wide.grad[:, -1] == 0).all()
+    one = rf.linear_logp(packed[3], weight, targets[3], bias=bias)
+    assert one.shape == () and torch.equal(one, a.logp[3])
 
 
 def test_a_fully_masked_batch_gives_zero_loss_and_zero_gradients(backend):
@@ -300,46 +494,3 @@ def test_bad_arguments_name_themselves():
                    {"weight_grad": None, "bias_grad": torch.zeros(31)}):  # fmt: skip
         with pytest.raises(ValueError, match="_grad must match"):
             rf.linear_grpo_loss_and_grad_(hidden, weight, targets, torch.ones(1), config=rf.LossConfig(), **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"model_type": "qwen2"}, (1.0, None)),
-        ({"model_type": "gemma2", "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}, (1.0, 30.0)),
-        ({"model_type": "cohere", "logit_scale": 0.0625}, (0.0625, None)),
-        ({"model_type": "granite", "logits_scaling": 8.0}, (0.125, None)),
-        ({"model_type": "hyperclovax", "logits_scaling": 8.0}, (8.0, None)),
-        ({"model_type": "falcon_h1", "lm_head_multiplier": 0.5}, (0.5, None)),
-    ],
-)
-def test_logit_transforms_reads_every_known_field(config, expected):
-    assert tuple(rf.logit_transforms(SimpleNamespace(**config)).values()) == expected
-    assert tuple(rf.logit_transforms(SimpleNamespace(text_config=SimpleNamespace(**config))).values()) == expected
-
-
-def test_logit_transforms_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="logit_temperature"):
-        rf.logit_transforms(SimpleNamespace(logit_temperature=2.0))
-
-
-@pytest.mark.parametrize(("family", "field"), [("gemma2", {}), ("cohere", {}), ("granite", {"logits_scaling": 8.0})])
-def test_log_probs_are_those_of_the_hugging_face_model(family, field):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        family, vocab_size=53, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0, **field,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
-    tokens = torch.randint(1, 53, (2, 9))
-    with torch.no_grad():
-        logits = model(tokens).logits
-        hidden = model.get_decoder()(tokens).last_hidden_state
-    expected = torch.log_softmax(logits[:, :-1] / 0.7, -1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    transforms = rf.logit_transforms(model.config)
-    assert transforms != {"logit_scale": 1.0, "softcap": None}
-    logp = rf.linear_logp(
-        hidden[:, :-1], model.get_output_embeddings().weight, tokens[:, 1:], temperature=0.7, **transforms
-    )
-    torch.testing.assert_close(logp, expected, rtol=0, atol=1e-5)

@@ -31,7 +31,7 @@ def run(module, hidden, weight, bias, targets, transform=TRANSFORMS[0], with_ent
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("vocabulary", [1, 31, 2047, 2048, 2049, 4133])  # below, at and above the tile of 2048 columns
+@pytest.mark.parametrize("vocabulary", [1, 31, 1023, 1024, 1025, 4133])  # below, at and above the tile of 1024 columns
 def test_everything_it_writes_is_the_references(vocabulary, with_entropy, dtype, transform):
     arguments = chunk(33, vocabulary, dtype)
     ours, expected = (run(module, *arguments, transform, with_entropy) for module in (cpu, reference))
@@ -114,3 +114,16 @@ def test_strided_inputs_and_version_counters():
     cpu.exp_product(e, logp, entropy, sums, hidden, weight, bias, targets, TRANSFORMS[0], None, None)
     assert [x._version for x in (logp, entropy, sums, e)] == [1, 1, 1, 1]
     assert [x._version for x in (hidden, weight, bias, targets)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_any_multiple_of_16_rows_at_a_real_width(threads, count, dtype):  # noqa: F811
+    threads(count)
+    hidden, weight, bias, targets = chunk(count * cpu.TILE_ROWS + 32, 2100, dtype, width=896)
+    all_rows = run(cpu, hidden, weight, bias, targets)
+    for rows in (16, 112, cpu.TILE_ROWS - 16, cpu.TILE_ROWS, count * cpu.TILE_ROWS + 16):
+        places = torch.randperm(len(hidden))[:rows]
+        alone = run(cpu, hidden[places], weight, bias, targets[places])
+        for a, b in zip(all_rows, alone, strict=True):
+            assert torch.equal(a[:, places] if len(a) == 3 else a[places], b), rows

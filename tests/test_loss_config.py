@@ -196,3 +196,40 @@ def test_children_are_accepted_and_inert_while_their_parent_is_off():
     plain = result("logits", inputs, rf.LossConfig())
     for field, value in children.items():
         assert torch.equal(result("logits", inputs, rf.LossConfig(**{field: value})), plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_type": loss_type} for loss_type in TYPES if loss_type != "kl_cov"]
+    + [{"beta": 0.1}, {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}, {"dual_clip": 1.1}, {"delta": 1.1},
+       {"off_policy_mask_threshold": 0.01}, {"importance": "sequence"}, {"loss_type": "sapo", "importance": "sequence"},
+       {"correction": "token_mask"}, {"correction": "sequence_truncate"},
+       {"loss_type": "kl_cov", "kl_cov_ratio": 0.5}],
+    ids=str,
+)  # fmt: skip
+def test_silent_at_zero_says_whether_sequences_of_advantage_0_may_go_without_a_graph(options):
+    base = REQUIRED.get(options.get("loss_type"), {})
+    config = rf.LossConfig(**{**base, **options})
+    hidden, weight, targets, advantages, old, ref, sampling = head()
+    entropy = torch.rand(8, 8)
+    advantages[[0, 3, 4]] = 0
+
+    def slopes(sequences):
+        logp = rf.token_logp(hidden @ weight.t(), targets)[sequences].requires_grad_()
+        bonus = entropy[sequences].clone().requires_grad_()
+        rf.policy_loss(
+            logp,
+            advantages[sequences],
+            old_logp=old[sequences],
+            ref_logp=ref[sequences],
+            sampling_logp=sampling[sequences],
+            entropy=bonus,
+            config=config,
+            normalizer=8.0,
+        ).loss.backward()
+        return logp.grad if bonus.grad is None else logp.grad + bonus.grad
+
+    silent, others = advantages == 0, advantages != 0
+    whole = slopes(torch.arange(8))
+    unmoved = (whole[silent] == 0).all() and torch.equal(whole[others], slopes(torch.nonzero(others).flatten()))
+    assert config.silent_at_zero == unmoved

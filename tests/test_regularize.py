@@ -12,7 +12,7 @@ import redit_fast as rf
 from redit_fast import dither
 from tests.conftest import skip_float64
 
-OPS = ("squared_norm", "perturb", "adamw")
+OPS = ("squared_norm", "perturb", "combine", "adamw")
 LOW = [torch.bfloat16, torch.float16]
 
 
@@ -75,6 +75,8 @@ def test_a_quadratic_gives_the_closed_form(backend, dtype, keep, gamma, epsilon)
     assert metrics["gr/step_cos"] > 0.999 and metrics["gr/frac_moved"] == 1.0
     if keep:
         assert metrics["gr/penalty_ratio"] == pytest.approx((gamma * (model.H @ g).norm() / g.norm()).item(), rel=2e-2)
+        g2 = model.H @ (x + epsilon * g)
+        assert metrics["gr/g2_norm"] == pytest.approx(g2.norm().item(), rel=1e-5)
     else:
         assert math.isnan(metrics["gr/penalty_ratio"])
 
@@ -364,6 +366,24 @@ def test_a_gradient_of_pass_1_that_is_not_finite_outside_the_perturbed_set_skips
     opt.step()
     assert torch.equal(inside, before[0]) and torch.equal(outside, before[1])
     assert opt.metrics()["gr/skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("gamma", [0.1, 0.3])
+def test_parameters_outside_the_perturbed_set_take_the_combined_gradient_too(backend, keep, gamma):
+    inside, outside = (nn.Parameter(torch.randn(4)) for _ in range(2))
+    groups = [{"params": [inside]}, {"params": [outside], "perturb": False}]
+    opt = sgd(groups, gamma=gamma, epsilon=0.1, keep_first_grad=keep)
+    before = [p.detach().clone() for p in (inside, outside)]
+    first, second = [torch.randn(2, 4) for _ in range(2)]
+    for grads in (first, second):
+        for p, g in zip((inside, outside), grads):
+            p.grad = g.clone() if p.grad is None else p.grad + g
+        if grads is first:
+            assert opt.perturb() and torch.equal(outside, before[1])
+    opt.step()
+    for p, old, g1, g2 in zip((inside, outside), before, first, second):
+        torch.testing.assert_close(old - p, (1 - gamma / 0.1) * g1 + gamma / 0.1 * g2)
 
 
 @pytest.mark.parametrize("make", [sgd, adamw])

@@ -220,7 +220,9 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     increment_version((x,))
 
 
-TILE_ROWS, TILE_COLUMNS = 128, 2048  # of a product tile, rows per thread: 1 MB of float32 a thread
+# Of a product tile, rows per thread: 1 MB of float32 a thread. At 512 rows, 32000 x 896 and two threads the products
+# take 153 ms; 128 x 2048 a thread 177, all columns at once 270.
+TILE_ROWS, TILE_COLUMNS = 256, 1024
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,22 @@ def load(source: Path) -> tuple[PreTrainedModel, Tokenizer]:
     return model.to(device), tokenizer
 
 
+def head_of(model: PreTrainedModel) -> torch.nn.Linear:
+    """The output head, whose weight and bias are all that a loss from hidden states sees.
+
+    Raises:
+        ValueError: it is more than that, for instance a LoRA adapter, whose matrices would get no gradient.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise ValueError(
+            f"model {model.name_or_path}: its output head is a {type(head).__name__}, not a torch.nn.Linear, so that "
+            "its weight is not the whole head; merge an adapter (model.merge_and_unload()) or leave lm_head out of its "
+            "target_modules and modules_to_save"
+        )
+    return head
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel, tokenizer: Tokenizer, settings: rf.LossConfig) -> None:
     """The loss works from hidden states: it must see the log-probs that the model's own logits give."""
@@ -45,7 +62,7 @@ def check_head(model: PreTrainedModel, tokenizer: Tokenizer, settings: rf.LossCo
     model.eval()
     expected = torch.log_softmax(model(tokens).logits.float() / settings.temperature, -1)
     expected = expected[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    head = model.get_output_embeddings()
+    head = head_of(model)
     hidden = model.get_decoder()(tokens).last_hidden_state[:, :-1]
     logp = rf.linear_logp(hidden, head.weight, tokens[:, 1:], bias=head.bias, **settings.transform._asdict())
     model.train(training)
@@ -106,6 +123,16 @@ class Batch:
             return float(len(self.sequences) * self.settings.max_completion_length)
         return float(len(self.sequences))
 
+    def micro_batches(self) -> Iterator[tuple[list[int], bool]]:
+        """The samples of each micro-batch, and whether it needs a graph: samples that have no gradient come last."""
+        silent = (self.advantages == 0) & self.settings.silent_at_zero
+        if silent.all():  # the optimizer wants gradients, if only zeros
+            silent = torch.zeros_like(silent)
+        for part, graph in ((~silent, True), (silent, False)):
+            for samples in torch.nonzero(part).flatten().split(self.micro):
+                if len(samples):
+                    yield samples.tolist(), graph
+
     def backward(self, model: PreTrainedModel, old_logp: Tensor | None = None) -> Pass:
         """Adds the gradient of the whole step's loss to .grad, one micro-batch after the other.
 
@@ -114,42 +141,48 @@ class Batch:
         """
         torch.manual_seed((self.seed + self.step) % 2**63)
         model.train()
-        head, loss, parts, entropies = model.get_output_embeddings(), 0.0, [], []
-        for start in range(0, len(self.sequences), self.micro):
-            samples = slice(start, start + self.micro)
-            lengths = torch.tensor(self.lengths[samples], device=model.device)
+        head, loss, skipped = head_of(model), 0.0, 0.0
+        old = None if old_logp is None else old_logp.split(self.lengths)
+        logps, entropies = {}, {}
+        for samples, graph in self.micro_batches():
+            sequences, lengths = [self.sequences[i] for i in samples], [self.lengths[i] for i in samples]
             # Padding is on the right, where causal attention keeps it from everything that is scored: no mask is
             # needed.
-            ids = pad_sequence(self.sequences[samples], batch_first=True).to(model.device)
-            ends = torch.tensor([len(s) for s in self.sequences[samples]], device=model.device)[:, None]
+            ids = pad_sequence(sequences, batch_first=True).to(model.device)
+            ends = torch.tensor([len(s) for s in sequences], device=model.device)[:, None]
             position = torch.arange(ids.shape[1], device=model.device)
-            scored = (position >= ends - lengths[:, None]) & (position < ends)
-            hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[scored[:, 1:]]
-            first = sum(map(len, parts))
-            out = rf.linear_grpo_loss(
-                hidden,
-                head.weight,
-                ids[scored],
-                self.advantages[samples].to(model.device),
-                bias=head.bias,
-                old_logp=None if old_logp is None else old_logp[first : first + len(hidden)],
-                cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-                normalizer=self.normalizer,
-                config=self.settings,
-                step=self.step,
-                seed=self.seed,
-            )
-            out.loss.backward()
+            scored = (position >= ends - torch.tensor(lengths, device=model.device)[:, None]) & (position < ends)
+            with torch.set_grad_enabled(graph):
+                hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[scored[:, 1:]]
+                out = rf.linear_grpo_loss(
+                    hidden,
+                    head.weight,
+                    ids[scored],
+                    self.advantages[samples].to(model.device),
+                    bias=head.bias,
+                    old_logp=None if old is None else torch.cat([old[i] for i in samples]),
+                    cu_seqlens=torch.tensor([0, *lengths], device=model.device).cumsum(0),
+                    normalizer=self.normalizer,
+                    config=self.settings,
+                    step=self.step,
+                    seed=self.seed,
+                )
+            if graph:
+                out.loss.backward()
             loss += out.loss.item()
-            parts.append(out.logp)
-            entropies.append(out.entropy)
-        logp = torch.cat(parts)
+            skipped += float(out.metrics.get("head/frac_rows_skipped", 0)) * len(hidden)
+            logps |= zip(samples, out.logp.split(lengths), strict=True)
+            entropies |= zip(samples, out.entropy.split(lengths), strict=True)
+        logp, entropy = (torch.cat([parts[i] for i in range(len(self.sequences))]) for parts in (logps, entropies))
         whole = rf.policy_loss(
             logp,
             self.advantages.to(logp.device),
             old_logp=old_logp,
-            entropy=torch.cat(entropies),
+            entropy=entropy,
             cu_seqlens=torch.tensor([0, *self.lengths], device=logp.device).cumsum(0),
             config=self.settings,
         )
-        return Pass(loss, logp, {name: value.item() for name, value in whole.metrics.items()})
+        metrics = {name: value.item() for name, value in whole.metrics.items()}
+        if self.settings.route == "fused":
+            metrics["head/frac_rows_skipped"] = skipped / max(1, len(logp))
+        return Pass(loss, logp, metrics)
