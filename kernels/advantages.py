@@ -18,8 +18,8 @@ from redit_fast.kernels.launch import bits, table, word
 DEAD_SPREAD = tl.constexpr(1e-6)
 BATCH_BLOCK = tl.constexpr(1024)  # groups per partial sum of a batch-wide sum
 LANES = tl.constexpr(128)
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
-GROUPS = 32
+LAUNCH = {"num_warps": 1, "enable_fp_fusion": False}  # with 4, sm_80 and sm_100 spill a register
+GROUPS = 32  # a lane each
 SEED, STEP, EPS, DDOF, PER_REWARD = (tl.constexpr(i) for i in range(5))  # the table of numbers; then weights, ranges
 
 
@@ -331,7 +331,7 @@ def group_advantages(
     with torch.cuda.device_of(values):
         order = torch.argsort(groups, stable=True)
         starts = torch.searchsorted(groups[order], torch.arange(n + 1, device=device))
-        numbers = (word(seed), step, bits(eps), bits(ddof), *map(bits, weights), *map(bits, half_range or ()))
+        numbers = (word(seed), step, *bits(eps, ddof, *weights, *(half_range or ())))
         numbers = table(numbers, device)
         room = triton.cdiv(n, 16) * 16  # buffers start at multiples of 16 bytes: another alignment is compiled anew
         clean, dithered, x, centred, sums = torch.empty(5, room, dtype=torch.float64, device=device)

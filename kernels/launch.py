@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when Triton was imported: kernels run on CPU tensors
 
@@ -12,9 +13,9 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 _tables: dict[tuple, Tensor] = {}
 
 
-def bits(x: float) -> int:
-    """The 64 bits of a float64, for a table; a float argument would become float32."""
-    return torch.tensor(x, dtype=torch.float64).view(torch.int64).item()
+def bits(*numbers: float) -> tuple[int, ...]:
+    """The 64 bits of each float64, for a table; a float argument would become float32."""
+    return tuple(torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist())
 
 
 def word(x: int) -> int:
@@ -38,3 +39,18 @@ def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
         else:
             _tables[key] = torch.tensor(numbers, dtype=torch.int64)
     return _tables[key]
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; the interpreter has 3, so that a program takes several rows."""
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def first_that_fits(launch, shapes: list[tuple[int, ...]]) -> None:
+    """launch(*shape) with the first shape that the device has the registers and shared memory for."""
+    for shape in shapes:
+        try:
+            return launch(*shape)
+        except OutOfResources as error:
+            refusal = error
+    raise NotImplementedError(f"the device has no room for the smallest tile: {refusal}")

@@ -360,7 +360,7 @@ def perturb(
         )  # fmt: skip
 
     with torch.cuda.device_of(sums):
-        numbers = table((word(seed), bits(grad_factor)), sums.device)
+        numbers = table((word(seed), *bits(grad_factor)), sums.device)
         _sum(sums, _groups(sums.device, params, grads, offsets), launch)
 
 
@@ -380,7 +380,7 @@ def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: floa
         )
 
     with torch.cuda.device_of(sums):
-        numbers = table((bits(1 - ratio), bits(ratio)), sums.device)
+        numbers = table(bits(1 - ratio, ratio), sums.device)
         _sum(sums, _groups(sums.device, firsts, grads), launch)
 
 
@@ -390,7 +390,7 @@ def adamw(
 ) -> None:  # fmt: skip
     """hyper_parameters: lr, beta1, beta2, eps, weight_decay."""
     with torch.cuda.device_of(factor):
-        numbers = table(tuple(map(bits, hyper_parameters)), factor.device)
+        numbers = table(bits(*hyper_parameters), factor.device)
         for group in _groups(factor.device, params, masters, grads, exp_avgs, exp_avg_sqs, steps):
             param, master, grad, *_ = group.types
             if group.programs:

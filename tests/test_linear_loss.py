@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import redit_fast as rf
 from redit_fast.loss_config import LossType
+from tests.conftest import few
 from tests.test_loss_config import REQUIRED
 from tests.test_token_loss import LOSSES, oracle
 from tests.tolerance import relative, sliced
@@ -36,6 +37,11 @@ def head(rows, vocabulary, width, dtype, scale=1.0):
     weight = sliced(vocabulary, width, dtype=dtype, scale=scale)
     bias = sliced(vocabulary, dtype=dtype)
     return hidden, weight, bias, torch.randint(vocabulary, (rows,))
+
+
+def sequences(rows):
+    """Four, the second empty."""
+    return torch.tensor([0, rows // 3, rows // 3, 2 * rows // 3 + 1, rows])
 
 
 def exact_logp(hidden, weight, bias, targets, **transform):
@@ -82,8 +88,9 @@ LIMITS = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 @pytest.mark.parametrize("needs", [n for n in product([True, False], repeat=3) if any(n)])
 @pytest.mark.parametrize("entropy", ["none", "grad"])
 def test_gradients_of_linear_logp_for_every_subset_of_inputs(backend, dtype, needs, entropy):
-    inputs = head(50, 4200, 24, dtype, 0.3)
-    targets, g, h = inputs[3], torch.randn(50), torch.randn(50)
+    rows = few(backend, 50, 20)
+    inputs = head(rows, few(backend, 4200, 1100), 24, dtype, 0.3)
+    targets, g, h = inputs[3], torch.randn(rows), torch.randn(rows)
     ours = [x.clone().requires_grad_(need) for x, need in zip(inputs[:3], needs)]
     exact = [x.double().requires_grad_(need) for x, need in zip(inputs[:3], needs)]
     transform = {"temperature": 0.8, "softcap": 12.0}
@@ -102,12 +109,13 @@ def test_gradients_of_linear_logp_for_every_subset_of_inputs(backend, dtype, nee
 @pytest.mark.parametrize("name", LOSSES)
 def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
     config = LOSSES[name]
-    hidden, weight, bias, targets = head(90, 4200, 24, dtype, 0.3)
-    mask, advantages = torch.rand(90) > 0.2, torch.randn(4)
+    rows = few(backend, 90, 36)
+    hidden, weight, bias, targets = head(rows, few(backend, 4200, 1100), 24, dtype, 0.3)
+    mask, advantages = torch.rand(rows) > 0.2, torch.randn(4)
     logp, entropy = exact_logp(hidden, weight, bias, targets, **config.transform._asdict())
-    old, ref, sampling = (logp + 0.2 * torch.randn(90).double()).float(), (logp - 0.1).float(), (logp + 0.1).float()
+    old, ref, sampling = (logp + 0.2 * torch.randn(rows).double()).float(), (logp - 0.1).float(), (logp + 0.1).float()
     kwargs = dict(old_logp=old, ref_logp=ref, sampling_logp=sampling, mask=mask,
-                  cu_seqlens=torch.tensor([0, 30, 30, 61, 90]), config=config)  # fmt: skip
+                  cu_seqlens=sequences(rows), config=config)  # fmt: skip
 
     exact = leaves(hidden.double(), weight.double(), bias.double())
     true_logp, true_entropy = exact_logp(*exact, targets, **config.transform._asdict())
@@ -145,12 +153,13 @@ def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 def test_every_loss_type_has_the_gradients_of_materialised_logits(backend, loss_type):
     """Off policy, with KL, and the entropy bonus on and off; a masked row, an empty sequence, several chunks."""
-    hidden, weight, bias, targets = head(90, 300, 24, torch.float32, 0.3)
+    rows = few(backend, 90, 36)
+    hidden, weight, bias, targets = head(rows, 300, 24, torch.float32, 0.3)
     for extra in ({"beta": 0.1}, {"beta": 0.1, "entropy_coef": 0.2}):
         config = rf.LossConfig(loss_type, temperature=0.9, **REQUIRED.get(loss_type, {}), **extra)
         logp, _ = oracle(hidden @ weight.t() + bias, targets, temperature=0.9)
-        kwargs = dict(old_logp=logp + 0.3 * torch.randn(90), ref_logp=logp + 0.3 * torch.randn(90), config=config,
-                      mask=torch.rand(90) > 0.1, cu_seqlens=torch.tensor([0, 30, 30, 61, 90]))  # fmt: skip
+        kwargs = dict(old_logp=logp + 0.3 * torch.randn(rows), ref_logp=logp + 0.3 * torch.randn(rows), config=config,
+                      mask=torch.rand(rows) > 0.1, cu_seqlens=sequences(rows))  # fmt: skip
         advantages = torch.randn(4)
         expected, ours = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
         logp, entropy = oracle(expected[0] @ expected[1].t() + expected[2], targets, temperature=0.9)
@@ -176,7 +185,8 @@ def flops(run):
 @pytest.mark.parametrize("used", [0, 1, 16, 33, 100, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_without_a_coefficient_skip_the_gradient_products(backend, used, dtype):
-    rows, vocabulary, width = 128, 300, 24
+    rows, vocabulary, width = few(backend, 128, 32), 300, 24
+    used = used * rows // 128
     hidden, weight, _, targets = head(rows, vocabulary, width, dtype)
     advantages = torch.zeros(rows)
     places = torch.randperm(rows)[:used]
@@ -313,8 +323,9 @@ def test_activation_checkpointing_around_it_changes_nothing(backend):
 
 
 def test_a_row_has_the_same_bits_whatever_the_other_rows(backend):
-    hidden, weight, bias, targets = head(100, 1000, 24, torch.float32)
-    advantages = torch.randn(100)
+    count = few(backend, 100, 40)
+    hidden, weight, bias, targets = head(count, 1000, 24, torch.float32)
+    advantages = torch.randn(count)
     config = rf.LossConfig("dapo")
 
     def run(rows, **options):
@@ -327,12 +338,12 @@ def test_a_row_has_the_same_bits_whatever_the_other_rows(backend):
         out.loss.backward()
         return logp.detach(), entropy, grad, out.logp, x.grad
 
-    whole = run(torch.arange(100))
-    for rows in (torch.tensor([0]), torch.tensor([99]), torch.arange(40, 57), torch.randperm(100)):
+    whole = run(torch.arange(count))
+    for rows in (torch.tensor([0]), torch.tensor([count - 1]), torch.arange(20, 37), torch.randperm(count)):
         for part, full in zip(run(rows), whole):
             assert torch.equal(part, full[rows])
     assert torch.equal(whole[0], whole[3])  # both routes: the same bits
-    for part, full in zip(run(torch.arange(100), chunk_rows=100), whole):
+    for part, full in zip(run(torch.arange(count), chunk_rows=count), whole):
         assert torch.equal(part, full)
 
 
@@ -413,7 +424,7 @@ def test_a_fully_masked_batch_gives_zero_loss_and_zero_gradients(backend):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any operation's result holds."""
+    """Records the most elements that any operation's result holds; Triton's interpreter sees storages as bytes."""
 
     def __init__(self):
         super().__init__()
@@ -422,13 +433,14 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.uint8:
                 self.elements = max(self.elements, tensor.numel())
         return out
 
 
 @pytest.mark.parametrize("rows", [256, 1024])
 def test_nothing_larger_than_a_chunk_of_logits_ever_exists(backend, rows):
+    rows = few(backend, rows, 96)
     hidden, weight, _, targets = head(rows, 5000, 8, torch.float32)
     with LargestTensor() as largest:
         x, w = leaves(hidden, weight)

@@ -140,3 +140,42 @@ def test_rewards_that_overflow_float64_give_what_the_reference_gives(combine):
         for weight in (1.0, 10.0):  # weight 10: inf - inf, NaN
             options = dict(dither=settings, combine=combine, reward_weights=weight)
             torch.testing.assert_close(*both(rewards, group_size=4, **options), rtol=0, atol=0, equal_nan=True)
+
+
+def trained(backend):
+    """Weights, advantages and losses after 3 steps with dithering and gradient regularisation of a toy model."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Embedding(130, 16), torch.nn.Linear(16, 16), torch.nn.Tanh())
+    head = torch.nn.Parameter(torch.randn(130, 16) * 0.3)
+    tokens, mask = torch.randint(130, (8, 5)), torch.rand(8, 4) > 0.2
+    rewards = (torch.rand(3, 8) > 0.5).float()
+    config = rf.LossConfig("dapo", beta=0.05, temperature=0.9)
+    with rf.use_backend(backend):
+        optimizer = rf.RegularizedAdamW([*model.parameters(), head], lr=1e-2, gamma=0.05, epsilon=0.05, max_norm=1.0)
+        old = rf.linear_logp(model(tokens)[:, :-1], head, tokens[:, 1:], mask=mask, temperature=0.9).detach()
+        losses = []
+        for step in range(3):
+            options = dict(group_size=4, dither=rf.Dither(seed=1), step=step)
+            advantages = rf.group_advantages(rewards[step], **options).values
+
+            def loss(advantages=advantages, old=old):
+                hidden, targets = model(tokens)[:, :-1], tokens[:, 1:]
+                kwargs = dict(old_logp=old, ref_logp=old, mask=mask, config=config)
+                fused = rf.linear_grpo_loss(hidden, head, targets, advantages, **kwargs).loss
+                return fused + rf.grpo_loss(hidden @ head.t(), targets, advantages, **kwargs).loss
+
+            first = loss()
+            first.backward()
+            if optimizer.perturb():
+                loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(first.detach())
+    return torch.cat([p.detach().flatten() for p in (*model.parameters(), head)]), torch.stack(losses)
+
+
+def test_three_steps_of_training_end_where_the_reference_ends():
+    (ours, losses), (theirs, expected) = trained("triton"), trained("reference")
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert (losses[0] - losses[2]).abs() > 100 * (losses - expected).abs().max()

@@ -3,26 +3,28 @@ CPU tensors, one program after the other."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from redit_fast.backends.lists import check_like, check_pairs, check_steps, contiguous, finish
+from redit_fast.loss_config import LossConfig
+from redit_fast.transforms import LogitTransform
 
 try:
-    from redit_fast.kernels import advantages, launch
+    from redit_fast.kernels import advantages, launch, rows
+    from redit_fast.kernels import linear_loss as head
     from redit_fast.kernels import params as passes
+    from redit_fast.kernels import token_loss as tokens
 
     _missing = None
 except ImportError as error:
     _missing = f"Triton does not load ({error}); run `pip install triton`"
 
-_OPS = ("group_advantages", "squared_norm", "perturb", "combine", "adamw")
-
 
 def why_not(op: str, device: torch.device) -> str | None:
-    if op not in _OPS:
-        return f"{op} has no Triton version yet"
     if _missing:
         return _missing
     if launch.INTERPRETED and device.type != "cpu":
@@ -74,6 +76,107 @@ def group_advantages(
         ddof,
     )
     increment_version(outputs)
+
+
+def token_logp(
+    logp: Tensor, entropy: Tensor | None, sums: Tensor, logits: Tensor, targets: Tensor, transform: LogitTransform
+) -> None:
+    """As `reference.token_logp`; logp and entropy contiguous, so are the rows of sums."""
+    numbers = rows.transform_numbers(*transform)
+    tokens.token_logp(logp, entropy, sums, logits, targets.contiguous(), numbers, transform.softcap is not None)
+    increment_version((logp, sums) if entropy is None else (logp, entropy, sums))
+
+
+def token_logp_grad(
+    grad_logits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    sums: Tensor,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    entropy: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """As `reference.token_logp_grad`; grad_logp, grad_entropy and entropy contiguous, so are the rows of sums."""
+    numbers = rows.transform_numbers(*transform)
+    inputs = logits, targets.contiguous(), sums, grad_logp, grad_entropy, entropy
+    tokens.token_logp_grad(grad_logits, *inputs, numbers, transform.softcap is not None)
+    increment_version(grad_logits)
+
+
+_FORMS = {"gpg": "reinforce"} | {name: name for name in ("cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "dro")}
+
+
+def token_loss(
+    loss: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    grad_logits: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
+    config: LossConfig,
+    grad_scale: Tensor | None,
+) -> None:
+    """As `reference.token_loss`; the rows' numbers (R,) float32."""
+    inputs = (targets, weights, advantages, old_logp, ref_logp, sampling_logp)
+    numbers = (
+        *rows.transform_numbers(*config.transform),
+        *config.clip_range,
+        math.inf if config.delta is None else config.delta,
+        math.inf if config.dual_clip is None else config.dual_clip,
+        config.sapo_temperature_pos,
+        config.sapo_temperature_neg,
+        config.dro_beta or 0.0,
+        config.beta,
+        *config.correction_range,
+    )
+    tokens.token_loss(
+        loss,
+        logp,
+        entropy,
+        grad_logits,
+        logits,
+        *(None if x is None else x.contiguous() for x in inputs),
+        grad_scale,
+        numbers,
+        _FORMS.get(config.loss_type, "clipped"),
+        "none" if config.beta == 0 else config.kl,
+        config.beta != 0 and config.kl_ratio_correction,
+        config.correction,
+        config.softcap is not None,
+    )
+    increment_version((loss, logp, entropy) if grad_logits is None else (loss, logp, entropy, grad_logits))
+
+
+def scale_in_place(x: Tensor, factor: Tensor) -> None:
+    """As `reference.scale_in_place`; x of at most two dimensions."""
+    tokens.scale_in_place(x.view(1, -1) if x.is_contiguous() else torch.atleast_2d(x), factor)
+    increment_version(x)
+
+
+def exp_product(
+    e: Tensor | None,
+    logp: Tensor,
+    entropy: Tensor | None,
+    sums: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> None:
+    """As `reference.exp_product`; logp, entropy and their gradients contiguous, so are the rows of sums."""
+    outputs = e, logp, entropy, sums
+    inputs = hidden, weight, bias, targets.contiguous(), grad_logp, grad_entropy
+    head.exp_product(*outputs, *inputs, rows.transform_numbers(*transform), transform.softcap is not None)
+    increment_version([x for x in outputs if x is not None])
 
 
 # Passes over parameters. Each dtype (and alignment) among the tensors is a launch of its own.
