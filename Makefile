@@ -9,7 +9,7 @@ NVIDIA := $(wildcard /proc/driver/nvidia)$(shell command -v nvidia-smi 2>/dev/nu
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(if $(NVIDIA),torch,torch==2.13.0)
 
-.PHONY: demo test lint sanitize
+.PHONY: demo test lint sanitize kernel-gates
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -17,12 +17,17 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest
 
+# What Triton compiles, for every architecture; `make test` looks at sm_90.
+kernel-gates: $(READY)
+	KERNEL_ARCHS="80 90 100" $(VENV)/bin/python -m pytest tests/test_triton.py
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 
 # The tests of the C++ module on a second build of it, with the shipped flags and checks of every access and overflow.
 # CXXFLAGS takes the place of Python's own flags, so without their -fwrapv. libasan must come first in the process, and
-# libstdc++ with it: else it finds no __cxa_throw. Python itself leaks. Fifty repeats touch no further memory.
+# libstdc++ with it: else it finds no __cxa_throw. Python itself leaks. Fifty repeats touch no further memory. The
+# tests of Triton would load its LLVM.
 CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
 	rm -rf build/sanitize
@@ -30,7 +35,8 @@ sanitize: $(READY)
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
-		$(VENV)/bin/pytest -x --import-mode=append --capture=sys -k "cpu and not fifty" tests/sanitize.py tests/test_*.py
+		$(VENV)/bin/pytest -x --import-mode=append --capture=sys -k "cpu and not fifty" tests/sanitize.py \
+		$(filter-out tests/test_triton%,$(wildcard tests/test_*.py))
 
 # A torch that is already in .venv stays. The tests compare with the peers of tests/peers.txt.
 $(READY): pyproject.toml setup.py tests/peers.txt $(wildcard csrc/*)

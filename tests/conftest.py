@@ -1,14 +1,54 @@
 """One test body, every backend that this machine can run: `backend` forces each in turn, a skip prints the refusal."""
 
+import functools
+import inspect
+import os
+
 import pytest
 import torch
 
 import redit_fast as rf
 from redit_fast import backends
 
+# Kernels are interpreted where TRITON_INTERPRET is set before they are imported: tests/test_triton.py runs the test
+# bodies of every backend in such a process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import triton.language as tl
+BACKENDS = [name for name in backends.NAMES if name != "triton" or INTERPRETED]
 
-@pytest.fixture(params=backends.NAMES)
-def backend(request):
+
+@functools.cache
+def a_builtin(package):
+    return next(name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member))
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch):
+    """Triton's interpreter patches the language at every call of a function in a kernel: most of its time. Here it does
+    not patch what is patched."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    def patch(package, builder, scope):
+        if tl.core.is_builtin(getattr(package, a_builtin(package))):
+            patch_builtin(package, builder, scope)
+
+    patch_builtin = interpreter._patch_builtin
+    monkeypatch.setattr(interpreter, "_patch_builtin", patch)
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """Tiles for Triton's interpreter, which takes 5 ms a tile of any size: the bits do not depend on it."""
+    if INTERPRETED:
+        monkeypatch.setattr("redit_fast.kernels.params.ROWS", 2048)
+        monkeypatch.setattr("redit_fast.kernels.advantages.GROUPS", 512)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, large_tiles):
     """A forced backend; the test skips where the backend refuses an op the test's module names in `OPS`."""
     module = backends._backend(request.param)
     for op in getattr(request.module, "OPS", ()):
@@ -22,3 +62,13 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def few(backend, rows, most=16):
+    """Of rows, as many as Triton's interpreter has the time for: 5 ms a row and pass."""
+    return min(rows, most) if backend == "triton" else rows
+
+
+def skip_float64(backend, dtype=torch.float64):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("triton: refuses float64 parameters")

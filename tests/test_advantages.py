@@ -149,11 +149,12 @@ def test_statistics_are_those_of_the_samples_own_group(backend):
 
 def test_bits_are_those_of_the_reference_for_many_unequal_shuffled_groups(backend):
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(-1500, 1500, (20_000,), generator=generator)  # more than 1024 groups: two blocks of batch sums
-    rewards = torch.randn(20_000, 3, generator=generator).double()
-    rewards[torch.rand(20_000, 3, generator=generator) < 0.1] = NAN
+    n = 1500 if backend == "triton" else 20_000  # more than 1024 groups: two blocks of batch sums
+    ids = torch.randint(-1500, 1500, (n,), generator=generator)
+    rewards = torch.randn(n, 3, generator=generator).double()
+    rewards[torch.rand(n, 3, generator=generator) < 0.1] = NAN
     for baseline, scale, combine in ESTIMATORS:
-        for dither in DITHERS:
+        for dither in DITHERS[:: 3 if backend == "triton" else 1]:
             options = dict(baseline=baseline, scale=scale, combine=combine, step=2, reward_weights=[1, 0.3, 2])
             if dither:
                 dither = rf.Dither(dither.distribution, 0.2, dead_groups=dither.dead_groups, seed=11)
@@ -197,7 +198,7 @@ def test_level_zero_is_bitwise_no_dither(backend):
 @pytest.mark.parametrize(("group_size", "rms"), [(2, 0.67), (8, 0.93), (16, 0.95)])
 @pytest.mark.parametrize("level", [0.01, 0.05, 0.5])
 def test_a_dithered_dead_group_gets_full_size_random_advantages_at_any_level(backend, group_size, rms, level):
-    rewards = torch.zeros(group_size * 4000)
+    rewards = torch.zeros(group_size * (400 if backend == "triton" else 4000))
     values = rf.group_advantages(
         rewards, group_size=group_size, dither=rf.Dither(level=level, distribution="gaussian")
     ).values

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import redit_fast as rf
 from redit_fast.loss_config import LossType
+from tests.conftest import few
 from tests.test_loss_config import REQUIRED
 from tests.test_token_loss import LOSSES, oracle
 from tests.tolerance import relative, sliced
@@ -33,6 +34,11 @@ def head(rows, vocabulary, width, dtype, scale=1.0):
     weight = sliced(vocabulary, width, dtype=dtype, scale=scale)
     bias = sliced(vocabulary, dtype=dtype)
     return hidden, weight, bias, torch.randint(vocabulary, (rows,))
+
+
+def sequences(rows):
+    """Four, the second empty."""
+    return torch.tensor([0, rows // 3, rows // 3, 2 * rows // 3 + 1, rows])
 
 
 def exact_logp(hidden, weight, bias, targets, **transform):
@@ -81,8 +87,9 @@ FLOAT32_LIMIT = {torch.float32: 3e-6, torch.bfloat16: 3e-3, torch.float16: 1e-3}
 @pytest.mark.parametrize("needs", [n for n in product([True, False], repeat=3) if any(n)])
 @pytest.mark.parametrize("entropy", ["none", "grad"])
 def test_gradients_of_linear_logp_for_every_subset_of_inputs(backend, dtype, needs, entropy):
-    inputs = head(50, 4200, 24, dtype, 0.3)
-    targets, g, h = inputs[3], torch.randn(50), torch.randn(50)
+    rows = few(backend, 50, 20)
+    inputs = head(rows, few(backend, 4200, 1100), 24, dtype, 0.3)
+    targets, g, h = inputs[3], torch.randn(rows), torch.randn(rows)
     ours = [x.clone().requires_grad_(need) for x, need in zip(inputs[:3], needs)]
     exact = [x.double().requires_grad_(need) for x, need in zip(inputs[:3], needs)]
     transform = {"temperature": 0.8, "softcap": 12.0}
@@ -101,12 +108,13 @@ def test_gradients_of_linear_logp_for_every_subset_of_inputs(backend, dtype, nee
 @pytest.mark.parametrize("name", LOSSES)
 def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
     config = LOSSES[name]
-    hidden, weight, bias, targets = head(90, 4200, 24, dtype, 0.3)
-    mask, advantages = torch.rand(90) > 0.2, torch.randn(4)
+    rows = few(backend, 90, 36)
+    hidden, weight, bias, targets = head(rows, few(backend, 4200, 1100), 24, dtype, 0.3)
+    mask, advantages = torch.rand(rows) > 0.2, torch.randn(4)
     logp, entropy = exact_logp(hidden, weight, bias, targets, **config.transform._asdict())
-    old, ref, sampling = (logp + 0.2 * torch.randn(90).double()).float(), (logp - 0.1).float(), (logp + 0.1).float()
+    old, ref, sampling = (logp + 0.2 * torch.randn(rows).double()).float(), (logp - 0.1).float(), (logp + 0.1).float()
     kwargs = dict(old_logp=old, ref_logp=ref, sampling_logp=sampling, mask=mask,
-                  cu_seqlens=torch.tensor([0, 30, 30, 61, 90]), config=config)  # fmt: skip
+                  cu_seqlens=sequences(rows), config=config)  # fmt: skip
 
     exact = leaves(hidden.double(), weight.double(), bias.double())
     true_logp, true_entropy = exact_logp(*exact, targets, **config.transform._asdict())
@@ -144,12 +152,13 @@ def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 def test_every_loss_type_has_the_gradients_of_materialised_logits(backend, loss_type):
     """Off policy, with KL, and the entropy bonus on and off; a masked row, an empty sequence, several chunks."""
-    hidden, weight, bias, targets = head(90, 300, 24, torch.float32, 0.3)
+    rows = few(backend, 90, 36)
+    hidden, weight, bias, targets = head(rows, 300, 24, torch.float32, 0.3)
     for extra in ({"beta": 0.1}, {"beta": 0.1, "entropy_coef": 0.2}):
         config = rf.LossConfig(loss_type, temperature=0.9, **REQUIRED.get(loss_type, {}), **extra)
         logp, _ = oracle(hidden @ weight.t() + bias, targets, temperature=0.9)
-        kwargs = dict(old_logp=logp + 0.3 * torch.randn(90), ref_logp=logp + 0.3 * torch.randn(90), config=config,
-                      mask=torch.rand(90) > 0.1, cu_seqlens=torch.tensor([0, 30, 30, 61, 90]))  # fmt: skip
+        kwargs = dict(old_logp=logp + 0.3 * torch.randn(rows), ref_logp=logp + 0.3 * torch.randn(rows), config=config,
+                      mask=torch.rand(rows) > 0.1, cu_seqlens=sequences(rows))  # fmt: skip
         advantages = torch.randn(4)
         expected, ours = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
         logp, entropy = oracle(expected[0] @ expected[1].t() + expected[2], targets, temperature=0.9)

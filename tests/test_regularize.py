@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
 from redit_fast import dither
+from tests.conftest import skip_float64
 
 OPS = ("squared_norm", "perturb", "combine", "adamw")
 LOW = [torch.bfloat16, torch.float16]
@@ -57,6 +58,7 @@ def one_step(opt, closure):
 @pytest.mark.parametrize("keep", [None, True, False])
 @pytest.mark.parametrize(("gamma", "epsilon"), [(1e-2, 1e-2), (3e-2, 1e-2), (0.2, 0.05), (1e-3, 1e-1)])
 def test_a_quadratic_gives_the_closed_form(backend, dtype, keep, gamma, epsilon):
+    skip_float64(backend, dtype)
     model = Quadratic(dtype=dtype)
     x = model.x.detach().double().clone()
     opt = sgd([model.x], gamma=gamma, epsilon=epsilon, keep_first_grad=keep, perturb_max_norm=1e9)
@@ -80,6 +82,7 @@ def test_a_quadratic_gives_the_closed_form(backend, dtype, keep, gamma, epsilon)
 
 
 def test_normalized_is_the_unsquared_norm(backend):
+    skip_float64(backend)
     model = Quadratic()
     x = model.x.detach().clone()
     one_step(sgd([model.x], gamma=0.1, epsilon=0.02, normalized=True), model)
@@ -88,6 +91,7 @@ def test_normalized_is_the_unsquared_norm(backend):
 
 
 def test_a_large_first_gradient_shortens_the_step_and_stays_a_finite_difference(backend):
+    skip_float64(backend)
     model = Quadratic()
     x = model.x.detach().clone()
     one_step(sgd([model.x], gamma=0.05, epsilon=0.05, perturb_max_norm=0.1), model)
@@ -397,6 +401,7 @@ def test_a_parameter_without_a_gradient_in_pass_2_comes_back_too(backend, make, 
 
 @pytest.mark.parametrize("keep", [None, True])
 def test_micro_batches_equal_one_batch(backend, keep):
+    skip_float64(backend)
     x = torch.randn(8, 16)
     results = []
     for size in (8, 2):

@@ -29,8 +29,8 @@ PRIMITIVES = (
     "combine",
     "adamw",
 )
-NAMES = ("cpu", "reference")
-_ORDER = {"cpu": ("cpu", "reference")}  # every other device: reference
+NAMES = ("cpu", "triton", "reference")
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}  # every other device: reference
 _forced: ContextVar[str | None] = ContextVar("redit_fast_backend", default=None)
 
 

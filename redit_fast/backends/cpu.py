@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from redit_fast.backends.lists import check_like, check_pairs, check_steps, contiguous, finish
 from redit_fast.loss_config import LossConfig
 from redit_fast.transforms import LogitTransform
 
@@ -213,7 +214,7 @@ def token_loss(
 
 def scale_in_place(x: Tensor, factor: Tensor) -> None:
     """As `reference.scale_in_place`; x of at most two dimensions."""
-    matrix = x.view(1, -1) if x.is_contiguous() else x.unsqueeze(0) if x.ndim == 1 else x
+    matrix = x.view(1, -1) if x.iscontiguous() else x.unsqueeze(0) if x.ndim == 1 else x
     if matrix.stride(0) == 1:
         matrix = matrix.t()
     _cpu.scale_in_place(_matrix(matrix), factor.item(), _setting(x, LogitTransform()))
@@ -319,34 +320,9 @@ def _table(name: str, tensors: list[Tensor | None]) -> list[tuple[int, int]]:
     return [(0, 0) if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype]) for tensor in tensors]
 
 
-def _contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """A transposed or channels-last tensor is read through a row-major copy: the rounding's counter is row-major."""
-    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def _finish(originals: list[Tensor | None], written: list[Tensor | None]) -> None:
-    """Version counters of what was written, and row-major copies back to where they came from."""
-    for original, copy in zip(originals, written, strict=True):
-        if original is not None and copy is not original:
-            original.copy_(copy)
-    increment_version([original for original in originals if original is not None])
-
-
-def _check_like(name: str, tensors: list[Tensor | None], params: list[Tensor], wide: bool) -> None:
-    for tensor, param in zip(tensors, params, strict=True):
-        if tensor is None:
-            continue
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        if tensor.shape != param.shape or (wide and tensor.dtype != dtype):
-            raise ValueError(
-                f"{name} must be {f'{dtype}, ' if wide else ''}of its parameter's shape {tuple(param.shape)}, "
-                f"got {tensor.dtype} {tuple(tensor.shape)}"
-            )
-
-
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     """As `reference.squared_norm`, with the squares in float64."""
-    tensors = _contiguous(tensors)
+    tensors = contiguous(tensors)
     numels = [tensor.numel() for tensor in tensors]
     _cpu.squared_norm(out.data_ptr(), _table("tensors", tensors), numels, torch.get_num_threads(), _LEVEL)
     increment_version(out)
@@ -366,10 +342,10 @@ def perturb(
     compute_dtype: torch.dtype | None,
 ) -> None:
     """As `reference.perturb`: the parameters bit for bit, the sums to 1e-12."""
-    _check_like("grads", grads, params, wide=False)
+    check_like("grads", grads, params, wide=False)
     if compute_dtype is not None and compute_dtype not in _CODES:
         raise NotImplementedError(f"compute_dtype {compute_dtype} has no C++ version; use_backend('reference') has it")
-    moved, slopes = _contiguous(params), _contiguous(grads)
+    moved, slopes = contiguous(params), contiguous(grads)
     _cpu.perturb(
         sums.data_ptr(),
         _table("params", moved),
@@ -386,21 +362,16 @@ def perturb(
         _LEVEL,
     )
     increment_version(sums)
-    _finish(params, moved)
+    finish(params, moved)
     if grad_factor != 1:
-        _finish(grads, slopes)
+        finish(grads, slopes)
 
 
 @torch.no_grad()
 def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: float) -> None:
     """As `reference.combine`: the gradients bit for bit, the sums to 1e-12; both of one dtype."""
-    for first, grad in zip(firsts, grads, strict=True):
-        if first.shape != grad.shape or first.dtype != grad.dtype:
-            raise ValueError(
-                f"firsts must be of their gradient's dtype and shape {grad.dtype} {tuple(grad.shape)}, "
-                f"got {first.dtype} {tuple(first.shape)}"
-            )
-    firsts, combined = _contiguous(firsts), _contiguous(grads)
+    check_pairs(firsts, grads)
+    firsts, combined = contiguous(firsts), contiguous(grads)
     _cpu.combine(
         sums.data_ptr(),
         _table("firsts", firsts),
@@ -411,7 +382,7 @@ def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: floa
         _LEVEL,
     )
     increment_version(sums)
-    _finish(grads, combined)
+    finish(grads, combined)
 
 
 @torch.no_grad()
@@ -431,17 +402,13 @@ def adamw(
     weight_decay: float,
 ) -> None:
     """As `reference.adamw`, to the last bit or two of float32."""
-    _check_like("grads", grads, params, wide=False)
+    check_like("grads", grads, params, wide=False)
     for name, state in (("masters", masters), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        _check_like(name, state, params, wide=True)
-    for param, master, step in zip(params, masters, steps, strict=True):
-        if step.dtype != torch.float32 or step.numel() != 1 or step.device.type != "cpu":
-            raise ValueError(f"steps must be float32 numbers on the CPU, got {step.dtype} {tuple(step.shape)}")
-        if master is None and param.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(f"a {param.dtype} parameter needs a float32 master")
+        check_like(name, state, params, wide=True)
+    check_steps(steps, params, masters)
     written = (params, masters, exp_avgs, exp_avg_sqs)
-    work = [_contiguous(tensors) for tensors in written]
-    grads = _contiguous(grads)
+    work = [contiguous(tensors) for tensors in written]
+    grads = contiguous(grads)
     p, master, m, v = map(_table, ("params", "masters", "exp_avgs", "exp_avg_sqs"), work)
     _cpu.adamw(
         p,
@@ -462,5 +429,5 @@ def adamw(
         _LEVEL,
     )
     for originals, copies in zip(written, work, strict=True):
-        _finish(originals, copies)
+        finish(originals, copies)
     increment_version(steps)

@@ -1,0 +1,56 @@
+"""What every launch needs: numbers and addresses in an int64 tensor on the device."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when Triton was imported: kernels run on CPU tensors
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_tables: dict[tuple, Tensor] = {}
+
+
+def bits(*numbers: float) -> tuple[int, ...]:
+    """The 64 bits of each float64, for a table; a float argument would become float32."""
+    return tuple(torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist())
+
+
+def word(x: int) -> int:
+    """x in [0, 2**64) as the int64 of the same bits."""
+    return x - 2**64 if x >= 2**63 else x
+
+
+def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """`numbers` as int64 on the device. Steps repeat their tables, so the last 256 are kept: an upload costs 20 us.
+
+    Kept per stream, as another one would not wait for the copy; pinned, so that the host does not wait for it either.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (numbers, device, stream)
+    if key not in _tables:
+        if len(_tables) >= 256:
+            _tables.clear()
+        if device.type == "cuda":
+            host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+            _tables[key] = host.to(device, non_blocking=True)
+        else:
+            _tables[key] = torch.tensor(numbers, dtype=torch.int64)
+    return _tables[key]
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; the interpreter has 3, so that a program takes several rows."""
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def first_that_fits(launch, shapes: list[tuple[int, ...]]) -> None:
+    """launch(*shape) with the first shape that the device has the registers and shared memory for."""
+    for shape in shapes:
+        try:
+            return launch(*shape)
+        except OutOfResources as error:
+            refusal = error
+    raise NotImplementedError(f"the device has no room for the smallest tile: {refusal}")

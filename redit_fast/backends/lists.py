@@ -1,0 +1,49 @@
+"""Lists of tensors as the passes over parameters take them: checks, row-major copies, version counters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+
+def contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """A transposed or channels-last tensor is read through a row-major copy: the rounding's counter is row-major."""
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def finish(originals: list[Tensor | None], written: list[Tensor | None]) -> None:
+    """Version counters of what was written, and row-major copies back to where they came from."""
+    for original, copy in zip(originals, written, strict=True):
+        if original is not None and copy is not original:
+            original.copy_(copy)
+    increment_version([original for original in originals if original is not None])
+
+
+def check_like(name: str, tensors: list[Tensor | None], params: list[Tensor], wide: bool) -> None:
+    for tensor, param in zip(tensors, params, strict=True):
+        if tensor is None:
+            continue
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        if tensor.shape != param.shape or (wide and tensor.dtype != dtype):
+            raise ValueError(
+                f"{name} must be {f'{dtype}, ' if wide else ''}of its parameter's shape {tuple(param.shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+
+
+def check_pairs(firsts: list[Tensor], grads: list[Tensor]) -> None:
+    for first, grad in zip(firsts, grads, strict=True):
+        if first.shape != grad.shape or first.dtype != grad.dtype:
+            raise ValueError(
+                f"firsts must be of their gradient's dtype and shape {grad.dtype} {tuple(grad.shape)}, "
+                f"got {first.dtype} {tuple(first.shape)}"
+            )
+
+
+def check_steps(steps: list[Tensor], params: list[Tensor], masters: list[Tensor | None]) -> None:
+    for param, master, step in zip(params, masters, steps, strict=True):
+        if step.dtype != torch.float32 or step.numel() != 1 or step.device != param.device:
+            raise ValueError(f"steps must be float32 numbers on {param.device}, got {step.dtype} {tuple(step.shape)}")
+        if master is None and param.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"a {param.dtype} parameter needs a float32 master")
