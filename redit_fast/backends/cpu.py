@@ -214,7 +214,7 @@ def token_loss(
 
 def scale_in_place(x: Tensor, factor: Tensor) -> None:
     """As `reference.scale_in_place`; x of at most two dimensions."""
-    matrix = x.view(1, -1) if x.iscontiguous() else x.unsqueeze(0) if x.ndim == 1 else x
+    matrix = x.view(1, -1) if x.is_contiguous() else x.unsqueeze(0) if x.ndim == 1 else x
     if matrix.stride(0) == 1:
         matrix = matrix.t()
     _cpu.scale_in_place(_matrix(matrix), factor.item(), _setting(x, LogitTransform()))
