@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["train"]:
         _add_train_flags(train)
     args, unknown = parser.parse_known_args(argv)
+    format_of_a_library, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         if unknown:
             known = {"train": train, "report": report, "info": info}.get(args.command, parser)
@@ -62,13 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 2
     except KeyboardInterrupt as stop:
-        print(stop, file=sys.stderr)  # the trainer has saved, and says how to go on
+        print(str(stop) or "stopped", file=sys.stderr)  # the trainer has saved, and says how to go on
         return 130
+    finally:
+        warnings.formatwarning = format_of_a_library
     return 0
 
 
 def _complain(message: str) -> None:
     print(f"redit-fast: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _warning(message: Warning, *_: object) -> str:
+    """One line, without the file and the source line where the warning was given."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:

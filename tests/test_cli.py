@@ -165,3 +165,29 @@ def test_ctrl_c_ends_with_130_and_the_trainers_words():
     """
     done = command("-c", textwrap.dedent(program))
     assert (done.returncode, done.stderr) == (130, "saved; go on with ...\n")
+
+
+def test_a_warning_is_one_line_without_file_and_source():
+    program = """
+    import sys, warnings
+    from redit_fast import cli
+    def warns(args):
+        warnings.warn("a reward\\nwas None", stacklevel=1)
+    cli._train = warns
+    sys.exit(cli.main(["train"]))
+    """
+    done = command("-c", textwrap.dedent(program))
+    assert (done.returncode, done.stderr) == (0, "warning: a reward was None\n")
+
+
+def test_ctrl_c_before_the_training_leaves_no_empty_line():
+    program = """
+    import sys
+    from redit_fast import cli
+    def interrupted(args):
+        raise KeyboardInterrupt
+    cli._train = interrupted
+    sys.exit(cli.main(["train"]))
+    """
+    done = command("-c", textwrap.dedent(program))
+    assert (done.returncode, done.stderr) == (130, "stopped\n")

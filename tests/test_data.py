@@ -8,7 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from transformers import Qwen2Tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from redit_fast.training import config, data
 
@@ -139,6 +141,18 @@ def test_a_prompt_that_is_too_long_stops_the_start_or_is_left_out(tmp_path, toke
         data.load(settings(path, max_prompt_length=5, long_prompts="skip"), tokenizer)
     with pytest.raises(ValueError, match=r"max_completion_length: got 40, which leaves no room .* of 40 tokens"):
         data.load(settings(path, max_completion_length=40), tokenizer, context=40)
+
+
+def test_a_prompt_that_the_model_cannot_read_is_named(tmp_path, tokenizer):
+    path = jsonl(tmp_path / "d.jsonl", [{"prompt": "aa"}, {"prompt": "zz"}])
+    assert len(data.load(settings(path), tokenizer, vocabulary=256).train) == 2
+    last, token = max((number, token) for token, number in ((t, tokenizer(t)["input_ids"][0]) for t in "az"))
+    line = 1 if token == "a" else 2
+    with pytest.raises(ValueError, match=rf"d.jsonl:{line}: the prompt has token {last} \('{token}'\), .* {last} rows"):
+        data.load(settings(path), tokenizer, vocabulary=last)
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({"a": 0}, [])))
+    with pytest.raises(ValueError, match=r"d.jsonl:2: the tokenizer makes no tokens of this prompt"):
+        data.load(settings(path), words)
 
 
 def test_the_system_prompt_counts_towards_the_length(tmp_path, tokenizer):

@@ -1,10 +1,12 @@
 """The README is true: its example runs and learns, its table is the measured one, its links lead somewhere."""
 
 import re
+import subprocess
 from pathlib import Path
 
 from benchmarks import cpu_table, demo_table
 from examples import plain_loop
+from redit_fast.training import builtin
 from tests.make_known_answers import table as known_answers
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,23 @@ def test_the_tables_are_the_measured_ones():
     assert known_answers() in (ROOT / "docs" / "noise.md").read_text()
 
 
+def test_the_demos_model_is_as_large_as_it_says():
+    model, _ = builtin.build(0)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"Qwen2 model of {count / 1e6:.2g} million parameters" in README
+
+
 def test_links_and_pictures_exist():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_make_asks_pytorchs_cpu_index_where_there_is_no_nvidia_driver():
+    def install(driver):
+        make = ["make", "-n", "-B", ".venv/.ready", f"NVIDIA={driver}"]
+        printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return re.search(r'import torch" 2>/dev/null \|\| \S*pip install (.*)', printed)[1]
+
+    assert "from PyTorch's CPU index" in README
+    assert install("").startswith("torch==2.13.0 --no-deps ") and install("").endswith("pytorch.org/whl/cpu")
+    assert install("/usr/bin/nvidia-smi") == "torch"

@@ -3,6 +3,7 @@
 checkpoints/step-000024/ holds the model, the tokenizer, optimizer.safetensors, state.json and manifest.json with the
 SHA-256 of every other file. It is written under another name, flushed to disk and renamed, so a crash leaves older ones
 alone. The trainer writes a step's metrics between the two: a checkpoint that exists has all the lines that lead to it.
+Only step-000000 comes before its line, so that a first evaluation that fails does not cost the warm start.
 """
 
 from __future__ import annotations
@@ -61,13 +62,25 @@ def publish(draft: Path) -> Path:
     return target
 
 
+def in_order(folder: Path) -> list[Path]:
+    """The checkpoints of a run, complete or not, by their steps: as text, step-1000000 is before step-999999."""
+    numbers = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+
+
+def remove_drafts(folder: Path) -> None:
+    """What a full disk or a kill left of checkpoints that were being written."""
+    for draft in folder.glob(".draft-*"):
+        shutil.rmtree(draft)
+
+
 def newest(folder: Path) -> Path:
     """The newest checkpoint whose files are all there and unchanged; damaged newer ones are named in a warning.
 
     Raises:
         ValueError: there is none.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(in_order(folder)):
         damage = _damage(path)
         if damage is None:
             return path

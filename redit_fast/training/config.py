@@ -286,7 +286,8 @@ def _read(path: Path) -> tuple[dict, dict]:
         raise ValueError(f"config {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise ValueError(f"{path}:{mark.line + 1}:{mark.column + 1}: {error.problem}") from None
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise ValueError(f"{path}:{mark.line + 1}:{mark.column + 1}: {problem}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}:{error.colno}: {error.msg}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, control characters, 2026-13-45

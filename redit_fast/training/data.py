@@ -31,11 +31,14 @@ class Dataset:
     skipped: int = 0
 
 
-def load(config: TrainConfig, tokenizer: Tokenizer, context: int | None = None) -> Dataset:
+def load(
+    config: TrainConfig, tokenizer: Tokenizer, context: int | None = None, vocabulary: int | None = None
+) -> Dataset:
     """The records of `config.data`, every prompt checked for its length, split by `config.seed`.
 
     Args:
         context: tokens that the model can attend to, prompt and completion together; None for no limit.
+        vocabulary: tokens that the model's embedding has; None for no limit.
 
     Warns where the file has chat prompts and the tokenizer no chat template.
 
@@ -53,16 +56,24 @@ def load(config: TrainConfig, tokenizer: Tokenizer, context: int | None = None) 
     kept, skipped = [], 0
     for line, record in read(config.data):
         try:
-            tokens = len(render(tokenizer, record, config.system_prompt))
+            ids = render(tokenizer, record, config.system_prompt)
         except jinja2.TemplateError as error:
             raise ValueError(f"{config.data}:{line}: the chat template refuses this prompt: {error}") from None
-        if limit is None or tokens <= limit:
+        if not ids:
+            raise ValueError(f"{config.data}:{line}: the tokenizer makes no tokens of this prompt")
+        if vocabulary is not None and max(ids) >= vocabulary:
+            token = tokenizer.decode([max(ids)])
+            raise ValueError(
+                f"{config.data}:{line}: the prompt has token {max(ids)} ({token!r}), the model's embedding only has "
+                f"{vocabulary} rows"
+            )
+        if limit is None or len(ids) <= limit:
             kept.append(record)
         elif config.long_prompts == "skip":
             skipped += 1
         else:
             raise ValueError(
-                f"{config.data}:{line}: the prompt has {tokens} tokens, the most that fit are {limit} "
+                f"{config.data}:{line}: the prompt has {len(ids)} tokens, the most that fit are {limit} "
                 "(long_prompts: skip leaves such prompts out)"
             )
     if not kept:

@@ -2,40 +2,154 @@
 
 from __future__ import annotations
 
+import json
+import re
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.rollout import Rollout
 
+# A config.json that says hidden_size "x" is a StrictDataclassError, one of 0 heads an ArithmeticError, and so on.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+                  SafetensorError, StrictDataclassError)  # fmt: skip
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # neither Python code nor pickled weights
+HUB_EXTRAS = ["*/*", "consolidated*"]  # other formats of the same weights
 
-def load(source: Path) -> tuple[PreTrainedModel, Tokenizer]:
-    """A causal LM and its tokenizer, from a folder or, where there is none, from the hub.
 
-    Safetensors only, and no code of the model's own is run. float32 on the CPU, the checkpoint's dtype on a GPU.
+def load(source: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
+    """A causal LM and its tokenizer, from a folder or, for the name of one on the hub, from there or its cache.
+
+    Safetensors only, and no code of the model's own is run. float32 on the CPU, the checkpoint's dtype on a GPU. Warns
+    of weights that the model has no place for.
 
     Raises:
-        ValueError: nothing to load there, naming the folder.
+        ValueError: one sentence that names the source and what is missing or wrong there.
     """
-    if source.is_dir() and not list(source.glob("*.safetensors")):
-        raise ValueError(f"model {source} holds no .safetensors weights; pickled weights (.bin, .pt) are refused")
-    options = {"trust_remote_code": False, "local_files_only": source.is_dir()}
+    folder = _folder(str(source))
+    _check_files(folder, f"model {source}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if device == "cuda" else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, use_safetensors=True, **options)
-    except OSError as error:
-        raise ValueError(f"model {source}: {error}") from None
+    with _one_sentence(f"the tokenizer of model {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    with _one_sentence(f"model {source}"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # for the report, which names them
+            output_loading_info=True,
+        )
+    _check_weights(report, f"model {source}")
+    _check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
     return model.to(device), tokenizer
+
+
+def _folder(source: str) -> Path:
+    folder = Path(source).expanduser() if source.startswith("~/") else Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"model {source} is a file, needs a folder with config.json, safetensors and a tokenizer")
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ValueError(f"model {source}: no such folder")
+    try:
+        # In one go, so that no network is one attempt: from_pretrained makes six for every file, 23 s each.
+        return Path(snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXTRAS))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model {source}: no such folder, nor can it be had from the hub: {reason}") from error
+
+
+def _check_files(folder: Path, model: str) -> None:
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{model} holds no .safetensors weights; pickled weights (.bin, .pt) are refused")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{model} holds no config.json")
+    described = {file.name: _read(file) for file in sorted(folder.glob("*.json"))}["config.json"]
+    if not isinstance(described, dict):
+        raise ValueError(f"{folder / 'config.json'}: needs a JSON object, got {type(described).__name__}")
+    kind = described.get("model_type")
+    if kind not in list(CONFIG_MAPPING) or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        code = ", and Python code that a model brings is not run" if "auto_map" in described else ""
+        raise ValueError(
+            f"{model}: model_type is {kind!r} in its config.json, which is no causal language model of transformers "
+            f"{transformers.__version__}{code}"
+        )
+
+
+def _read(file: Path) -> object:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: malformed JSON: {error}") from None
+
+
+def _check_weights(report: dict, model: str) -> None:
+    """Against config.json: what it lacks would start at random."""
+    for name, found, needed in sorted(report["mismatched_keys"], key=str):
+        raise ValueError(
+            f"{model}: config.json does not fit the weights: {name} has the shape {tuple(found)}, needs {tuple(needed)}"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{model}: config.json does not fit the weights: {len(missing)} tensors are missing, such as {missing[0]}"
+        )
+    if extra := sorted(report["unexpected_keys"]):
+        warnings.warn(f"{model}: {len(extra)} of its tensors are not used, such as {extra[0]}", stacklevel=3)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, rows: int, model: str) -> None:
+    """Special tokens may lie beyond the embedding, as Gemma 3's image token does: the prompts' own are checked."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = {number: token for token, number in tokenizer.get_vocab().items() if number not in special}
+    if not tokens:
+        raise ValueError(f"{model} has no tokenizer, or one without tokens: needs a tokenizer.json or its like")
+    if max(tokens) >= rows:
+        raise ValueError(
+            f"{model}: its tokenizer has token {max(tokens)} ({tokens[max(tokens)]!r}), beyond the {rows} rows of the "
+            "embedding; it is another model's, or the model needs resize_token_embeddings"
+        )
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """What transformers raises about damaged files as one sentence, without the lines that it logs beside it."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        raise ValueError(f"{what} cannot be loaded: {type(error).__name__}: {_first(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _first(error: BaseException) -> str:
+    """The first sentence."""
+    return re.split(r"\.\s", " ".join(str(error).split()))[0]
 
 
 def head_of(model: PreTrainedModel) -> torch.nn.Linear:
@@ -80,7 +194,10 @@ def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     ends = tokenizer.eos_token_id if ends is None else ends
     if ends is None:
         raise ValueError(f"model {model.name_or_path} has no end-of-sequence token, so no completion would ever end")
-    return [ends] if isinstance(ends, int) else list(ends)
+    ends = [ends] if isinstance(ends, int) else list(ends)
+    if not all(isinstance(end, int) for end in ends):
+        raise ValueError(f"model {model.name_or_path}: eos_token_id is {ends!r}, needs token numbers")
+    return ends
 
 
 @dataclass

@@ -16,6 +16,8 @@ import torch
 
 from redit_fast.training import report
 
+SCHEMA = 1  # of the lines in metrics.jsonl and completions.jsonl: docs/metrics.md
+
 
 def append(path: Path, lines: list[dict]) -> None:
     """One write for all lines, so that a kill leaves at most a cut-off last one."""

@@ -11,6 +11,7 @@ same run.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -35,17 +36,18 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
 
     Raises:
         ValueError: bad input, before anything is written; RewardError during the run, after a checkpoint.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint; its message is the command that goes on.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint, of which the warm start has none; its message is the command that
+            goes on.
     """
     config = config.with_name()
     run = Path(config.out_dir) / config.name
     saved = _checkpoint_to_resume(config, run) if resume else None
-    if not resume and run.exists():
-        raise ValueError(f"{run} holds a run already: add --resume to go on with it, or give another --name")
+    if not resume:
+        _refuse_taken(run)
     if saved is None and config.model is None:
         model, tokenizer = builtin.build(config.seed)
     else:
-        model, tokenizer = policy.load(saved or Path(config.model))
+        model, tokenizer = policy.load(saved or config.model)
     dataset = _load_data(config, model, tokenizer)
     functions = rewards.resolve(config.rewards, data.columns_of(dataset.train[:1]))
     loss_config = rf.LossConfig(
@@ -82,6 +84,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
         checkpoint.load_optimizer(saved, optimizer)
         done = checkpoint.step_of(saved)
     run.mkdir(parents=True, exist_ok=True)
+    checkpoint.remove_drafts(run / "checkpoints")
     runs.replace(run / "config.json", json.dumps(dict(config), indent=1) + "\n")
     runs.keep_lines_until(run, done)
 
@@ -97,18 +100,17 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
         console.print(f"{dataset.skipped} prompts are too long and left out")
     with _progress(console) as progress:
         try:
+            clock = runs.Clock()
             if done < 0:
-                clock = runs.Clock()
                 with clock("warm_start"):
                     _warm_start(model, tokenizer, config, progress)
+                with runs.uninterrupted(), clock("checkpoint"):
+                    done = 0
+                    checkpoint.publish(draft())
+            if done == 0 and not report.rows(run / "metrics.jsonl"):
                 with clock("eval"):
                     metrics = evaluate()
-                with runs.uninterrupted():
-                    done = 0
-                    with clock("checkpoint"):
-                        written = draft()
-                    runs.append(run / "metrics.jsonl", [{"schema": 1, "step": 0, **metrics, **clock.times()}])
-                    checkpoint.publish(written)
+                runs.append(run / "metrics.jsonl", [{"schema": runs.SCHEMA, "step": 0, **metrics, **clock.times()}])
             bar = progress.add_task("GRPO", total=config.steps, completed=done, numbers="")
 
             for step in range(done, config.steps):
@@ -154,6 +156,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                         optimizer.zero_grad()
                     done = step + 1
                     metrics = {
+                        "schema": runs.SCHEMA,
+                        "step": done,
                         "loss": first.loss,
                         **_reward_metrics(functions, scores, advantages, rollout),
                         **first.metrics,
@@ -171,7 +175,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                             written = draft()
                     lines = _completion_lines(done, records, texts, functions, scores, advantages)
                     runs.append(run / "completions.jsonl", lines)
-                    runs.append(run / "metrics.jsonl", [{"schema": 1, "step": done, **metrics, **clock.times()}])
+                    runs.append(run / "metrics.jsonl", [metrics | clock.times()])
                     if written is not None:
                         checkpoint.publish(written)
                 progress.update(bar, advance=1, numbers=_numbers(metrics))
@@ -183,15 +187,27 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                     checkpoint.publish(draft())
             if isinstance(stop, rewards.RewardError):
                 raise
-            at = f"after step {done} of {config.steps}" if done >= 0 else "in the warm start"
-            go_on = f"redit-fast train --resume --name {config.name} --out-dir {config.out_dir}"
-            raise KeyboardInterrupt(f"stopped {at}, saved in {run}; to go on: {go_on}") from None
+            command = ["redit-fast", "train", "--resume", "--name", config.name, "--out-dir", config.out_dir]
+            if done < 0:
+                left = "stopped in the warm start, nothing is saved yet; to start again"
+            else:
+                left = f"stopped after step {done} of {config.steps}, saved in {run}; to go on"
+            raise KeyboardInterrupt(f"{left}: {shlex.join(command)}") from None
 
     summary = _summary(run, dataset, config)
     runs.replace(run / "summary.json", json.dumps(summary, indent=1) + "\n")
     report.write(run)
     _print_table(console, run, summary)
     return summary
+
+
+def _refuse_taken(run: Path) -> None:
+    if (run / "config.json").exists():
+        raise ValueError(f"{run} holds a run already: add --resume to go on with it, or give another --name")
+    if run.is_dir() and any(run.iterdir()):
+        raise ValueError(f"{run} is a folder with other files in it: give another --name")
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file, a run needs a folder: give another --name")
 
 
 def _checkpoint_to_resume(config: TrainConfig, run: Path) -> Path | None:
@@ -202,8 +218,13 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path) -> Path | None:
     for name, value in config:
         if name not in MAY_CHANGE and value != before.get(name):
             raise ValueError(f"{name} was {before.get(name)!r} in {run} and cannot become {value!r} on --resume")
+    if config.steps != before.get("steps") and config.dither_schedule.endswith("_reverse"):
+        raise ValueError(
+            f"steps was {before.get('steps')} in {run} and cannot become {config.steps} on --resume: dither_schedule "
+            f"{config.dither_schedule} counts back from the last step"
+        )
     folder = run / "checkpoints"
-    return checkpoint.newest(folder) if folder.exists() and any(folder.glob("step-*")) else None
+    return checkpoint.newest(folder) if checkpoint.in_order(folder) else None
 
 
 def _load_data(config: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> data.Dataset:
@@ -212,7 +233,8 @@ def _load_data(config: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer
             train=builtin.records(TRAIN_PROBLEMS, held_out=False, seed=config.seed),
             held_out=builtin.records(config.eval_problems, held_out=True, seed=config.seed),
         )
-    return data.load(config, tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return data.load(config, tokenizer, context, model.get_input_embeddings().weight.shape[0])
 
 
 def _warm_start(model: PreTrainedModel, tokenizer: Tokenizer, config: TrainConfig, progress: Progress) -> None:
@@ -270,7 +292,7 @@ def _reward_metrics(functions, scores: Tensor, advantages: rf.Advantages, rollou
 def _completion_lines(step: int, records, texts, functions, scores: Tensor, advantages: rf.Advantages) -> list[dict]:
     return [
         {
-            "schema": 1,
+            "schema": runs.SCHEMA,
             "step": step,
             "sample": i,
             "prompt": data.text_of(record["prompt"]),
