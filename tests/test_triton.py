@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -24,19 +25,49 @@ tokens = pytest.importorskip("redit_fast.kernels.token_loss")
 
 FUSED = [config for name, config in LOSSES.items() if name not in ("gspo", "entropy")]
 
-SUITES = ["advantages", "params", "regularize", "token_loss", "linear_loss", "heads"]
-SUITES += ["triton_interpreted", "triton_traffic"]
+SUITES = [
+    "linear_loss",
+    "token_loss",
+    "advantages",
+    "regularize",
+    "params",
+    "triton_interpreted",
+    "linear_rows",
+    "triton_traffic",
+    "heads",
+]  # the longest first
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 compiled = pytest.mark.skipif(interpreted, reason="TRITON_INTERPRET is set: kernels were decorated to be interpreted")
 
 
+@pytest.fixture(scope="module")
+def suites():
+    """Two at a time, each in a process of its own, since kernels are decorated when they are imported."""
+
+    def run(suite):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "triton",
+            f"tests/test_{suite}.py",
+        ]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {suite: pool.submit(run, suite) for suite in SUITES}
+
+
 @compiled
 @pytest.mark.parametrize("suite", SUITES)
-def test_the_interpreter_passes_the_test_bodies_of_every_backend(suite):
-    """In a process of its own: kernels are decorated when they are imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", f"tests/test_{suite}.py"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+def test_the_interpreter_passes_the_test_bodies_of_every_backend(suites, suite):
+    done = suites[suite].result()
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
