@@ -193,7 +193,7 @@ def _product(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, float32 from the product on."""
+    """out float32 += a b, float32 from the product on."""
     if out.device.type == "cpu":  # the interpreter
         out.addmm_(a.float(), b.float())
     elif a.dtype == torch.float32:

@@ -1,4 +1,5 @@
-"""The command `redit-fast`: train, report, info. Bad input gets one line on stderr and exit code 2, Ctrl-C 130.
+"""The command `redit-fast`: train, report, info, selftest. Bad input gets one line on stderr and exit code 2, Ctrl-C
+130.
 
 Heavy imports are inside the functions, so that --help and --version answer at once.
 """
@@ -23,7 +24,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C. argparse exits by itself."""
+    """Run one command; returns its exit code: 0, 1 where the self-test fails, 2 for bad input, 130 after
+    Ctrl-C. argparse exits by itself."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="redit-fast", description="GRPO with dithered rewards and gradient regularisation.")
     parser.add_argument("--version", action="store_true", help="print the version")
@@ -37,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
     report.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
     info = commands.add_parser("info", help="show versions and what each backend can run here", allow_abbrev=False)
+    selftest = commands.add_parser("selftest", help="check every backend against the reference", allow_abbrev=False)
     if argv[:1] == ["train"]:
         _add_train_flags(train)
     args, unknown = parser.parse_known_args(argv)
     format_of_a_library, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         if unknown:
-            known = {"train": train, "report": report, "info": info}.get(args.command, parser)
+            known = {"train": train, "report": report, "info": info, "selftest": selftest}.get(args.command, parser)
             raise ValueError(_unknown(unknown[0], known))
         if args.version:
             from redit_fast import __version__
@@ -58,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(Path(args.run, "report.html"))
         elif args.command == "info":
             _info()
+        elif args.command == "selftest":
+            return _selftest()
         else:
             parser.print_help()
     except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
@@ -162,3 +167,19 @@ def _info() -> None:
     for row in backends.report():
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def _selftest() -> int:
+    """The largest error of each op, backend, device and dtype; 1 where one exceeds its limit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from redit_fast import selftest
+
+    results = list(selftest.run())
+    table = Table("op", "backend", "device", "dtype", "error", "limit", "s", "")
+    for result in results:
+        *words, error, limit, seconds = result
+        table.add_row(*words, f"{error:.1e}", f"{limit:.0e}", f"{seconds:.1f}", "ok" if result.passed else "WRONG")
+    Console().print(table)
+    return 0 if all(result.passed for result in results) else 1

@@ -179,3 +179,11 @@ def test_three_steps_of_training_end_where_the_reference_ends():
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert (losses[0] - losses[2]).abs() > 100 * (losses - expected).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_is_added_in_float32(dtype):
+    a, b, out = torch.randn(70, 33).to(dtype).t(), torch.randn(70, 50).to(dtype)[:, ::2], torch.randn(33, 25)
+    expected = out.double() + a.double() @ b.double()
+    triton.addmm(out, a, b)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)

@@ -70,6 +70,11 @@ def primitive(op: str, device: torch.device) -> Callable[..., None]:
     raise NotImplementedError(f"no backend runs {op} on {device}: {'; '.join(refusals)}")
 
 
+def refusal(op: str, name: str, device: torch.device) -> str | None:
+    """Why the backend `name` does not run `op` on `device`, or None."""
+    return _backend(name).why_not(op, device)
+
+
 def report(device: str = "cpu") -> list[tuple[str, str, str]]:
     """(op, backend, "ok" or the refusal) for every primitive and backend, as `redit-fast info` prints it."""
     return [(op, name, _backend(name).why_not(op, torch.device(device)) or "ok") for op in PRIMITIVES for name in NAMES]
