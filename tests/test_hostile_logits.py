@@ -39,7 +39,7 @@ def rows_of(kind, rows, vocabulary):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_logits(backend, kind, shape, dtype):
     logits, targets = rows_of(kind, *shape)
@@ -75,7 +75,7 @@ def head_of(kind, rows, vocabulary, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "shape"), HEADS)
+@pytest.mark.parametrize(("kind", "shape"), HEADS, ids=str)
 def test_from_hidden_states(backend, kind, shape, dtype):
     """As right as from logits in float32, where a bias of 1e4 leaves them 10 bits behind the point."""
     *inputs, targets = head_of(kind, *shape, dtype)
