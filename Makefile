@@ -10,7 +10,7 @@ NVIDIA := $(wildcard /proc/driver/nvidia)$(shell command -v nvidia-smi 2>/dev/nu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH ?= $(if $(NVIDIA),torch,torch==2.13.0 --no-deps --retries 1 --extra-index-url $(CPU_INDEX))
 
-.PHONY: demo test lint sanitize kernel-gates
+.PHONY: demo test lint sanitize kernel-gates gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -21,6 +21,11 @@ test: $(READY)
 # What Triton compiles, for every architecture; `make test` looks at sm_90.
 kernel-gates: $(READY)
 	KERNEL_ARCHS="80 90 100" $(VENV)/bin/python -m pytest tests/test_triton.py
+
+# On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
+OUT ?= gpu-check
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(OUT)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

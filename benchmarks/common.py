@@ -41,13 +41,20 @@ class Clock:
         self.seconds = 0.0
 
     def __enter__(self):
+        _wait()
         self.started = time.perf_counter()
 
     def __exit__(self, *error):
+        _wait()
         self.seconds += time.perf_counter() - self.started
 
     def __call__(self):
         return self.seconds
+
+
+def _wait():
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 clock = Clock()
@@ -75,18 +82,20 @@ class Row:
     ratios: dict[str, float] = field(default_factory=dict)  # baseline -> how many times faster than it
 
 
-def measure(candidates: list[Candidate], rounds: int) -> list[Row]:
+def measure(candidates: list[Candidate], rounds: int, device: str = "cpu") -> list[Row]:
     """The copy's row, then one for each candidate; ratios are medians over the rounds."""
-    candidates = [Candidate("torch copy_", 8 * COPIED, _make_copy), *candidates]
+    copied = COPIED if device == "cpu" else 16 * COPIED
+    candidates = [Candidate("torch copy_", 8 * copied, lambda: _make_copy(copied, device)), *candidates]
     runs, peaks, seconds = {}, {}, {candidate.name: [] for candidate in candidates}
     for candidate in candidates:
-        runs[candidate.name], peaks[candidate.name] = _first_run(candidate.make)
+        first_run = _first_run if device == "cpu" else _first_run_on_cuda
+        runs[candidate.name], peaks[candidate.name] = first_run(candidate.make)
     for _ in range(rounds):
         for name, run in runs.items():
             before = clock()
             run()
             seconds[name].append(clock() - before)
-    copy_speed = 8 * COPIED / median(seconds["torch copy_"])
+    copy_speed = 8 * copied / median(seconds["torch copy_"])
     rows = []
     for candidate in candidates:
         taken = seconds[candidate.name]
@@ -102,8 +111,8 @@ def measure(candidates: list[Candidate], rounds: int) -> list[Row]:
     return rows
 
 
-def _make_copy():
-    source, target = torch.randn(COPIED), torch.empty(COPIED)
+def _make_copy(copied, device):
+    source, target = torch.randn(copied, device=device), torch.empty(copied, device=device)
 
     def run():
         with clock:
@@ -128,6 +137,15 @@ def _first_run(make):
     run = make()
     run()
     return run, _resident("VmHWM") - before
+
+
+def _first_run_on_cuda(make):
+    """The run function and the bytes that its first run allocates at their peak."""
+    run = make()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return run, torch.cuda.max_memory_allocated() - before
 
 
 def _resident(name):

@@ -1,0 +1,103 @@
+"""Everything that a CUDA machine can show, in one go: python3 -m benchmarks.gpu_check OUT, or make gpu-check OUT=DIR
+
+Installs nothing: the python3 that runs it needs torch, triton and pytest. Builds the C++ module, runs the tests marked
+gpu, some of them under compute-sanitizer where that is installed, the self-test and the benchmarks; goes on after a
+failure, each part for at most its own time, 510 s in all. Leaves gpu_check.json, gpu_check.txt and the output of every
+part in OUT.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from benchmarks.common import machine
+
+ROOT = Path(__file__).parent.parent
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py")
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel")
+
+
+def parts(folder: Path) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """name -> seconds at most, command."""
+    found = {
+        "build": (60, (sys.executable, "setup.py", "-q", "build_ext", "--inplace")),
+        "tests": (150, PYTEST),
+        "selftest": (60, (sys.executable, "-m", "redit_fast", "selftest")),
+    }
+    for group, seconds in (("forward", 30), ("gradient", 40), ("head-896", 30), ("head-3584", 45), ("step", 35)):
+        bench = ("benchmarks.bench_gpu", group, "--json", str(folder / f"{group}.json"))
+        found[group] = (seconds, (sys.executable, "-m", *bench))
+    if sanitizer := shutil.which("compute-sanitizer"):
+        found["compute-sanitizer"] = (60, (sanitizer, "--error-exitcode", "1", *PYTEST, "-k", "strides or poisoned"))
+    return found
+
+
+def run(name: str, seconds: int, command: tuple[str, ...], folder: Path) -> dict:
+    started = time.monotonic()
+    with (folder / f"{name}.log").open("w") as log:
+        try:
+            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    outcome = {0: "ok", None: f"stopped after {seconds} s"}.get(code, f"exit code {code}")
+    return {"outcome": outcome, "seconds": round(time.monotonic() - started, 1)}
+
+
+def device() -> dict:
+    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "memory.total")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    if not shutil.which(query[0]):
+        return {}
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    return dict(zip(fields, lines[0].split(", "), strict=False)) if lines else {}
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    folder = parser.parse_args().out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name, (seconds, command) in parts(folder).items():
+        results[name] = run(name, seconds, command, folder)
+        print(f"{name}: {results[name]['outcome']}, {results[name]['seconds']} s", flush=True)
+    tables = {}
+    for measured in sorted(folder.glob("*.json")):
+        tables |= json.loads(measured.read_text()).get("tables", {})
+    report = {
+        "device": device(),
+        "versions": versions(),
+        "machine": machine(),
+        "parts": results,
+        "tables": tables,
+    }
+    (folder / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [f"{report['device'].get('name', 'no NVIDIA device')}, driver {report['device'].get('driver_version')}"]
+    lines += [f"{name}: {result['outcome']}, {result['seconds']} s" for name, result in results.items()]
+    for title, rows in report["tables"].items():
+        lines += ["", title]
+        lines += [f"  {row['name']:36} {row['ms']:9.3f} ms [{row['p10']:.3f}, {row['p90']:.3f}], {row['of_copy']:.0%} "
+                  f"of a copy, {row['peak_mb']:.0f} MB" for row in rows]  # fmt: skip
+    (folder / "gpu_check.txt").write_text("\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines))
+    return 0 if all(result["outcome"] == "ok" for result in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
