@@ -16,6 +16,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 from benchmarks.common import machine
 
 ROOT = Path(__file__).parent.parent
@@ -72,14 +74,17 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     folder = parser.parse_args().out.resolve()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here")
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, (seconds, command) in parts(folder).items():
         results[name] = run(name, seconds, command, folder)
         print(f"{name}: {results[name]['outcome']}, {results[name]['seconds']} s", flush=True)
     tables = {}
-    for measured in sorted(folder.glob("*.json")):
-        tables |= json.loads(measured.read_text()).get("tables", {})
+    for name in results:
+        measured = folder / f"{name}.json"
+        tables |= json.loads(measured.read_text())["tables"] if measured.exists() else {}
     report = {
         "device": device(),
         "versions": versions(),
