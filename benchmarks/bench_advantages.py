@@ -48,8 +48,7 @@ def candidates(prompts):
 
         return run
 
-    module = backends._backend("cpu")
-    names = [name for name in backends.NAMES if name != "cpu" or not module.why_not("group_advantages", values.device)]
+    names = [name for name in backends.NAMES if not backends.refusal("group_advantages", name, values.device)]
     group = [ours(name, dither) for name in names for dither in (None, rf.Dither())]
     return [*group, Candidate("TRL, eager, clean", moved, trl, baseline=True)]
 
