@@ -4,7 +4,8 @@
 
 float64, with enable_fp_fusion=False: a fused multiply-add would change the bits. A program takes GROUPS groups. Its
 samples' noise has a lane each; sums have a lane a group and add its members in batch order. Between the two lie buffers
-in sorted order (`place`), which no other program touches. What is normalised over the batch takes five launches more.
+in sorted order (`place`), which no other program touches. Consecutive groups (group_size) are one launch; groups by id
+are sorted by torch first, and what is normalised over the batch takes five launches more.
 """
 
 import torch
@@ -44,12 +45,26 @@ def _deviation(squares, n, ddof):
 
 
 @triton.jit
-def _members(starts_ptr, n, GROUPS: tl.constexpr):
+def _members(starts_ptr, group_size, n, GROUPS: tl.constexpr):
     """First places and sizes of the program's groups, and the largest size."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    begin = tl.load(starts_ptr + group, group < n, n)
-    size = tl.load(starts_ptr + group + 1, group < n, n) - begin
+    if starts_ptr is None:
+        begin = tl.minimum(group * group_size, n)
+        size = tl.minimum(begin + group_size, n) - begin
+    else:
+        begin = tl.load(starts_ptr + group, group < n, n)
+        size = tl.load(starts_ptr + group + 1, group < n, n) - begin
     return begin, size, tl.max(size)
+
+
+@triton.jit
+def _at(order_ptr, place, here):
+    """The sample at a place of the sorted order; consecutive groups are sorted."""
+    if order_ptr is None:
+        i = place
+    else:
+        i = tl.load(order_ptr + place, here, 0)
+    return i
 
 
 @triton.jit
@@ -107,16 +122,16 @@ def _divisor(std, dead, eps, DITHER: tl.constexpr, POLICY: tl.constexpr):
     return divisor
 
 
-@triton.jit(do_not_specialize=["n", "reward_count"])
+@triton.jit(do_not_specialize=["group_size", "n", "reward_count"])
 def _sum_kernel(
     values_ptr, mean_ptr, std_ptr, dead_ptr, noisy_mean_ptr, noisy_std_ptr,
-    rewards_ptr, order_ptr, starts_ptr, ids_ptr, numbers_ptr,
+    rewards_ptr, order_ptr, starts_ptr, group_size, ids_ptr, numbers_ptr,
     clean_ptr, dithered_ptr, scored_ptr, x_ptr, advantage_ptr, heard_ptr, n, reward_count,
     DITHER: tl.constexpr, GAUSSIAN: tl.constexpr, POLICY: tl.constexpr, LEAVE_ONE_OUT: tl.constexpr,
     SCALE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """sum_then_normalize. With the batch's scale: the dithered sums x, centred and `heard` samples, in sorted order."""
-    begin, size, longest = _members(starts_ptr, n, GROUPS)
+    begin, size, longest = _members(starts_ptr, group_size, n, GROUPS)
     if longest == 0:  # the host does not know how many groups there are
         return
     seed, step = tl.load(numbers_ptr + SEED), tl.load(numbers_ptr + STEP)
@@ -124,8 +139,8 @@ def _sum_kernel(
     for start in range(tl.min(begin), last, LANES):
         place = start + tl.arange(0, LANES)
         here = place < last
-        i = tl.load(order_ptr + place, here, 0)
-        ids = tl.load(ids_ptr + i, here, 0)
+        i = _at(order_ptr, place, here)
+        ids = _at(ids_ptr, i, here)
         clean, dithered = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
         count = tl.zeros([LANES], tl.int32)
         for k in range(reward_count):
@@ -155,7 +170,7 @@ def _sum_kernel(
     divisor = _divisor(noisy_std, dead, eps, DITHER, POLICY)
     for j in range(longest):
         at, here = begin + j, j < size
-        i = tl.load(order_ptr + at, here, 0)
+        i = _at(order_ptr, at, here)
         x = tl.where(noisy, tl.load(dithered_ptr + at, here, 0.0), tl.load(clean_ptr + at, here, 0.0))
         heard = (tl.load(scored_ptr + at, here, 0) != 0) & (silent == 0)
         a = x - noisy_mean
@@ -176,16 +191,16 @@ def _sum_kernel(
         tl.store(noisy_std_ptr + i, noisy_std.to(tl.float32), here)
 
 
-@triton.jit(do_not_specialize=["n", "reward_count"])
+@triton.jit(do_not_specialize=["group_size", "n", "reward_count"])
 def _normalize_kernel(
     mean_ptr, std_ptr, dead_ptr, noisy_mean_ptr, noisy_std_ptr,
-    rewards_ptr, order_ptr, starts_ptr, ids_ptr, numbers_ptr,
+    rewards_ptr, order_ptr, starts_ptr, group_size, ids_ptr, numbers_ptr,
     columns_ptr, noisy_ptr, has_ptr, z_ptr, chosen_ptr,
     clean_ptr, dithered_ptr, scored_ptr, x_ptr, heard_ptr, n, reward_count,
     DITHER: tl.constexpr, GAUSSIAN: tl.constexpr, POLICY: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """normalize_then_sum (GDPO): x = sum_k weight_k z_k and `heard` samples, in sorted order, for the batch."""
-    begin, size, longest = _members(starts_ptr, n, GROUPS)
+    begin, size, longest = _members(starts_ptr, group_size, n, GROUPS)
     if longest == 0:  # the host does not know how many groups there are
         return
     seed, step = tl.load(numbers_ptr + SEED), tl.load(numbers_ptr + STEP)
@@ -193,8 +208,8 @@ def _normalize_kernel(
     for start in range(tl.min(begin), last, LANES):
         place = start + tl.arange(0, LANES)
         here = place < last
-        i = tl.load(order_ptr + place, here, 0)
-        ids = tl.load(ids_ptr + i, here, 0)
+        i = _at(order_ptr, place, here)
+        ids = _at(ids_ptr, i, here)
         clean, count = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.int32)
         for k in range(reward_count):
             reward = tl.load(rewards_ptr + i * reward_count + k, here, float("nan"))
@@ -248,7 +263,7 @@ def _normalize_kernel(
     _, noisy_mean, noisy_std = _moments(dithered_ptr, dithered_ptr, no, scored_ptr, 1, begin, size, longest, ddof)
     for j in range(longest):
         at, here = begin + j, j < size
-        i = tl.load(order_ptr + at, here, 0)
+        i = _at(order_ptr, at, here)
         heard = (tl.load(scored_ptr + at, here, 0) != 0) & (silent == 0)
         tl.store(heard_ptr + at, heard.to(tl.int8), here)
         tl.store(mean_ptr + i, mean.to(tl.float32), here)
@@ -258,12 +273,12 @@ def _normalize_kernel(
         tl.store(noisy_std_ptr + i, noisy_std.to(tl.float32), here)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["group_size", "n"])
 def _group_sums_kernel(
-    sums_ptr, x_ptr, scored_ptr, starts_ptr, batch_ptr, n, SQUARES: tl.constexpr, GROUPS: tl.constexpr
+    sums_ptr, x_ptr, scored_ptr, starts_ptr, group_size, batch_ptr, n, SQUARES: tl.constexpr, GROUPS: tl.constexpr
 ):
     """sums[g] = sum of x, or of (x - batch mean)^2, over the scored members; 0 past the last group."""
-    begin, size, longest = _members(starts_ptr, n, GROUPS)
+    begin, size, longest = _members(starts_ptr, group_size, n, GROUPS)
     total = tl.zeros([GROUPS], tl.float64)
     for j in range(longest):
         scored = tl.load(scored_ptr + begin + j, j < size, 0) != 0
@@ -310,7 +325,7 @@ def _values_kernel(
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     here = place < n
-    i = tl.load(order_ptr + place, here, 0)
+    i = _at(order_ptr, place, here)
     a, std, eps = tl.load(x_ptr + place, here, 0.0), tl.load(batch_ptr + 2), _number(numbers_ptr, EPS)
     if CENTRE:  # GDPO
         a = _quotient(a - tl.load(batch_ptr + 1), std + eps)
@@ -323,14 +338,16 @@ def _values_kernel(
 
 def group_advantages(
     values: Tensor, group_mean: Tensor, group_std: Tensor, dead: Tensor, dithered_mean: Tensor, dithered_std: Tensor,
-    rewards: Tensor, groups: Tensor, sample_ids: Tensor, weights: list[float], half_range: list[float] | None,
-    gaussian: bool, seed: int, step: int, dead_groups: str, leave_one_out: bool, scale: str, gdpo: bool,
+    rewards: Tensor, groups: Tensor | None, group_size: int | None, sample_ids: Tensor | None, weights: list[float],
+    half_range: list[float] | None, gaussian: bool, seed: int, step: int, dead_groups: str, leave_one_out: bool, scale: str, gdpo: bool,
     eps: float, ddof: int,
 ) -> None:  # fmt: skip
     (n, reward_count), device = rewards.shape, rewards.device
     with torch.cuda.device_of(values):
-        order = torch.argsort(groups, stable=True)
-        starts = torch.searchsorted(groups[order], torch.arange(n + 1, device=device))
+        order = starts = None
+        if groups is not None:
+            order = torch.argsort(groups, stable=True)
+            starts = torch.searchsorted(groups[order], torch.arange(n + 1, device=device))
         numbers = (word(seed), step, *bits(eps, ddof, *weights, *(half_range or ())))
         numbers = table(numbers, device)
         room = triton.cdiv(n, 16) * 16  # buffers start at multiples of 16 bytes: another alignment is compiled anew
@@ -338,7 +355,7 @@ def group_advantages(
         scored, heard = torch.empty(2, room, dtype=torch.int8, device=device)
         batch, partials = torch.empty(2, triton.cdiv(n, BATCH_BLOCK.value) + 3 & ~1, dtype=torch.float64, device=device)
         stats = group_mean, group_std, dead.view(torch.int8), dithered_mean, dithered_std
-        inputs = rewards, order, starts, sample_ids, numbers
+        inputs = rewards, order, starts, group_size or 0, sample_ids, numbers
         programs, dither = (triton.cdiv(n, GROUPS),), half_range is not None
         if gdpo:
             columns, noisy, z, chosen = torch.empty(4, room, reward_count, dtype=torch.float64, device=device)
@@ -354,7 +371,7 @@ def group_advantages(
             )  # fmt: skip
         if gdpo or scale == "batch":
             for squares in (False, True):
-                _group_sums_kernel[programs](sums, x, scored, starts, batch, n, squares, GROUPS, **LAUNCH)
+                _group_sums_kernel[programs](sums, x, scored, starts, group_size or 0, batch, n, squares, GROUPS, **LAUNCH)
                 _batch_kernel[(1,)](batch, sums, partials, scored, numbers, n, squares, **LAUNCH)
             _values_kernel[(triton.cdiv(n, LANES.value),)](
                 values, stats[2], order, x if gdpo else centred, heard, batch, numbers, n,

@@ -89,8 +89,6 @@ def group_advantages(
         half_range = level * reward_scale if level > 0 else None
     if half_range is not None and sample_ids is None and _world_size() > 1:
         raise ValueError("sample_ids is required with more than one rank: otherwise every rank draws the same noise")
-    if sample_ids is None:
-        sample_ids = torch.arange(count, device=device)
 
     out = Advantages(
         *(torch.empty(count, dtype=torch.bool if name == "dead" else torch.float32, device=device)
@@ -101,8 +99,9 @@ def group_advantages(
         group_advantages_(
             *out,
             values,
-            _dense_groups(group_size, group_ids, count, device),
-            sample_ids.contiguous(),
+            None if group_ids is None else _dense_groups(group_ids),
+            group_size,
+            None if sample_ids is None else sample_ids.contiguous(),
             weights,
             half_range,
             settings.distribution,
@@ -127,8 +126,9 @@ def group_advantages_(
     dithered_mean: Tensor,
     dithered_std: Tensor,
     rewards: Tensor,
-    groups: Tensor,
-    sample_ids: Tensor,
+    groups: Tensor | None,
+    group_size: int | None,
+    sample_ids: Tensor | None,
     weights: Tensor,
     half_range: Tensor | None,
     distribution: str,
@@ -141,8 +141,8 @@ def group_advantages_(
     eps: float,
     ddof: int,
 ) -> None:
-    """Writes the fields of `Advantages` for rewards (N, K) float64 of groups (N,); a seed of 2**63 or more comes as
-    seed - 2**64."""
+    """Writes the fields of `Advantages` for rewards (N, K) float64 of groups (N,), or of group_size consecutive samples
+    each; sample_ids None are arange(N); a seed of 2**63 or more comes as seed - 2**64."""
     primitive("group_advantages", rewards.device)(
         values,
         group_mean,
@@ -152,6 +152,7 @@ def group_advantages_(
         dithered_std,
         rewards,
         groups,
+        group_size,
         sample_ids,
         weights,
         half_range,
@@ -196,10 +197,9 @@ def _check(rewards, group_size, group_ids, sample_ids, baseline, scale, combine,
         raise ValueError(f"ddof must be 0 or 1, got {ddof}")
 
 
-def _dense_groups(group_size: int | None, group_ids: Tensor | None, count: int, device: torch.device) -> Tensor:
+def _dense_groups(group_ids: Tensor) -> Tensor:
     """(N,) group index in order of first appearance."""
-    if group_size is not None:
-        return torch.arange(count, device=device) // group_size
+    count, device = len(group_ids), group_ids.device
     by_id, order = torch.sort(group_ids, stable=True)
     index = torch.zeros_like(order)
     index[order[1:]] = (by_id[1:] != by_id[:-1]).cumsum(0)

@@ -92,7 +92,7 @@ def test_every_output_is_known_to_autograd_as_written():
     one = torch.ones(1, dtype=torch.float64)
     samples = torch.arange(count)
     cpu.group_advantages(
-        *outputs, torch.rand(count, 1, dtype=torch.float64), samples // 4, samples, one, None, "gaussian", 0, 0,
+        *outputs, torch.rand(count, 1, dtype=torch.float64), samples // 4, None, samples, one, None, "gaussian", 0, 0,
         "apply", "mean", "group", "sum_then_normalize", 1e-4, 1,
     )  # fmt: skip
     assert [out._version for out in outputs] == [version + 1 for version in versions]
@@ -114,7 +114,7 @@ outputs = [torch.empty(n, dtype=torch.bool if i == 3 else torch.float32) for i i
 rewards = torch.ones(n, 1, dtype=torch.float64)
 tasks = lambda: len(os.listdir("/proc/self/task"))
 before = tasks()
-cpu.group_advantages(*outputs, rewards, samples // 4, samples, one, one, "gaussian", 0, 0, "apply", "mean", "group",
+cpu.group_advantages(*outputs, rewards, None, 4, samples, one, one, "gaussian", 0, 0, "apply", "mean", "group",
                      "sum_then_normalize", 1e-4, 1)
 ours = tasks()
 torch.rand(4_000_000).exp().sum()

@@ -170,7 +170,7 @@ def test_operators_pass_torchs_own_checks():
     samples, names = torch.arange(20), ("uniform", 5, 1, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1)
     calls = {
         "group_advantages": (*fields[:3], dead, *fields[3:], factors[:2].t().double().contiguous(), samples // 4,
-                             samples, torch.ones(2).double(), torch.ones(2).double(), *names),
+                             None, samples, torch.ones(2).double(), torch.ones(2).double(), *names),
         "token_logp": (rows[0], rows[1], sums, z, t, *transform),
         "token_logp_grad": (z.clone(), z, t, sums, factors[0], factors[1], rows[1], *transform),
         "token_loss": (scale * 0, rows[2], rows[3], z.clone(), z, t, *factors, None, config, scale),

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
 from redit_fast import backends
@@ -22,6 +23,7 @@ from tests.test_token_loss import LOSSES
 tl = pytest.importorskip("triton.language")
 launch_module = pytest.importorskip("redit_fast.kernels.launch")
 tokens = pytest.importorskip("redit_fast.kernels.token_loss")
+JITFunction = pytest.importorskip("triton.runtime.jit").JITFunction
 
 FUSED = [config for name, config in LOSSES.items() if name not in ("gspo", "entropy")]
 
@@ -119,7 +121,6 @@ class Target:
 def kernels(request, monkeypatch):
     """Every launch compiles for the architecture and lands here, by kernel name, instead of running."""
     from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
 
     launched, run = {}, JITFunction.run
 
@@ -251,6 +252,37 @@ def test_advantages_compile_without_spills_and_with_ieee_division_and_roots(kern
     for found in kernels.values():
         for kernel in found:
             assert_clean(kernel)
+
+
+class Work(TorchDispatchMode):
+    """Names the operators of torch that compute or copy something of 64 elements and more."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name, sizes = func.overloadpacket.__name__, [x.numel() for x in (*args, result) if isinstance(x, torch.Tensor)]
+        if not func.is_view and name != "empty" and max(sizes, default=0) >= 64:
+            self.done.append(name)
+        return result
+
+
+@compiled
+def test_advantages_of_consecutive_groups_are_one_launch(kernels, monkeypatch):
+    monkeypatch.setattr(backend, "why_not", lambda op, device: None)
+    launches, run = [], JITFunction.run
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **k: launches.append(self.__name__) or run(self, *a, **k))
+    rewards = torch.rand(64, 1, dtype=torch.float64)
+    options = dict(group_size=8, dither=rf.Dither())
+    with rf.use_backend("triton"):
+        rf.group_advantages(rewards, **options)  # the table of numbers stays on the device
+        with Work() as work:
+            rf.group_advantages(rewards, **options)
+            assert launches == 2 * ["_sum_kernel"] and work.done == []
+            rf.group_advantages(rewards, group_ids=torch.arange(64) % 8)
+    assert "sort" in work.done
 
 
 V = 151_936

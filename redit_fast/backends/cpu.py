@@ -60,8 +60,9 @@ def group_advantages(
     dithered_mean: Tensor,
     dithered_std: Tensor,
     rewards: Tensor,
-    groups: Tensor,
-    sample_ids: Tensor,
+    groups: Tensor | None,
+    group_size: int | None,
+    sample_ids: Tensor | None,
     weights: Tensor,
     half_range: Tensor | None,
     distribution: str,
@@ -76,6 +77,9 @@ def group_advantages(
 ) -> None:
     """As `reference.group_advantages`, bit for bit; every tensor contiguous."""
     outputs = (values, group_mean, group_std, dead, dithered_mean, dithered_std)
+    samples = torch.arange(len(rewards))
+    groups = samples // group_size if groups is None else groups
+    sample_ids = samples if sample_ids is None else sample_ids
     _cpu.group_advantages(
         *(tensor.data_ptr() for tensor in (*outputs, rewards, groups, sample_ids, weights)),
         0 if half_range is None else half_range.data_ptr(),

@@ -77,8 +77,9 @@ def group_advantages(
     dithered_mean: Tensor,
     dithered_std: Tensor,
     rewards: Tensor,
-    groups: Tensor,
-    sample_ids: Tensor,
+    groups: Tensor | None,
+    group_size: int | None,
+    sample_ids: Tensor | None,
     weights: Tensor,
     half_range: Tensor | None,
     distribution: str,
@@ -92,7 +93,11 @@ def group_advantages(
     ddof: int,
 ) -> None:
     """Spec section 1. Outputs (N,) float32, `dead` bool; rewards (N, K) float64 with NaN or inf for unscored; groups
-    (N,) int64 dense in order of first appearance; weights (K,), half_range (K,) or None (no dither) float64."""
+    (N,) int64 dense in order of first appearance, or None: of group_size consecutive samples each; sample_ids (N,) or
+    None: arange(N); weights (K,), half_range (K,) or None (no dither) float64."""
+    samples = torch.arange(len(rewards), device=rewards.device)
+    groups = samples // group_size if groups is None else groups
+    sample_ids = samples if sample_ids is None else sample_ids
     batch, reward_count = _Groups(groups), rewards.shape[1]
     scored = torch.isfinite(rewards)
     any_scored = scored.any(1)
