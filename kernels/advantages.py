@@ -339,8 +339,8 @@ def _values_kernel(
 def group_advantages(
     values: Tensor, group_mean: Tensor, group_std: Tensor, dead: Tensor, dithered_mean: Tensor, dithered_std: Tensor,
     rewards: Tensor, groups: Tensor | None, group_size: int | None, sample_ids: Tensor | None, weights: list[float],
-    half_range: list[float] | None, gaussian: bool, seed: int, step: int, dead_groups: str, leave_one_out: bool, scale: str, gdpo: bool,
-    eps: float, ddof: int,
+    half_range: list[float] | None, gaussian: bool, seed: int, step: int, dead_groups: str, leave_one_out: bool,
+    scale: str, gdpo: bool, eps: float, ddof: int,
 ) -> None:  # fmt: skip
     (n, reward_count), device = rewards.shape, rewards.device
     with torch.cuda.device_of(values):
@@ -371,7 +371,9 @@ def group_advantages(
             )  # fmt: skip
         if gdpo or scale == "batch":
             for squares in (False, True):
-                _group_sums_kernel[programs](sums, x, scored, starts, group_size or 0, batch, n, squares, GROUPS, **LAUNCH)
+                _group_sums_kernel[programs](
+                    sums, x, scored, starts, group_size or 0, batch, n, squares, GROUPS, **LAUNCH
+                )
                 _batch_kernel[(1,)](batch, sums, partials, scored, numbers, n, squares, **LAUNCH)
             _values_kernel[(triton.cdiv(n, LANES.value),)](
                 values, stats[2], order, x if gdpo else centred, heard, batch, numbers, n,

@@ -29,6 +29,7 @@ from redit_fast.kernels.rows import (
 
 FAR = tl.constexpr(57.70780163555854)  # 40 log2 e
 BLOCK_D = 1024
+LAUNCH = {"enable_fp_fusion": True}  # Triton 3.10 will not without
 ROWS = 128
 AT_TARGET, ANCHOR, OTHERS, WEIGHTED, LARGEST, CONSTANT, BY_GAP, TARGET_E = (tl.constexpr(i) for i in range(8))  # state
 
@@ -224,17 +225,17 @@ def exp_product(
                 _product(logits[:, : len(part)], hidden, part)
                 _tile_kernel[(rows,)](
                     e, *((1, 1) if e is None else e.stride()), state, tile_anchors, logits, *biases, targets, numbers,
-                    rows, tile, vocabulary, capped, add, columns, num_warps=warps,
+                    rows, tile, vocabulary, capped, add, columns, num_warps=warps, **LAUNCH,
                 )  # fmt: skip
 
         _anchor_kernel[(rows,)](
             state, hidden, *hidden.stride(), weight, *weight.stride(), *biases, targets, numbers, rows, vocabulary,
-            width, BLOCK_D,
+            width, BLOCK_D, **LAUNCH,
         )  # fmt: skip
         with_entropy = grad_entropy is not None
         tiles(None if with_entropy else e, add=True)
         _finish_kernel[(triton.cdiv(rows, ROWS),)](
-            logp, entropy, sums, sums.stride(0), state, grad_logp, grad_entropy, numbers, rows, capped, ROWS,
+            logp, entropy, sums, sums.stride(0), state, grad_logp, grad_entropy, numbers, rows, capped, ROWS, **LAUNCH,
         )  # fmt: skip
         if e is None:
             return
@@ -242,7 +243,7 @@ def exp_product(
             tiles(e, add=False)
         _repair_kernel[(rows,)](
             e, *e.stride(), state, tile_anchors, targets, numbers, rows, vocabulary, capped, not with_entropy, columns,
-            num_warps=warps,
+            num_warps=warps, **LAUNCH,
         )  # fmt: skip
 
 

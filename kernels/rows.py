@@ -54,6 +54,19 @@ def columns(start, BLOCK: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
+def folded(x, LENGTH: tl.constexpr):
+    """Sums of neighbours: (LENGTH,), or () for 1. In pairs of pairs, so that the bits do not depend on which thread has
+    which element, as in tl.sum they do."""
+    x = tl.reshape(x, [x.numel])
+    for _ in tl.static_range(24):
+        if x.shape[0] > LENGTH:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), 1)
+    if LENGTH == 1:
+        x = tl.sum(x)
+    return x
+
+
+@triton.jit
 def needs_repair(anchor, others):
     return (others <= REPAIR) & (tl.abs(anchor) < float("inf")) == 0
 

@@ -9,7 +9,8 @@ fit. The second pass begins at the row's end, which was read last. A tile is 32 
 at once: a memory of 4 TB/s and 900 cycles needs 16 KB on the way to each SM. (Asked for a tile ahead, a logit would
 take 10.2 instructions instead of 9.1, and spill.) Rows whose stride is not a multiple of 16 bytes (V = 50257)
 are read 2 or 4 bytes at a time: the kernels are then limited by their instructions. Masked rows are not read, rows with
-a coefficient of 0 are read once.
+a coefficient of 0 are read once. With less than a row for every second SM a program takes a tile, and another adds a
+row's tiles in the same order: the same bits, for a launch or two and 16 KB of sums a tile more.
 """
 
 import torch
@@ -20,134 +21,41 @@ from torch import Tensor
 from redit_fast.kernels.element import nearest, widen
 from redit_fast.kernels.launch import bits, first_that_fits, processors, table
 from redit_fast.kernels.policy_loss import token_coefficient
-from redit_fast.kernels.rows import (
-    INNER,
-    OUTER,
-    SLOPE,
-    columns,
-    exponential,
-    finish,
-    needs_repair,
-    number,
-    slope_at_target,
-    slopes,
-    squash,
-)
+from redit_fast.kernels.rows import INNER, OUTER, SLOPE, columns, finish, number, squash
+from redit_fast.kernels.token_rows import backward, clear, forward, lanes_of, target_logit, tile_sums, within
 
 IGNORE = tl.constexpr(-100)
 TILE_BYTES = (32768, 16384, 8192)  # of a tile, in the order of trial; a thread has 64
-# Without it ptxas gives a float32 row under softcap 64, for a second program an SM, and spills. AMD has no such option.
-REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+# Without maxnreg ptxas gives a float32 row under softcap 64, for a second program an SM, and spills. AMD has no such
+# option. Triton 3.10 will fuse no multiply-adds unless it is told to.
+LAUNCH = {"enable_fp_fusion": True} | ({} if torch.version.hip else {"maxnreg": 128})
 SPAN = 8192  # elements a program of scale_in_place
 
 
 @triton.jit
-def _tile(x_ptr, stride, at, vocabulary, HINT: tl.constexpr):
-    """Anything beyond the vocabulary."""
-    return tl.load(x_ptr + at.to(tl.int64) * stride, at < vocabulary, eviction_policy=HINT)
-
-
-@triton.jit
-def _row_sums(
-    x_ptr, stride, vocabulary, target, anchor, inner, outer,
-    CAPPED: tl.constexpr, WEIGH: tl.constexpr, HINT: tl.constexpr, BLOCK: tl.constexpr,
+def _lanes_kernel(
+    lanes_ptr, logits_ptr, row_stride, stride, targets_ptr, numbers_ptr, vocabulary,
+    CAPPED: tl.constexpr, WEIGH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of e_j and, WEIGH, of e_j y_j over j != t."""
-    anchor = squash(anchor, inner, CAPPED)
-    at = columns(0, BLOCK, x_ptr.dtype.element_ty)
-    others = tl.zeros([at.shape[0]], tl.float32)
-    weighted = tl.zeros([at.shape[0]], tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        squashed = squash(widen(_tile(x_ptr, stride, start + at, vocabulary, HINT)), inner, CAPPED)
-        if (target >= start) & (target < start + BLOCK) | (start + BLOCK > vocabulary):
-            here = (start + at != target) & (start + at < vocabulary)
-            squashed = tl.where(here, squashed, float("-inf"))
-        e, y = exponential(squashed, anchor, outer)
-        others += tl.sum(e, 1)
-        if WEIGH:
-            weighted += tl.sum(e * y, 1)
-    return tl.sum(others), tl.sum(weighted)
-
-
-@triton.jit
-def _largest(x_ptr, stride, vocabulary, BLOCK: tl.constexpr):
-    """A NaN reaches the row's sums without help."""
-    at = columns(0, BLOCK, x_ptr.dtype.element_ty)
-    top = tl.full([at.shape[0]], float("-inf"), tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        x = widen(_tile(x_ptr, stride, start + at, vocabulary, "evict_last"))
-        top = tl.maximum(top, tl.max(tl.where(start + at < vocabulary, x, float("-inf")), 1))
-    return tl.max(top)
-
-
-@triton.jit
-def _target_logit(x_ptr, stride, vocabulary, target):
-    """NaN for a target outside the vocabulary."""
-    return widen(tl.load(x_ptr + target * stride, (target >= 0) & (target < vocabulary), float("nan")))
-
-
-@triton.jit
-def _forward(
-    x_ptr, stride, vocabulary, target, inner, outer,
-    CAPPED: tl.constexpr, WEIGH: tl.constexpr, HINT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What the row's results come from: target's and anchor's logit, sums of e_j and e_j y_j over j != t."""
-    at_target = _target_logit(x_ptr, stride, vocabulary, target)
-    anchor, others, weighted = at_target, at_target, at_target
-    if at_target == at_target:  # else the row is NaN, unread
-        others, weighted = _row_sums(
-            x_ptr, stride, vocabulary, target, anchor, inner, outer, CAPPED, WEIGH, HINT, BLOCK
+    """A tile of a row, where rows are too few for a program each."""
+    item, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(vocabulary, BLOCK)
+    row, start = item // tiles, item % tiles * BLOCK
+    target = tl.load(targets_ptr + row)
+    if target != IGNORE:
+        inner, outer, x_ptr = number(numbers_ptr, INNER), number(numbers_ptr, OUTER), logits_ptr + row * row_stride
+        anchor = squash(target_logit(x_ptr, stride, vocabulary, target), inner, CAPPED)
+        others, weighted = tile_sums(
+            x_ptr, stride, vocabulary, target, start, anchor, inner, outer, CAPPED, WEIGH, "evict_last", BLOCK
         )
-        if needs_repair(anchor, others):
-            anchor = _largest(x_ptr, stride, vocabulary, BLOCK)
-            others, weighted = _row_sums(
-                x_ptr, stride, vocabulary, target, anchor, inner, outer, CAPPED, WEIGH, HINT, BLOCK
-            )
-    return at_target, anchor, others, weighted
-
-
-@triton.jit
-def _clear(grad_ptr, stride, vocabulary, BLOCK: tl.constexpr):
-    for start in range(0, vocabulary, BLOCK):
-        at = columns(start, BLOCK, grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + at.to(tl.int64) * stride, 0.0, at < vocabulary)
-
-
-@triton.jit
-def _backward(
-    grad_ptr, grad_stride, x_ptr, stride, vocabulary, target, at_target, anchor, others, total, entropy, g, h,
-    slope, inner, outer, CAPPED: tl.constexpr, BY_GAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradient's row for the upstream gradients g of logp and h of the entropy; it may be the row itself."""
-    if (g == 0) & (h == 0) & (tl.abs(total) < float("inf")):
-        _clear(grad_ptr, grad_stride, vocabulary, BLOCK)
-    else:
-        constant, by_gap = slopes(total, entropy, g, h, slope)
-        value = slope_at_target(anchor, at_target, others, total, entropy, g, h, slope, inner, outer, CAPPED)
-        squashed_anchor = squash(anchor, inner, CAPPED)
-        blocks = tl.cdiv(vocabulary, BLOCK)
-        for block in range(blocks):
-            at = columns((blocks - 1 - block) * BLOCK, BLOCK, x_ptr.dtype.element_ty)
-            here = at < vocabulary
-            x = widen(_tile(x_ptr, stride, at, vocabulary, "evict_first"))
-            squashed = squash(x, inner, CAPPED)
-            e, y = exponential(squashed, squashed_anchor, outer)
-            if CAPPED:
-                e *= 1.0 - squashed * squashed
-            if BY_GAP:
-                e *= constant + by_gap * y
-            else:
-                e *= constant
-            stored = nearest(e, grad_ptr.dtype.element_ty)
-            tl.store(grad_ptr + at.to(tl.int64) * grad_stride, stored, here, eviction_policy="evict_first")
-        tl.debug_barrier()  # the target's own comes after its column
-        inside = (target >= 0) & (target < vocabulary)
-        tl.store(grad_ptr + target * grad_stride, nearest(value, grad_ptr.dtype.element_ty), inside)
+        LANES: tl.constexpr = others.shape[0]
+        lane_ptr = lanes_ptr + item * (2 * LANES) + tl.arange(0, LANES)
+        tl.store(lane_ptr, others)
+        tl.store(lane_ptr + LANES, weighted)
 
 
 @triton.jit(do_not_specialize=["rows", "sums_stride"])
 def _logp_kernel(
-    logp_ptr, entropy_ptr, sums_ptr, sums_stride, logits_ptr, row_stride, stride, targets_ptr, numbers_ptr,
+    logp_ptr, entropy_ptr, sums_ptr, sums_stride, logits_ptr, row_stride, stride, targets_ptr, lanes_ptr, numbers_ptr,
     rows, vocabulary, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     inner, outer = number(numbers_ptr, INNER), number(numbers_ptr, OUTER)
@@ -155,9 +63,10 @@ def _logp_kernel(
         target = tl.load(targets_ptr + row)
         logp, entropy, anchor, others, total = 0.0, 0.0, 0.0, 0.0, 0.0
         if target != IGNORE:
-            at_target, anchor, others, weighted = _forward(
+            at_target, anchor, others, weighted = forward(
                 logits_ptr + row * row_stride, stride, vocabulary, target, inner, outer,
-                CAPPED, entropy_ptr is not None, "evict_first", BLOCK,
+                lanes_of(lanes_ptr, row, vocabulary, logits_ptr.dtype.element_ty, BLOCK), CAPPED,
+                entropy_ptr is not None, "evict_first", BLOCK,
             )  # fmt: skip
             logp, entropy, total = finish(anchor, at_target, others, weighted, inner, outer, CAPPED)
         tl.store(logp_ptr + row, logp)
@@ -168,18 +77,22 @@ def _logp_kernel(
         tl.store(sums_ptr + 2 * sums_stride + row, total)
 
 
-@triton.jit(do_not_specialize=["rows", "sums_stride"])
+@triton.jit(do_not_specialize=["rows", "parts", "sums_stride"])
 def _grad_kernel(
     grad_ptr, grad_row_stride, grad_stride, logits_ptr, row_stride, stride, targets_ptr, sums_ptr, sums_stride,
-    grad_logp_ptr, grad_entropy_ptr, entropy_ptr, numbers_ptr, rows, vocabulary,
+    grad_logp_ptr, grad_entropy_ptr, entropy_ptr, numbers_ptr, rows, parts, vocabulary,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A row's tiles in `parts` parts of one program each."""
     slope, inner, outer = number(numbers_ptr, SLOPE), number(numbers_ptr, INNER), number(numbers_ptr, OUTER)
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+    tiles = tl.cdiv(vocabulary, BLOCK)
+    for item in range(tl.program_id(0).to(tl.int64), rows * parts, tl.num_programs(0)):
+        row, part = item // parts, (item % parts).to(tl.int32)
+        first, last = part * tiles // parts, (part + 1) * tiles // parts
         target = tl.load(targets_ptr + row)
         out_ptr = grad_ptr + row * grad_row_stride
         if target == IGNORE:
-            _clear(out_ptr, grad_stride, vocabulary, BLOCK)
+            clear(out_ptr, grad_stride, vocabulary, first, last, BLOCK)
         else:
             x_ptr = logits_ptr + row * row_stride
             anchor, others = tl.load(sums_ptr + row), tl.load(sums_ptr + sums_stride + row)
@@ -187,21 +100,24 @@ def _grad_kernel(
             h, entropy = 0.0, 0.0
             if grad_entropy_ptr is not None:
                 h, entropy = tl.load(grad_entropy_ptr + row), tl.load(entropy_ptr + row)
-            at_target = _target_logit(x_ptr, stride, vocabulary, target)
+            mine = within(target, first, last, vocabulary, BLOCK)
+            at_target = widen(tl.load(x_ptr + target * stride, mine, float("nan")))
             tl.debug_barrier()  # the gradient may be written where it was read
-            _backward(
-                out_ptr, grad_stride, x_ptr, stride, vocabulary, target, at_target, anchor, others, total, entropy,
-                g, h, slope, inner, outer, CAPPED, grad_entropy_ptr is not None, BLOCK,
+            backward(
+                out_ptr, grad_stride, x_ptr, stride, vocabulary, first, last, target, at_target, anchor, others, total,
+                entropy, g, h, slope, inner, outer, CAPPED, grad_entropy_ptr is not None, BLOCK,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "state_stride"])
 def _loss_kernel(
-    row_losses_ptr, logp_ptr, entropy_ptr, grad_ptr, grad_row_stride, grad_stride, logits_ptr, row_stride, stride,
-    targets_ptr, weights_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, scale_ptr, numbers_ptr, rows, vocabulary,
+    row_losses_ptr, logp_ptr, entropy_ptr, grad_ptr, grad_row_stride, grad_stride, state_ptr, state_stride, logits_ptr,
+    row_stride, stride, targets_ptr, weights_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, scale_ptr, lanes_ptr,
+    numbers_ptr, rows, vocabulary,
     FORM: tl.constexpr, KL: tl.constexpr, RATIO_CORRECTED: tl.constexpr, CORRECTION: tl.constexpr,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The gradient, or in state (4, rows) what `_grad_kernel` needs, sums and coefficient, or neither."""
     HINT: tl.constexpr = "evict_first" if grad_ptr is None else "evict_last"
     slope, inner, outer = number(numbers_ptr, SLOPE), number(numbers_ptr, INNER), number(numbers_ptr, OUTER)
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
@@ -209,12 +125,13 @@ def _loss_kernel(
         logp, entropy, loss = 0.0, 0.0, 0.0
         if target == IGNORE:
             if grad_ptr is not None:
-                _clear(grad_ptr + row * grad_row_stride, grad_stride, vocabulary, BLOCK)
+                clear(grad_ptr + row * grad_row_stride, grad_stride, vocabulary, 0, tl.cdiv(vocabulary, BLOCK), BLOCK)
         else:
             x_ptr = logits_ptr + row * row_stride
-            at_target, anchor, others, weighted = _forward(
-                x_ptr, stride, vocabulary, target, inner, outer, CAPPED, True, HINT, BLOCK
-            )
+            at_target, anchor, others, weighted = forward(
+                x_ptr, stride, vocabulary, target, inner, outer,
+                lanes_of(lanes_ptr, row, vocabulary, logits_ptr.dtype.element_ty, BLOCK), CAPPED, True, HINT, BLOCK,
+            )  # fmt: skip
             logp, entropy, total = finish(anchor, at_target, others, weighted, inner, outer, CAPPED)
             weight, old, ref, sampling = tl.load(weights_ptr + row), logp, logp, logp
             if old_ptr is not None:
@@ -228,13 +145,19 @@ def _loss_kernel(
                 FORM, KL, RATIO_CORRECTED, CORRECTION,
             )  # fmt: skip
             loss *= weight
+            g *= weight
+            if scale_ptr is not None:
+                g *= tl.load(scale_ptr).to(tl.float32)
+            if state_ptr is not None:
+                tl.store(state_ptr + row, anchor)
+                tl.store(state_ptr + state_stride + row, others)
+                tl.store(state_ptr + 2 * state_stride + row, total)
+                tl.store(state_ptr + 3 * state_stride + row, g)
             if grad_ptr is not None:
-                g *= weight
-                if scale_ptr is not None:
-                    g *= tl.load(scale_ptr).to(tl.float32)
-                _backward(
-                    grad_ptr + row * grad_row_stride, grad_stride, x_ptr, stride, vocabulary, target, at_target,
-                    anchor, others, total, entropy, g, 0.0, slope, inner, outer, CAPPED, False, BLOCK,
+                backward(
+                    grad_ptr + row * grad_row_stride, grad_stride, x_ptr, stride, vocabulary, 0,
+                    tl.cdiv(vocabulary, BLOCK), target, at_target, anchor, others, total, entropy, g, 0.0,
+                    slope, inner, outer, CAPPED, False, BLOCK,
                 )  # fmt: skip
         tl.store(logp_ptr + row, logp)
         tl.store(entropy_ptr + row, entropy)
@@ -273,6 +196,25 @@ def tiles(vocabulary: int, width: int) -> list[tuple[int, int, int]]:
     return shapes
 
 
+def parts_of(logits: Tensor, block: int) -> int:
+    """Programs a row: as many as it has tiles where that leaves no more than one program for two processors."""
+    rows, vocabulary = logits.shape
+    return triton.cdiv(vocabulary, block) if 2 * rows <= processors(logits.device) else 1
+
+
+def _lanes(logits: Tensor, targets: Tensor, numbers: Tensor, capped: bool, weigh: bool, block: int, warps: int):
+    """The sums of every tile by lanes, where the rows are few; else None."""
+    (rows, vocabulary), parts = logits.shape, parts_of(logits, block)
+    if parts == 1:
+        return None
+    lanes = logits.new_empty(rows, parts, 2, block * logits.element_size() // 16, dtype=torch.float32)
+    _lanes_kernel[(rows * parts,)](
+        lanes, logits, *logits.stride(), targets, numbers, vocabulary, capped, weigh, block, num_warps=warps,
+        **LAUNCH,
+    )  # fmt: skip
+    return lanes
+
+
 def token_logp(
     logp: Tensor, entropy: Tensor | None, sums: Tensor, logits: Tensor, targets: Tensor,
     transform: tuple[float, ...], capped: bool,
@@ -282,9 +224,10 @@ def token_logp(
         numbers = table(bits(*transform), logits.device)
 
         def launch(block, warps, programs):
+            lanes = _lanes(logits, targets, numbers, capped, entropy is not None, block, warps)
             _logp_kernel[(min(rows, programs * processors(logits.device)),)](
-                logp, entropy, sums, sums.stride(0), logits, *logits.stride(), targets, numbers, rows, vocabulary,
-                capped, block, num_warps=warps, **REGISTERS,
+                logp, entropy, sums, sums.stride(0), logits, *logits.stride(), targets, lanes, numbers, rows,
+                vocabulary, capped, block, num_warps=warps, **LAUNCH,
             )  # fmt: skip
 
         if rows:
@@ -300,9 +243,10 @@ def token_logp_grad(
         numbers = table(bits(*transform), logits.device)
 
         def launch(block, warps, programs):
-            _grad_kernel[(min(rows, programs * processors(logits.device)),)](
+            parts = parts_of(logits, block)
+            _grad_kernel[(min(rows * parts, programs * processors(logits.device)),)](
                 grad, *grad.stride(), logits, *logits.stride(), targets, sums, sums.stride(0), grad_logp, grad_entropy,
-                entropy, numbers, rows, vocabulary, capped, block, num_warps=warps, **REGISTERS,
+                entropy, numbers, rows, parts, vocabulary, capped, block, num_warps=warps, **LAUNCH,
             )  # fmt: skip
 
         if rows:
@@ -318,19 +262,26 @@ def token_loss(
     """numbers: the transform's, then those of policy_loss.py."""
     rows, vocabulary = logits.shape
     with torch.cuda.device_of(logits):
-        numbers = table(bits(*numbers), logits.device)
+        table_of_numbers = table(bits(*numbers), logits.device)
         row_losses = torch.empty_like(logp)
 
         def launch(block, warps, programs):
+            lanes = _lanes(logits, targets, table_of_numbers, capped, True, block, warps)
+            later = grad is not None and lanes is not None
+            state = logp.new_empty(4, triton.cdiv(rows, 4) * 4)  # rows of whole 16 bytes: others compile anew
             _loss_kernel[(min(rows, programs * processors(logits.device)),)](
-                row_losses, logp, entropy, grad, *((1, 1) if grad is None else grad.stride()), logits,
-                *logits.stride(), targets, weights, advantages, old_logp, ref_logp, sampling_logp, grad_scale, numbers,
-                rows, vocabulary, form, kl, ratio_corrected, correction, capped, block, num_warps=warps, **REGISTERS,
+                row_losses, logp, entropy, None if later else grad, *((1, 1) if grad is None else grad.stride()),
+                state if later else None, state.stride(0), logits, *logits.stride(), targets, weights, advantages,
+                old_logp, ref_logp, sampling_logp, grad_scale, lanes, table_of_numbers, rows, vocabulary,
+                form, kl, ratio_corrected, correction, capped, block,
+                num_warps=warps, **LAUNCH,
             )  # fmt: skip
+            if later:
+                token_logp_grad(grad, logits, targets, state, state[3], None, None, numbers[:3], capped)
 
         if rows:
             first_that_fits(launch, tiles(vocabulary, logits.element_size()))
-        _total_kernel[(1,)](loss, row_losses, rows, BLOCK=1024)
+        _total_kernel[(1,)](loss, row_losses, rows, BLOCK=1024, **LAUNCH)
 
 
 def scale_in_place(x: Tensor, factor: Tensor) -> None:
@@ -338,4 +289,6 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     spans = triton.cdiv(x.shape[1], SPAN)
     with torch.cuda.device_of(x):
         if x.numel():
-            _scale_kernel[(x.shape[0] * spans,)](x, *x.stride(), factor, spans, x.shape[1], SPAN=SPAN, num_warps=8)
+            _scale_kernel[(x.shape[0] * spans,)](
+                x, *x.stride(), factor, spans, x.shape[1], SPAN=SPAN, num_warps=8, **LAUNCH
+            )

@@ -6,8 +6,9 @@ import pytest
 
 from tests.test_floors import ROOT
 
-LENGTHS = ("rows", "vocabulary", "width", "n", "reward_count", "spans", "column", "count", "tile")
-VARYING = ("rows", "n", "reward_count", "spans", "column", "count", "tile", "sums_stride")  # from call to call
+# The second: from call to call.
+LENGTHS = ("rows", "vocabulary", "width", "n", "reward_count", "spans", "column", "count", "tile", "parts", "group_size")
+VARYING = (*set(LENGTHS) - {"vocabulary", "width"}, "sums_stride", "state_stride")
 TABLES = ("numbers_ptr", "factor_ptr", "scale_ptr")  # where hyper-parameters are
 
 

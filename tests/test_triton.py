@@ -318,8 +318,9 @@ def all_or_some(dtype, cases):
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_token_kernels_are_limited_by_memory(kernels, dtype, softcap, tmp_path):
+def test_token_kernels_are_limited_by_memory(kernels, dtype, softcap, tmp_path, monkeypatch):
     """Under softcap by exponentials: 3 an element and pass, 2 ms for 16384 rows of V = 151936."""
+    monkeypatch.setattr(tokens, "processors", lambda device: 1)
     logits, grad, targets = torch.empty(2, V, dtype=dtype), torch.empty(2, V, dtype=dtype), torch.zeros(2).long()
     rows, sums, transform = torch.zeros(2), torch.zeros(3, 2), rf.LossConfig(softcap=softcap).transform
     for entropy in (None, rows):
@@ -346,6 +347,55 @@ def test_token_kernels_are_limited_by_memory(kernels, dtype, softcap, tmp_path):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_of_few_rows_compile_without_spills_and_with_accesses_of_16_bytes(kernels, dtype, monkeypatch):
+    monkeypatch.setattr(tokens, "processors", lambda device: 132)
+    logits, targets, rows = torch.empty(2, V, dtype=dtype), torch.zeros(2).long(), torch.zeros(2)
+    for softcap in (None, 30.0):
+        config = rf.LossConfig(softcap=softcap)
+        for entropy in (None, rows):
+            backend.token_logp(rows, entropy, torch.zeros(3, 2), logits, targets, config.transform)
+        for grad in (None, logits):
+            backend.token_loss(scalar(0.0), rows, rows, grad, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
+    assert {name: len(found) for name, found in kernels.items()} == {
+        "_lanes_kernel": 4, "_logp_kernel": 4, "_loss_kernel": 4, "_grad_kernel": 2, "_total_kernel": 1
+    }  # fmt: skip
+    for found in kernels.values():
+        for kernel in found:
+            assert_no_spills(kernel)
+    for kernel in kernels["_lanes_kernel"]:
+        assert count(kernel, "LDG.E.128") >= 4 and count(kernel, "STG.E.128") >= 1
+
+
+@compiled
+def test_kernels_without_a_smaller_tile_fit_any_device(kernels, tmp_path, monkeypatch):
+    """Those of parameters, advantages, the head and scale_in_place: half of a processor's registers, 48 KB at most."""
+    monkeypatch.setattr("redit_fast.kernels.linear_loss._product", lambda *args: None)
+    monkeypatch.setattr(backend, "why_not", lambda op, device: None)
+    x = tensors(torch.bfloat16, sizes=[4096])
+    backend.squared_norm(scalar(0.0), x)
+    backend.perturb(torch.zeros(4).double(), x, x, [0], scalar(1.0), 0.5, "stochastic", 7, scalar(0), None)
+    backend.combine(torch.zeros(3).double(), x, x, 0.5)
+    p, *state = adamw_state(torch.bfloat16, [4096])
+    backend.adamw(p, *state, scalar(1.0), torch.tensor(True), 1e-2, 0.9, 0.999, 1e-8, 0.1)
+    with rf.use_backend("triton"):
+        for combine in ("sum_then_normalize", "normalize_then_sum"):
+            rf.group_advantages(torch.rand(64, 2), group_size=8, dither=rf.Dither(), combine=combine)
+        rf.group_advantages(torch.rand(64, 2), group_size=8, scale="batch")
+    hidden, weight, rows = torch.empty(16, 64).bfloat16(), torch.empty(V, 64).bfloat16(), torch.zeros(16)
+    e, transform = torch.empty(16, V, dtype=torch.bfloat16), rf.LossConfig(softcap=30.0).transform
+    inputs = torch.zeros(3, 16), hidden, weight, torch.empty(V).bfloat16(), rows.long(), transform
+    for grads in ((None, None), (rows, rows)):
+        backend.exp_product(e, rows, rows, *inputs, *grads)
+    backend.scale_in_place(e, torch.tensor(2.0))
+    assert len(kernels) == 15, sorted(kernels)
+    for found in kernels.values():
+        for kernel in found:
+            assert 32 * kernel.metadata.num_warps * registers(kernel, tmp_path) <= 32768, kernel.name
+            assert kernel.metadata.shared <= 48 << 10
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_head_kernels_compile_without_spills_and_with_accesses_of_16_bytes(kernels, dtype, monkeypatch):
     monkeypatch.setattr("redit_fast.kernels.linear_loss._product", lambda *args: None)
     hidden, weight, targets = torch.empty(16, 64, dtype=dtype), torch.empty(V, 64, dtype=dtype), torch.zeros(16).long()
@@ -368,17 +418,19 @@ def test_head_kernels_compile_without_spills_and_with_accesses_of_16_bytes(kerne
 
 
 @compiled
-def test_other_numbers_of_rows_and_hyper_parameters_compile_nothing_more(kernels):
+def test_other_numbers_of_rows_and_hyper_parameters_compile_nothing_more(kernels, monkeypatch):
+    monkeypatch.setattr(tokens, "processors", lambda device: 132)
     seen = []
     for n in (1, 2, 3, 16, 17, 64, 100, 128):
-        logits, targets = torch.empty(n, 1024, dtype=torch.bfloat16), torch.zeros(n).long()
+        logits, targets = torch.empty(n, 40_000, dtype=torch.bfloat16), torch.zeros(n).long()
         rows, sums = torch.zeros(n), torch.zeros(3, n)
         backend.token_logp(rows, None, sums, logits, targets, LogitTransform(1 + n / 100))
         backend.token_logp_grad(logits, logits, targets, sums, rows, None, None, LogitTransform(1 + n / 100))
         config = rf.LossConfig(epsilon_low=0.1 + n / 1000, delta=2.0 + n)
         backend.token_loss(scalar(0.0), rows, rows, logits, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
         seen.append({name: len(found) for name, found in kernels.items()})
-    assert seen[-1] == dict.fromkeys(("_logp_kernel", "_grad_kernel", "_loss_kernel", "_total_kernel"), 1), seen
+    once, twice = ("_grad_kernel", "_total_kernel"), ("_logp_kernel", "_loss_kernel", "_lanes_kernel")
+    assert seen[-1] == dict.fromkeys(once, 1) | dict.fromkeys(twice, 2), seen  # few rows and many; with entropy
 
 
 @compiled

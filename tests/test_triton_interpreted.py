@@ -12,6 +12,7 @@ import redit_fast as rf
 from redit_fast.backends import reference, triton
 from tests.test_params import adamw_state, combined, perturbed, run_adamw, scalar, tensors
 
+tokens = pytest.importorskip("redit_fast.kernels.token_loss")
 refusal = triton.why_not("perturb", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"triton: {refusal}")
 
@@ -140,6 +141,42 @@ def test_rewards_that_overflow_float64_give_what_the_reference_gives(combine):
         for weight in (1.0, 10.0):  # weight 10: inf - inf, NaN
             options = dict(dither=settings, combine=combine, reward_weights=weight)
             torch.testing.assert_close(*both(rewards, group_size=4, **options), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_a_row_has_the_same_bits_where_its_tiles_are_programs(dtype, softcap, monkeypatch):
+    """Tiles of 256 logits, 4 a row; rows: plain, masked, without coefficient, repaired, of NaN, of a stray target."""
+    monkeypatch.setattr("redit_fast.kernels.token_loss.TILE_BYTES", (256 * dtype.itemsize,))
+    torch.manual_seed(1)
+    logits, targets = 3 * torch.randn(8, 1000), torch.tensor([3, 255, 256, -100, 999, 7, 8, 1000])
+    logits[4, 100], logits[5, 2] = 300.0, math.nan
+    advantages, others = torch.randn(8).where(torch.arange(8) != 2, 0.0), torch.randn(3, 8) * 0.1 - 5
+    config = rf.LossConfig(beta=0.1, correction="token_mask", softcap=softcap, temperature=0.7)
+
+    def results(processors):
+        monkeypatch.setattr("redit_fast.kernels.token_loss.processors", lambda device: processors)
+        found = []
+        for in_place in (False, True):
+            x = logits.to(dtype).requires_grad_()
+            y = x.clone()
+            logp, entropy = rf.token_logp(y, targets, entropy="grad", softcap=softcap, inplace_backward=in_place)
+            (logp * advantages + entropy * others[0]).sum().backward()
+            found += [logp.detach(), entropy.detach(), x.grad]
+            x = logits.to(dtype).requires_grad_()
+            rows = dict(zip(("old_logp", "ref_logp", "sampling_logp"), others)) | {"config": config}
+            out = rf.grpo_loss(x.clone(), targets, advantages, **rows, inplace=in_place, grad_scale=torch.tensor(8.0))
+            (8 * out.loss).backward()
+            found += [out.loss.detach(), out.logp, out.entropy, x.grad]
+            found.append(rf.token_logp(logits.to(dtype), targets, softcap=softcap))
+        return found
+
+    with rf.use_backend("triton"):
+        whole, split = results(3), results(100)
+    for ours, theirs in zip(split, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        assert tokens.parts_of(logits, 256) == 4
+    assert (split[2][0] != 0).sum() > 900 and (split[6][0] != 0).sum() > 500 and split[2][5].isnan().all()
 
 
 def trained(backend):
