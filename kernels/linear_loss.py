@@ -31,7 +31,7 @@ FAR = tl.constexpr(57.70780163555854)  # 40 log2 e
 BLOCK_D = 1024
 LAUNCH = {"enable_fp_fusion": True}  # Triton 3.10 will not without
 ROWS = 128
-AT_TARGET, ANCHOR, OTHERS, WEIGHTED, LARGEST, CONSTANT, BY_GAP, TARGET_E = (tl.constexpr(i) for i in range(8))  # state
+AT_TARGET, ANCHOR, OTHERS, WEIGHTED, LARGEST, CONSTANT, BY_GAP, TOTAL, TARGET_E = map(tl.constexpr, range(9))  # state
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -141,6 +141,7 @@ def _finish_kernel(
     tl.store(sums_ptr + sums_stride + row, others, here)
     tl.store(sums_ptr + 2 * sums_stride + row, total, here)
     tl.store(state_ptr + ANCHOR * rows, anchor, here)
+    tl.store(state_ptr + TOTAL * rows, total, here)
     g, h = total * 0.0 + 1.0, total * 0.0
     if grad_entropy_ptr is not None:
         g, h = tl.load(grad_logp_ptr + row, here), tl.load(grad_entropy_ptr + row, here)
@@ -156,23 +157,26 @@ def _repair_kernel(
     e_ptr, e_row, e_stride, state_ptr, tile_anchors_ptr, targets_ptr, numbers_ptr, rows, vocabulary,
     CAPPED: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """RESCALE: the E of tiles that were seen from another anchor than the row's last. Then the target's E."""
+    """RESCALE: the E of tiles that were seen from another anchor than the row's last. Then the target's E. All 0 where
+    the row is NaN."""
     row = tl.program_id(0).to(tl.int64)
     inner, outer = number(numbers_ptr, INNER), number(numbers_ptr, OUTER)
     anchor, target = tl.load(state_ptr + ANCHOR * rows + row), tl.load(targets_ptr + row)
+    finite = tl.abs(tl.load(state_ptr + TOTAL * rows + row)) < float("inf")
     e_ptr += row * e_row
-    if RESCALE:
-        tiles = tl.cdiv(vocabulary, BLOCK)
-        for tile in range(tiles):
+    if RESCALE or not finite:
+        for tile in range(tl.cdiv(vocabulary, BLOCK)):
             seen_from = tl.load(tile_anchors_ptr + tile * rows + row)
-            if seen_from != anchor:
+            at = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+            if not finite:
+                tl.store(e_ptr + at * e_stride, 0.0, at < vocabulary)
+            elif seen_from != anchor:
                 gap = (squash(seen_from, inner, CAPPED) - squash(anchor, inner, CAPPED)) * outer
-                at = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
                 e = widen(tl.load(e_ptr + at * e_stride, at < vocabulary, 0.0))
                 e = nearest(e * tl.exp2(gap), e_ptr.dtype.element_ty)
                 tl.store(e_ptr + at * e_stride, e, at < vocabulary)
         tl.debug_barrier()  # the target's own comes after its tile
-    inside = (target >= 0) & (target < vocabulary)
+    inside = finite & (target >= 0) & (target < vocabulary)
     value = tl.load(state_ptr + TARGET_E * rows + row)
     tl.store(e_ptr + target * e_stride, nearest(value, e_ptr.dtype.element_ty), inside)
 

@@ -19,12 +19,24 @@ from redit_fast.operators import operator
 from redit_fast.transforms import LogitTransform
 
 CHUNK_BYTES = 256 << 20  # of the E chunk, unless chunk_rows is given
+MOST_ROWS = 8192  # of it, which a GPU makes up to a whole chunk
 ROW_MULTIPLE = 16  # below 8 rows torch's float32 products change bits with the number of rows
 TILE_V = 4096  # vocabulary rows per product tile of the gradients
 
 
-def padded(rows: int) -> int:
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+def padded(rows: int, multiple: int = ROW_MULTIPLE) -> int:
+    return -(-rows // multiple) * multiple
+
+
+def whole_chunks(device: torch.device) -> bool:
+    """On a GPU every product has the shape of a whole chunk: its library chooses the kernel, and so the bits, by shape,
+    and the host never waits for a chunk's coefficients."""
+    return device.type == "cuda"
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether the host may ask how many rows are scored: not while it records a CUDA graph."""
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def e_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,7 +46,7 @@ def e_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def rows_per_chunk(vocabulary: int, dtype: torch.dtype, chunk_rows: int | None) -> int:
     if chunk_rows is None:
-        chunk_rows = CHUNK_BYTES // max(1, vocabulary * e_dtype(dtype).itemsize)
+        chunk_rows = min(MOST_ROWS, CHUNK_BYTES // max(1, vocabulary * e_dtype(dtype).itemsize))
     return max(ROW_MULTIPLE, chunk_rows // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
@@ -46,38 +58,63 @@ def _refuse_freed(name: str, tensor: Tensor) -> None:
         )
 
 
+def _places(rows: Tensor) -> Tensor:
+    return torch.nonzero(rows).squeeze(1)
+
+
 class Head(NamedTuple):
-    """The scored rows, which are gathered chunk by chunk and made up to a multiple of 16 with zero rows, and the head
-    that they meet."""
+    """The scored rows, which are gathered chunk by chunk and made up with zero rows to a multiple of 16, on a GPU to
+    whole chunks, and the head that they meet."""
 
     hidden: Tensor  # (..., D), the caller's own
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     targets: Tensor  # (R',) int64, of the scored rows; 0 in the padding
     scored: Tensor  # (n,) the rows' places among the caller's R, n <= R'
+    known: Tensor | None  # (n,) bool: which of them are scored at all; None: each
+    loud: int  # how many of them, the first, can have a coefficient other than 0
     transform: LogitTransform
     chunk_rows: int
 
     @classmethod
-    def of(cls, hidden, weight, bias, targets, transform: LogitTransform, chunk_rows: int | None) -> Head:
+    def of(
+        cls, hidden, weight, bias, targets, transform: LogitTransform, chunk_rows: int | None, silent: Tensor | None
+    ) -> Head:
+        """silent (R,): rows whose coefficient is certainly 0, which come last; None: no row."""
         _refuse_freed("weight", weight)
         if bias is not None:
             _refuse_freed("bias", bias)
-        scored = torch.nonzero(targets != IGNORE).squeeze(1)
-        row_targets = targets.new_zeros(padded(len(scored)))
+        known = targets != IGNORE
+        if not may_wait(targets.device):
+            scored, targets = torch.arange(len(targets), device=targets.device), torch.where(known, targets, 0)
+            loud = len(scored)
+        else:
+            scored = _places(known if silent is None else known & ~silent)
+            known, loud = None, len(scored)
+            if silent is not None:
+                scored = torch.cat([scored, _places((targets != IGNORE) & silent)])
+        chunk_rows = rows_per_chunk(len(weight), hidden.dtype, chunk_rows)
+        multiple = chunk_rows if whole_chunks(hidden.device) else ROW_MULTIPLE
+        row_targets = targets.new_zeros(padded(len(scored), multiple))
         row_targets[: len(scored)] = targets[scored]
         bias = None if bias is None else bias.detach()
-        chunk_rows = rows_per_chunk(len(weight), hidden.dtype, chunk_rows)
-        return cls(torch.atleast_2d(hidden.detach()), weight.detach(), bias, row_targets, scored, transform, chunk_rows)
+        hidden = torch.atleast_2d(hidden.detach())
+        return cls(hidden, weight.detach(), bias, row_targets, scored, known, loud, transform, chunk_rows)
 
     def chunks(self) -> list[slice]:
         return [slice(start, start + self.chunk_rows) for start in range(0, len(self.targets), self.chunk_rows)]
 
     def rows(self, chunk: slice) -> Tensor:
         """(r, D), zero in the padding; a caller's slice is never copied whole."""
-        places = torch.unravel_index(self.scored[chunk], self.hidden.shape[:-1])
+        place, places = self.scored[chunk], []
+        for size in reversed(self.hidden.shape[1:-1]):
+            places.insert(0, place % size)
+            place = place // size
+        found = self.hidden[(place, *places)]
+        if self.known is not None:
+            found = torch.where(self.known[chunk, None], found, 0)
         rows = self.hidden.new_zeros(len(self.targets[chunk]), self.hidden.shape[-1])
-        rows[: len(places[0])] = self.hidden[places]
+        rows[: len(found)] = found
         return rows
 
     def new_e(self) -> Tensor:
@@ -89,13 +126,18 @@ class Head(NamedTuple):
 
     def compact(self, rows: Tensor) -> Tensor:
         """(R,) -> (R',), zero in the padding."""
-        out = self.new_rows()
-        out[: len(self.scored)] = rows[self.scored]
+        out, found = self.new_rows(), rows[self.scored]
+        out[: len(found)] = found if self.known is None else torch.where(self.known, found, 0)
         return out
 
-    def expand(self, out: Tensor, rows: Tensor) -> None:
-        """rows (R',) -> out (R,), untouched where masked."""
-        out[self.scored] = rows[: len(self.scored)]
+    def expand(self, out: Tensor, rows: Tensor, chunk: slice = slice(None)) -> None:
+        """A chunk's rows (r, ...) -> out (R, ...), zero or untouched where masked."""
+        scored = self.scored[chunk]
+        found = rows[: len(scored)].to(out.dtype)
+        if self.known is not None:
+            known = self.known[chunk]
+            found = torch.where(known if found.ndim == 1 else known[:, None], found, 0)
+        out[scored] = found
 
 
 def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy, sums, *upstream) -> Tensor | None:
@@ -123,8 +165,9 @@ def accumulate(
     scaled = (beta[:, None] * x).to(e.dtype)
     rows = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if hidden else None
     addmm = primitive("addmm", x.device)
-    for start in range(0, len(weight), TILE_V):
-        tile = slice(start, start + TILE_V)
+    columns = len(weight) if whole_chunks(x.device) and weight.dtype == e.dtype else TILE_V
+    for start in range(0, len(weight), columns):
+        tile = slice(start, start + columns)
         if hidden:
             addmm(rows, e[:, tile], weight[tile].to(e.dtype))
         if weight_grad is not None and weight_grad.dtype == torch.float32:
@@ -138,7 +181,17 @@ def accumulate(
 
 def add_gradients(head: Head, chunk: slice, x, e: Tensor, beta: Tensor, hidden_grad, weight_grad, bias_grad) -> None:
     """`accumulate` over the rows with a coefficient, made up to a multiple of 16 with zero rows. The last of them move
-    into the places of those without, in X and E themselves: no more rows move than are left out."""
+    into the places of those without, in X and E themselves: no more rows move than are left out. On a GPU over all rows
+    but chunks of silent ones."""
+    if whole_chunks(x.device):
+        x.masked_fill_((beta == 0)[:, None], 0)  # what they hold may be NaN
+        if chunk.start < head.loud:
+            slopes = accumulate(x, head.weight, e, beta, weight_grad, bias_grad, hidden_grad is not None)
+        elif hidden_grad is not None:
+            slopes = beta[:, None].expand(x.shape)  # 0, or the NaN of a row whose logits hold one
+        if hidden_grad is not None:
+            head.expand(hidden_grad.view(-1, hidden_grad.shape[-1]), slopes, chunk)
+        return
     used = beta != 0
     count = padded(int(used.sum()))
     if count == 0:
@@ -174,7 +227,7 @@ def linear_logp_(
     chunk_rows: int | None,
 ) -> None:
     """Writes logp, entropy (R,) and dlogp/dX, slopes (R, D) float32, of the scored rows; targets -100 elsewhere."""
-    head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows)
+    head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows, None)
     rows, sums, e = head.new_rows(), head.new_rows(3), head.new_e() if slopes is not None else None
     entropies = None if entropy is None else head.new_rows()
     with torch.autocast(hidden.device.type, enabled=False):
@@ -182,9 +235,9 @@ def linear_logp_(
             x = head.rows(chunk)
             part = forward(head, chunk, x, e, rows, entropies, sums, None, None)
             if slopes is not None:
-                found = accumulate(x, head.weight, part, -1 / sums[2, chunk], None, None, hidden=True)
-                scored = head.scored[chunk]
-                slopes[scored] = found[: len(scored)]
+                head.expand(
+                    slopes, accumulate(x, head.weight, part, -1 / sums[2, chunk], None, None, hidden=True), chunk
+                )
     head.expand(logp, rows)
     if entropy is not None:
         head.expand(entropy, entropies)
@@ -206,9 +259,11 @@ def linear_logp_grad_(
     softcap: float | None,
     chunk_rows: int | None,
 ) -> None:
-    """The backward pass of `linear_logp_` from gradients (R,): E once more, then the gradient products of every chunk.
-    Adds into the gradients that are not None."""
-    head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows)
+    """The backward pass of `linear_logp_` from gradients (R,): E once more, then the gradient products, both of rows
+    with a gradient alone. Adds into the gradients that are not None."""
+    silent = grad_logp == 0 if grad_entropy is None else (grad_logp == 0) & (grad_entropy == 0)
+    targets = torch.where(silent, IGNORE, targets)
+    head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows, None)
     g, h = head.compact(grad_logp), None if grad_entropy is None else head.compact(grad_entropy)
     e, logp, sums = head.new_e(), head.new_rows(), head.new_rows(3)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -265,7 +320,8 @@ def linear_loss_(
     """Writes loss (), logp and entropy (R,), and the share () of the scored rows that have no coefficient and so no
     gradient products; adds into the gradients that are not None, chunk by chunk. `config` is a `LossConfig.text`."""
     policy = LossConfig.of(config)
-    head = Head.of(hidden, weight, bias, targets, policy.transform, chunk_rows)
+    silent = advantages == 0 if policy.silent_at_zero else None
+    head = Head.of(hidden, weight, bias, targets, policy.transform, chunk_rows, silent)
     rows, entropies, sums = head.new_rows(), head.new_rows(), head.new_rows(3)
     wanted = any(grad is not None for grad in (hidden_grad, weight_grad, bias_grad))
     e = head.new_e() if wanted else None
@@ -285,6 +341,6 @@ def linear_loss_(
             if wanted:
                 beta = torch.where(coefficient == 0, 0.0, -coefficient / sums[2, chunk])
                 add_gradients(head, chunk, x, part, beta, hidden_grad, weight_grad, bias_grad)
-    skipped /= max(len(head.scored), 1)
+    skipped /= max(len(head.scored), 1) if head.known is None else head.known.sum().clamp(min=1)
     head.expand(logp, rows)
     head.expand(entropy, entropies)

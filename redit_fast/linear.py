@@ -106,7 +106,7 @@ def linear_logp(
     validate: bool = False,
 ) -> Tensor | LogpEntropy:
     """`token_logp` of the logits hidden @ weight.T + bias, which are never held: one product forward, three backward (a
-    frozen head: two in all). Rows whose upstream gradients are 0 skip the gradient products.
+    frozen head: two in all). Rows whose upstream gradients are 0 skip those of the backward pass.
 
     Args:
         hidden: (..., D); weight: (V, D); bias: (V,) of one dtype, float32, bfloat16 or float16; autocast casts them. A

@@ -12,6 +12,7 @@ import torch
 
 import redit_fast as rf
 from redit_fast import backends
+from redit_fast.backends import cpu
 
 REWARDS = [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps", "answer_format")]
 
@@ -62,6 +63,12 @@ def backend(request, large_tiles):
             pytest.skip(f"{request.param}: {refusal}")
     with rf.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def countable(monkeypatch):
+    """Products that torch sees."""
+    monkeypatch.setattr(cpu, "_PAIRS", False)
 
 
 @pytest.fixture(autouse=True)

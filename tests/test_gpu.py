@@ -108,6 +108,66 @@ def test_the_head_repeats_bit_by_bit_and_is_exact(backend, dtype):
         assert torch.isfinite(grad).all() and (grad != 0).any()
 
 
+@pytest.mark.parametrize("vocabulary", [50_257, 151_936])
+def test_a_row_has_the_same_bits_alone_and_among_many(backend, vocabulary):
+    """Alone its tiles are programs, among 300 it is a program's."""
+    logits, targets, advantages = token_batch(300, vocabulary)
+    whole = loss_and_gradient(logits, targets, advantages)
+    for rows in (slice(0, 1), slice(7, 9), slice(100, 220)):
+        part = loss_and_gradient(logits[rows], targets[rows], advantages[rows])
+        assert all(torch.equal(ours, theirs[rows]) for ours, theirs in zip(part, whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_gives_a_row_the_same_bits_whatever_the_others(backend, dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(700, 512, device="cuda").to(dtype), torch.randn(32_000, 512, device="cuda").to(dtype)
+    targets, advantages = torch.randint(32_000, (700,), device="cuda"), torch.randn(700, device="cuda")
+
+    def run(rows):
+        x = hidden[rows].clone().requires_grad_()
+        options = dict(config=CONFIG, normalizer=1.0, chunk_rows=256)
+        out = rf.linear_grpo_loss(x, 0.1 * weight, targets[rows], advantages[rows], **options)
+        out.loss.backward()
+        return out.logp, out.entropy, x.grad
+
+    whole = run(slice(None))
+    for rows in (slice(0, 1), slice(250, 300), slice(3, 700)):
+        assert all(torch.equal(ours, theirs[rows]) for ours, theirs in zip(run(rows), whole))
+
+
+def test_the_head_is_captured_in_a_cuda_graph(backend):
+    """And replayed on other numbers, with rows masked then that were not before."""
+    if backend == "reference":
+        pytest.skip("the reference asks which rows need repair")
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 256, device="cuda").bfloat16(), torch.randn(32_000, 256, device="cuda").bfloat16()
+    targets, advantages = torch.randint(32_000, (300,), device="cuda"), torch.randn(300, device="cuda")
+    x, w = hidden.clone().requires_grad_(), (0.1 * weight).requires_grad_()
+
+    def loss():
+        x.grad = w.grad = None
+        out = rf.linear_grpo_loss(x, w, targets, advantages, config=CONFIG, chunk_rows=128)
+        out.loss.backward()
+        return out.loss.detach(), out.logp, x.grad, w.grad
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        loss()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss()
+    with torch.no_grad():
+        x.copy_(hidden.flip(0))
+        targets[50:90] = -100
+    graph.replay()
+    found = [tensor.clone() for tensor in captured]
+    for ours, theirs in zip(found, loss()):
+        assert (ours.float() - theirs.float()).norm() < 1e-3 * theirs.float().norm()
+    assert (found[1][50:90] == 0).all()
+
+
 def test_a_step_waits_for_nothing(backend):
     """From the parameters' gradients to the new parameters without the host asking the device."""
     params = [torch.nn.Parameter(torch.randn(1 << 20, device="cuda").bfloat16()) for _ in range(4)]

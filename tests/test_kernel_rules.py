@@ -6,9 +6,9 @@ import pytest
 
 from tests.test_floors import ROOT
 
-# The second: from call to call.
-LENGTHS = ("rows", "vocabulary", "width", "n", "reward_count", "spans", "column", "count", "tile", "parts", "group_size")
-VARYING = (*set(LENGTHS) - {"vocabulary", "width"}, "sums_stride", "state_stride")
+VARYING = ("rows", "n", "reward_count", "group_size", "spans", "column", "count", "tile", "parts", "sums_stride",
+           "state_stride")  # from call to call  # fmt: skip
+LENGTHS = ("vocabulary", "width", *VARYING)
 TABLES = ("numbers_ptr", "factor_ptr", "scale_ptr")  # where hyper-parameters are
 
 

@@ -35,6 +35,7 @@ SUITES = [
     "params",
     "triton_interpreted",
     "linear_rows",
+    "linear_whole",
     "triton_traffic",
     "heads",
 ]  # the longest first

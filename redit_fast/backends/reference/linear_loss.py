@@ -33,10 +33,10 @@ def exp_product(
     on.
 
     Writes logp, entropy (r,) and sums (3, r) as `token_logp` does, and into e (r, V), where given, the gradient's rows
-    up to a
-    factor beta: e_j dz/dx_j, and -sum_{j != t} e_j dz/dx_t in the target's column, so that the gradient of c logp with
-    respect to the row's raw logits is beta e with beta = -c / s. With g = grad_logp and h = grad_entropy (r,), e holds
-    (e_j (g + h (log p_j + H)) - g s 1{j = t}) dz/dx_j, and beta = -1 / s.
+    up to a factor beta: e_j dz/dx_j, and -sum_{j != t} e_j dz/dx_t in the target's column, so that the gradient of
+    c logp with respect to the row's raw logits is beta e with beta = -c / s. With g = grad_logp and h = grad_entropy
+    (r,), e holds (e_j (g + h (log p_j + H)) - g s 1{j = t}) dz/dx_j, and beta = -1 / s. Rows with an s of NaN hold 0,
+    which such a beta makes NaN and a beta of 0 does not.
     """
     x, vocabulary = hidden.float(), len(weight)
     inside = (targets >= 0) & (targets < vocabulary)
@@ -92,3 +92,4 @@ def exp_product(
             ) * slope(z, transform)
         at_target = grad_entropy * torch.exp(row_logp) * total * (row_logp + row_entropy) - grad_logp * others
     e.scatter_(1, columns[:, None], (at_target * slope(target, transform)).to(e.dtype)[:, None])
+    e.masked_fill_(~torch.isfinite(row_sums[2])[:, None], 0)
