@@ -11,6 +11,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when Triton w
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 _tables: dict[tuple, Tensor] = {}
+_in_graphs: list[Tensor] = []  # CUDA graphs read them at every replay
 
 
 def bits(*numbers: float) -> tuple[int, ...]:
@@ -28,6 +29,8 @@ def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
     Kept per stream, as another one would not wait for the copy; pinned, so that the host does not wait for it either.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _captured_table(numbers, device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (numbers, device, stream)
     if key not in _tables:
@@ -39,6 +42,16 @@ def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
         else:
             _tables[key] = torch.tensor(numbers, dtype=torch.int64)
     return _tables[key]
+
+
+def _captured_table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """For a CUDA graph: a table from before it, else one that its own launches write at every replay. A copy from the
+    host would be repeated from memory that is long somebody else's."""
+    for (earlier, place, _), found in _tables.items():
+        if earlier == numbers and place == device:
+            _in_graphs.append(found)
+            return found
+    return torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in numbers])
 
 
 def processors(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from redit_fast.backends import reference, triton
 from tests.test_params import adamw_state, combined, perturbed, run_adamw, scalar, tensors
 
 tokens = pytest.importorskip("redit_fast.kernels.token_loss")
+launch = pytest.importorskip("redit_fast.kernels.launch")
 refusal = triton.why_not("perturb", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"triton: {refusal}")
 
@@ -177,6 +178,16 @@ def test_a_row_has_the_same_bits_where_its_tiles_are_programs(dtype, softcap, mo
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
         assert tokens.parts_of(logits, 256) == 4
     assert (split[2][0] != 0).sum() > 900 and (split[6][0] != 0).sum() > 500 and split[2][5].isnan().all()
+
+
+def test_a_cuda_graph_takes_a_table_from_before_it_or_writes_its_own(monkeypatch):
+    cpu, numbers = torch.device("cpu"), (2**63 - 1, -7, 3)
+    monkeypatch.setattr(launch, "_tables", {})
+    own = launch._captured_table(numbers, cpu)
+    assert own.tolist() == list(numbers) and own.dtype == torch.int64 and not launch._tables
+    kept = launch.table(numbers, cpu)
+    assert launch._captured_table(numbers, cpu) is kept and launch._in_graphs[-1] is kept
+    assert launch._captured_table((1, 2), cpu) is not kept
 
 
 def trained(backend):
