@@ -110,6 +110,18 @@ def test_the_loss_reads_a_row_twice_and_writes_it_once(accesses, dtype):
         assert tiles == [read, written] and single <= 5 * (ROW_BYTES + 128)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_write_and_read_sums_by_lanes_besides(accesses, dtype):
+    """Two of float32 for 16 bytes of logits; a tile has 32 KB."""
+    logits, targets, logp, entropy, _ = token_args(dtype, 1, 40_000)
+    row, lanes = 40_000 * dtype.itemsize, -(-40_000 * dtype.itemsize // 32768) * 32768 // 2
+    numbers = torch.ones(1), torch.ones(1), None, None, None
+    triton.token_loss(torch.empty(()), logp, entropy, logits, logits, targets, *numbers, rf.LossConfig(), None)
+    *tiles, single = moved(accesses)
+    assert tiles == [2 * row + lanes, row + lanes] and single <= 20 * ROW_BYTES
+    assert max(access.program for access in accesses) + 1 == -(-row // 32768)
+
+
 def test_a_row_that_is_repaired_is_read_three_times_more(accesses):
     logits, targets, logp, entropy, sums = token_args(torch.float32, 2, 1000)
     logits[1, targets[1]] = -100
@@ -194,6 +206,9 @@ def test_no_program_touches_what_another_writes(accesses):
     logits, targets, logp, entropy, _ = token_args(torch.float32, 7, 300)
     rows = torch.ones(7), torch.ones(7), None, None, None
     triton.token_loss(torch.empty(()), logp, entropy, logits, logits, targets, *rows, rf.LossConfig(), None)
+    row, target, *one, _ = token_args(torch.float32, 1, 20_000)  # its tiles are programs
+    rows = torch.ones(1), torch.ones(1), None, None, None
+    triton.token_loss(torch.empty(()), *one, row, row, target, *rows, rf.LossConfig(), None)
     e, numbers = torch.empty(7, 1300), (torch.empty(7), torch.empty(7), torch.empty(3, 7))
     hidden, weight, transform = torch.randn(7, 8), torch.randn(1300, 8), rf.LossConfig().transform
     triton.exp_product(e, *numbers, hidden, weight, None, targets, transform, None, None)
@@ -244,7 +259,8 @@ def second_reading(steps, megabytes, programs, rows=3):
 
 
 @pytest.mark.parametrize("inplace", [True, False])
-def test_the_second_reading_hits_the_l2_cache(accesses, inplace):
+def test_the_second_reading_hits_the_l2_cache(accesses, inplace, monkeypatch):
+    monkeypatch.setattr("redit_fast.kernels.token_loss.processors", lambda device: 1)
     vocabulary = 151_936
     logits, targets, logp, entropy, _ = token_args(torch.bfloat16, 1, vocabulary)
     out = logits if inplace else torch.empty_like(logits)
