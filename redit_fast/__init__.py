@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from redit_fast.losses import LossOutput, policy_loss
     from redit_fast.optim import RegularizedAdamW, parameter_groups
     from redit_fast.presets import advantage_options
+    from redit_fast.reference import reset_reference
     from redit_fast.regularize import GradientRegularizer
     from redit_fast.transforms import logit_transforms
 
@@ -39,6 +40,7 @@ _HOME = {
     "logit_transforms": "transforms",
     "parameter_groups": "optim",
     "policy_loss": "losses",
+    "reset_reference": "reference",
     "token_logp": "logprob",
     "use_backend": "backends",
 }

@@ -135,11 +135,14 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-    """The fields of TrainConfig that the command line gives; the word none clears one."""
-    from redit_fast.training.config import TrainConfig
+    """The fields of TrainConfig that the command line gives; the word none clears one that does not take that word."""
+    from redit_fast.training.config import TrainConfig, choices
 
     given = {name: value for name, value in vars(args).items() if name in TrainConfig.model_fields}
-    return {name: None if value in ("none", ["none"]) else value for name, value in given.items()}
+    return {
+        name: None if value in ("none", ["none"]) and "none" not in choices(name) else value
+        for name, value in given.items()
+    }
 
 
 def _info() -> None:

@@ -178,6 +178,7 @@ def linear_grpo_loss(
     normalizer: float | Tensor | None = None,
     config: LossConfig,
     chunk_rows: int | None = None,
+    masks_of: tuple[Tensor, Tensor | None] | None = None,
     step: int = 0,
     seed: int = 0,
 ) -> LossOutput:
@@ -196,7 +197,7 @@ def linear_grpo_loss(
     flat = _check_head(hidden, weight, bias, targets, mask, chunk_rows, validate=False)
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
-                      step, seed)  # fmt: skip
+                      step, seed, masks_of)  # fmt: skip
     if rows.config.route == "logp":
         logp, entropy = linear_logp(
             hidden,
@@ -278,6 +279,7 @@ def linear_grpo_loss_and_grad_(
     normalizer: float | Tensor | None = None,
     config: LossConfig,
     chunk_rows: int | None = None,
+    masks_of: tuple[Tensor, Tensor | None] | None = None,
     step: int = 0,
     seed: int = 0,
 ) -> tuple[LossOutput, Tensor]:
@@ -296,7 +298,7 @@ def linear_grpo_loss_and_grad_(
             raise ValueError(f"{name} must match {shape}, got {grad.dtype} {tuple(grad.shape)} on {grad.device}")
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
-                      step, seed)  # fmt: skip
+                      step, seed, masks_of)  # fmt: skip
     hidden_grad, *_ = new_gradients(hidden, weight, bias, (True, False, False), chunk_rows)
     grads = hidden_grad, weight_grad, bias_grad
     if rows.config.route == "fused":

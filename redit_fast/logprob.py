@@ -229,6 +229,7 @@ def grpo_loss(
     config: LossConfig,
     inplace: bool = False,
     grad_scale: Tensor | None = None,
+    masks_of: tuple[Tensor, Tensor | None] | None = None,
     step: int = 0,
     seed: int = 0,
 ) -> LossOutput:
@@ -237,7 +238,8 @@ def grpo_loss(
     Args:
         logits, targets, mask: as in `token_logp`, with config's temperature, logit_scale and softcap; a target of -100
             counts as masked.
-        advantages, old_logp, ref_logp, sampling_logp, cu_seqlens, normalizer, step, seed: as in `policy_loss`.
+        advantages, old_logp, ref_logp, sampling_logp, cu_seqlens, normalizer, masks_of, step, seed: as in
+            `policy_loss`.
         inplace: the gradient overwrites `logits`, in the forward pass already.
         grad_scale: 0-d, the upstream gradient that backward will receive, for instance GradScaler's scale: the stored
             gradient is multiplied by it before it is rounded, the returned loss is not.
@@ -253,7 +255,7 @@ def grpo_loss(
     flat = check_targets("logits", logits, targets, mask, logits.shape[-1] if logits.ndim else 0, validate=False)
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
-                      step, seed)  # fmt: skip
+                      step, seed, masks_of)  # fmt: skip
     if grad_scale is not None and (not isinstance(grad_scale, Tensor) or grad_scale.ndim != 0):
         raise ValueError(f"grad_scale must be a 0-d tensor, got {grad_scale}")
     if rows.config.route == "logp":

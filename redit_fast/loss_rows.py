@@ -62,6 +62,7 @@ class Rows(NamedTuple):
     sampling_logp: Tensor | None
     step: int
     seed: int
+    masks_of: tuple[Tensor, Tensor | None] | None  # (logp, entropy) that masks are chosen by; None: the call's own
 
     @classmethod
     def check(
@@ -77,6 +78,7 @@ class Rows(NamedTuple):
         normalizer: float | Tensor | None,
         step: int,
         seed: int,
+        masks_of: tuple[Tensor, Tensor | None] | None = None,
     ) -> Rows:
         """Checks the arguments of a loss against the shape and device of `logp` (or of the targets) and flattens
         them."""
@@ -88,6 +90,8 @@ class Rows(NamedTuple):
             ("old_logp", old_logp),
             ("ref_logp", ref_logp),
             ("sampling_logp", sampling_logp),
+            ("masks_of[0]", None if masks_of is None else masks_of[0]),
+            ("masks_of[1]", None if masks_of is None else masks_of[1]),
             ("mask", mask),
         ):
             if tensor is None:
@@ -110,6 +114,8 @@ class Rows(NamedTuple):
             raise ValueError(
                 f"loss_type={config.loss_type!r} needs max_completion_length in its config or a normalizer"
             )
+        if masks_of is not None and masks_of[1] is None and config.top_entropy_quantile != 1:
+            raise ValueError(f"masks_of needs its entropy with top_entropy_quantile={config.top_entropy_quantile}")
         if isinstance(normalizer, Tensor) and normalizer.ndim != 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
         check_step(step)
@@ -138,6 +144,7 @@ class Rows(NamedTuple):
             flat(sampling_logp, config.correction != "none" or config.off_policy_mask_threshold is not None),
             step,
             seed,
+            None if masks_of is None else (flat(masks_of[0]), flat(masks_of[1])),
         )
 
     def weights(self, normalizer: float | Tensor | None) -> Tensor:

@@ -38,6 +38,7 @@ def loss_terms(rows: Rows, logp: Tensor, kept: Tensor) -> Terms:
     config, A = rows.config, rows.advantages
     low, high = config.clip_range
     old = logp.detach() if rows.old_logp is None else rows.old_logp
+    choosing = logp.detach() if rows.masks_of is None else rows.masks_of[0]
     log_ratio = logp - old
     gap = None if config.correction == "none" else old - rows.sampling_logp
     correction = None if gap is None else _correction(rows, gap)
@@ -66,7 +67,7 @@ def loss_terms(rows: Rows, logp: Tensor, kept: Tensor) -> Terms:
         policy = -ratio * A
         below, above = (log_ratio < low) & (A < 0), (log_ratio > high) & (A > 0)
     elif config.loss_type == "kl_cov":
-        policy = -ratio * A + config.kl_cov_coef * log_ratio.abs() * _kl_cov_tokens(rows, logp.detach())
+        policy = -ratio * A + config.kl_cov_coef * log_ratio.abs() * _kl_cov_tokens(rows, choosing)
     else:
         unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
         policy = -torch.min(unclipped * A, ratio.clamp(low, high) * A)
@@ -74,10 +75,10 @@ def loss_terms(rows: Rows, logp: Tensor, kept: Tensor) -> Terms:
             policy = torch.where(A < 0, torch.min(policy, -config.dual_clip * A), policy)
         below, above = (unclipped < low) & (A < 0), (unclipped > high) & (A > 0)
         if config.loss_type == "clip_cov":
-            policy = torch.where(_clip_cov_tokens(rows, logp.detach(), below | above), 0.0, policy)
+            policy = torch.where(_clip_cov_tokens(rows, choosing), 0.0, policy)
 
     if config.off_policy_mask_threshold is not None:
-        policy = torch.where(_on_policy(rows, logp.detach()), policy, 0.0)
+        policy = torch.where(_on_policy(rows, choosing), policy, 0.0)
     if config.top_entropy_quantile < 1 and config.loss_type != "gmpo":  # gmpo leaves them out of its mean
         policy = torch.where(kept, policy, 0.0)
     if correction is not None and config.loss_type != "vespo":  # vespo has it in phi
@@ -188,8 +189,11 @@ def _smallest(keys: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(chosen).scatter(0, keys.argsort(stable=True), chosen)
 
 
-def _clip_cov_tokens(rows: Rows, logp: Tensor, clipped: Tensor) -> Tensor:
-    config, covariance = rows.config, _covariance(rows, logp)
+def _clip_cov_tokens(rows: Rows, logp: Tensor) -> Tensor:
+    config, covariance, A = rows.config, _covariance(rows, logp), rows.advantages
+    low, high = config.clip_range
+    ratio = torch.ones_like(logp) if rows.old_logp is None else torch.exp(clamp_exponent(logp - rows.old_logp))
+    clipped = ((ratio < low) & (A < 0)) | ((ratio > high) & (A > 0))
     inside = (covariance > config.clip_cov_lb) & (covariance < config.clip_cov_ub)
     candidates = rows.mask & inside & ~clipped
     ids = rows.mask.cumsum(0) - 1  # the index among the scored tokens: padded or packed, the same

@@ -32,6 +32,7 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     config: LossConfig,
     normalizer: float | Tensor | None = None,
+    masks_of: tuple[Tensor, Tensor | None] | None = None,
     step: int = 0,
     seed: int = 0,
 ) -> LossOutput:
@@ -50,6 +51,9 @@ def policy_loss(
         normalizer: replaces the whole denominator (see `LossConfig`): the number of sequences, empty ones included, the
             number of scored tokens, or sequences x max_completion_length. Pass the global one so that micro-batches and
             ranks add up. Nothing else is divided by; the entropy bonus stays a mean over this call's scored tokens.
+        masks_of: (logp, entropy) by which clip_cov, kl_cov, off_policy_mask_threshold and top_entropy_quantile choose
+            tokens; None: this call's own. In the second pass of gradient regularisation those of the first, so that
+            both are gradients of one objective; the entropy may be None where no quantile asks for it.
         step, seed: counter and key of clip_cov's random sample.
 
     Returns:
@@ -61,8 +65,8 @@ def policy_loss(
     Raises:
         ValueError, TypeError: an argument that does not fit, naming it.
     """
-    rows = Rows.check(logp, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer, step,
-                      seed)  # fmt: skip
+    rows = Rows.check(logp, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
+                      step, seed, masks_of)  # fmt: skip
     if entropy is not None and entropy.shape != logp.shape:
         raise ValueError(f"entropy must have shape {tuple(logp.shape)}, got {tuple(entropy.shape)}")
     for name, off in (("entropy_coef", 0), ("top_entropy_quantile", 1)):
@@ -77,7 +81,9 @@ def rows_loss(rows: Rows, logp: Tensor, entropy: Tensor | None, normalizer: floa
     x = torch.where(rows.mask, logp.reshape(-1).float(), 0.0)
     if entropy is not None:
         entropy = torch.where(rows.mask, entropy.reshape(-1).float(), 0.0)
-    kept = rows.mask if config.top_entropy_quantile == 1 else top_entropy(rows, entropy.detach())
+    kept = rows.mask
+    if config.top_entropy_quantile != 1:
+        kept = top_entropy(rows, entropy.detach() if rows.masks_of is None else rows.masks_of[1])
     terms = loss_terms(rows, x, kept)
     row_losses = terms.policy if terms.kl is None else terms.policy + config.beta * terms.kl
     loss = (row_losses * rows.weights(normalizer)).sum()

@@ -78,6 +78,8 @@ def test_a_number_may_be_written_in_any_way(tmp_path, text):
         (OWN + "warm_start_steps: 3", "c.yaml:4: warm_start_steps: got 3, only the embedded demo has a warm start"),
         (OWN + "reward_weights: [1, 2]", "c.yaml:4: reward_weights: got 2 for 1 reward functions"),
         ("seed: 1\nloss_type: dro", "c.yaml:2: loss_type: dro needs a dro_beta"),
+        ("epsilon: 0", "c.yaml:1: epsilon: got 0, needs a number greater than 0"),
+        ("epsilon: automatic", "c.yaml:1: epsilon: got 'automatic', needs a valid number"),
         ("dro_beta: 0.1", "c.yaml:1: dro_beta: got 0.1, only loss_type dro uses it"),
         ("loss_type: dro\ndro_beta: 0", "c.yaml:2: dro_beta: got 0, needs a number greater than 0"),
         ("steps: 1\nsteps: 2", "c.yaml:2: key 'steps' is there twice"),
@@ -162,7 +164,9 @@ def test_the_command_of_a_config_gives_it_back(tmp_path):
     from redit_fast import cli
 
     own = {"model": "gpt2", "data": "my data.jsonl", "rewards": ["exact_answer", "xml_format", "gsm8k_int"]}
-    for settings in ({}, {**HARD, "reward_weights": None}, {**own, "steps": 3}, {**own, **HARD}):
+    for settings in ({}, {**HARD, "reward_weights": None}, {**own, "steps": 3}, {**own, **HARD},
+                     {**own, "preset": "kl", "gamma": 1e-3, "advantage_scale": "none",
+                      "epsilon": "auto"}):  # fmt: skip
         original = load(None, settings)
         words = shlex.split(original.command())
         assert words[:2] == ["redit-fast", "train"]

@@ -36,6 +36,7 @@ FLOORS = {
     "redit_fast.loss_config": 0.1,
     "redit_fast.presets": 0.05,
     "redit_fast.dither": 0,
+    "redit_fast.reference": 0,
     "redit_fast.transforms": 0,
     "redit_fast.operators": 0,
     "redit_fast.kernels": 0,

@@ -18,11 +18,12 @@ def keys_of(lines):
 
 def test_every_key_that_is_written_is_on_the_page_and_the_other_way_round(settings, tmp_path):
     seen = set()
-    for loss_type in ("dapo", "cispo", "vespo"):  # dapo has the keys of every loss that clips
-        train(config.load(overrides={**settings, "loss_type": loss_type, "name": loss_type, "steps": 1}))
+    own = {"sharpness_every": 1, "gamma": 0.0, "beta": 0.1}, {}, {}
+    for loss_type, more in zip(("dapo", "cispo", "vespo"), own):  # dapo has the keys of every loss that clips
+        train(config.load(overrides={**settings, "loss_type": loss_type, "name": loss_type, "steps": 1, **more}))
         start, first = lines_of(tmp_path / loss_type / "metrics.jsonl")
         seen |= keys_of([start, first])
-        assert {key for key in start if not key.startswith("time/")} == {"schema", "step", "accuracy/held_out"}
+        assert all(key in ("schema", "step") or key.startswith("time/") or "held_out" in key for key in start)
         assert start["schema"] == first["schema"] == runs.SCHEMA
     assert seen == DOCUMENTED
 

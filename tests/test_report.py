@@ -241,14 +241,32 @@ def test_a_picture_is_drawn_of_what_was_switched_off_and_of_a_long_run(run):
     off = config.load(run / "config.json", {"gamma": 0, "dither_level": 0, "max_grad_norm": None})
     with_all = report.curves(config.load(run / "config.json"), list(metrics(12)))
     figure = report.curves(off, list(metrics(500)))
-    reward, _, _, norm, cosine, _ = figure.axes
+    reward, _, _, norm, cosine, _, _, each, sharp = figure.axes
     assert [text.get_text() for text in cosine.texts] == ["no perturbation: gamma is 0"] and not cosine.lines
     assert len(with_all.axes[3].lines) == 2 and not any(line.get_label().startswith("clipped") for line in norm.lines)
     labels = [[text.get_text() for text in axes.get_legend().texts] for axes in (reward, with_all.axes[0])]
     assert labels == [["clean"], ["clean", "dithered"]]
     assert [len(axes.lines) for axes in (reward, norm)] == [2, 2]  # the steps, faint, and the smoothed curve
+    assert [text.get_text() for text in sharp.texts] == ["not probed: sharpness_every is 0"] and not sharp.lines
+    assert not each.lines  # these runs have no single rewards
     assert all(axes.get_title() and axes.get_ylabel() for axes in figure.axes)
-    assert [axes.get_xlabel() for axes in figure.axes[3:]] == ["step"] * 3
+    assert [axes.get_xlabel() for axes in figure.axes[6:]] == ["step"] * 3
+
+
+def test_a_gamed_reward_shows_in_one_panel_and_each_reward_in_another(run):
+    """The training reward with what is true of the held-out problems; format beside correctness."""
+    probed = config.load(run / "config.json", {"sharpness_every": 4})
+    rows = list(metrics(12))
+    for row in rows[1:]:
+        row |= {"rewards/exact_answer/mean": 0.1, "rewards/xml_format/mean": row["step"] / 12, "ratio/mean": 1.0}
+        if row["step"] % 4 == 0:
+            row |= {"sharpness/curvature": 2.0 * row["step"], "rewards/xml_format/held_out": 0.7}
+    *_, gamed, each, sharp = report.curves(probed, rows).axes
+    assert [line.get_label() for line in gamed.lines] == ["training reward", "held-out acc."]
+    assert list(gamed.lines[1].get_ydata()) == [0.0, 5 / 12, 10 / 12]
+    assert [text.get_text() for text in each.get_legend().texts] == ["exact_answer", "xml_format"]
+    assert list(each.lines[3].get_xdata()) == [4, 8, 12] and set(each.lines[3].get_ydata()) == {0.7}
+    assert list(sharp.lines[0].get_ydata()) == [8.0, 16.0, 24.0]
 
 
 def test_null_is_a_gap_in_a_curve():

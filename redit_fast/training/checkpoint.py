@@ -1,9 +1,10 @@
 """Checkpoints: safetensors and JSON in a folder that `from_pretrained` loads, written whole or not at all.
 
 checkpoints/step-000024/ holds the model, the tokenizer, optimizer.safetensors, state.json and manifest.json with the
-SHA-256 of every other file. It is written under another name, flushed to disk and renamed, so a crash leaves older ones
-alone. The trainer writes a step's metrics between the two: a checkpoint that exists has all the lines that lead to it.
-Only step-000000 comes before its line, so that a first evaluation that fails does not cost the warm start.
+SHA-256 of every other file, and after a Reference Reset reference.safetensors, the KL term's reference. It is written
+under another name, flushed to disk and renamed, so a crash leaves older ones alone. The trainer writes a step's metrics
+between the two: a checkpoint that exists has all the lines that lead to it. Only step-000000 comes before its line, so
+that a first evaluation that fails does not cost the warm start.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 MANIFEST = "manifest.json"
+REFERENCE = "reference.safetensors"
 
 
 def write(
-    folder: Path, step: int, model: PreTrainedModel, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    reference: PreTrainedModel | None = None,
 ) -> Path:
     """A draft of `folder`/step-NNNNNN on disk, which `publish` makes a checkpoint.
 
@@ -40,6 +47,8 @@ def write(
     try:
         model.save_pretrained(draft)
         save_file(tensors, draft / "optimizer.safetensors")
+        if reference is not None:
+            save_file(dict(reference.named_parameters()), draft / REFERENCE)
     except SafetensorError as error:
         raise OSError(f"checkpoint {target} could not be written: {error}") from None
     tokenizer.save_pretrained(draft)
@@ -100,6 +109,29 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
         i, _, key = name.partition(".")
         state["state"].setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict(state)
+
+
+@torch.no_grad()
+def load_reference(path: Path, reference: PreTrainedModel) -> bool:
+    """Puts the checkpoint's reference into `reference`, bit by bit; false where it has none, before the first reset."""
+    if not (path / REFERENCE).is_file():
+        return False
+    tensors = load_file(path / REFERENCE)
+    for name, parameter in reference.named_parameters():
+        parameter.copy_(tensors[name])
+    return True
+
+
+def start_of(path: Path) -> Path:
+    """The checkpoint before RL of the run that `path` is a checkpoint of.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    start = path.with_name("step-000000")
+    if damage := _damage(start):
+        raise ValueError(f"checkpoint {start}, the reference of the KL term, is damaged ({damage})")
+    return start
 
 
 def _damage(path: Path) -> str | None:

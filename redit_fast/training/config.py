@@ -13,7 +13,8 @@ import shlex
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from types import NoneType
+from typing import Annotated, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -40,6 +41,15 @@ OWN_MODEL = {
     "learning_rate": 5e-6,
     "checkpoint_every": 50,
 }
+# What the GR paper (arXiv 2602.18037) compares, with its learning rates; beta is that of its reasoning runs (kl) or the
+# middle of the range that it tried on TL;DR, 0.2 to 0.4 (resets). Settings given beside a preset win.
+PRESETS = {
+    "grpo": {"learning_rate": 3e-6, "gamma": 0.0},
+    "kl": {"learning_rate": 3e-6, "gamma": 0.0, "beta": 0.05},
+    "resets": {"learning_rate": 3e-6, "gamma": 0.0, "beta": 0.3, "reference_reset_every": 200},
+    "gr": {"learning_rate": 5e-6, "gamma": 1e-3, "epsilon": 1e-3, "beta": 0.0},
+}
+Preset = Literal["grpo", "kl", "resets", "gr"]
 
 
 class TrainConfig(BaseModel):
@@ -86,6 +96,11 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Longest prompt in tokens; none is the model's context less the completion."
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the loss uses the same.")
+    preset: Preset | None = Field(
+        None,
+        description="Learning rate and regularisation of one of the GR paper's runs: grpo has none, kl a KL term, "
+        "resets one whose reference is reset, gr gradient regularisation. What is set beside it wins.",
+    )
     learning_rate: float = Field(gt=0, description="AdamW learning rate, constant.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
@@ -103,10 +118,21 @@ class TrainConfig(BaseModel):
         "center_only does not divide, only dithers them alone.",
     )
     gamma: float = Field(1e-3, ge=0, description="Strength of gradient regularisation; 0 is off.")
-    epsilon: float = Field(1e-3, gt=0, description="Length of its perturbation.")
+    epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1e-3, description="Length of its perturbation per gradient norm; auto finds one that rounding leaves alone."
+    )
     gr_normalized: bool = Field(False, description="Perturb along the unit gradient (SAM) instead of the raw one.")
+    beta: float = Field(
+        0.0, ge=0, description="Weight of the KL term (k3) to a reference, the model as it was before RL; 0 is off."
+    )
+    reference_reset_every: int = Field(
+        0, ge=0, description="Steps between Reference Resets, which make the policy the reference; 0 is never."
+    )
     pass2_ratio: Literal["fresh", "pass1"] = Field(
         "fresh", description="Old log-probs of the second pass: its own (ratio 1), or those of the first."
+    )
+    sharpness_every: int = Field(
+        0, ge=0, description="Steps between sharpness probes, each of which takes one pass more; 0 is off."
     )
     checkpoint_every: int = Field(ge=1, description="Steps between checkpoints, besides the last.")
     long_prompts: Literal["error", "skip"] = Field(
@@ -119,7 +145,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Mapping) -> dict:
-        return {**(DEMO if values.get("model") is None else OWN_MODEL), **values}
+        return {**_defaults_of(values.get("model") is None, values.get("preset")), **values}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -151,6 +177,10 @@ class TrainConfig(BaseModel):
             raise ValueError("loss_type: dro needs a dro_beta, which has no default")
         if self.loss_type != "dro" and self.dro_beta is not None:
             raise ValueError(f"dro_beta: got {self.dro_beta}, only loss_type dro uses it")
+        if self.reference_reset_every and not self.beta:
+            raise ValueError(
+                f"reference_reset_every: got {self.reference_reset_every} without a KL term, needs a beta above 0"
+            )
         return self
 
     def with_name(self) -> TrainConfig:
@@ -165,7 +195,7 @@ class TrainConfig(BaseModel):
     def command(self, **changes: object) -> str:
         """The shell command that trains with this config, `changes` applied; settings at their default are left out."""
         config = self.model_copy(update=changes)
-        defaults = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}
+        defaults = {name: default_of(name, config.model is None, config.preset) for name in TrainConfig.model_fields}
         words = ["redit-fast", "train"]
         for name, value in config:
             flag = "--" + name.replace("_", "-")
@@ -188,10 +218,23 @@ class TrainConfig(BaseModel):
         return "\n".join(blocks)
 
 
-def default_of(name: str, demo: bool) -> object:
+def _defaults_of(demo: bool, preset: object) -> dict:
+    """What takes the place of a field's own default; a preset of a wrong type is refused with its field."""
+    return {**(DEMO if demo else OWN_MODEL), **(PRESETS.get(preset, {}) if isinstance(preset, str) else {})}
+
+
+def default_of(name: str, demo: bool, preset: str | None = None) -> object:
     """The default of a field, for the embedded demo or for a model of one's own (None also where there is none)."""
     field = TrainConfig.model_fields[name]
-    return (DEMO if demo else OWN_MODEL).get(name, None if field.is_required() else field.default)
+    return _defaults_of(demo, preset).get(name, None if field.is_required() else field.default)
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The words that a field takes, of Literal[...] and of Literal[...] | None; none where it takes others."""
+    annotation = TrainConfig.model_fields[name].annotation
+    kinds = [annotation] if get_origin(annotation) is Literal else list(get_args(annotation))
+    kinds = [kind for kind in kinds if kind is not NoneType]
+    return get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else ()
 
 
 def describe(name: str) -> str:
@@ -204,7 +247,7 @@ def describe(name: str) -> str:
         default = _word(demo)
     else:
         default = f"{_word(demo)} in the demo, {_word(own)} with --model"
-    listed = f" One of {', '.join(get_args(field.annotation))}." if get_origin(field.annotation) is Literal else ""
+    listed = f" One of {', '.join(choices(name))}." if choices(name) else ""
     return f"{field.description}{listed} Default: {default}."
 
 
@@ -247,7 +290,7 @@ def load(path: str | Path | None = None, overrides: Mapping[str, object] | None 
     field, *rest = first["loc"]
     if first["type"] == "missing":
         raise ValueError(f"{field}: training a model of your own needs at least one reward function")
-    item = "".join(f"[{index}]" for index in rest)
+    item = "".join(f"[{index}]" for index in rest if isinstance(index, int))  # the others name a kind of a union
     raise ValueError(f"{where(field)}{field}{item}: got {first['input']!r}, {message}")
 
 

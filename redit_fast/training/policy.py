@@ -206,6 +206,7 @@ class Pass:
 
     loss: float
     logp: Tensor  # (R,), the scored tokens of all samples one after the other
+    entropy: Tensor  # (R,)
     metrics: dict[str, float]
 
 
@@ -220,6 +221,7 @@ class Batch:
     micro: int
     step: int
     seed: int
+    ref_logp: Tensor | None = None  # (R,), with a KL term
 
     @classmethod
     def of(
@@ -250,34 +252,40 @@ class Batch:
                 if len(samples):
                     yield samples.tolist(), graph
 
-    def backward(self, model: PreTrainedModel, old_logp: Tensor | None = None) -> Pass:
+    def score_reference(self, reference: PreTrainedModel) -> None:
+        """Sets ref_logp to the log-probs under `reference`, for every pass of the step."""
+        head, logps = head_of(reference), {}
+        reference.eval()
+        with torch.no_grad():
+            for samples, _ in self.micro_batches():
+                hidden, targets, lengths = self._hidden(reference, samples)
+                transform = self.settings.transform._asdict()
+                logp = rf.linear_logp(hidden, head.weight, targets, bias=head.bias, **transform)
+                logps |= zip(samples, logp.split(lengths), strict=True)
+        self.ref_logp = self._joined(logps)
+
+    def backward(self, model: PreTrainedModel, old_logp: Tensor | None = None, masks_of: Pass | None = None) -> Pass:
         """Adds the gradient of the whole step's loss to .grad, one micro-batch after the other.
 
         Both passes draw the same dropout and the same lots for clip_cov. The tokens that clip_cov and kl_cov choose are
-        by definition those of a call: of a micro-batch, and in the second pass of its own log-probs.
+        by definition those of a call, of a micro-batch; with `masks_of` they are those of that pass.
         """
         torch.manual_seed((self.seed + self.step) % 2**63)
         model.train()
         head, loss, skipped = head_of(model), 0.0, 0.0
-        old = None if old_logp is None else old_logp.split(self.lengths)
         logps, entropies = {}, {}
         for samples, graph in self.micro_batches():
-            sequences, lengths = [self.sequences[i] for i in samples], [self.lengths[i] for i in samples]
-            # Padding is on the right, where causal attention keeps it from everything that is scored: no mask is
-            # needed.
-            ids = pad_sequence(sequences, batch_first=True).to(model.device)
-            ends = torch.tensor([len(s) for s in sequences], device=model.device)[:, None]
-            position = torch.arange(ids.shape[1], device=model.device)
-            scored = (position >= ends - torch.tensor(lengths, device=model.device)[:, None]) & (position < ends)
             with torch.set_grad_enabled(graph):
-                hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[scored[:, 1:]]
+                hidden, targets, lengths = self._hidden(model, samples)
                 out = rf.linear_grpo_loss(
                     hidden,
                     head.weight,
-                    ids[scored],
+                    targets,
                     self.advantages[samples].to(model.device),
                     bias=head.bias,
-                    old_logp=None if old is None else torch.cat([old[i] for i in samples]),
+                    old_logp=None if old_logp is None else self._part(samples, old_logp),
+                    ref_logp=None if self.ref_logp is None else self._part(samples, self.ref_logp),
+                    masks_of=masks_of and (self._part(samples, masks_of.logp), self._part(samples, masks_of.entropy)),
                     cu_seqlens=torch.tensor([0, *lengths], device=model.device).cumsum(0),
                     normalizer=self.normalizer,
                     config=self.settings,
@@ -290,11 +298,12 @@ class Batch:
             skipped += float(out.metrics.get("head/frac_rows_skipped", 0)) * len(hidden)
             logps |= zip(samples, out.logp.split(lengths), strict=True)
             entropies |= zip(samples, out.entropy.split(lengths), strict=True)
-        logp, entropy = (torch.cat([parts[i] for i in range(len(self.sequences))]) for parts in (logps, entropies))
+        logp, entropy = self._joined(logps), self._joined(entropies)
         whole = rf.policy_loss(
             logp,
             self.advantages.to(logp.device),
             old_logp=old_logp,
+            ref_logp=self.ref_logp,
             entropy=entropy,
             cu_seqlens=torch.tensor([0, *self.lengths], device=logp.device).cumsum(0),
             config=self.settings,
@@ -302,4 +311,24 @@ class Batch:
         metrics = {name: value.item() for name, value in whole.metrics.items()}
         if self.settings.route == "fused":
             metrics["head/frac_rows_skipped"] = skipped / max(1, len(logp))
-        return Pass(loss, logp, metrics)
+        return Pass(loss, logp, entropy, metrics)
+
+    def _hidden(self, model: PreTrainedModel, samples: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """The last hidden states (R', D) that predict the samples' completions, those tokens (R',) and their counts."""
+        sequences, lengths = [self.sequences[i] for i in samples], [self.lengths[i] for i in samples]
+        # Padding is on the right, where causal attention keeps it from everything that is scored: no mask is needed.
+        ids = pad_sequence(sequences, batch_first=True).to(model.device)
+        ends = torch.tensor([len(s) for s in sequences], device=model.device)[:, None]
+        position = torch.arange(ids.shape[1], device=model.device)
+        scored = (position >= ends - torch.tensor(lengths, device=model.device)[:, None]) & (position < ends)
+        hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[scored[:, 1:]]
+        return hidden, ids[scored], lengths
+
+    def _part(self, samples: list[int], values: Tensor) -> Tensor:
+        """Of (R,) what belongs to the samples."""
+        parts = values.split(self.lengths)
+        return torch.cat([parts[i] for i in samples])
+
+    def _joined(self, parts: dict[int, Tensor]) -> Tensor:
+        """(R,) from each sample's."""
+        return torch.cat([parts[i] for i in range(len(self.sequences))])

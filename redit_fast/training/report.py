@@ -16,6 +16,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -52,6 +53,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "text.parse_math": False,  # a run may be called $x$
 }
+REWARD_COLOURS = (GREEN, BLUE, ORANGE, "#7d6b91", GREY)
 DOTS = (0, (2, 1.5))
 MARK = {"color": GREY, "linewidth": 0.9, "linestyle": "--"}
 LONG_RUN = 100  # steps from which on curves are smoothed
@@ -143,10 +145,13 @@ def environment() -> dict:
 
 
 def curves(config: TrainConfig, metrics: Sequence[dict]) -> Figure:
-    """Six panels over the steps: reward, accuracy, length, gradient norm, perturbation cosine, dead groups."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    reward, accuracy, length, norm, cosine, dead = figure.subplots(2, 3, sharex=True).flat
+    """Nine panels over the steps: reward, accuracy, length, gradient norm, perturbation cosine, dead groups, and what
+    tells whether the reward is gamed: training reward with true accuracy below the gradient norm, each reward,
+    sharpness."""
+    figure = Figure(figsize=(11, 8.6))
+    # By hand: a layout engine draws everything twice, 0.4 s.
+    figure.subplots_adjust(0.075, 0.06, 0.985, 0.965, wspace=0.3, hspace=0.27)
+    reward, accuracy, length, norm, cosine, dead, gamed, each, sharp = figure.subplots(3, 3, sharex=True).flat
 
     _panel(reward, "Reward", "reward, mean \u00b1 std")
     steps, low, high = _band(metrics, "reward/raw")
@@ -189,13 +194,35 @@ def curves(config: TrainConfig, metrics: Sequence[dict]) -> Figure:
     _line(dead, metrics, "frac_reward_zero_std", BLUE)
     dead.set_ylim(0, 1.02)
 
-    for axes in (norm, cosine, dead):
+    _panel(gamed, "Training reward against the truth", "reward; share correct")
+    _line(gamed, metrics, "reward/raw_mean", BLUE, "training reward")
+    _line(gamed, metrics, "accuracy/held_out", GREEN, "held-out acc.", marker="o", markersize=4)
+    gamed.set_ylim(bottom=min(0.0, gamed.get_ylim()[0]))
+
+    _panel(each, "Each reward (dots: held out)", "mean reward")
+    rewards = [key for row in metrics[-1:] for key in row if key.startswith("rewards/") and key.endswith("/mean")]
+    for key, colour in zip(rewards, cycle(REWARD_COLOURS), strict=False):
+        _line(each, metrics, key, colour, key.split("/", 1)[1].removesuffix("/mean"))
+        steps, held_out = _series(metrics, key.removesuffix("mean") + "held_out")
+        each.plot(steps, held_out, "o", color=colour, markersize=4)
+
+    _panel(sharp, "Sharpness along the gradient", "|H g| / |g|")
+    if config.sharpness_every:
+        _line(sharp, metrics, "sharpness/curvature", BLUE, marker="o", markersize=4)
+        sharp.set_ylim(bottom=0)
+    else:
+        sharp.text(0.5, 0.5, "not probed: sharpness_every is 0", transform=sharp.transAxes, ha="center", color=GREY)
+
+    for axes in (gamed, each, sharp):
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    for axes in (reward, norm):  # room for the legend
+    for axes in (reward, norm, gamed, each, sharp):  # room for the legend
         low, high = axes.get_ylim()
-        axes.set_ylim(top=high + (high - low) / 6)
-        axes.legend(loc="upper left", ncols=2)
+        labels = axes.get_legend_handles_labels()[1]
+        columns = 1 if axes is each else 2
+        axes.set_ylim(top=high + (high - low) * (1 + math.ceil(len(labels) / columns)) / 12)
+        if labels:
+            axes.legend(loc="upper left", ncols=columns, columnspacing=1)
     accuracy.legend(loc="best")
     return figure
 
@@ -333,7 +360,8 @@ def _samples(config: TrainConfig, completions: list[dict]) -> str:
 def _settings(config: TrainConfig) -> str:
     cells = ""
     for name, value in config:
-        changed = ' class="changed"' if value != train_config.default_of(name, config.model is None) else ""
+        default = train_config.default_of(name, config.model is None, config.preset)
+        changed = ' class="changed"' if value != default else ""
         items = value if isinstance(value, list) else ["none" if value is None else value]
         shown = "<br>".join(_text(item).replace(":", ":<wbr>") for item in items)  # may break there
         cells += f"<tr{changed}><td>{name}</td><td>{shown}</td></tr>"

@@ -2,6 +2,9 @@
 
     rollout -> reward -> advantage -> pass 1 -> perturb -> pass 2 -> step -> log -> save
 
+What the GR paper compares with is here too, as settings (docs/epsilon.md): a KL term to a reference (`beta`), Reference
+Resets (`reference_reset_every`), SAM and the unsquared norm (`gr_normalized`), plain GRPO (`gamma: 0`).
+
 Departures from the two papers: (1) one optimizer step per batch of rollouts, so the importance ratio is 1 in both
 passes (`pass2_ratio` keeps pass 1's instead); (2) only the decoder layers are perturbed, as in the GR paper, but the
 gradient of everything else is combined too; (3) noise, sampling and rounding are counter-based, so a resumed run is the
@@ -10,10 +13,13 @@ same run.
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
+import warnings
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,12 +28,12 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
-from redit_fast.training import builtin, checkpoint, data, policy, report, rewards, runs
-from redit_fast.training.config import TrainConfig
+from redit_fast.training import builtin, checkpoint, data, policy, report, rewards, runs, sharpness
+from redit_fast.training.config import TrainConfig, default_of
 from redit_fast.training.rollout import Rollout, generate
 
 EVAL_BATCH = 256  # held-out prompts decoded together
-MAY_CHANGE = {"steps", "eval_every", "checkpoint_every", "name", "out_dir"}  # on --resume
+MAY_CHANGE = {"steps", "eval_every", "sharpness_every", "checkpoint_every", "name", "out_dir"}  # on --resume
 TRAIN_PROBLEMS = 4000  # of the demo
 
 
@@ -55,6 +61,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
         temperature=config.temperature,
         cispo_bound="relative" if config.loss_type == "cispo" else "absolute",  # TRL's would scale a ratio of 1 to 0.2
         dro_beta=config.dro_beta,
+        beta=config.beta,
         max_completion_length=config.max_completion_length,
         **rf.logit_transforms(model.config),
     )
@@ -79,6 +86,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
         dead_groups=config.dead_groups,
         seed=config.seed,
     )
+    reference = _reference(config, model, saved)
     done = -1  # steps taken: 0 after the warm start
     if saved is not None:
         checkpoint.load_optimizer(saved, optimizer)
@@ -89,11 +97,13 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
     runs.keep_lines_until(run, done)
 
     def draft() -> Path:
-        return checkpoint.write(run / "checkpoints", done, model, tokenizer, optimizer)
+        reset = config.reference_reset_every and done >= config.reference_reset_every
+        return checkpoint.write(
+            run / "checkpoints", done, model, tokenizer, optimizer, reference=reference if reset else None
+        )
 
     def evaluate() -> dict[str, float]:
-        accuracy = _accuracy(model, tokenizer, ends, dataset.held_out, functions, config)
-        return {} if accuracy is None else {"accuracy/held_out": accuracy}
+        return _held_out_metrics(model, tokenizer, ends, dataset.held_out, functions, config)
 
     console = Console()
     if dataset.skipped:
@@ -104,6 +114,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
             if done < 0:
                 with clock("warm_start"):
                     _warm_start(model, tokenizer, config, progress)
+                if reference is not None:
+                    rf.reset_reference(reference, model)
                 with runs.uninterrupted(), clock("checkpoint"):
                     done = 0
                     checkpoint.publish(draft())
@@ -141,20 +153,29 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                         scale=config.advantage_scale,
                     )
                 batch = policy.Batch.of(prompts, rollout, advantages.values, loss_config, config, step)
+                if reference is not None:
+                    with clock("reference"):
+                        batch.score_reference(reference)
                 with clock("pass1"):
                     first = batch.backward(model)
+                probed = {}
+                if config.sharpness_every and (step + 1) % config.sharpness_every == 0:
+                    with clock("sharpness"):
+                        probed = sharpness.probe(model, batch, first, optimizer)
                 with clock("pass2"):
                     with runs.uninterrupted():
                         perturbation = optimizer.perturb()
                     with perturbation:
                         if perturbation:
                             old_logp = first.logp if config.pass2_ratio == "pass1" else None
-                            batch.backward(model, old_logp)
+                            batch.backward(model, old_logp, masks_of=first)
                 with runs.uninterrupted():
                     with clock("optimizer"):
                         optimizer.step()
                         optimizer.zero_grad()
                     done = step + 1
+                    if config.reference_reset_every and done % config.reference_reset_every == 0:
+                        rf.reset_reference(reference, model)
                     metrics = {
                         "schema": runs.SCHEMA,
                         "step": done,
@@ -162,6 +183,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                         **_reward_metrics(functions, scores, advantages, rollout),
                         **first.metrics,
                         **optimizer.metrics(),
+                        **probed,
                         "learning_rate": optimizer.param_groups[0]["lr"],
                         "tokens/generated": rollout.tokens,
                         "tokens/per_second": rollout.tokens / clock.seconds["rollout"],
@@ -214,17 +236,34 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path) -> Path | None:
     """The newest checkpoint, None where the run stopped before its first; the settings must be the run's."""
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} holds no run to resume")
-    before = json.loads((run / "config.json").read_text("utf-8"))
+    before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
+    before |= json.loads((run / "config.json").read_text("utf-8"))
     for name, value in config:
-        if name not in MAY_CHANGE and value != before.get(name):
-            raise ValueError(f"{name} was {before.get(name)!r} in {run} and cannot become {value!r} on --resume")
-    if config.steps != before.get("steps") and config.dither_schedule.endswith("_reverse"):
+        if name not in MAY_CHANGE and value != before[name]:
+            raise ValueError(f"{name} was {before[name]!r} in {run} and cannot become {value!r} on --resume")
+    if config.steps != before["steps"] and config.dither_schedule.endswith("_reverse"):
         raise ValueError(
-            f"steps was {before.get('steps')} in {run} and cannot become {config.steps} on --resume: dither_schedule "
+            f"steps was {before['steps']} in {run} and cannot become {config.steps} on --resume: dither_schedule "
             f"{config.dither_schedule} counts back from the last step"
         )
     folder = run / "checkpoints"
     return checkpoint.newest(folder) if checkpoint.in_order(folder) else None
+
+
+def _reference(config: TrainConfig, model: PreTrainedModel, saved: Path | None) -> PreTrainedModel | None:
+    """The KL term's reference, a copy of the model before RL or of the policy at the last reset; None without one."""
+    if not config.beta:
+        return None
+    if config.gamma:
+        warnings.warn(
+            f"beta is {config.beta:g} and gamma {config.gamma:g}: a KL term and gradient regularisation are both on, "
+            "where the GR paper's runs have one of them; gamma 0 or beta 0 takes one away",
+            stacklevel=3,
+        )
+    reference = copy.deepcopy(model).requires_grad_(False)
+    if saved is not None and not checkpoint.load_reference(saved, reference):
+        rf.reset_reference(reference, policy.load(checkpoint.start_of(saved))[0])
+    return reference
 
 
 def _load_data(config: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> data.Dataset:
@@ -254,18 +293,27 @@ def _score(functions: list[rewards.RewardFunction], records: list[dict], texts: 
     return rewards.score(functions, prompts, completions, data.columns_of(records))
 
 
-def _accuracy(model, tokenizer, ends, records: list[dict], functions, config: TrainConfig) -> float | None:
-    """Share of greedy answers whose first reward is above 0; None where nothing is held out."""
+def _held_out_metrics(model, tokenizer, ends, records: list[dict], functions, config: TrainConfig) -> dict[str, float]:
+    """Of greedy answers: the share whose first reward is above 0, and every reward; nothing where none is held out."""
     if not records:
-        return None
-    right = 0
+        return {}
+    parts = []
     for start in range(0, len(records), EVAL_BATCH):
         part = records[start : start + EVAL_BATCH]
         prompts = [data.render(tokenizer, record, config.system_prompt) for record in part]
         rollout = generate(model, ends, prompts, max_new_tokens=config.max_completion_length, temperature=0)
         texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-        right += int((_score(functions[:1], part, texts)[:, 0] > 0).sum())
-    return right / len(records)
+        parts.append(_score(functions, part, texts))
+    scores = torch.cat(parts)
+    weights = scores.new_tensor(config.reward_weights or [1.0] * len(functions))
+    scored = ~scores.isnan().all(1)
+    metrics = {
+        "accuracy/held_out": (scores[:, 0] > 0).double().mean().item(),
+        "reward/held_out": (scores * weights).nansum(1)[scored].mean().item(),
+    }
+    for function, column in zip(functions, scores.T, strict=True):
+        metrics[f"rewards/{function.name}/held_out"] = column.nanmean().item()
+    return metrics
 
 
 def _reward_metrics(functions, scores: Tensor, advantages: rf.Advantages, rollout: Rollout) -> dict[str, float]:

@@ -1,0 +1,36 @@
+"""How sharp the objective is along its gradient: the flatness that gradient regularisation is after, measured."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+import redit_fast as rf
+from redit_fast.training.policy import Batch, Pass
+
+RADIUS = 0.01  # of the perturbed weights' norm: in bfloat16 two to three units in the last place, so not lost
+
+
+def probe(model: PreTrainedModel, batch: Batch, first: Pass, optimizer: rf.RegularizedAdamW) -> dict[str, float]:
+    """One more pass at theta + r g1 / |g1|, r = 0.01 |theta| over the perturbed set, whose gradient is in .grad.
+
+    sharpness/curvature: |g - g1| / r, with the Hessian H of the loss about |H g1| / |g1|, at most H's largest absolute
+    eigenvalue. sharpness/loss_rise: the loss there less the first pass's. Both for the step's rollouts with the first
+    pass's log-probs as the old ones. Parameters and gradients end as they were, bit by bit; a copy of the perturbed
+    parameters and another gradient are held meanwhile.
+    """
+    groups = [{"params": group["params"], "perturb": group.get("perturb", True)} for group in optimizer.param_groups]
+    params = [p for group in groups for p in group["params"] if p.grad is not None]
+    moved = [p for group in groups if group["perturb"] for p in group["params"] if p.grad is not None]
+    before = {p: p.grad for p in params}
+    radius = RADIUS * torch.stack(torch._foreach_norm([p.detach() for p in moved], dtype=torch.float32)).norm().item()
+    mover = rf.GradientRegularizer(torch.optim.SGD(groups), gamma=radius, epsilon=radius, normalized=True)
+    try:
+        mover.perturb()  # gamma == epsilon: the first gradient is set aside as it is, not folded
+        second = batch.backward(model, first.logp, masks_of=first)
+        gaps = torch.stack([(p.grad.float() - before[p]).norm() for p in moved])
+    finally:
+        mover.restore()
+    for p in params:
+        p.grad = before[p]
+    return {"sharpness/curvature": gaps.norm().item() / radius, "sharpness/loss_rise": second.loss - first.loss}
