@@ -22,7 +22,7 @@ from redit_fast.kernels.element import nearest, widen
 from redit_fast.kernels.launch import bits, first_that_fits, processors, table
 from redit_fast.kernels.policy_loss import token_coefficient
 from redit_fast.kernels.rows import INNER, OUTER, SLOPE, columns, finish, number, squash
-from redit_fast.kernels.token_rows import backward, clear, forward, lanes_of, target_logit, tile_sums, within
+from redit_fast.kernels.token_rows import backward, clear, forward, target_logit, tile_sums, within
 
 IGNORE = tl.constexpr(-100)
 TILE_BYTES = (32768, 16384, 8192)  # of a tile, in the order of trial; a thread has 64
@@ -64,9 +64,8 @@ def _logp_kernel(
         logp, entropy, anchor, others, total = 0.0, 0.0, 0.0, 0.0, 0.0
         if target != IGNORE:
             at_target, anchor, others, weighted = forward(
-                logits_ptr + row * row_stride, stride, vocabulary, target, inner, outer,
-                lanes_of(lanes_ptr, row, vocabulary, logits_ptr.dtype.element_ty, BLOCK), CAPPED,
-                entropy_ptr is not None, "evict_first", BLOCK,
+                logits_ptr + row * row_stride, stride, vocabulary, target, inner, outer, lanes_ptr, row,
+                CAPPED, entropy_ptr is not None, "evict_first", BLOCK,
             )  # fmt: skip
             logp, entropy, total = finish(anchor, at_target, others, weighted, inner, outer, CAPPED)
         tl.store(logp_ptr + row, logp)
@@ -129,9 +128,8 @@ def _loss_kernel(
         else:
             x_ptr = logits_ptr + row * row_stride
             at_target, anchor, others, weighted = forward(
-                x_ptr, stride, vocabulary, target, inner, outer,
-                lanes_of(lanes_ptr, row, vocabulary, logits_ptr.dtype.element_ty, BLOCK), CAPPED, True, HINT, BLOCK,
-            )  # fmt: skip
+                x_ptr, stride, vocabulary, target, inner, outer, lanes_ptr, row, CAPPED, True, HINT, BLOCK
+            )
             logp, entropy, total = finish(anchor, at_target, others, weighted, inner, outer, CAPPED)
             weight, old, ref, sampling = tl.load(weights_ptr + row), logp, logp, logp
             if old_ptr is not None:

@@ -42,10 +42,10 @@ def tile_sums(
 
 @triton.jit
 def _row_sums(
-    x_ptr, stride, vocabulary, target, anchor, inner, outer, lanes_ptr,
+    x_ptr, stride, vocabulary, target, anchor, inner, outer, lanes_ptr, row,
     CAPPED: tl.constexpr, WEIGH: tl.constexpr, HINT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The row's, from its logits or, with the same bits, from what `_lanes_kernel` left of its tiles."""
+    """The row's, from its logits or, with the same bits, from `_lanes_kernel`'s lanes (rows, tiles, 2, LANES)."""
     anchor = squash(anchor, inner, CAPPED)
     LANES: tl.constexpr = BLOCK * x_ptr.dtype.element_ty.primitive_bitwidth // 128
     others, weighted = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
@@ -55,7 +55,8 @@ def _row_sums(
                 x_ptr, stride, vocabulary, target, start, anchor, inner, outer, CAPPED, WEIGH, HINT, BLOCK
             )
         else:
-            lane_ptr = lanes_ptr + start // BLOCK * (2 * LANES) + tl.arange(0, LANES)
+            item = row * tl.cdiv(vocabulary, BLOCK) + start // BLOCK
+            lane_ptr = lanes_ptr + item * (2 * LANES) + tl.arange(0, LANES)
             more, more_weighted = tl.load(lane_ptr), tl.load(lane_ptr + LANES)
         others += more
         if WEIGH:
@@ -82,7 +83,7 @@ def target_logit(x_ptr, stride, vocabulary, target):
 
 @triton.jit
 def forward(
-    x_ptr, stride, vocabulary, target, inner, outer, lanes_ptr,
+    x_ptr, stride, vocabulary, target, inner, outer, lanes_ptr, row,
     CAPPED: tl.constexpr, WEIGH: tl.constexpr, HINT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the row's results come from: target's and anchor's logit, sums of e_j and e_j y_j over j != t."""
@@ -90,12 +91,12 @@ def forward(
     anchor, others, weighted = at_target, at_target, at_target
     if at_target == at_target:  # else the row is NaN, unread
         others, weighted = _row_sums(
-            x_ptr, stride, vocabulary, target, anchor, inner, outer, lanes_ptr, CAPPED, WEIGH, HINT, BLOCK
+            x_ptr, stride, vocabulary, target, anchor, inner, outer, lanes_ptr, row, CAPPED, WEIGH, HINT, BLOCK
         )
         if needs_repair(anchor, others):
             anchor = _largest(x_ptr, stride, vocabulary, BLOCK)
             others, weighted = _row_sums(
-                x_ptr, stride, vocabulary, target, anchor, inner, outer, None, CAPPED, WEIGH, HINT, BLOCK
+                x_ptr, stride, vocabulary, target, anchor, inner, outer, None, row, CAPPED, WEIGH, HINT, BLOCK
             )
     return at_target, anchor, others, weighted
 
@@ -142,11 +143,3 @@ def backward(
 @triton.jit
 def within(target, first, last, vocabulary, BLOCK: tl.constexpr):
     return (target >= first * BLOCK) & (target < tl.minimum(last * BLOCK, vocabulary))
-
-
-@triton.jit
-def lanes_of(lanes_ptr, row, vocabulary, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """The row's sums by lanes, (tiles, 2, lanes), where there are any."""
-    if lanes_ptr is not None:
-        lanes_ptr += row * tl.cdiv(vocabulary, BLOCK) * (2 * BLOCK * TYPE.primitive_bitwidth // 128)
-    return lanes_ptr

@@ -170,7 +170,9 @@ def innermost_loops(sass):
     code = [i for i, line in enumerate(lines) if line.endswith(";")]
     places |= {hex(16 * n): i for n, i in enumerate(code)}  # an instruction has 16 bytes
     found = ((i, re.search(r"\bBRA (?:\S+, )?(\w+);", lines[i])) for i in code)
-    jumps = {i: places[m[1]] for i, m in found if m}
+    targets = {i: m[1] for i, m in found if m}
+    assert set(targets.values()) <= set(places)  # Triton 3.6 finds none of beyond 64 KB, where no fast loop is
+    jumps = {i: places[target] for i, target in targets.items()}
     loops = [(start, end) for end, start in jumps.items() if start < end]
     for start, end in loops:
         if any(start < inner and last < end for inner, last in loops):
