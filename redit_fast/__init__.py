@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from redit_fast.logprob import LogpEntropy, grpo_loss, token_logp
     from redit_fast.loss_config import LossConfig
     from redit_fast.losses import LossOutput, policy_loss
-    from redit_fast.optim import RegularizedAdamW, parameter_groups
+    from redit_fast.optim import RegularizedAdamW, parameter_groups, reset_reference
     from redit_fast.presets import advantage_options
-    from redit_fast.reference import reset_reference
     from redit_fast.regularize import GradientRegularizer
     from redit_fast.transforms import logit_transforms
 
@@ -40,7 +39,7 @@ _HOME = {
     "logit_transforms": "transforms",
     "parameter_groups": "optim",
     "policy_loss": "losses",
-    "reset_reference": "reference",
+    "reset_reference": "optim",
     "token_logp": "logprob",
     "use_backend": "backends",
 }

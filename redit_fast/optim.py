@@ -6,12 +6,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from redit_fast import shards
 from redit_fast.backends import primitive
-from redit_fast.regularize import LOW_PRECISION, GradientRegularizer, Rounding
+from redit_fast.perturbation import LOW_PRECISION
+from redit_fast.regularize import GradientRegularizer, Rounding
+from redit_fast.shards import local
 
 
 class _MasterAdamW(torch.optim.Optimizer):
@@ -24,7 +28,7 @@ class _MasterAdamW(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.versions: dict[Tensor, int] = {}  # p._version when its master, or copy, was last equal to it
+        self.versions: dict[Tensor, tuple] = {}  # shards.version(p) when its master, or copy, was last equal to it
 
     def state_of(self, p: Tensor) -> dict[str, Tensor]:
         """The state of `p`, made at first use; its master refreshed if `p` was changed by others since the last
@@ -38,10 +42,18 @@ class _MasterAdamW(torch.optim.Optimizer):
         if p.dtype in LOW_PRECISION:
             if "master" not in state:
                 state["master"] = p.detach().float()
-            elif self.versions.get(p) != p._version and not torch.equal(state["master"].to(p.dtype), p):
-                state["master"].copy_(p)
-            self.versions[p] = p._version
+            elif self.versions.get(p) != shards.version(p):
+                master, weights = local(state["master"]), local(p)
+                master.copy_(torch.where(master.to(p.dtype) == weights, master, weights))
+            self.versions[p] = shards.version(p)
         return state
+
+    def step(self, closure: None = None) -> None:
+        """Makes the state of every parameter with a gradient, and nothing else."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state_of(p)
 
     def update(self, params: list[Tensor], factor: Tensor, finite: Tensor, copies: dict[Tensor, Tensor]) -> None:
         """One step from the masters, or from the `copies` of parameters without one, which take the step too."""
@@ -51,13 +63,14 @@ class _MasterAdamW(torch.optim.Optimizer):
             if not chosen:
                 continue
             states = [self.state_of(p) for p in chosen]
+            pairs = list(zip(chosen, states, strict=True))
             beta1, beta2 = group["betas"]
             primitive("adamw", factor.device)(
-                chosen,
-                [state.get("master", copies.get(p)) for p, state in zip(chosen, states, strict=True)],
-                [p.grad for p in chosen],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [local(p) for p in chosen],
+                [local(state["master"]) if "master" in state else copies.get(p) for p, state in pairs],
+                [local(p.grad) for p in chosen],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
                 [state["step"] for state in states],
                 factor,
                 finite,
@@ -67,7 +80,7 @@ class _MasterAdamW(torch.optim.Optimizer):
                 group["eps"],
                 group["weight_decay"],
             )
-            self.versions |= {p: p._version for p in chosen if p.dtype in LOW_PRECISION or p in copies}
+            self.versions |= {p: shards.version(p) for p in chosen if p.dtype in LOW_PRECISION or p in copies}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch.optim.Optimizer, but shapes are checked and float32 state stays float32 beside low-precision
@@ -77,16 +90,23 @@ class _MasterAdamW(torch.optim.Optimizer):
         state = dict(zip(ids, params, strict=False))  # unequal numbers are refused below
         for i, values in state_dict["state"].items():
             for name, value in values.items():
-                if i in state and name != "step" and value.shape != state[i].shape:
+                if i not in state or name == "step":
+                    continue
+                if value.shape != state[i].shape:
                     raise ValueError(
                         f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(state[i].shape)}"
+                    )
+                if shards.is_shard(value) != shards.is_shard(state[i]):
+                    raise ValueError(
+                        f"{name} of parameter {i} is {'a shard' if shards.is_shard(value) else 'whole'}, the parameter "
+                        "is not: load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
                     )
         super().load_state_dict({**state_dict, "state": {}})
         for i, values in state_dict["state"].items():
             p = state[i]
             wide = torch.promote_types(p.dtype, torch.float32)
             self.state[p] = {
-                name: torch.as_tensor(value, dtype=torch.float32 if name == "step" else wide).to(p.device, copy=True)
+                name: torch.as_tensor(value).to(p.device, torch.float32 if name == "step" else wide, copy=True)
                 for name, value in values.items()
                 if name in ("step", "exp_avg", "exp_avg_sq", "master")
             }
@@ -121,7 +141,7 @@ class RegularizedAdamW(GradientRegularizer):
         weight_decay: float = 0.0,
         *,
         gamma: float = 1e-3,
-        epsilon: float = 1e-3,
+        epsilon: float | Literal["auto"] = 1e-3,
         max_norm: float | None = 1.0,
         perturb_max_norm: float = 10.0,
         normalized: bool = False,
@@ -153,23 +173,53 @@ class RegularizedAdamW(GradientRegularizer):
             self.optimizer.state_of(p)
         versions = self.optimizer.versions
         without_master = [p for p in params if p.dtype not in LOW_PRECISION]
-        stale = [p for p in without_master if p not in self._copies or versions.get(p) != p._version]
+        stale = [p for p in without_master if p not in self._copies or versions.get(p) != shards.version(p)]
         if stale:
             super()._keep(stale)
 
     def _restore_parameters(self, before_step: bool = False) -> None:
         for p in self._moved:
             if not before_step or p.grad is None:  # AdamW writes the others from their masters and copies
-                p.copy_(self._copies[p] if p in self._copies else self.optimizer.state[p]["master"])
+                kept = self._copies[p] if p in self._copies else local(self.optimizer.state[p]["master"])
+                local(p).copy_(kept)
         self._changed(self._moved)
 
     def _changed(self, params: list[Tensor]) -> None:
         super()._changed(params)
-        self.optimizer.versions |= {p: p._version for p in params}
+        self.optimizer.versions |= {p: shards.version(p) for p in params}
 
     def _take_step(self, params: list[Tensor], factor: Tensor, finite: Tensor) -> None:
         moved = self._moved if self._perturbed else []
         self.optimizer.update(params, factor, finite, {p: self._copies[p] for p in moved if p in self._copies})
+
+
+@torch.no_grad()
+def reset_reference(reference: nn.Module, policy: nn.Module) -> None:
+    """reference <- policy, parameters and buffers, in place and each in its own dtype: call it every R optimizer steps
+    (Reference Resets, arXiv 2602.18037: R = 200, with a larger KL coefficient than without), between steps.
+
+    Raises:
+        ValueError: the two differ in names, shapes or placements (FSDP2: shard both alike); nothing is written.
+    """
+    for model in (reference, policy):
+        shards.drop_gathered_of(model)
+    theirs, ours = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (reference, policy))
+    if theirs.keys() != ours.keys():
+        odd = sorted(theirs.keys() ^ ours.keys())
+        raise ValueError(
+            f"reference and policy must have the same parameter names, got {len(odd)} in one of them only, "
+            f"{odd[0]!r} first: pass the bare models, without wrappers or adapters"
+        )
+    for name, target in theirs.items():
+        places = [getattr(tensor, "placements", None) for tensor in (target, ours[name])]
+        if target.shape != ours[name].shape or places[0] != places[1]:
+            raise ValueError(
+                f"{name} is {tuple(target.shape)} {places[0] or ''} in the reference and {tuple(ours[name].shape)} "
+                f"{places[1] or ''} in the policy: they must be alike"
+            )
+    for name, target in theirs.items():
+        shards.local(target).copy_(shards.local(ours[name]))
+    torch.clear_autocast_cache()
 
 
 def parameter_groups(model: nn.Module, perturb: str = "decoder_layers") -> list[dict]:

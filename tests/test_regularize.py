@@ -608,6 +608,7 @@ def test_misuse_names_the_verb_to_call(backend):
     [
         ({"gamma": -1.0}, "gamma"),
         ({"epsilon": 0.0}, "epsilon"),
+        ({"epsilon": "large"}, "'auto', got 'large'"),
         ({"max_norm": 0.0}, "max_norm"),
         ({"perturb_max_norm": math.inf}, "perturb_max_norm"),
         ({"rounding": "up"}, "rounding"),
