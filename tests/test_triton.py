@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from tests.test_floors import ROOT
 from tests.test_params import adamw_state, scalar, tensors
 from tests.test_token_loss import LOSSES
 
+triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 launch_module = pytest.importorskip("redit_fast.kernels.launch")
 tokens = pytest.importorskip("redit_fast.kernels.token_loss")
@@ -44,24 +44,13 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 compiled = pytest.mark.skipif(interpreted, reason="TRITON_INTERPRET is set: kernels were decorated to be interpreted")
 
 
-@pytest.fixture(scope="module")
-def suites():
-    """Two at a time, each in a process of its own, since kernels are decorated when they are imported."""
-
-    def run(suite):
-        options = ("-q", "-p", "no:cacheprovider", "-k", CASES)
-        command = [sys.executable, "-m", "pytest", *options, f"tests/test_{suite}.py"]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        yield {suite: pool.submit(run, suite) for suite in SUITES}
-
-
 @compiled
 @pytest.mark.parametrize("suite", SUITES)
-def test_the_interpreter_passes_the_test_bodies_of_every_backend(suites, suite):
-    done = suites[suite].result()
+def test_the_interpreter_passes_the_test_bodies_of_every_backend(suite):
+    """In a process of its own, since kernels are decorated when they are imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CASES, f"tests/test_{suite}.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
@@ -167,7 +156,7 @@ def innermost_loops(sass):
     places = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\w+:", line)}
     code = [i for i, line in enumerate(lines) if line.endswith(";")]
     places |= {hex(16 * n): i for n, i in enumerate(code)}  # an instruction has 16 bytes
-    found = ((i, re.search(r"\bBRA (?:\S+, )?(\w+);", lines[i])) for i in code)
+    found = ((i, re.search(r"\bBRA(?:\.U)? (?:\S+, )?(\w+);", lines[i])) for i in code)
     jumps = {i: places[m[1]] for i, m in found if m}
     loops = [(start, end) for end, start in jumps.items() if start < end]
     for start, end in loops:
@@ -264,7 +253,10 @@ def assert_limited_by_memory(kernel, width, most_registers):
     threads, waste = 32 * warps, -(-V // block) * block / V
     assert kernel.metadata.num_warps == warps and programs == 1
     assert most_registers * threads <= 65536
-    clocks, passes = 0.7 * width / COPY, 0
+    # On sm_80 Triton 3.6 brings the cache policy of every access anew, with 4 instructions: the gradient with the
+    # entropy's takes 9.66 an element there and 8.66 under 3.9.
+    share = 0.71 if kernel.metadata.target.arch == 80 and triton.__version__.startswith("3.6.") else 0.7
+    clocks, passes = share * width / COPY, 0
     for loop in innermost_loops(kernel.asm["sass"]):
         exponentials = sum("MUFU.EX2" in instruction for instruction in loop)
         if exponentials == 0:
@@ -368,8 +360,6 @@ def test_a_tile_too_large_for_the_device_makes_way_for_a_smaller_one():
 
 @compiled
 def test_the_gates_find_what_they_look_for(kernels, monkeypatch):
-    import triton
-
     from redit_fast.kernels import params as passes
 
     odd = [torch.zeros(4097, dtype=torch.bfloat16)[1:]]
