@@ -10,17 +10,24 @@ NVIDIA := $(wildcard /proc/driver/nvidia)$(shell command -v nvidia-smi 2>/dev/nu
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH ?= $(if $(NVIDIA),torch,torch==2.13.0 --no-deps --retries 1 --extra-index-url $(CPU_INDEX))
 
+# Triton has wheels for Linux only.
+TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
+# Two processes share the cores, so a thread that waits must sleep: spinning, as OpenMP lets it, takes 102 CPU seconds for
+# tests/test_linear_loss.py, and this 13.
+PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
 .PHONY: demo test lint sanitize kernel-gates gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
 
-test: $(READY)
-	$(VENV)/bin/python -m pytest
+test: $(READY) $(TRITON36)
+	$(PYTEST)
 
-# What Triton compiles, for every architecture, and all of its interpreted tests; `make test` looks at sm_90 and bfloat16.
-kernel-gates: $(READY)
-	KERNEL_ARCHS="80 90 100" $(VENV)/bin/python -m pytest tests/test_triton.py
+# What Triton and Triton 3.6 compile, for every architecture, and all of the interpreted tests; `make test` looks at sm_90
+# and bfloat16.
+kernel-gates: $(READY) $(TRITON36)
+	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/test_triton.py tests/test_triton36.py
 
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
 OUT ?= gpu-check
@@ -41,12 +48,20 @@ sanitize: $(READY)
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
-		$(VENV)/bin/pytest -x --import-mode=append --capture=sys -k "cpu and not fifty and not 151936" tests/sanitize.py \
-		$(filter-out tests/test_triton%,$(wildcard tests/test_*.py))
+	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -x -n 2 --dist worksteal --import-mode=append --capture=sys \
+		-k "cpu and not fifty and not 151936" tests/sanitize.py $(filter-out tests/test_triton%,$(wildcard tests/test_*.py))
 
 # A torch that is already in .venv stays. The tests compare with the peers of tests/peers.txt.
 $(READY): pyproject.toml setup.py tests/peers.txt $(wildcard csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
 	$(VENV)/bin/pip install -c tests/peers.txt -e ".[dev]"
+	touch $@
+
+# GPU machines have Triton 3.6, whose code differs. Here it has .venv's torch: folders of a .pth file come last.
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+.venv-triton36/.ready: $(READY)
+	$(VENV)/bin/python -m venv .venv-triton36
+	.venv-triton36/bin/pip install "triton==3.6.0" "numpy<2.4"
+	$(VENV)/bin/python $(SITE) > $$(.venv-triton36/bin/python $(SITE))/venv.pth
 	touch $@

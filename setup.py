@@ -8,6 +8,7 @@ import sys
 from glob import glob
 
 import pybind11
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, find_packages, setup
 
 # x86-64 baseline (no -march): the wheel runs on every machine. No contraction and no fast-math: the results are pinned
@@ -28,6 +29,7 @@ cpu = Extension(
     optional=True,
 )
 
+ParallelCompile().install()  # a source on each core
 setup(
     # kernels/ has no __init__.py (a top-level package of that name would shadow Hugging Face's), so it is named here.
     packages=[*find_packages(include=["redit_fast", "redit_fast.*"]), "redit_fast.kernels"],

@@ -22,6 +22,8 @@ from redit_fast.kernels.launch import TYPES, bits, table, word
 CHUNK = tl.constexpr(65536)  # weights a program: 0.4 MB of a perturbation, and partials of 1/2000 of the bytes moved
 STREAM_ROUNDING = tl.constexpr(0x10000)
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+# Of a norm. Without it Triton 3.6 gives that of unaligned tensors 32 on sm_80 and spills one. AMD has no such option.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 64}
 ROWS = 128  # of 8 weights a tile: one for each thread
 
 
@@ -338,7 +340,7 @@ def _sum(out: Tensor, groups: list[_Group], launch) -> None:
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     def launch(group, partials, column, stride):
         _squared_norm_kernel[(group.programs,)](
-            partials, column, group.tensors, group.chunks, *group.types, group.aligned, ROWS, **LAUNCH
+            partials, column, group.tensors, group.chunks, *group.types, group.aligned, ROWS, **LAUNCH, **REGISTERS
         )
 
     with torch.cuda.device_of(out):

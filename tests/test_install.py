@@ -16,7 +16,7 @@ import pytest
 
 from tests.test_floors import ROOT
 
-GENERATED = (".git", ".venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".benchmarks")
+GENERATED = (".git", ".venv*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".benchmarks")
 PYTHON = (sys.executable, "-S")  # without the import hooks of .pth files, an editable install's among them
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
 WHERE = """
