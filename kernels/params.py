@@ -123,7 +123,10 @@ def _halves(seed, step, offset, rows, SHIFTED: tl.constexpr):
 
 @triton.jit
 def _seen(x, DTYPE: tl.constexpr):
-    return widen(nearest(widen(x), DTYPE))
+    seen = widen(x)
+    if x.dtype != DTYPE:
+        seen = widen(nearest(seen, DTYPE))
+    return seen
 
 
 @triton.jit

@@ -222,3 +222,12 @@ def test_a_probed_run_is_the_same_run(resets, tmp_path):
     assert probed[2].pop("sharpness/curvature") > 0 and probed[2].pop("sharpness/loss_rise") > 0
     assert probed[4].pop("sharpness/curvature") > 0 and probed[4].pop("sharpness/loss_rise") > 0
     assert plain == probed
+
+
+def test_a_run_with_epsilon_auto_resumes_bit_by_bit(resets, tmp_path):
+    job = {**resets, "beta": 0.0, "reference_reset_every": 0, "gamma": 1e-3, "epsilon": "auto", "steps": 4}
+    train(config.load(overrides={**job, "name": "straight"}))
+    train(config.load(overrides={**job, "name": "halves", "steps": 2}))
+    assert main(["train", "--resume", *flags({**job, "name": "halves"})]) == 0
+    assert_equal_checkpoints(*(tmp_path / n / "checkpoints/step-000004" for n in ("straight", "halves")))
+    assert timeless(tmp_path / "straight" / "metrics.jsonl") == timeless(tmp_path / "halves" / "metrics.jsonl")
