@@ -12,8 +12,8 @@ TORCH ?= $(if $(NVIDIA),torch,torch==2.13.0 --no-deps --retries 1 --extra-index-
 
 # Triton has wheels for Linux only.
 TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
-# Two processes share the cores, so a thread that waits must sleep: spinning, as OpenMP lets it, takes 102 CPU seconds for
-# tests/test_linear_loss.py, and this 13.
+# Two processes share the cores, so a thread that waits must sleep. Spinning, OpenMP's default, took 102 CPU seconds for
+# tests/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test lint sanitize kernel-gates gpu-check

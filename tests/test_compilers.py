@@ -17,11 +17,12 @@ BINDINGS = list((ROOT / "csrc").glob("bindings*.cpp"))
 pytestmark = pytest.mark.parametrize("compiler", EMULATOR)
 
 
-@pytest.fixture
-def setup(monkeypatch):
+@pytest.fixture(scope="module")
+def setup():
     """The names of setup.py."""
-    monkeypatch.setattr("setuptools.setup", lambda **settings: None)
-    return runpy.run_path(str(ROOT / "setup.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **settings: None)
+        return runpy.run_path(str(ROOT / "setup.py"))
 
 
 def need(*programs):
@@ -41,11 +42,18 @@ def test_every_source_compiles_without_a_warning(compiler, sources, mode, setup,
     run(compiler, *flags, *HEADERS, mode, *sources, cwd=tmp_path)
 
 
-def test_programs_give_the_same_bits(compiler, setup, tmp_path):
-    need("g++", compiler, *EMULATOR[compiler][:1])
-    outputs = []
-    for builder, emulator in (("g++", ()), (compiler, EMULATOR[compiler])):
-        run(builder, *setup["FLAGS"], f"-I{ROOT / 'csrc'}", ROOT / "tests" / "bits.cpp", *OPS, cwd=tmp_path)
-        outputs.append(run(*emulator, tmp_path / "a.out", cwd=tmp_path).splitlines())
-    assert outputs[0] == outputs[1]
-    assert len({line.split()[-1] for line in outputs[0]}) == len(outputs[0]) == 36  # 6 token losses, 2 noises
+def lines_of_a_program(builder, emulator, setup, folder):
+    run(builder, *setup["FLAGS"], f"-I{ROOT / 'csrc'}", ROOT / "tests" / "bits.cpp", *OPS, cwd=folder)
+    return run(*emulator, folder / "a.out", cwd=folder).splitlines()
+
+
+@pytest.fixture(scope="module")
+def expected(setup, tmp_path_factory):
+    need("g++")
+    return lines_of_a_program("g++", (), setup, tmp_path_factory.mktemp("expected"))
+
+
+def test_programs_give_the_same_bits(compiler, expected, setup, tmp_path):
+    need(compiler, *EMULATOR[compiler][:1])
+    assert lines_of_a_program(compiler, EMULATOR[compiler], setup, tmp_path) == expected
+    assert len({line.split()[-1] for line in expected}) == len(expected) == 36  # 6 token losses, 2 noises
