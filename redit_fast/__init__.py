@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from redit_fast.advantages import Advantages, group_advantages
+    from redit_fast.apply import apply_to
     from redit_fast.backends import use_backend
     from redit_fast.dither import Dither
     from redit_fast.linear import estimate_memory, linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp
@@ -30,6 +31,7 @@ _HOME = {
     "LossOutput": "losses",
     "RegularizedAdamW": "optim",
     "advantage_options": "presets",
+    "apply_to": "apply",
     "estimate_memory": "linear",
     "group_advantages": "advantages",
     "grpo_loss": "logprob",

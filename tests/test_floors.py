@@ -20,6 +20,7 @@ FLOORS = {
     "redit_fast": 3.5,  # the public names: what floors 4 and 5, but nothing below, reach as `import redit_fast`
     "redit_fast.optim": 3.4,  # floor 3 from left to right: a module may import those to its right
     "redit_fast.regularize": 3.3,
+    "redit_fast.apply": 3.25,
     "redit_fast.auto_epsilon": 3.27,  # what regularize is made of
     "redit_fast.grad_scaler": 3.25,
     "redit_fast.gradients": 3.25,

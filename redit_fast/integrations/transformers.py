@@ -1,0 +1,55 @@
+"""GR for transformers.Trainer and what is built on it: supervised fine-tuning, reward models, your own.
+
+from transformers import Trainer
+from redit_fast.integrations.transformers import GRTrainerMixin
+
+class GRTrainer(GRTrainerMixin, Trainer):
+    pass
+
+GRTrainer(model, args, train_dataset=data, gr_gamma=1e-3).train()
+"""
+
+from __future__ import annotations
+
+import transformers
+
+from redit_fast.integrations.second_pass import HOOKS, SUPPORTED, GRSettings, SecondPassHooks, check_hooks
+
+
+class GRTrainerMixin(SecondPassHooks):
+    """Before a class that is a transformers.Trainer: every optimizer step gets the gradient of L + (gamma/2) |grad L|^2
+    by a second backward pass over the step's micro-batches, at the decoder layers' parameters + epsilon g1 (see
+    `GradientRegularizer`).
+
+    Everything else is the trainer's own: optimizer, clipping (max_grad_norm 0 switches that off, not GR), scheduler,
+    callbacks, checkpoints. Losses and metrics that are logged are the first pass's, grad_norm is the combined
+    gradient's before clipping; gr/* and time/gr_pass2 (seconds) come beside them. A step with a gradient that is not
+    finite, in either pass, is skipped: weights and optimizer state stay, callbacks fire, grad_norm says so.
+
+    Args:
+        gr_gamma: weight of the penalty; 0 (the default) switches GR off, the run is then the trainer's own.
+        gr_epsilon, gr_perturb_max_norm, gr_normalized: as in `GradientRegularizer`.
+        gr_every_k_steps: regularise the steps whose number is a multiple of it.
+        gr_optimizer: "regularized_adamw" steps by `RegularizedAdamW` (float32 masters of low-precision parameters) with
+            the learning rate, betas, epsilon and weight decay of the training arguments; None: the trainer's choice.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, naming it; DeepSpeed or FSDP. RuntimeError: a version of
+            transformers whose Trainer has other methods, naming the supported ones.
+    """
+
+    def __init__(
+        self,
+        *args,
+        gr_gamma: float = 0.0,
+        gr_epsilon: float = 1e-3,
+        gr_perturb_max_norm: float = 10.0,
+        gr_normalized: bool = False,
+        gr_every_k_steps: int = 1,
+        gr_optimizer: str | None = None,
+        **kwargs,
+    ):
+        check_hooks("transformers", transformers, HOOKS, transformers.Trainer, SUPPORTED)
+        settings = GRSettings(gr_gamma, gr_epsilon, gr_perturb_max_norm, gr_normalized, gr_every_k_steps, gr_optimizer)
+        super().__init__(*args, **kwargs)
+        self._start_gr(settings)
