@@ -199,7 +199,7 @@ def test_parameter_passes_compile_without_spills_and_with_accesses_of_16_bytes(k
             for factor in (1.0, 0.5):
                 args = scalar(1.0), factor, rounding, 7, torch.tensor(5), compute_dtype
                 backend.perturb(sums, params, grads, [0, 4096], *args)
-    cast = kernels["_perturb_kernel"] - before  # to the compute dtype: float16 in bfloat16 takes 80 % of its bytes' time
+    cast = kernels["_perturb_kernel"] - before  # float16 seen in bfloat16 takes 80 % of its bytes' time
     backend.combine(sums[:3], params, grads, 0.5)
     p, masters, g, m, v, steps = adamw_state(dtype, sizes)
     args = scalar(1.0), torch.tensor(True), 1e-2, 0.9, 0.999, 1e-8, 0.1

@@ -144,7 +144,9 @@ class SecondPass:
         regularizer = self.settings.regularizer(groups, compute_dtype=dtype, seed=trainer.args.seed)
         # A resumed run draws the stochastic rounding of its step, not of step 0.
         counters = {"attempts": 0, "completed": trainer.state.global_step, "skipped": 0}
-        regularizer.load_state_dict({**regularizer.optimizer.state_dict(), "gradient_regularizer": counters})
+        state = regularizer.state_dict()
+        state["param_groups"][0]["gradient_regularizer"] = counters
+        regularizer.load_state_dict(state)
         return regularizer
 
     @contextmanager
