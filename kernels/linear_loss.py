@@ -162,21 +162,19 @@ def _repair_kernel(
     row = tl.program_id(0).to(tl.int64)
     inner, outer = number(numbers_ptr, INNER), number(numbers_ptr, OUTER)
     anchor, target = tl.load(state_ptr + ANCHOR * rows + row), tl.load(targets_ptr + row)
-    finite = tl.abs(tl.load(state_ptr + TOTAL * rows + row)) < float("inf")
+    lost = (tl.abs(tl.load(state_ptr + TOTAL * rows + row)) < float("inf")) == 0
     e_ptr += row * e_row
-    if RESCALE or not finite:
+    if RESCALE or lost:
         for tile in range(tl.cdiv(vocabulary, BLOCK)):
             seen_from = tl.load(tile_anchors_ptr + tile * rows + row)
-            at = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-            if not finite:
-                tl.store(e_ptr + at * e_stride, 0.0, at < vocabulary)
-            elif seen_from != anchor:
+            if (seen_from != anchor) | lost:
+                at = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
                 gap = (squash(seen_from, inner, CAPPED) - squash(anchor, inner, CAPPED)) * outer
                 e = widen(tl.load(e_ptr + at * e_stride, at < vocabulary, 0.0))
-                e = nearest(e * tl.exp2(gap), e_ptr.dtype.element_ty)
-                tl.store(e_ptr + at * e_stride, e, at < vocabulary)
+                e = tl.where(lost, 0.0, e * tl.exp2(gap))
+                tl.store(e_ptr + at * e_stride, nearest(e, e_ptr.dtype.element_ty), at < vocabulary)
         tl.debug_barrier()  # the target's own comes after its tile
-    inside = finite & (target >= 0) & (target < vocabulary)
+    inside = (lost == 0) & (target >= 0) & (target < vocabulary)
     value = tl.load(state_ptr + TARGET_E * rows + row)
     tl.store(e_ptr + target * e_stride, nearest(value, e_ptr.dtype.element_ty), inside)
 
