@@ -1,5 +1,6 @@
 """The README is true: its example runs and learns, its table is the measured one, its links lead somewhere."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -25,6 +26,15 @@ def test_the_tables_are_the_measured_ones():
     assert f"<!-- demo table -->\n{demo_table.table()}\n<!-- end of demo table -->" in README
     assert f"<!-- cpu table -->\n{cpu_table.table()}\n<!-- end of cpu table -->" in README
     assert known_answers() in (ROOT / "docs" / "noise.md").read_text()
+
+
+def test_the_step_of_trls_trainer_is_the_measured_one():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "trl.json").read_text())
+    (rows,) = measured["tables"].values()
+    ours, theirs = (next(row for row in rows if row["name"] == name) for name in ("redit-fast", "TRL"))
+    assert measured["machine"]["threads"] == 2
+    assert f"{ours['ms']:.0f} ms and {ours['peak_mb']:.0f} MB with our head" in README
+    assert f"{theirs['ms']:.0f} ms and {theirs['peak_mb']:.0f} MB with TRL's own" in README
 
 
 def test_the_demos_model_is_as_large_as_it_says():
