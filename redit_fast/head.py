@@ -85,14 +85,15 @@ class Head(NamedTuple):
         if bias is not None:
             _refuse_freed("bias", bias)
         known = targets != IGNORE
-        if not may_wait(targets.device):
-            scored, targets = torch.arange(len(targets), device=targets.device), torch.where(known, targets, 0)
-            loud = len(scored)
-        else:
+        if may_wait(targets.device):
             scored = _places(known if silent is None else known & ~silent)
-            known, loud = None, len(scored)
+            loud = len(scored)
             if silent is not None:
-                scored = torch.cat([scored, _places((targets != IGNORE) & silent)])
+                scored = torch.cat([scored, _places(known & silent)])
+            known = None
+        else:
+            scored, loud = torch.arange(len(targets), device=targets.device), len(targets)
+            targets = torch.where(known, targets, 0)
         chunk_rows = rows_per_chunk(len(weight), hidden.dtype, chunk_rows)
         multiple = chunk_rows if whole_chunks(hidden.device) else ROW_MULTIPLE
         row_targets = targets.new_zeros(padded(len(scored), multiple))
@@ -165,7 +166,8 @@ def accumulate(
     scaled = (beta[:, None] * x).to(e.dtype)
     rows = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if hidden else None
     addmm = primitive("addmm", x.device)
-    columns = len(weight) if whole_chunks(x.device) and weight.dtype == e.dtype else TILE_V
+    no_copies = weight.dtype == e.dtype and bias_grad is None
+    columns = len(weight) if whole_chunks(x.device) and no_copies else TILE_V
     for start in range(0, len(weight), columns):
         tile = slice(start, start + columns)
         if hidden:
