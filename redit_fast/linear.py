@@ -113,8 +113,8 @@ def linear_logp(
             head padded beyond the vocabulary is passed as weight[:V].
         targets, mask: (...), as in `token_logp`; masked rows cost nothing.
         entropy: "metric" also returns the entropy without graph, "grad" with.
-        chunk_rows: rows per chunk, the only buffer of V columns; default: 256 MiB of it. The gradient of the weight
-            depends on it by float32 rounding, nothing else does.
+        chunk_rows: rows per chunk, the only buffer of V columns; default: 256 MiB of it, 8192 rows at most. The
+            gradient of the weight depends on it by float32 rounding, nothing else does.
 
     Returns:
         (...) float32, or the named tuple (logp, entropy) of two.
@@ -323,7 +323,7 @@ def estimate_memory(R: int, D: int, V: int, dtype: torch.dtype, trainable: bool,
     """Peak bytes above the inputs that `linear_grpo_loss` and its backward pass take on route "fused", gradients
     included: dX, one chunk of rows, and, where the weight is `trainable`, dW with its float32 accumulator (in bfloat16
     only where the rows take more than one chunk). A CPU without AVX512_BF16 takes for bfloat16 a tile of 4096 columns
-    of the weight and of the chunk more, in float32.
+    of the weight and of the chunk more, in float32; a GPU takes whole chunks, so no less than one.
 
     Args:
         R: scored rows that have a coefficient; D: hidden size; V: vocabulary; dtype: of hidden and weight.
