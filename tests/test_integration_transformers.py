@@ -270,6 +270,7 @@ def test_arguments_and_versions_are_refused_by_name(tmp_path, monkeypatch):
     for options, message in [
         ({"gr_gamma": -1.0}, "gr_gamma must be finite and at least 0, got -1.0"),
         ({"gr_epsilon": 0.0}, "gr_epsilon must be finite and above 0, got 0.0"),
+        ({"gr_epsilon": "auto"}, "gr_epsilon must be a number, got 'auto'"),
         ({"gr_perturb_max_norm": math.nan}, "gr_perturb_max_norm must be finite"),
         ({"gr_every_k_steps": 0}, "gr_every_k_steps must be at least 1, got 0"),
         ({"gr_optimizer": "adam"}, "gr_optimizer must be one of None, 'regularized_adamw'; got 'adam'"),

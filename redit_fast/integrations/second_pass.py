@@ -61,6 +61,8 @@ class GRSettings:
         if self.every_k_steps < 1:
             raise ValueError(f"gr_every_k_steps must be at least 1, got {self.every_k_steps}")
         check_choice("gr_optimizer", self.optimizer, (None, "regularized_adamw"))
+        if isinstance(self.epsilon, str):
+            raise ValueError(f"gr_epsilon must be a number, got {self.epsilon!r}")
         try:
             self.regularizer([torch.zeros(1, requires_grad=True)])
         except (ValueError, TypeError) as error:
