@@ -115,7 +115,7 @@ def both(rewards, **options):
     [("group", "sum_then_normalize"), ("batch", "sum_then_normalize"), ("group", "normalize_then_sum")],
 )
 def test_groups_of_several_tiles_and_samples_of_several_lanes_have_the_bits_of_the_reference(scale, combine):
-    """A tile is 32 groups and 128 samples at a time: 70 groups, one of them of 200 samples, at the counter's edges."""
+    """A tile is 32 groups and 64 samples at a time: 70 groups, one of them of 200 samples, at the counter's edges."""
     ids = torch.cat([torch.arange(70).repeat(3), torch.full((200,), 5)])[torch.randperm(410)]
     options = dict(group_ids=ids, scale=scale, combine=combine, step=2**32 - 1, reward_weights=[1, 0.3])
     options["sample_ids"] = torch.randint(-(2**63), 2**63 - 1, (410,))
