@@ -1,17 +1,16 @@
 // A chunk of one tensor: its sum of squares, its perturbation, its combined gradient. levels.h includes this file, and
-// it adamw_chunks.h, once for every instruction set, inside a namespace whose name carries it. Sums run over 16 lanes
-// (element mod 16) of float64 and are added in one order: the same bits with every instruction set.
+// it adamw_chunks.h, once for every instruction set, inside a namespace whose name carries it.
 
 #include "simd.h"
+#include "block_sums.h"
 
-typedef double Doubles __attribute__((vector_size(4 * REDIT_LANES)));
 typedef uint64_t Calls __attribute__((vector_size(4 * REDIT_LANES)));  // a word of each of REDIT_LANES / 2 Philox calls
 
 constexpr Dtype dtype_of(Float32) { return Dtype::float32; }
 constexpr Dtype dtype_of(BFloat16) { return Dtype::bfloat16; }
 constexpr Dtype dtype_of(Float16) { return Dtype::float16; }
 
-constexpr int kVectors = kLanes / REDIT_LANES, kCalls = REDIT_LANES / 2;
+constexpr int kCalls = REDIT_LANES / 2;
 
 // Elements as W (float or double): in place where they are W already, else converted into `buffer`.
 template <class W>
@@ -66,72 +65,36 @@ void scale_block(const Array& x, int64_t first, int64_t n, double factor) {
     scale_elements(x, first, n, float(factor));
 }
 
-struct Pair {
-  Doubles low, high;
-};
-
-REDIT_INLINE Pair in_double(Floats x) {
-#if defined(__x86_64__) && REDIT_LANES == 16
-  return {(Doubles)_mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 0)),
-          (Doubles)_mm512_maskz_cvtps_pd(0xFF, _mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 1))};
-#elif defined(__x86_64__) && REDIT_LANES == 8
-  return {(Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)),
-          (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1))};
-#elif defined(__x86_64__)
-  return {(Doubles)_mm_cvtps_pd((__m128)x), (Doubles)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x))};
-#else
-  Pair pair;
-  for (int i = 0; i < kCalls; ++i) pair.low[i] = x[i], pair.high[i] = x[i + kCalls];
-  return pair;
-#endif
-}
-
-struct Lanes {
-  Doubles part[2 * kVectors] = {};
-};
-
-// x and y were float32, so their product is exact and a fused multiply-add, which saves 15 % of a perturbation, gives
-// the bits of a product and a sum.
-REDIT_INLINE Doubles add_product(Doubles sum, Doubles x, Doubles y) {
-#if defined(__x86_64__) && REDIT_LANES == 16
-  return (Doubles)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)sum);
-#elif defined(__x86_64__) && REDIT_LANES == 8
-  return (Doubles)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)sum);
-#else
-  return sum + x * y;
-#endif
-}
-
-REDIT_INLINE void add_products(Lanes& lanes, int v, const Pair& x, const Pair& y) {
-  lanes.part[2 * v] = add_product(lanes.part[2 * v], x.low, y.low);
-  lanes.part[2 * v + 1] = add_product(lanes.part[2 * v + 1], x.high, y.high);
-}
-
-REDIT_INLINE double total(const Lanes& lanes) {
-  double sum = 0;
-  for (int v = 0; v < 2 * kVectors; ++v)
-    for (int i = 0; i < kCalls; ++i) sum += lanes.part[v][i];
-  return sum;
+template <class Sums, class Type>
+double block_sum_of_squares(const typename Type::Stored* x, int64_t n) {
+  Sums lanes;
+  const auto add = [&](const typename Type::Stored* from) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats value = Type::load(from + v * REDIT_LANES);
+      add_products(lanes, v, value, value);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add(x + i);
+  if (i < n) {
+    typename Type::Stored last[kLanes] = {};
+    __builtin_memcpy(last, x + i, size_t(n - i) * sizeof *x);
+    add(last);
+  }
+  return total(lanes);
 }
 
 template <class Type>
 double sum_of_squares(const void* tensor, int64_t begin, int64_t end) {
   const auto* x = static_cast<const typename Type::Stored*>(tensor);
-  Lanes lanes;
-  const auto add = [&](const typename Type::Stored* from) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const Pair pair = in_double(Type::load(from + v * REDIT_LANES));
-      add_products(lanes, v, pair, pair);
-    }
-  };
-  for (; begin + kLanes <= end; begin += kLanes) add(x + begin);
-  if (begin < end) {
-    typename Type::Stored last[kLanes] = {};
-    __builtin_memcpy(last, x + begin, size_t(end - begin) * sizeof *x);
-    add(last);
+  double sum = 0;
+  for (; begin < end; begin += kBlock) {
+    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
+    const double of_block = block_sum_of_squares<InFloat32, Type>(x + begin, n);
+    sum += in_range(of_block) ? of_block : block_sum_of_squares<InFloat64, Type>(x + begin, n);
   }
-  return total(lanes);
+  return sum;
 }
 
 REDIT_INLINE Calls product(Calls x, uint32_t factor) {  // of the low 32 bits
@@ -212,46 +175,61 @@ REDIT_INLINE Floats seen_as(Dtype seen, Floats x) {
   return x;
 }
 
-struct PerturbSums {
-  Lanes dot, applied, intended;
+// n elements from old and slopes on, written to x and, where grad_factor is not 1, to g; halves: of each element and up
+// to 15 more, or null. Past the end zeros are perturbed to zeros, whatever the half. Returns whether Sums held the sums.
+template <class Sums, class Type, class Grad>
+bool perturb_block(double* sums, typename Type::Stored* x, typename Grad::Stored* g, const typename Type::Stored* old,
+                   const typename Grad::Stored* slopes, int64_t n, const uint16_t* halves, float scale,
+                   float grad_factor, Dtype seen) {
+  Sums dot, applied, intended;
   Ints moved[kVectors] = {};
-};
-
-// n elements from x and g on; halves: of each element and up to 15 more, or null. Past the end zeros are perturbed to
-// zeros, whatever the half.
-template <class Type, class Grad>
-void perturb_block(PerturbSums& all, typename Type::Stored* x, typename Grad::Stored* g, int64_t n,
-                   const uint16_t* halves, float scale, float grad_factor, Dtype seen) {
-  PerturbSums sums = all;  // in registers
-  const auto perturb_16 = [&](typename Type::Stored* x, typename Grad::Stored* g, const uint16_t* halves)
+  const auto perturb_16 = [&](typename Type::Stored* x, typename Grad::Stored* g, const typename Type::Stored* old,
+                              const typename Grad::Stored* slopes, const uint16_t* halves)
       __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const int at = v * REDIT_LANES;
-      Floats old = Type::load(x + at);
-      const Floats slope = Grad::load(g + at), intended = slope * scale;
+      Floats before = Type::load(old + at);
+      const Floats slope = Grad::load(slopes + at), wanted = slope * scale;
       if (grad_factor != 1) put(Grad{}, g + at, slope * grad_factor, nullptr);
-      Floats now = put(Type{}, x + at, old + intended, halves ? halves + at : nullptr);
-      if (seen != dtype_of(Type{})) old = seen_as(seen, old), now = seen_as(seen, now);
-      sums.moved[v] -= now != old;
-      const Pair a = in_double(now - old), b = in_double(intended);
-      add_products(sums.dot, v, a, b);
-      add_products(sums.applied, v, a, a);
-      add_products(sums.intended, v, b, b);
+      Floats now = put(Type{}, x + at, before + wanted, halves ? halves + at : nullptr);
+      if (seen != dtype_of(Type{})) before = seen_as(seen, before), now = seen_as(seen, now);
+      moved[v] -= now != before;
+      add_products(dot, v, now - before, wanted);
+      add_products(applied, v, now - before, now - before);
+      add_products(intended, v, wanted, wanted);
     }
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) perturb_16(x + i, g + i, halves ? halves + i : nullptr);
+  for (; i + kLanes <= n; i += kLanes) perturb_16(x + i, g + i, old + i, slopes + i, halves ? halves + i : nullptr);
   if (i < n) {
-    typename Type::Stored last_x[kLanes] = {};
-    typename Grad::Stored last_g[kLanes] = {};
-    __builtin_memcpy(last_x, x + i, size_t(n - i) * sizeof *x);
-    __builtin_memcpy(last_g, g + i, size_t(n - i) * sizeof *g);
-    perturb_16(last_x, last_g, halves ? halves + i : nullptr);
-    __builtin_memcpy(x + i, last_x, size_t(n - i) * sizeof *x);
-    if (grad_factor != 1) __builtin_memcpy(g + i, last_g, size_t(n - i) * sizeof *g);
+    const size_t rest = size_t(n - i);
+    typename Type::Stored last_x[kLanes], last_old[kLanes] = {};
+    typename Grad::Stored last_g[kLanes], last_slopes[kLanes] = {};
+    __builtin_memcpy(last_old, old + i, rest * sizeof *x);
+    __builtin_memcpy(last_slopes, slopes + i, rest * sizeof *g);
+    perturb_16(last_x, last_g, last_old, last_slopes, halves ? halves + i : nullptr);
+    __builtin_memcpy(x + i, last_x, rest * sizeof *x);
+    if (grad_factor != 1) __builtin_memcpy(g + i, last_g, rest * sizeof *g);
   }
-  all = sums;
+  sums[0] = total(dot), sums[1] = total(applied), sums[2] = total(intended), sums[3] = 0;
+  for (const Ints& count : moved)
+    for (int i = 0; i < REDIT_LANES; ++i) sums[3] += count[i];
+  return in_range(sums[2]) && (sums[3] == 0 || in_range(sums[1]));
+}
+
+template <class Type, class Grad>
+void perturb_and_add(double* sums, typename Type::Stored* x, typename Grad::Stored* g, int64_t n,
+                     const uint16_t* halves, float scale, float grad_factor, Dtype seen) {
+  alignas(64) typename Type::Stored old[kBlock];
+  alignas(64) typename Grad::Stored slopes[kBlock];
+  __builtin_memcpy(old, x, size_t(n) * sizeof *x);
+  if (grad_factor != 1) __builtin_memcpy(slopes, g, size_t(n) * sizeof *g);
+  const auto* from = grad_factor != 1 ? slopes : g;
+  double of_block[4];
+  if (!perturb_block<InFloat32, Type, Grad>(of_block, x, g, old, from, n, halves, scale, grad_factor, seen))
+    perturb_block<InFloat64, Type, Grad>(of_block, x, g, old, from, n, halves, scale, grad_factor, seen);
+  for (int k = 0; k < 4; ++k) sums[k] += of_block[k];
 }
 
 template <class Type>
@@ -259,7 +237,7 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
              const PerturbOptions& options) {
   using Stored = typename Type::Stored;
   auto* x = static_cast<Stored*>(param.data);
-  PerturbSums lanes;
+  for (int k = 0; k < 4; ++k) sums[k] = 0;
   const float scale = float(options.scale), factor = float(options.grad_factor);
   const Dtype seen = options.compute_dtype < 0 ? dtype_of(Type{}) : Dtype(options.compute_dtype);
   alignas(64) uint16_t halves[kBlock + 8 + 8 * kCalls];
@@ -272,49 +250,62 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
       of_element = halves + first % 8;
     }
     if (grad.dtype == dtype_of(Type{}))
-      perturb_block<Type, Type>(lanes, x + begin, static_cast<Stored*>(grad.data) + begin, n, of_element, scale,
-                                factor, seen);
+      perturb_and_add<Type, Type>(sums, x + begin, static_cast<Stored*>(grad.data) + begin, n, of_element, scale,
+                                  factor, seen);
     else {
-      perturb_block<Type, Float32>(lanes, x + begin, load(buffer, grad, begin, n), n, of_element, scale, 1, seen);
+      perturb_and_add<Type, Float32>(sums, x + begin, load(buffer, grad, begin, n), n, of_element, scale, 1, seen);
       scale_block(grad, begin, n, options.grad_factor);
     }
   }
-  int64_t moved = 0;
-  for (const Ints& count : lanes.moved)
-    for (int i = 0; i < REDIT_LANES; ++i) moved += count[i];
-  sums[0] = total(lanes.dot), sums[1] = total(lanes.applied), sums[2] = total(lanes.intended);
-  sums[3] = double(moved);
+}
+
+// Returns whether Sums held the sums.
+template <class Sums, class Type>
+bool combine_block(double* sums, const typename Type::Stored* firsts, const typename Type::Stored* seconds,
+                   typename Type::Stored* g, int64_t n, float rest, float share) {
+  using Stored = typename Type::Stored;
+  Sums second, gaps, combined;
+  const auto combine_16 = [&](const Stored* firsts, const Stored* seconds, Stored* g) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = v * REDIT_LANES;
+      const Floats g1 = Type::load(firsts + at), g2 = Type::load(seconds + at), gap = g2 - g1;
+      const Floats both = put(Type{}, g + at, rest * g1 + share * g2, nullptr);
+      add_products(second, v, g2, g2);
+      add_products(gaps, v, gap, gap);
+      add_products(combined, v, both, both);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) combine_16(firsts + i, seconds + i, g + i);
+  if (i < n) {
+    const size_t bytes = size_t(n - i) * sizeof *g;
+    Stored last_firsts[kLanes] = {}, last_seconds[kLanes] = {}, last_g[kLanes];
+    __builtin_memcpy(last_firsts, firsts + i, bytes);
+    __builtin_memcpy(last_seconds, seconds + i, bytes);
+    combine_16(last_firsts, last_seconds, last_g);
+    __builtin_memcpy(g + i, last_g, bytes);
+  }
+  sums[0] = total(second), sums[1] = total(gaps), sums[2] = total(combined);
+  return in_range(sums[0]) && in_range(sums[1]) && in_range(sums[2]);
 }
 
 template <class Type>
 void combine(double* sums, const Array& first, const Array& grad, int64_t begin, int64_t end, double ratio) {
   using Stored = typename Type::Stored;
-  const auto* old = static_cast<const Stored*>(first.data);
-  auto* g = static_cast<Stored*>(grad.data);
   const float share = float(ratio), rest = float(1 - ratio);
-  Lanes second, gaps, combined;
-  const auto combine_16 = [&](const Stored* old, Stored* g) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = v * REDIT_LANES;
-      const Floats g1 = Type::load(old + at), g2 = Type::load(g + at);
-      const Pair both = in_double(put(Type{}, g + at, rest * g1 + share * g2, nullptr));
-      const Pair now = in_double(g2), gap = in_double(g2 - g1);
-      add_products(second, v, now, now);
-      add_products(gaps, v, gap, gap);
-      add_products(combined, v, both, both);
-    }
-  };
-  for (; begin + kLanes <= end; begin += kLanes) combine_16(old + begin, g + begin);
-  if (begin < end) {
-    const size_t bytes = size_t(end - begin) * sizeof *g;
-    Stored last_old[kLanes] = {}, last_g[kLanes] = {};
-    __builtin_memcpy(last_old, old + begin, bytes);
-    __builtin_memcpy(last_g, g + begin, bytes);
-    combine_16(last_old, last_g);
-    __builtin_memcpy(g + begin, last_g, bytes);
+  for (int k = 0; k < 3; ++k) sums[k] = 0;
+  alignas(64) Stored seconds[kBlock];
+  for (; begin < end; begin += kBlock) {
+    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
+    const auto* firsts = static_cast<const Stored*>(first.data) + begin;
+    auto* g = static_cast<Stored*>(grad.data) + begin;
+    __builtin_memcpy(seconds, g, size_t(n) * sizeof *g);
+    double of_block[3];
+    if (!combine_block<InFloat32, Type>(of_block, firsts, seconds, g, n, rest, share))
+      combine_block<InFloat64, Type>(of_block, firsts, seconds, g, n, rest, share);
+    for (int k = 0; k < 3; ++k) sums[k] += of_block[k];
   }
-  sums[0] = total(second), sums[1] = total(gaps), sums[2] = total(combined);
 }
 
 // float64, without a low-precision type beside it: plain loops, and its products are rounded before they are added.

@@ -1,7 +1,7 @@
 // Passes over parameters; redit_fast/backends/reference/params.py is the definition.
 //
-// One parallel loop a pass over chunks of 64 K elements of all tensors. Sums are float64 partials a chunk, in a fixed
-// number of lanes, added in the order of the chunks: their bits depend on neither threads nor instruction set.
+// One parallel loop a pass over chunks of 64 K elements of all tensors. Sums are of blocks in a fixed number of lanes,
+// added in their order: their bits depend on neither threads nor instruction set.
 // Memory per weight, float32 / bfloat16 with master: norm reads 4 / 2 bytes, perturb moves 12 / 6 and 4 / 2 more where
 // it scales the gradients, combine 12 / 6, AdamW 28 / 28.
 

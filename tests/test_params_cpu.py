@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import redit_fast as rf
-from redit_fast.backends import cpu
-from tests.test_params import DTYPES, adamw_state, combined, perturbed, run_adamw, scalar, tensors
+from redit_fast.backends import cpu, reference
+from tests.test_params import DTYPES, SUM_ROUNDING, adamw_state, combined, perturbed, run_adamw, scalar, tensors
 
 refusal = cpu.why_not("perturb", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")
@@ -58,6 +58,23 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch, dtype, rounding,
     for other in results[1:]:
         for x, y in zip(other, results[0]):
             torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-37, 1e-24, 1e22, 1e30])
+def test_sums_of_squares_outside_of_float32s_range_are_right(dtype, size):
+    """Blocks of 1024 with ordinary numbers beside blocks whose squares float32 has not."""
+    params = tensors(dtype, size, [3000])
+    grads = [g * torch.where(torch.arange(3000) < 1024, 1, size).to(dtype) for g in tensors(dtype, 1e-2, [3000])]
+    for firsts, seconds in ((params, grads), ([grads[0][1024:]], [params[0][1024:]])):
+        norm = scalar(0.0)
+        cpu.squared_norm(norm, firsts)
+        assert norm == pytest.approx(firsts[0].double().square().sum().item(), rel=SUM_ROUNDING) and norm > 0
+        moved, expected_moved = (perturbed(module, firsts, seconds, offsets=[0])[1] for module in (cpu, reference))
+        both, expected_both = (combined(module, firsts, seconds)[1] for module in (cpu, reference))
+        for ours, theirs in ((moved, expected_moved), (both, expected_both)):
+            assert theirs.min() > 0
+            torch.testing.assert_close(ours, theirs, rtol=SUM_ROUNDING, atol=0)
 
 
 def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch):

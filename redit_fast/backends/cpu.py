@@ -325,7 +325,7 @@ def _table(name: str, tensors: list[Tensor | None]) -> list[tuple[int, int]]:
 
 
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
-    """As `reference.squared_norm`, with the squares in float64."""
+    """As `reference.squared_norm`, to 2.4e-7."""
     tensors = contiguous(tensors)
     numels = [tensor.numel() for tensor in tensors]
     _cpu.squared_norm(out.data_ptr(), _table("tensors", tensors), numels, torch.get_num_threads(), _LEVEL)
@@ -345,7 +345,7 @@ def perturb(
     step: Tensor,
     compute_dtype: torch.dtype | None,
 ) -> None:
-    """As `reference.perturb`: the parameters bit for bit, the sums to 1e-12."""
+    """As `reference.perturb`: the parameters bit for bit, the sums to 2.4e-7."""
     check_like("grads", grads, params, wide=False)
     if compute_dtype is not None and compute_dtype not in _CODES:
         raise NotImplementedError(f"compute_dtype {compute_dtype} has no C++ version; use_backend('reference') has it")
@@ -373,7 +373,7 @@ def perturb(
 
 @torch.no_grad()
 def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: float) -> None:
-    """As `reference.combine`: the gradients bit for bit, the sums to 1e-12; both of one dtype."""
+    """As `reference.combine`: the gradients bit for bit, the sums to 2.4e-7; both of one dtype."""
     check_pairs(firsts, grads)
     firsts, combined = contiguous(firsts), contiguous(grads)
     _cpu.combine(
