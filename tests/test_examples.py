@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from examples import plain_loop, transformers_sft
+from examples import openrlhf_loop, plain_loop, transformers_sft
 from tests.test_floors import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:.*gradient_checkpointing")
@@ -28,6 +28,11 @@ def test_the_trl_example_runs_with_dithering_and_gr(tmp_path, monkeypatch):
     log = trainer.state.log_history[0]
     assert {"dither/reward_std", "dither/advantage_std", "gr/g1_norm", "time/gr_pass2"} <= set(log)
     assert len(rewards) == 2 and log["dither/reward_std"] > log["reward_std"]
+
+
+def test_the_openrlhf_example_teaches_a_model():
+    before, after = openrlhf_loop.main()
+    assert before < 0.05 < 0.2 < after
 
 
 def test_the_loop_gives_the_same_weights_on_one_rank_and_by_ddp_and_fsdp2_on_two():

@@ -1,9 +1,6 @@
 """OpenRLHF's policy loss through `policy_loss`, the one definition (openrlhf/models/loss.py::PolicyLoss, 0.11.2).
 
-import openrlhf.trainer.ray.ppo_actor as ppo_actor
-from redit_fast.integrations.openrlhf import PolicyLoss
-
-ppo_actor.PolicyLoss = PolicyLoss  # before the actor builds its loss
+Its name in openrlhf.trainer.ray.ppo_actor is replaced in every process of ray, as examples/openrlhf_loop.py says.
 """
 
 from __future__ import annotations
