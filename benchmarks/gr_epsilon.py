@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "gr_epsilon.json"
 DEMO = RESULTS.with_name("demo.json")
 PICTURE = ROOT / "docs" / "epsilon.png"
-WARM_STEPS, BATCHES, ROWS, SEED = 60, 256, 4, 0
+WARM_STEPS, BATCHES, ROWS, SEED = 60, 1024, 4, 0
 RATIOS = [2.0**k for k in (-9, -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 3)]  # |delta| / |ulp|
 KINDS = {  # dtype of weights, activations and gradients; rounding of the step
     "float64": (torch.float64, "stochastic"),

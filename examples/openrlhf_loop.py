@@ -1,5 +1,5 @@
-"""OpenRLHF's actor in small: our PolicyLoss in its place, dithered advantages, GR around the optimizer step. Runs on the
-CPU with a model made here: `python -m examples.openrlhf_loop`.
+"""OpenRLHF's actor in small, with our PolicyLoss, dithered advantages and GR around the optimizer step. Runs on the CPU
+with a model made here: `python -m examples.openrlhf_loop`.
 
 OpenRLHF's own actors are processes of ray, and each needs the class before it builds its loss:
 

@@ -203,8 +203,22 @@ def test_what_does_not_fit_the_trainer_is_refused_naming_it(a_trainer, monkeypat
         pass
     with pytest.raises(TypeError, match="a GRPOTrainer, an RLOOTrainer or trl.trainer.utils, got int"), patch(3):
         pass
+
+
+def test_unsloths_head_and_loss_stay_beside_dithering_and_gr(a_trainer, monkeypatch):
+    """As its 2026.10.9 leaves TRL: a head with apply() alone, methods that pass everything on."""
+    theirs, calls = getattr(utils, trl_head.NAME), count_calls(monkeypatch)
+    score = GRPOTrainer._generate_and_score_completions
     monkeypatch.setitem(sys.modules, "unsloth", trl)
-    with pytest.warns(UserWarning, match="unsloth .* dithering and GR .* fused_head has no effect"), patch(stock):
+    monkeypatch.setattr(utils, trl_head.NAME, type("Dispatch", (), {"apply": staticmethod(theirs.apply)}))
+    monkeypatch.setattr(
+        GRPOTrainer, "_generate_and_score_completions", lambda self, *args, **kwargs: score(self, *args, **kwargs)
+    )
+    with pytest.warns(UserWarning, match="unsloth .*: dithering and GR work with them, fused_head stays off"):
+        trainer = a_trainer(ReditGRPOTrainer, ReditGRPOConfig, steps=1, dither_level=0.1, gr_gamma=1e-3)
+    trainer.train()
+    assert {"dither/reward_std", "gr/g1_norm"} <= set(logs(trainer)[0]) and calls == []
+    with pytest.raises(RuntimeError, match="unsloth has put its own head"), patch(utils):
         pass
 
 

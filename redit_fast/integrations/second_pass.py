@@ -39,7 +39,8 @@ def check_hooks(integration: str, library: object, hooks: dict[str, list[str]], 
     """Raises where a method that the integration overrides is not the one that it was written for."""
     for name, expected in hooks.items():
         method = getattr(owner, name, None)
-        if method is None or list(inspect.signature(method).parameters) != expected:
+        found = [] if method is None else list(inspect.signature(method).parameters)
+        if found not in (expected, ["self", "args", "kwargs"]):  # the latter: Unsloth's, which pass everything on
             raise RuntimeError(
                 f"redit_fast.integrations.{integration} got {library.__name__} {library.__version__}, whose "
                 f"{owner.__name__}.{name} is not ({', '.join(expected)}); supported: {supported}"

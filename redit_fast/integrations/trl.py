@@ -110,16 +110,18 @@ class ReditGRPOConfig(ReditOptions, GRPOConfig):
 def _check_trl(trainer_class: type) -> None:
     check_hooks("trl", trl, HOOKS, trainer_class, SUPPORTED)
     check_hooks("trl", transformers, second_pass.HOOKS, transformers.Trainer, f"transformers {second_pass.SUPPORTED}")
-    _check_head()
-    if "unsloth" in sys.modules:
-        warnings.warn(
-            "unsloth has rewritten TRL's trainers: dithering and GR hook methods that it keeps, fused_head has no "
-            "effect, its loss does not call TRL's head",
-            stacklevel=3,
-        )
+    if not _unsloth():
+        _check_head()
+
+
+def _unsloth() -> bool:
+    """Whether Unsloth, which replaces TRL's head and loss by its own, is in this process."""
+    return "unsloth" in sys.modules
 
 
 def _check_head() -> None:
+    if _unsloth():
+        raise RuntimeError("unsloth has put its own head in the place of TRL's: ours has none to replace")
     forward = getattr(getattr(utils, trl_head.NAME, None), "forward", None)
     if forward is None or list(inspect.signature(forward).parameters) != trl_head.CONTRACT:
         raise RuntimeError(
@@ -145,7 +147,13 @@ class ReditHooks(SecondPassHooks):
             per_reward("dither_reward_scale", self._dither.reward_scale, len(self.reward_funcs))
         self._start_gr(options.gr())
         undo = ExitStack()
-        if options.fused_head:
+        if options.fused_head and _unsloth():
+            warnings.warn(
+                "unsloth has put its own head and loss in the place of TRL's: dithering and GR work with them, "
+                "fused_head stays off",
+                stacklevel=3,
+            )
+        elif options.fused_head:
             if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
                 raise ValueError("fused_head=True does not work under DeepSpeed ZeRO-3: pass fused_head=False")
             policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -286,13 +294,12 @@ class ReditGRPOTrainer(ReditHooks, GRPOTrainer):
         RuntimeError: a version of TRL or transformers with other methods, naming the supported ones.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, model, reward_funcs=None, args=None, **kwargs):
         _check_trl(GRPOTrainer)
-        config = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments.get("args")
-        if not isinstance(config, ReditGRPOConfig):
-            raise TypeError(f"args must be a ReditGRPOConfig, got {type(config).__name__}")
-        super().__init__(*args, **kwargs)
-        self._start_redit(config)
+        if not isinstance(args, ReditGRPOConfig):
+            raise TypeError(f"args must be a ReditGRPOConfig, got {type(args).__name__}")
+        super().__init__(model, reward_funcs, args, **kwargs)
+        self._start_redit(args)
 
 
 @contextmanager
