@@ -75,7 +75,7 @@ def loss_terms(rows: Rows, logp: Tensor, kept: Tensor) -> Terms:
             policy = torch.where(A < 0, torch.min(policy, -config.dual_clip * A), policy)
         below, above = (unclipped < low) & (A < 0), (unclipped > high) & (A > 0)
         if config.loss_type == "clip_cov":
-            policy = torch.where(_clip_cov_tokens(rows, choosing), 0.0, policy)
+            policy = torch.where(clip_cov_tokens(rows, choosing), 0.0, policy)
 
     if config.off_policy_mask_threshold is not None:
         policy = torch.where(_on_policy(rows, choosing), policy, 0.0)
@@ -189,7 +189,7 @@ def _smallest(keys: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(chosen).scatter(0, keys.argsort(stable=True), chosen)
 
 
-def _clip_cov_tokens(rows: Rows, logp: Tensor) -> Tensor:
+def clip_cov_tokens(rows: Rows, logp: Tensor) -> Tensor:
     config, covariance, A = rows.config, _covariance(rows, logp), rows.advantages
     low, high = config.clip_range
     ratio = torch.ones_like(logp) if rows.old_logp is None else torch.exp(clamp_exponent(logp - rows.old_logp))
