@@ -52,10 +52,11 @@ sanitize: $(READY)
 		-k "cpu and not fifty and not 151936" tests/sanitize.py $(filter-out tests/test_triton%,$(wildcard tests/test_*.py))
 
 # A torch that is already in .venv stays. The tests compare with the peers of tests/peers.txt.
-$(READY): pyproject.toml setup.py tests/peers.txt $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py tests/peers.txt tests/verl.txt $(wildcard csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
-	$(VENV)/bin/pip install -c tests/peers.txt -e ".[dev]"
+	$(VENV)/bin/pip install -c tests/peers.txt -r tests/verl.txt -e ".[dev]"
+	$(VENV)/bin/pip install -c tests/peers.txt --no-deps verl TransferQueue
 	touch $@
 
 # GPU machines have Triton 3.6, whose code differs. Here it has .venv's torch: folders of a .pth file come last.
