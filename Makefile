@@ -40,16 +40,17 @@ lint: $(READY)
 # The tests of the C++ module on a second build of it, with the shipped flags and checks of every access and overflow.
 # CXXFLAGS takes the place of Python's own flags, so without their -fwrapv. libasan must come first in the process, and
 # libstdc++ with it: else it finds no __cxa_throw. Python itself leaks. Fifty repeats touch no further memory. The
-# tests of Triton would load its LLVM.
+# tests of Triton would load its LLVM, those of other trainers all of them. This folder comes before site-packages,
+# where verl has a package tests too.
 CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
 	rm -rf build/sanitize
 	CXXFLAGS="$(CHECKS) -D_GLIBCXX_ASSERTIONS" LDFLAGS="$(CHECKS)" $(VENV)/bin/python setup.py -q build \
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
-	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH=build/sanitize/lib:$(CURDIR) ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -x -n 2 --dist worksteal --import-mode=append --capture=sys \
-		-k "cpu and not fifty and not 151936" tests/sanitize.py $(filter-out tests/test_triton%,$(wildcard tests/test_*.py))
+		-k "cpu and not fifty and not 151936" tests/sanitize.py $(filter-out tests/test_triton% tests/test_integration%,$(wildcard tests/test_*.py))
 
 # A torch that is already in .venv stays. The tests compare with the peers of tests/peers.txt.
 $(READY): pyproject.toml setup.py tests/peers.txt tests/verl.txt $(wildcard csrc/*)

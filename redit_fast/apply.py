@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from redit_fast.linear import linear_logp
 from redit_fast.transforms import logit_transforms
@@ -125,7 +125,11 @@ class AppliedHead(SwappedForward):
         head = model.get_output_embeddings()
         targets = shifted.to(hidden.device)
         targets = targets.masked_fill(targets == ignore, IGNORE)
-        logp = linear_logp(hidden, whole(head.weight), targets, bias=whole(head.bias), **self._transforms)
+        if hasattr(head.weight, "full_tensor"):  # a unit of FSDP2 of its own
+            with ScoringHead(head, targets, self._transforms):
+                logp = head(hidden)
+        else:
+            logp = linear_logp(hidden, head.weight, targets, bias=head.bias, **self._transforms)
         loss = -logp.sum() / ((targets != IGNORE).sum().clamp(min=1) if items is None else items)
         result = CausalLMOutputWithPast(
             loss=loss,
@@ -136,9 +140,19 @@ class AppliedHead(SwappedForward):
         return result.to_tuple() if as_tuple else result
 
 
-def whole(parameter):
-    """A head's parameter as `linear_logp` takes it: FSDP2's shards gathered, their gradient returning to them."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+class ScoringHead(SwappedForward):
+    """A linear head that returns `linear_logp` of its targets, not logits, for FSDP2: within a call of the module the
+    weight is gathered, and what it gets as a gradient is reduced."""
+
+    def __init__(self, head: nn.Linear, targets: Tensor, options: dict):
+        self._targets, self._options = targets, options
+        super().__init__(head)
+
+    def call(self, head: nn.Linear, before: Callable, args: tuple, kwargs: dict) -> Tensor | tuple[Tensor, Tensor]:
+        (hidden,) = args
+        weight, bias = (None if p is None else p.to(hidden.dtype) for p in (head.weight, head.bias))
+        found = linear_logp(hidden, weight, self._targets, bias=bias, **self._options)
+        return found.clone() if isinstance(found, Tensor) else tuple(x.clone() for x in found)  # it warns of views
 
 
 def _check_head(model: PreTrainedModel) -> None:

@@ -306,8 +306,36 @@ def refusals(rank):
         return placed, str(error)
 
 
+def swapped_heads(rank):
+    """The gradients of a language model whose head is FSDP2's root's, or a unit of its own; and without ranks."""
+    from torch.distributed.fsdp import fully_shard
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    def loss(model, rows):
+        return model(rows, labels=rows).loss
+
+    sizes = {"vocab_size": 33, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+             "tie_word_embeddings": False}  # fmt: skip
+    config = Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)
+    torch.manual_seed(4)
+    rows, results = torch.randint(33, (2, 9)), {}
+    start = Qwen2ForCausalLM(config).state_dict()
+    for kind in ("alone", "root", "unit"):
+        model = Qwen2ForCausalLM(config)
+        model.load_state_dict(start)
+        if kind != "alone":
+            rf.apply_to(model)
+            if kind == "unit":
+                fully_shard(model.lm_head)
+            fully_shard(model)
+        (loss(model, rows[rank : rank + 1]) if kind != "alone" else loss(model, rows)).backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        results[kind] = {name: grad if kind == "alone" else grad.full_tensor() for name, grad in grads.items()}
+    return results
+
+
 CASES = [ddp_steps, fsdp_steps, collectives, one_rank_is_not_finite, grad_scaler, rounding_by_element, tensor_parallel,
-         mixed_precision, checkpoint, reference_reset, refusals]  # fmt: skip
+         mixed_precision, checkpoint, reference_reset, swapped_heads, refusals]  # fmt: skip
 
 if __name__ == "__main__":
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])

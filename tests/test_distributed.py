@@ -154,6 +154,14 @@ def test_a_reference_reset_reaches_sharded_and_gathered_weights(ranks):
         assert not torch.equal(before, after) and torch.equal(after, policy)
 
 
+def test_a_swapped_head_of_fsdp2_has_the_gradients_of_all_ranks(ranks):
+    for rank in ranks:
+        expected = rank["swapped_heads"]["alone"]
+        assert all(grad.norm() > 1e-2 for name, grad in expected.items() if not name.endswith("k_proj.bias"))
+        for kind in ("root", "unit"):
+            assert_close(rank["swapped_heads"][kind], expected)
+
+
 def test_what_cannot_be_sharded_is_refused_in_one_sentence(ranks):
     for rank in ranks:
         placed, flat = rank["refusals"]

@@ -144,13 +144,14 @@ def test_the_command_line_turns_dithering_on(command_line):
     [
         ("algorithm.redit.dither_lvel", 0.05, ValueError, r"algorithm\.redit\.dither_lvel is not an option"),
         ("algorithm.adv_estimator", "grpo", ValueError, r"level=0\.05 needs algorithm\.adv_estimator=redit_grpo, got"),
+        ("optim.override_optimizer_config", {"gr_gama": 0.1}, ValueError, "gr_gama is not an option; did you mean"),
         ("policy_loss.loss_mode", "redit_ppo", ValueError, "Unsupported loss mode: redit_ppo"),
         ("policy_loss.loss_mode", "redit_dppo_kl", NotImplementedError, r"needs actor\.clip_ratio_c=20, got 3\.0"),
     ],
 )
 def test_verls_check_of_its_configuration_before_a_run_checks_ours(command_line, option, value, error, message):
     config = copy.deepcopy(command_line)
-    option = f"actor_rollout_ref.actor.{option}" if option.startswith("policy_loss") else option
+    option = option if option.startswith("algorithm") else f"actor_rollout_ref.actor.{option}"
     OmegaConf.update(config, option, value, force_add=True)
     with pytest.raises(error, match=message):
         verl_config.validate_config(config, use_reference_policy=False, use_critic=False)

@@ -24,7 +24,8 @@ from verl.workers.engine.fsdp import FSDPTurboEngineWithLMHead  # noqa: E402
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
-from redit_fast.integrations import verl_engine, verl_head  # noqa: E402
+from redit_fast.integrations import verl_engine, verl_head, verl_loss  # noqa: E402
+from redit_fast.loss_terms import _kl_cov_tokens, loss_terms  # noqa: E402
 from tests.test_floors import ROOT  # noqa: E402
 from tests.verl_rank import (  # noqa: E402
     CLIP,
@@ -125,6 +126,24 @@ def test_verls_metrics_are_the_first_passs_and_gr_adds_its_own(folder):
     assert abs(ours["grad_norm"][0] - stock["grad_norm"][0]) > 1e-2
     step = {f"gr/{name}" for name in ("g1_norm", "step_gain", "step_cos", "step_norm_ratio", "frac_moved", "epsilon")}
     assert ours.keys() - stock.keys() == {*step, "gr/skipped_steps", "time/gr_pass2"}
+
+
+def test_the_second_pass_keeps_the_tokens_that_kl_cov_chose_in_the_first(folder, monkeypatch):
+    chosen, anew = [], []
+
+    def spy(rows, logp, kept):
+        chosen.append(_kl_cov_tokens(rows, rows.masks_of[0]))
+        anew.append(_kl_cov_tokens(rows, logp.detach()))
+        return loss_terms(rows, logp, kept)
+
+    verl_loss.register()
+    monkeypatch.setattr(verl_loss, "loss_terms", spy)
+    policy_loss = {"loss_mode": "redit_kl_cov", "kl_cov_ratio": 0.4}
+    train(new_worker(folder, optim={**GR, "gr_epsilon": 20.0, "gr_perturb_max_norm": 10.0}, policy_loss=policy_loss),
+          batch_of(rows()))  # fmt: skip
+    first, second = chosen[:2], chosen[2:]
+    assert len(second) == 2 and all(map(torch.equal, first, second)) and all(map(torch.equal, first, anew))
+    assert not all(map(torch.equal, second, anew[2:]))
 
 
 def test_without_gr_gamma_a_step_is_verls_own_bit_for_bit(folder):

@@ -219,7 +219,7 @@ def views():
     base = torch.randn(2, 4, 80)
     yield "shifted", base[:, :-1]
     yield "every other column", base[..., ::2]
-    yield "transposed", base.transpose(0, 2)
+    yield "transposed", base[..., :16].transpose(0, 2)
     yield "expanded", base[:1].expand(2, -1, -1)
     yield "one batch row", base[1:2]
 

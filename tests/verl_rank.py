@@ -20,6 +20,7 @@ from verl.workers.config import (
     FSDPEngineConfig,
     FSDPOptimizerConfig,
     HFModelConfig,
+    PolicyLossConfig,
     TrainingWorkerConfig,
 )
 from verl.workers.engine_workers import TrainingWorker
@@ -57,9 +58,11 @@ def on_the_cpu(patch):
     patch.setattr(monkey_patch, "is_trl_available", lambda: False)  # it imports a class that TRL 1.16 has not
 
 
-def new_worker(folder, *, optim=None, fused=None, loss=ppo_loss, hf_config=None, model=None, **options):
-    """`options`: of FSDPEngineConfig; `optim`: override_optimizer_config; `fused`: the impl_backend; `hf_config`:
-    changes of the folder's; `model`: of HFModelConfig."""
+def new_worker(
+    folder, *, optim=None, fused=None, loss=ppo_loss, policy_loss=None, hf_config=None, model=None, **options
+):
+    """`options`: of FSDPEngineConfig; `optim`: override_optimizer_config; `fused`: the impl_backend; `policy_loss`: of
+    PolicyLossConfig; `hf_config`: changes of the folder's; `model`: of HFModelConfig."""
     engine = {"strategy": "fsdp2", "mixed_precision": {"param_dtype": "fp32"}, "use_torch_compile": False,
               "use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2, "infer_micro_batch_size_per_gpu": 4,
               **options}  # fmt: skip
@@ -75,7 +78,7 @@ def new_worker(folder, *, optim=None, fused=None, loss=ppo_loss, hf_config=None,
     worker = TrainingWorker(config)
     worker.reset()
     actor = ActorConfig(strategy="fsdp2", rollout_n=2, ppo_micro_batch_size_per_gpu=2, engine=engine, optim=optim,
-                        entropy_coeff=ENTROPY)  # fmt: skip
+                        entropy_coeff=ENTROPY, policy_loss=PolicyLossConfig(**(policy_loss or {})))  # fmt: skip
     worker.set_loss_fn(functools.partial(loss, config=actor))
     return worker
 

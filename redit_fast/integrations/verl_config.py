@@ -8,7 +8,7 @@ import verl.utils
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils import config as verl_config
 
-from redit_fast.integrations import verl_loss
+from redit_fast.integrations import verl_engine, verl_loss
 from redit_fast.integrations.second_pass import check_hooks
 from redit_fast.integrations.verl_advantages import DitherOptions
 
@@ -27,6 +27,7 @@ def check_config(config: Mapping) -> None:
             f"algorithm.redit.dither_level={options.dither_level} needs algorithm.adv_estimator=redit_grpo, "
             f"got {algorithm.adv_estimator}"
         )
+    verl_engine.read_settings(actor.optim.get(verl_engine.SECTION))
     name = actor.policy_loss.loss_mode
     if name.startswith("redit_"):
         get_policy_loss_fn(name)  # raises where there is none

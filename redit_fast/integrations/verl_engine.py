@@ -19,6 +19,7 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from redit_fast.integrations.second_pass import GRSettings, check_hooks
+from redit_fast.integrations.verl_loss import FirstPass
 from redit_fast.optim import parameter_groups
 from redit_fast.regularize import GradientRegularizer
 from redit_fast.replay import Replay
@@ -80,6 +81,7 @@ class _Batch(NamedTuple):
     data: TensorDict
     loss_function: Callable
     replay: Replay
+    first: FirstPass
 
 
 @dataclass
@@ -91,9 +93,10 @@ class SecondPass:
     batches: list[_Batch] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def record(self, module: nn.Module, data: TensorDict, loss_function: Callable) -> None:
+    def record(self, module: nn.Module, data: TensorDict, loss_function: Callable) -> FirstPass:
         tensors = [*module.parameters(), *module.buffers()]  # whose devices are those that draw dropout
-        self.batches.append(_Batch(data.copy(), loss_function, Replay(tensors, module)))
+        self.batches.append(_Batch(data.copy(), loss_function, Replay(tensors, module), FirstPass()))
+        return self.batches[-1].first
 
     def run(self, engine: FSDPEngineWithLMHead) -> None:
         """From g1 in .grad to the combined gradient in .grad; theta as it was, also after an exception."""
@@ -106,8 +109,8 @@ class SecondPass:
         scale = 1.0 if engine.scaler is None else engine.scaler.get_scale()
         regularizer = self._regularizer(engine, scale, counters)
         with regularizer.perturb():
-            for data, loss_function, replay in batches:
-                with replay.again():  # verl's own, not ours, which would remember the batch
+            for data, loss_function, replay, first in batches:
+                with replay.again(), first.again():  # verl's own, not ours, which would remember the batch
                     FSDPEngineWithLMHead.forward_backward_batch(engine, data, loss_function)
         regularizer.step()
         group[COUNTERS] = _counters_of(regularizer.state_dict())
@@ -156,7 +159,8 @@ class ReditFSDPEngine(FSDPEngineWithLMHead):
     off, the engine is then verl's own), gr_epsilon, gr_perturb_max_norm, gr_normalized, gr_every_k_steps, as in
     `redit_fast.integrations.transformers.GRTrainerMixin`.
 
-    The second pass takes the same mini-batch (its old log-probs too), the same micro-batches, dropout and buffers.
+    The second pass takes the same mini-batch (its old log-probs too), the same micro-batches, dropout and buffers, and
+    the tokens that redit_clip_cov and redit_kl_cov chose in the first.
     Losses and metrics are the first pass's, grad_norm is the combined gradient's before clipping; gr/* and
     time/gr_pass2 (seconds) come beside them. A step with a gradient that is not finite, in either pass, is skipped by
     verl.
@@ -190,9 +194,10 @@ class ReditFSDPEngine(FSDPEngineWithLMHead):
         return outputs
 
     def forward_backward_batch(self, data, loss_function, forward_only=False):
-        if self._gr is not None and not forward_only:
-            self._gr.record(self.module, data, loss_function)
-        return super().forward_backward_batch(data, loss_function, forward_only)
+        if self._gr is None or forward_only:
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        with self._gr.record(self.module, data, loss_function).recorded():
+            return super().forward_backward_batch(data, loss_function, forward_only)
 
     def optimizer_zero_grad(self):
         if self._gr is not None:

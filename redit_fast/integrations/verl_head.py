@@ -14,8 +14,7 @@ import verl.utils.experimental.torch_functional as torch_functional
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from redit_fast.apply import SwappedForward
-from redit_fast.linear import linear_logp
+from redit_fast.apply import ScoringHead, SwappedForward
 from redit_fast.transforms import logit_transforms
 
 SUPPORTED = "0.9.1"
@@ -57,28 +56,9 @@ class FusedHead(SwappedForward):
         head = self._model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise TypeError(f"impl_backend={BACKEND} needs an nn.Linear as the LM head, got {type(head).__name__}")
-        with _ScoringHead(head, input_ids, {"temperature": temperature, **self._transforms}):
+        entropy = "grad" if torch.is_grad_enabled() else "metric"
+        with ScoringHead(head, input_ids, {"temperature": temperature, "entropy": entropy, **self._transforms}):
             return head(hidden_states)
-
-
-class _ScoringHead(SwappedForward):
-    """A linear head that returns log-probs and entropy of its targets, not logits."""
-
-    def __init__(self, head: nn.Linear, targets: Tensor, options: dict):
-        self._targets, self._options = targets, options
-        super().__init__(head)
-
-    def call(self, head: nn.Linear, before: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
-        (hidden,) = args
-        logp, entropy = linear_logp(
-            hidden,
-            head.weight.to(hidden.dtype),
-            self._targets,
-            bias=None if head.bias is None else head.bias.to(hidden.dtype),
-            entropy="grad" if torch.is_grad_enabled() else "metric",
-            **self._options,
-        )
-        return logp.clone(), entropy.clone()  # FSDP2 warns of views
 
 
 def _choosing(theirs: Callable) -> Callable:

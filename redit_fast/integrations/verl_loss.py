@@ -4,6 +4,9 @@ verl's (verl/trainer/ppo/core_algos.py, 0.9.1).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -86,6 +89,42 @@ def _option(field: str, actor: ActorConfig) -> object:
     return value
 
 
+class FirstPass:
+    """The log-probs of a pass, micro-batch by micro-batch, by which a pass over the same ones chooses its tokens."""
+
+    def __init__(self):
+        self._log_probs: list[Tensor] = []
+        self._read: Iterator[Tensor] | None = None
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        token = _first_pass.set(self)
+        try:
+            yield
+        finally:
+            _first_pass.reset(token)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        self._read = iter(self._log_probs)
+        with self.recorded():
+            yield
+
+    def of(self, log_prob: Tensor) -> Tensor:
+        if self._read is None:
+            self._log_probs.append(log_prob.detach())
+            return self._log_probs[-1]
+        return next(self._read)
+
+
+_first_pass: ContextVar[FirstPass | None] = ContextVar("first_pass", default=None)  # of gradient regularisation
+
+
+def _first_log_prob(log_prob: Tensor) -> tuple[Tensor, None] | None:
+    first = _first_pass.get()
+    return None if first is None else (first.of(log_prob), None)
+
+
 def compute_policy_loss(
     name: str,
     old_log_prob: Tensor,
@@ -101,7 +140,8 @@ def compute_policy_loss(
     What differs: masked positions are never read (a NaN there changes nothing), gspo's log-ratio is limited to
     [-20, 20] instead of to at most 10, and what clip_cov, kl_cov and geo_mean exponentiate too, which verl leaves as it
     is. clip_cov draws its tokens by a counter whose seed comes from torch's generator, where verl takes a permutation.
-    In the second pass of gradient regularisation clip_cov and kl_cov choose their tokens anew, as verl's would.
+    In the second pass of gradient regularisation clip_cov and kl_cov keep the first one's tokens, where verl's would
+    choose them anew.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask, rollout_is_weights: (B, T).
@@ -112,7 +152,10 @@ def compute_policy_loss(
         raise ValueError(f"config is required by loss_mode='redit_{name}': the actor's")
     settings = loss_config(name, config)
     seed = int(torch.randint(2**62, ())) if name == "clip_cov" else 0
-    rows = Rows.check(log_prob, advantages, old_log_prob, None, None, response_mask, None, settings, None, 0, seed)
+    masks_of = _first_log_prob(log_prob) if name in ("clip_cov", "kl_cov") else None
+    rows = Rows.check(
+        log_prob, advantages, old_log_prob, None, None, response_mask, None, settings, None, 0, seed, masks_of
+    )
     logp = torch.where(rows.mask, log_prob.reshape(-1).float(), 0.0)
     terms = loss_terms(rows, logp, rows.mask)
     losses = terms.policy
