@@ -5,6 +5,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from benchmarks import cpu_table, demo_table
 from examples import plain_loop
 from redit_fast.training import builtin
@@ -28,13 +30,21 @@ def test_the_tables_are_the_measured_ones():
     assert known_answers() in (ROOT / "docs" / "noise.md").read_text()
 
 
-def test_the_step_of_trls_trainer_is_the_measured_one():
-    measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "trl.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "sentences"),
+    [
+        ("trl", {"redit-fast": "with our head", "TRL": "with TRL's own"}),
+        ("verl", {"redit-fast": "with our head", "verl, torch head": "with verl's torch head",
+                  "verl, logits": "with logits"}),
+        ("apply", {"apply_to": "under `apply_to`", "transformers": "without"}),
+    ],
+)  # fmt: skip
+def test_the_steps_of_other_trainers_are_the_measured_ones(name, sentences):
+    measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / f"{name}.json").read_text())
     (rows,) = measured["tables"].values()
-    ours, theirs = (next(row for row in rows if row["name"] == name) for name in ("redit-fast", "TRL"))
     assert measured["machine"]["threads"] == 2
-    assert f"{ours['ms']:.0f} ms and {ours['peak_mb']:.0f} MB with our head" in README
-    assert f"{theirs['ms']:.0f} ms and {theirs['peak_mb']:.0f} MB with TRL's own" in README
+    for row in rows[1:]:
+        assert f"{row['ms']:.0f} ms and {row['peak_mb']:.0f} MB {sentences[row['name']]}" in README
 
 
 def test_the_demos_model_is_as_large_as_it_says():
