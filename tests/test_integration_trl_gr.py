@@ -308,9 +308,9 @@ def test_trls_sft_trainer_with_the_mixin_logs_the_first_pass_alone(folders, toke
 def test_lora_adapters_train_as_trls_and_alone_are_perturbed(a_trainer):
     peft = pytest.importorskip("peft", reason="PEFT is not installed: LoRA needs it")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    stock = a_trainer(GRPOTrainer, GRPOConfig, peft=lora, beta=0.1)
+    stock = a_trainer(GRPOTrainer, GRPOConfig, peft=lora, beta=0.1, steps=10)
     stock.train()
-    ours = a_trainer(ReditGRPOTrainer, ReditGRPOConfig, peft=lora, beta=0.1)
+    ours = a_trainer(ReditGRPOTrainer, ReditGRPOConfig, peft=lora, beta=0.1, steps=10)
     ours.train()
     assert all(
         torch.allclose(p, q, rtol=0, atol=1e-5) for p, q in zip(ours.model.parameters(), stock.model.parameters())

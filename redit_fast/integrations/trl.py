@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -27,8 +27,9 @@ from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from redit_fast.advantages import Advantages, group_advantages
-from redit_fast.dither import DeadGroups, Distribution, Dither, Schedule, check_choice, noise, per_reward
+from redit_fast.dither import Dither, check_choice, noise, per_reward
 from redit_fast.integrations import second_pass, trl_head, trl_loss
+from redit_fast.integrations.dither_options import DitherOptions
 from redit_fast.integrations.second_pass import GRSettings, SecondPassHooks, check_hooks
 from redit_fast.loss_config import LossConfig
 
@@ -45,7 +46,7 @@ ENTROPY_MASK = "redit_entropy_mask"  # beside a micro-batch's inputs: the first 
 
 
 @dataclass
-class ReditOptions:
+class ReditOptions(DitherOptions):
     """What `ReditGRPOConfig` adds to TRL's GRPOConfig, and what `patch` takes. Dithering and GR are off by default.
 
     dither_*: the fields of `Dither` (seed None: the trainer's; reward_scale: one number, or one per reward function).
@@ -60,13 +61,6 @@ class ReditOptions:
         ValueError, TypeError: a field out of range, naming it.
     """
 
-    dither_level: float = 0.0
-    dither_distribution: Distribution = "gaussian"
-    dither_reward_scale: float = 1.0
-    dither_schedule: Schedule = "constant"
-    dither_total_steps: int | None = None
-    dither_dead_groups: DeadGroups = "apply"
-    dither_seed: int | None = None
     gr_gamma: float = 0.0
     gr_epsilon: float = 1e-3
     gr_perturb_max_norm: float = 10.0
@@ -81,20 +75,6 @@ class ReditOptions:
             super().__post_init__()
         self.dither(seed=0)
         self.gr()
-
-    def dither(self, seed: int) -> Dither | None:
-        """`seed` where dither_seed is None; None where dither_level is 0."""
-        values = {
-            field.name.removeprefix("dither_"): getattr(self, field.name)
-            for field in fields(ReditOptions)
-            if field.name.startswith("dither_")
-        }
-        values["seed"] = seed if self.dither_seed is None else self.dither_seed
-        try:
-            dither = Dither(**values)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"dither_{error}") from None
-        return dither if dither.level > 0 else None
 
     def gr(self) -> GRSettings:
         check_choice("gr_pass2_ratio", self.gr_pass2_ratio, get_args(Pass2Ratio))

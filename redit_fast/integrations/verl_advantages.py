@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ from verl.trainer.ppo import core_algos, ray_trainer
 from verl.utils.skip import SkipManager
 
 from redit_fast.advantages import group_advantages
-from redit_fast.dither import DeadGroups, Distribution, Dither, Schedule
+from redit_fast.dither import Dither
+from redit_fast.integrations.dither_options import DitherOptions
 from redit_fast.integrations.second_pass import check_hooks
 from redit_fast.integrations.verl_loss import SUPPORTED
 from redit_fast.presets import advantage_options
@@ -32,49 +33,31 @@ class _V1Batch(NamedTuple):
 _v1_batch: ContextVar[_V1Batch | None] = ContextVar("v1_batch", default=None)  # of the V1 trainer's call under way
 
 
-@dataclass(frozen=True)
-class DitherOptions:
-    """`algorithm.redit` of verl's configuration: the fields of `Dither`; seed None is 0, verl having none of the run.
+def read_dither(section: Mapping[str, object] | None) -> Dither | None:
+    """From `algorithm.redit` of verl's configuration, whose options are those of `DitherOptions`; seed None is 0, verl
+    having none of the run. None where dither_level is 0.
 
     Raises:
         ValueError, TypeError: an unknown option, with the closest one, or a value out of range, naming it.
     """
-
-    dither_level: float = 0.0
-    dither_distribution: Distribution = "gaussian"
-    dither_reward_scale: float = 1.0
-    dither_schedule: Schedule = "constant"
-    dither_total_steps: int | None = None
-    dither_dead_groups: DeadGroups = "apply"
-    dither_seed: int | None = None
-
-    @classmethod
-    def read(cls, section: Mapping[str, object] | None) -> DitherOptions:
-        if section is None:
-            return cls()
-        if not isinstance(section, Mapping):
-            raise TypeError(f"algorithm.redit must be a section of options, got {section!r}")
-        known = {field.name: field.type for field in fields(cls)}
-        for name, value in section.items():
-            if name not in known:
-                close = get_close_matches(name, known, 1)
-                options = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
-                raise ValueError(f"algorithm.redit.{name} is not an option; {options}")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if known[name] == "float" and not number:
-                raise TypeError(f"algorithm.redit.{name} must be a number, got {value!r}")
-            if known[name] == "int | None" and not (value is None or (number and isinstance(value, int))):
-                raise TypeError(f"algorithm.redit.{name} must be an int, got {value!r}")
-        return cls(**section)
-
-    def dither(self) -> Dither | None:
-        """None where dither_level is 0."""
-        values = {name.removeprefix("dither_"): value for name, value in asdict(self).items()}
-        try:
-            dither = Dither(**{**values, "seed": self.dither_seed or 0})
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"algorithm.redit.dither_{error}") from None
-        return dither if dither.level > 0 else None
+    section = {} if section is None else section
+    if not isinstance(section, Mapping):
+        raise TypeError(f"algorithm.redit must be a section of options, got {section!r}")
+    known = {field.name: field.type for field in fields(DitherOptions)}
+    for name, value in section.items():
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            options = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
+            raise ValueError(f"algorithm.redit.{name} is not an option; {options}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if known[name] == "float" and not number:
+            raise TypeError(f"algorithm.redit.{name} must be a number, got {value!r}")
+        if known[name] == "int | None" and not (value is None or (number and isinstance(value, int))):
+            raise TypeError(f"algorithm.redit.{name} must be an int, got {value!r}")
+    try:
+        return DitherOptions(**section).dither(seed=0)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"algorithm.redit.{error}") from None
 
 
 @dataclass
@@ -121,17 +104,17 @@ def compute_redit_grpo_advantage(
     Args:
         token_level_rewards, response_mask: (B, T); a row's reward is the sum of its rewards.
         index: (B,) the prompt's uid: rows of one uid are a group.
-        config: `algorithm`: its norm_adv_by_std_in_grpo and its section `redit` (`DitherOptions`) are read.
+        config: `algorithm`: its norm_adv_by_std_in_grpo and its section `redit` (`read_dither`) are read.
         other: what verl passes to some estimators; not read.
 
     Returns:
         (advantages, returns), both the same (B, T) float32, 0 where masked.
 
     Raises:
-        ValueError, TypeError: see `DitherOptions`. RuntimeError: with dithering, a trainer that publishes no step.
+        ValueError, TypeError: see `read_dither`. RuntimeError: with dithering, a trainer that publishes no step.
     """
     config = {} if config is None else config
-    dither = DitherOptions.read(config.get("redit")).dither()
+    dither = read_dither(config.get("redit"))
     by_deviation = config.get("norm_adv_by_std_in_grpo", True)
     v1 = _v1_batch.get()
     rewards = token_level_rewards.sum(-1)

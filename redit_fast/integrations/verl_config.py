@@ -10,7 +10,7 @@ from verl.utils import config as verl_config
 
 from redit_fast.integrations import verl_engine, verl_loss
 from redit_fast.integrations.second_pass import check_hooks
-from redit_fast.integrations.verl_advantages import DitherOptions
+from redit_fast.integrations.verl_advantages import read_dither
 
 
 def check_config(config: Mapping) -> None:
@@ -21,10 +21,10 @@ def check_config(config: Mapping) -> None:
         NotImplementedError: a loss that ours are not, see `verl_loss.loss_config`.
     """
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
-    options = DitherOptions.read(algorithm.get("redit"))
-    if options.dither() is not None and algorithm.adv_estimator != "redit_grpo":
+    dither = read_dither(algorithm.get("redit"))
+    if dither is not None and algorithm.adv_estimator != "redit_grpo":
         raise ValueError(
-            f"algorithm.redit.dither_level={options.dither_level} needs algorithm.adv_estimator=redit_grpo, "
+            f"algorithm.redit.dither_level={dither.level} needs algorithm.adv_estimator=redit_grpo, "
             f"got {algorithm.adv_estimator}"
         )
     verl_engine.read_settings(actor.optim.get(verl_engine.SECTION))

@@ -19,13 +19,12 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from redit_fast.integrations.second_pass import GRSettings, check_hooks
-from redit_fast.integrations.verl_loss import FirstPass
+from redit_fast.integrations.verl_loss import SUPPORTED, FirstPass
 from redit_fast.optim import parameter_groups
 from redit_fast.regularize import GradientRegularizer
 from redit_fast.replay import Replay
 from redit_fast.shards import local
 
-SUPPORTED = "0.9.1"
 HOOKS = {
     "__init__": ["self", "model_config", "engine_config", "optimizer_config", "checkpoint_config"],
     "_build_optimizer": ["self", "module"],

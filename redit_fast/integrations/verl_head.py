@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from redit_fast.apply import ScoringHead, SwappedForward
+from redit_fast.integrations.verl_loss import SUPPORTED
 from redit_fast.transforms import logit_transforms
 
-SUPPORTED = "0.9.1"
 BACKEND = "redit"
 CHOOSE = "patch_forward_with_backends"  # in monkey_patch: gives a model the forward of a backend
 HEAD = "FusedLinearForPPO"  # in torch_functional: what verl's fused forwards call
