@@ -22,6 +22,7 @@ import verl
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from transformers import HfArgumentParser
 from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
@@ -34,6 +35,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 import redit_fast as rf
 import redit_fast.integrations.verl as plugin
 from redit_fast.integrations import verl_advantages
+from redit_fast.integrations.dither_options import DitherOptions
 
 ROOT = Path(__file__).parent.parent
 WEAK = {"dither_level": 0.05}
@@ -275,6 +277,12 @@ def test_v1_logs_how_much_of_the_advantages_is_noise_and_leaves_its_padding_out(
 def test_a_bad_option_stops_the_run_by_its_name(name, value, error, message):
     with pytest.raises(error, match=rf"^algorithm\.redit\.{name} {message}"):
         estimate(batch(), config=section(**{name: value}))
+
+
+def test_options_are_checked_also_where_transformers_has_parsed_them_for_trl():
+    HfArgumentParser(DitherOptions)  # writes other types into the fields
+    with pytest.raises(TypeError, match=r"algorithm\.redit\.dither_level must be a number, got 'high'"):
+        estimate(batch(), config=section(dither_level="high"))
 
 
 def test_what_is_no_section_is_refused():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 import verl
@@ -43,16 +43,16 @@ def read_dither(section: Mapping[str, object] | None) -> Dither | None:
     section = {} if section is None else section
     if not isinstance(section, Mapping):
         raise TypeError(f"algorithm.redit must be a section of options, got {section!r}")
-    known = {field.name: field.type for field in fields(DitherOptions)}
+    known = get_type_hints(DitherOptions)
     for name, value in section.items():
         if name not in known:
             close = get_close_matches(name, known, 1)
             options = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
             raise ValueError(f"algorithm.redit.{name} is not an option; {options}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if known[name] == "float" and not number:
+        if known[name] is float and not number:
             raise TypeError(f"algorithm.redit.{name} must be a number, got {value!r}")
-        if known[name] == "int | None" and not (value is None or (number and isinstance(value, int))):
+        if known[name] == int | None and not (value is None or (number and isinstance(value, int))):
             raise TypeError(f"algorithm.redit.{name} must be an int, got {value!r}")
     try:
         return DitherOptions(**section).dither(seed=0)
