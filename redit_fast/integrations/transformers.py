@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import transformers
 
-from redit_fast.integrations.second_pass import HOOKS, SUPPORTED, GRSettings, SecondPassHooks, check_hooks
+from redit_fast.integrations.second_pass import HOOKS, SUPPORTED, GRSettings, SecondPassHooks
+from redit_fast.integrations.versions import check_hooks
 
 
 class GRTrainerMixin(SecondPassHooks):

@@ -74,9 +74,9 @@ def compute_loss(trainer: GRPOTrainer, head: FusedHead, config: LossConfig, mode
         trainer._get_per_token_logps_and_entropies(
             model, ids, attention_mask, completion_ids.shape[1], compute_entropy=True, **images
         )
+        output = head.output
     finally:
-        head.rows = None
-    output, head.output = head.output, None
+        head.rows = head.output = None
     _log(trainer, output.metrics, mask)
     return output.loss
 
