@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed: its integration needs it")
 pytest.register_assert_rewrite("tests.trl_trainers")  # imported below, and a plugin: its fixtures
 
+import transformers  # noqa: E402
 import trl  # noqa: E402
 import trl.trainer.utils as utils  # noqa: E402
 from transformers import HfArgumentParser, Qwen2ForCausalLM  # noqa: E402
@@ -19,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from redit_fast.integrations import trl_head  # noqa: E402
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer, patch  # noqa: E402
 from tests.tolerance import relative  # noqa: E402
-from tests.trl_trainers import logs  # noqa: E402
+from tests.trl_trainers import clipped_inputs, logged, logs  # noqa: E402
 
 pytest_plugins = ("tests.trl_trainers",)
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:.*gradient_checkpointing")
@@ -144,6 +145,22 @@ def test_rows_that_trl_compacts_give_the_same(a_trainer, monkeypatch, loss_type)
         assert torch.allclose(p, q, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("options", [{"loss_type": "dapo", "beta": 0.1}, {"loss_type": "grpo"}, {"loss_type": "cispo"}])
+def test_what_is_logged_leaves_out_what_scored_nothing_as_trl_does(a_trainer, monkeypatch, options, compact):
+    """A micro-batch, or a sequence, without scored tokens: TRL's extremes leave it out, its means count tokens."""
+    trainer = a_trainer(ReditGRPOTrainer, ReditGRPOConfig, steps=1, **options)
+    trainer.train()
+    monkeypatch.setattr(utils, "_use_triton", lambda device: compact, raising=False)
+    for masks in ([[1, 1, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]], [[1, 0, 0], [1, 1, 0]]):
+        inputs = clipped_inputs(3, masks, trainer.beta)
+        theirs, ours = (logged(trainer, cls, inputs) for cls in (GRPOTrainer, ReditGRPOTrainer))
+        assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
+        if options["loss_type"] != "cispo":
+            least = ours["clip_ratio/low_min"]
+            assert math.isnan(least) if sum(map(sum, masks)) == 0 else least == 1
+
+
 def test_patch_on_trls_module_serves_every_trainer_inside_the_block(folders, monkeypatch):
     calls, theirs = count_calls(monkeypatch), getattr(utils, trl_head.NAME)
     ids = torch.randint(5, 60, (2, 9))
@@ -235,6 +252,38 @@ def test_a_version_with_other_methods_is_refused_naming_the_supported_ones(a_tra
     for target in (stock, utils):
         with pytest.raises(RuntimeError, match=supported), patch(target):
             pass
+
+
+def test_an_older_version_is_refused_before_it_is_imported_and_a_newer_one_warns_once():
+    script = """
+import sys, warnings, trl
+trl.__version__ = sys.argv[1]
+warnings.simplefilter("always")
+for _ in range(2):
+    from redit_fast.integrations import trl as ours
+    ours.check_version("trl", "trl", trl.__version__, ours.SUPPORTED)
+    sys.modules.pop("redit_fast.integrations.trl")
+"""
+    for version, words in [
+        ("0.24.0", "RuntimeError: redit_fast.integrations.trl got trl 0.24.0, which is older than it supports; "),
+        ("1.99.0", "UserWarning: redit_fast.integrations.trl got trl 1.99.0, which is newer than what it was tested "),
+        (trl.__version__, ""),
+    ]:
+        done = subprocess.run([sys.executable, "-c", script, version], capture_output=True, text=True)
+        assert (done.returncode == 0) == (version != "0.24.0")
+        ours = [line for line in done.stderr.splitlines() if "redit_fast.integrations.trl got" in line]
+        assert len(ours) == bool(words) and all(words in line and "supported: TRL 1.15..1.16" in line for line in ours)
+        assert version != "0.24.0" or "Failed to import" not in done.stderr
+
+
+def test_the_version_of_transformers_is_judged_too(a_trainer, monkeypatch):
+    stock = a_trainer(GRPOTrainer, GRPOConfig)
+    monkeypatch.setattr(transformers, "__version__", "5.5.9")
+    with pytest.raises(RuntimeError, match="integrations.trl got transformers 5.5.9, which is older"), patch(stock):
+        pass
+    monkeypatch.setattr(transformers, "__version__", "5.999.0")
+    with pytest.warns(UserWarning, match="integrations.trl got transformers 5.999.0, which is newer"), patch(stock):
+        pass
 
 
 def test_the_config_is_a_command_line_and_keeps_trls_defaults(tmp_path):

@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
@@ -37,7 +37,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 from redit_fast.advantages import Advantages, group_advantages
 from redit_fast.dither import Dither, check_choice, noise, per_reward
 from redit_fast.integrations import second_pass, trl_head, trl_loss
-from redit_fast.integrations.dither_options import DitherOptions
+from redit_fast.integrations.dither_options import DitherOptions, described
 from redit_fast.integrations.second_pass import GRSettings, SecondPassHooks
 from redit_fast.loss_config import LossConfig
 
@@ -68,18 +68,37 @@ class ReditOptions(DitherOptions):
         ValueError, TypeError: a field out of range, naming it.
     """
 
-    gr_gamma: float = 0.0
-    gr_epsilon: float = 1e-3
-    gr_perturb_max_norm: float = 10.0
-    gr_normalized: bool = False
-    gr_pass2_ratio: Pass2Ratio = "fresh"
-    gr_every_k_steps: int = 1
-    gr_optimizer: Literal["regularized_adamw"] | None = None
-    fused_head: bool = True
+    # A list, as transformers' parser takes no number or list; one entry is a number for every reward function.
+    dither_reward_scale: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "The full scale of the rewards: one number, or one for each reward function."},
+    )
+    gr_gamma: float = described(
+        0.0, "Weight of gradient regularisation, L + gamma / 2 |grad L|^2. 0 switches it, and its second pass, off."
+    )
+    gr_epsilon: float = described(1e-3, "Length of the second pass's step, epsilon times the first gradient.")
+    gr_perturb_max_norm: float = described(10.0, "The first gradient's norm counts as at most this in the step.")
+    gr_normalized: bool = described(
+        False, "Whether the step is epsilon long and the objective L + gamma |grad L| (SAM, Zhao et al. 2022)."
+    )
+    gr_pass2_ratio: Pass2Ratio = described(
+        "fresh",
+        "Where a batch carries no old log-probs: the second pass takes its own ('fresh', ratio 1 as in the paper) or "
+        "the first pass's ('pass1').",
+    )
+    gr_every_k_steps: int = described(1, "Regularise the optimizer steps whose number is a multiple of it.")
+    gr_optimizer: Literal["regularized_adamw"] | None = described(
+        None,
+        "'regularized_adamw' steps by RegularizedAdamW, which keeps float32 masters of low-precision parameters. "
+        "Default: the trainer's optimizer.",
+    )
+    fused_head: bool = described(True, "Whether TRL's fused LM head, and its token-level loss, are computed by ours.")
 
     def __post_init__(self) -> None:
         if isinstance(self, GRPOConfig):
             super().__post_init__()
+        if isinstance(self.dither_reward_scale, list | tuple) and len(self.dither_reward_scale) == 1:
+            (self.dither_reward_scale,) = self.dither_reward_scale
         self.dither(seed=0)
         self.gr()
 
