@@ -1,9 +1,13 @@
 """TRL's real trainers on the CPU, stock beside ours: with dithering and GR off nothing differs."""
 
+import dataclasses
+import importlib
 import inspect
+import json
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,10 +19,11 @@ import transformers  # noqa: E402
 import trl  # noqa: E402
 import trl.trainer.utils as utils  # noqa: E402
 from transformers import HfArgumentParser, Qwen2ForCausalLM  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer, TrlParser  # noqa: E402
 
+from redit_fast import integrations  # noqa: E402
 from redit_fast.integrations import trl_head  # noqa: E402
-from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer, patch  # noqa: E402
+from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer, ReditOptions, patch  # noqa: E402
 from tests.tolerance import relative  # noqa: E402
 from tests.trl_trainers import clipped_inputs, logged, logs  # noqa: E402
 
@@ -254,26 +259,25 @@ def test_a_version_with_other_methods_is_refused_naming_the_supported_ones(a_tra
             pass
 
 
-def test_an_older_version_is_refused_before_it_is_imported_and_a_newer_one_warns_once():
-    script = """
-import sys, warnings, trl
-trl.__version__ = sys.argv[1]
-warnings.simplefilter("always")
-for _ in range(2):
-    from redit_fast.integrations import trl as ours
-    ours.check_version("trl", "trl", trl.__version__, ours.SUPPORTED)
-    sys.modules.pop("redit_fast.integrations.trl")
-"""
-    for version, words in [
-        ("0.24.0", "RuntimeError: redit_fast.integrations.trl got trl 0.24.0, which is older than it supports; "),
-        ("1.99.0", "UserWarning: redit_fast.integrations.trl got trl 1.99.0, which is newer than what it was tested "),
-        (trl.__version__, ""),
-    ]:
-        done = subprocess.run([sys.executable, "-c", script, version], capture_output=True, text=True)
-        assert (done.returncode == 0) == (version != "0.24.0")
-        ours = [line for line in done.stderr.splitlines() if "redit_fast.integrations.trl got" in line]
-        assert len(ours) == bool(words) and all(words in line and "supported: TRL 1.15..1.16" in line for line in ours)
-        assert version != "0.24.0" or "Failed to import" not in done.stderr
+def test_an_older_version_is_refused_before_what_it_lacks_is_imported_and_a_newer_one_warns_once(monkeypatch):
+    name = "redit_fast.integrations.trl"
+    monkeypatch.setattr(integrations, "trl", integrations.trl)  # puts back what the imports below replace
+
+    def imported(version):
+        monkeypatch.setattr(trl, "__version__", version)
+        monkeypatch.delitem(sys.modules, name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            importlib.import_module(name)
+        return [str(w.message) for w in caught]
+
+    assert imported(trl.__version__) == imported("1.15.0.dev0") == []
+    newer = f"{name} got trl 1.99.0, which is newer than what it was tested with; supported: TRL 1.15..1.16"
+    assert imported("1.99.0") == [newer] and imported("1.99.0") == []
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)  # as much as 0.24 gives under today's transformers
+    older = f"{name} got trl 0.24.0, which is older than it supports; supported: TRL 1.15..1.16"
+    with pytest.raises(RuntimeError, match=f"^{older}$"):
+        imported("0.24.0")
 
 
 def test_the_version_of_transformers_is_judged_too(a_trainer, monkeypatch):
@@ -297,6 +301,39 @@ def test_the_config_is_a_command_line_and_keeps_trls_defaults(tmp_path):
     ours = ReditGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     own = set(inspect.signature(GRPOConfig).parameters) - {"logging_dir"}
     assert all(getattr(ours, name) == getattr(stock, name) for name in own if hasattr(stock, name))
+
+
+def test_every_field_of_ours_has_a_help_text():
+    theirs = {f.name for f in dataclasses.fields(GRPOConfig)}
+    ours = [f for f in dataclasses.fields(ReditGRPOConfig) if f.name not in theirs]
+    assert {f.name for f in ours} == {f.name for f in dataclasses.fields(ReditOptions)}
+    texts = [f.metadata.get("help", "") for f in ours]
+    assert all(len(text) > 20 and text.endswith(".") for text in texts) and len(set(texts)) == len(texts) == 15
+    shown = TrlParser(ReditGRPOConfig).format_help()  # formats with %
+    assert all("".join(text.split()) in "".join(shown.split()) for text in texts)
+
+
+@pytest.mark.parametrize("where", ["command line", "yaml"])
+@pytest.mark.parametrize("scale", [[1.0, 2.0], [0.5], None])
+def test_a_scale_for_each_reward_parses_as_trls_lists_do(tmp_path, scale, where):
+    """One number is every reward's, also as one entry and by default."""
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "dither_level": "1e-2",
+               "gr_epsilon": "1e-4", "dither_seed": 7, "gr_normalized": True, "fused_head": False}  # fmt: skip
+    options |= {} if scale is None else {"dither_reward_scale": scale}
+    if where == "yaml":
+        (tmp_path / "config.yaml").write_text(json.dumps(options))
+        args = ["--config", str(tmp_path / "config.yaml")]
+    else:
+        args = [word for name, value in options.items() for word in
+                (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]  # fmt: skip
+    (config,) = TrlParser(ReditGRPOConfig).parse_args_and_config(args)
+    found = config.dither_reward_scale
+    assert found == {None: 1.0, 1: 0.5, 2: [1.0, 2.0]}[None if scale is None else len(scale)]
+    assert config.dither(0).reward_scale == found and config.dither(0).level == 0.01
+    assert (config.gr_epsilon, config.dither_seed, config.gr_normalized, config.fused_head) == (1e-4, 7, True, False)
+    for value in (2.0, [1.0, 3.0], (1.0, 3.0)):  # from Python a number too
+        config = ReditGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, dither_level=0.1, dither_reward_scale=value)
+        assert config.dither(0).reward_scale == value
 
 
 def test_importing_the_package_imports_no_host_and_patches_nothing():
