@@ -364,11 +364,10 @@ class GradientRegularizer(torch.optim.Optimizer):
             The first pass's loss.
         """
         replay = Replay(self._parameters(), model)
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(gradients.clear, self._parameters())
             loss = closure()
-        except BaseException:
-            gradients.clear(self._parameters())
-            raise
+            on_failure.pop_all()
         with self.perturb() as wanted:
             if wanted:
                 with replay.again():

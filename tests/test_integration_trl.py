@@ -15,7 +15,6 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed: its integration needs it")
 pytest.register_assert_rewrite("tests.trl_trainers")  # imported below, and a plugin: its fixtures
 
-import transformers  # noqa: E402
 import trl  # noqa: E402
 import trl.trainer.utils as utils  # noqa: E402
 from transformers import HfArgumentParser, Qwen2ForCausalLM  # noqa: E402
@@ -281,7 +280,7 @@ def test_an_older_version_is_refused_before_what_it_lacks_is_imported_and_a_newe
 
 
 def test_the_version_of_transformers_is_judged_too(a_trainer, monkeypatch):
-    stock = a_trainer(GRPOTrainer, GRPOConfig)
+    stock, transformers = a_trainer(GRPOTrainer, GRPOConfig), integrations.trl.transformers
     monkeypatch.setattr(transformers, "__version__", "5.5.9")
     with pytest.raises(RuntimeError, match="integrations.trl got transformers 5.5.9, which is older"), patch(stock):
         pass

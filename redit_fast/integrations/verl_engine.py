@@ -92,35 +92,41 @@ class SecondPass:
 
     settings: GRSettings
     batches: list[_Batch] = field(default_factory=list)
-    failed: bool = False  # a mini-batch of the step raised, and may have left part of its gradient
+    failed: bool = False  # a pass raised after its first loss
     metrics: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def recorded(self, module: nn.Module, data: TensorDict, loss_function: Callable) -> Iterator[None]:
         """Inside, the first pass over `data`, which is kept when its backward passes returned."""
-        self.refuse_a_part()
+        self.refuse_what_is_left()
         tensors = [*module.parameters(), *module.buffers()]  # whose devices are those that draw dropout
         batch = _Batch(data.copy(), loss_function, Replay(tensors, module), FirstPass())
-        self.failed = True
         with batch.first.recorded():
             yield
         self.failed = False
         self.batches.append(batch)
 
-    def begin(self) -> None:
-        self.batches.clear()
-        self.failed = False
+    def watched(self, loss_function: Callable) -> Callable:
+        """FSDP2 holds the gradients of all micro-batches but the last where zero_grad does not reach them: after an
+        exception it adds them to the next step's first pass, and the second would not have them."""
 
-    def refuse_a_part(self) -> None:
+        def watched(*args, **kwargs) -> object:
+            output = loss_function(*args, **kwargs)
+            self.failed = True  # until the pass has ended
+            return output
+
+        return watched
+
+    def refuse_what_is_left(self) -> None:
         if self.failed:
             raise RuntimeError(
-                "gr_gamma above 0 got a step with a mini-batch that raised, part of whose gradient may be there, which "
-                "the second pass would not make again: call optimizer_zero_grad() after the exception"
+                "gr_gamma above 0 got a step after one whose backward passes were cut short by an exception, of which "
+                "FSDP2 keeps a part that the second pass would not have: build the worker anew from a checkpoint"
             )
 
     def run(self, engine: FSDPEngineWithLMHead) -> None:
         """From g1 in .grad to the combined gradient in .grad; theta as it was, also after an exception."""
-        self.refuse_a_part()
+        self.refuse_what_is_left()
         batches, self.batches, self.metrics = self.batches, [], {}
         if not batches:
             return
@@ -134,7 +140,8 @@ class SecondPass:
         with regularizer.perturb():
             for data, loss_function, replay, first in batches:
                 with replay.again(), first.again():  # verl's own, not ours, which would remember the batch
-                    FSDPEngineWithLMHead.forward_backward_batch(engine, data, loss_function)
+                    FSDPEngineWithLMHead.forward_backward_batch(engine, data, self.watched(loss_function))
+        self.failed = False
         regularizer.step()
         group[COUNTERS] = _counters_of(regularizer.state_dict())
         if not regularizer.optimizer.reached:
@@ -220,11 +227,11 @@ class ReditFSDPEngine(FSDPEngineWithLMHead):
         if self._gr is None or forward_only:
             return super().forward_backward_batch(data, loss_function, forward_only)
         with self._gr.recorded(self.module, data, loss_function):
-            return super().forward_backward_batch(data, loss_function, forward_only)
+            return super().forward_backward_batch(data, self._gr.watched(loss_function), forward_only)
 
     def optimizer_zero_grad(self):
         if self._gr is not None:
-            self._gr.begin()
+            self._gr.batches.clear()
         super().optimizer_zero_grad()
 
     def optimizer_step(self):
