@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from redit_fast.logprob import LogpEntropy, grpo_loss, token_logp
     from redit_fast.loss_config import LossConfig
     from redit_fast.losses import LossOutput, policy_loss
-    from redit_fast.optim import RegularizedAdamW, parameter_groups, reset_reference
+    from redit_fast.optim import RegularizedAdamW, parameter_groups, reset_reference, unwrap
     from redit_fast.presets import advantage_options
     from redit_fast.regularize import GradientRegularizer
     from redit_fast.transforms import logit_transforms
@@ -43,6 +43,7 @@ _HOME = {
     "policy_loss": "losses",
     "reset_reference": "optim",
     "token_logp": "logprob",
+    "unwrap": "optim",
     "use_backend": "backends",
 }
 __all__ = list(_HOME)

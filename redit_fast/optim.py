@@ -122,7 +122,7 @@ class RegularizedAdamW(GradientRegularizer):
     beside AdamW's own state. float32 and float64 parameters have a copy, which the step writes with them, so that it is
     neither made nor put back in passes of its own. Masters and copies follow a parameter that others change in place
     (`load_state_dict`, `p.copy_` under no_grad), but not what is written through `p.data`, which torch does not count.
-    With gamma 0 the step is AdamW's.
+    With gamma 0 and max_norm None the step is AdamW's; max_norm 1, the default, clips whatever gamma is.
 
     Args:
         params: parameters or parameter groups (`parameter_groups`).
@@ -250,3 +250,22 @@ def parameter_groups(model: nn.Module, perturb: str = "decoder_layers") -> list[
     others = [p for name, p in trainable if not matches(name)]
     groups = [{"params": chosen, "perturb": True}, {"params": others, "perturb": False}]
     return [group for group in groups if group["params"]]
+
+
+def unwrap(optimizer: object) -> GradientRegularizer:
+    """The `RegularizedAdamW` or `GradientRegularizer` in what accelerate's `prepare`, or another host, made of it, and
+    keeps in an attribute `optimizer`; itself when it is one.
+
+    Raises:
+        TypeError: there is none.
+    """
+    chain = [optimizer]
+    while not isinstance(chain[-1], GradientRegularizer):
+        inner = getattr(chain[-1], "optimizer", None)
+        if inner is None or any(inner is outer for outer in chain):
+            found = ", which holds ".join(type(outer).__name__ for outer in chain)
+            raise TypeError(
+                f"optimizer must be a RegularizedAdamW or GradientRegularizer, or hold one as .optimizer, got {found}"
+            )
+        chain.append(inner)
+    return chain[-1]

@@ -42,7 +42,8 @@ class GradientRegularizer(torch.optim.Optimizer):
     each dimension of the mesh.
 
     Settings of the same step: SAM is normalized=True with gamma = epsilon = rho; Zhao et al.'s penalty lambda |grad L|
-    is normalized=True with gamma = lambda, epsilon = r (their alpha is lambda / r); gamma = 0 is the optimizer alone.
+    is normalized=True with gamma = lambda, epsilon = r (their alpha is lambda / r); gamma = 0 with max_norm = None is
+    the optimizer alone.
 
     Args:
         optimizer: any torch.optim.Optimizer.
@@ -50,7 +51,8 @@ class GradientRegularizer(torch.optim.Optimizer):
         epsilon: the finite-difference step. gamma == epsilon gives g = g2. "auto": max(0.001, the smallest power of two
             whose step keeps cosine 0.95 after rounding), at most where the step is 0.02 |theta| long, with a warning;
             found anew every 100 steps, by trying them: nothing else in perturb() and step() waits for the device.
-        max_norm: the combined gradient's norm over all parameters is clipped to it; None: not clipped.
+        max_norm: the combined gradient's norm over all parameters is clipped to it, with gamma 0 the gradient's; None:
+            not clipped.
         perturb_max_norm: g1's norm over the perturbed set counts as at most this in the step (not in g).
         normalized: the step is epsilon g1 / |g1| and the objective L + gamma |grad L| (SAM, Zhao et al. 2022).
         rounding: how bfloat16 and float16 parameters take the step. "stochastic" (counter-based) keeps it in
@@ -159,10 +161,10 @@ class GradientRegularizer(torch.optim.Optimizer):
         """
         if self._perturbed:
             raise RuntimeError("the parameters are perturbed already: call step() or restore() first")
-        params = gradients.with_grad(self._parameters())
-        self._asked, gamma = True, self._gamma_now()
+        params, gamma = gradients.with_grad(self._parameters()), self._gamma_now()
         self._loss_scale = loss_scale(grad_scaler, params[0].device)
         if gamma == 0:
+            self._asked = True
             return Perturbation(self.restore, False)
         chosen = self._perturbed_set()
         if not chosen:
@@ -186,6 +188,7 @@ class GradientRegularizer(torch.optim.Optimizer):
             self._metrics, self._step_sums = {"gr/g1_norm": g1_norm}, sums
             if not self._meshes():
                 self._metrics |= perturbation.step_metrics(sums[None], sum(p.numel() for p in chosen))
+            self._asked = True
             on_failure.pop_all()
         return Perturbation(self.restore, True)
 
@@ -355,11 +358,16 @@ class GradientRegularizer(torch.optim.Optimizer):
         Dropout draws the same random numbers in both passes, and the buffers of `model` end as the first pass left
         them.
 
+        An exception drops the gradients of the step, which may then be tried again with another batch.
+
         Returns:
             The first pass's loss.
         """
         replay = Replay(self._parameters(), model)
-        loss = closure()
+        with ExitStack() as on_failure:
+            on_failure.callback(gradients.clear, self._parameters())
+            loss = closure()
+            on_failure.pop_all()
         with self.perturb() as wanted:
             if wanted:
                 with replay.again():

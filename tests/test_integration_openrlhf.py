@@ -3,7 +3,10 @@
 `theirs` spells out openrlhf/models/loss.py::PolicyLoss.forward and aggregate_loss, 0.11.2.
 """
 
+import importlib
 import inspect
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -122,3 +125,26 @@ def test_the_signatures_are_openrlhfs_and_bad_arguments_are_refused_naming_them(
     batch = rollouts()
     with pytest.raises(ValueError, match="rollout_log_probs is required by is_correction_level='token'"):
         PolicyLoss(is_correction_level="token")(batch.logp, batch.old, batch.advantages[:, None])
+
+
+def test_an_older_openrlhf_is_refused_and_a_newer_one_warns(tmp_path, monkeypatch):
+    """By the metadata that an installed one has; the class itself needs nothing of it."""
+    PolicyLoss()
+    monkeypatch.syspath_prepend(tmp_path)
+    for version in ("0.10.9", "0.11.2", "0.11.2.post1", "0.12.0"):
+        folder = tmp_path / f"openrlhf-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: openrlhf\nVersion: {version}\n")
+        importlib.invalidate_caches()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if version == "0.10.9":
+                with pytest.raises(RuntimeError, match="got openrlhf 0.10.9, which is older .*; supported: 0.11.2$"):
+                    PolicyLoss()
+            else:
+                PolicyLoss()
+                PolicyLoss()
+        assert [str(w.message).partition(",")[0] for w in caught] == (
+            ["redit_fast.integrations.openrlhf got openrlhf 0.12.0"] if version == "0.12.0" else []
+        )
+        shutil.rmtree(folder)

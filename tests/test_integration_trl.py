@@ -1,9 +1,13 @@
 """TRL's real trainers on the CPU, stock beside ours: with dithering and GR off nothing differs."""
 
+import dataclasses
+import importlib
 import inspect
+import json
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -14,12 +18,13 @@ pytest.register_assert_rewrite("tests.trl_trainers")  # imported below, and a pl
 import trl  # noqa: E402
 import trl.trainer.utils as utils  # noqa: E402
 from transformers import HfArgumentParser, Qwen2ForCausalLM  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer, TrlParser  # noqa: E402
 
+from redit_fast import integrations  # noqa: E402
 from redit_fast.integrations import trl_head  # noqa: E402
-from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer, patch  # noqa: E402
+from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer, ReditOptions, patch  # noqa: E402
 from tests.tolerance import relative  # noqa: E402
-from tests.trl_trainers import logs  # noqa: E402
+from tests.trl_trainers import clipped_inputs, logged, logs  # noqa: E402
 
 pytest_plugins = ("tests.trl_trainers",)
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:.*gradient_checkpointing")
@@ -144,6 +149,22 @@ def test_rows_that_trl_compacts_give_the_same(a_trainer, monkeypatch, loss_type)
         assert torch.allclose(p, q, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("options", [{"loss_type": "dapo", "beta": 0.1}, {"loss_type": "grpo"}, {"loss_type": "cispo"}])
+def test_what_is_logged_leaves_out_what_scored_nothing_as_trl_does(a_trainer, monkeypatch, options, compact):
+    """A micro-batch, or a sequence, without scored tokens: TRL's extremes leave it out, its means count tokens."""
+    trainer = a_trainer(ReditGRPOTrainer, ReditGRPOConfig, steps=1, **options)
+    trainer.train()
+    monkeypatch.setattr(utils, "_use_triton", lambda device: compact, raising=False)
+    for masks in ([[1, 1, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]], [[1, 0, 0], [1, 1, 0]]):
+        inputs = clipped_inputs(3, masks, trainer.beta)
+        theirs, ours = (logged(trainer, cls, inputs) for cls in (GRPOTrainer, ReditGRPOTrainer))
+        assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
+        if options["loss_type"] != "cispo":
+            least = ours["clip_ratio/low_min"]
+            assert math.isnan(least) if sum(map(sum, masks)) == 0 else least == 1
+
+
 def test_patch_on_trls_module_serves_every_trainer_inside_the_block(folders, monkeypatch):
     calls, theirs = count_calls(monkeypatch), getattr(utils, trl_head.NAME)
     ids = torch.randint(5, 60, (2, 9))
@@ -237,6 +258,37 @@ def test_a_version_with_other_methods_is_refused_naming_the_supported_ones(a_tra
             pass
 
 
+def test_an_older_version_is_refused_before_what_it_lacks_is_imported_and_a_newer_one_warns_once(monkeypatch):
+    name = "redit_fast.integrations.trl"
+    monkeypatch.setattr(integrations, "trl", integrations.trl)  # puts back what the imports below replace
+
+    def imported(version):
+        monkeypatch.setattr(trl, "__version__", version)
+        monkeypatch.delitem(sys.modules, name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            importlib.import_module(name)
+        return [str(w.message) for w in caught]
+
+    assert imported(trl.__version__) == imported("1.15.0.dev0") == []
+    newer = f"{name} got trl 1.99.0, which is newer than what it was tested with; supported: TRL 1.15..1.16"
+    assert imported("1.99.0") == [newer] and imported("1.99.0") == []
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)  # as much as 0.24 gives under today's transformers
+    older = f"{name} got trl 0.24.0, which is older than it supports; supported: TRL 1.15..1.16"
+    with pytest.raises(RuntimeError, match=f"^{older}$"):
+        imported("0.24.0")
+
+
+def test_the_version_of_transformers_is_judged_too(a_trainer, monkeypatch):
+    stock, transformers = a_trainer(GRPOTrainer, GRPOConfig), integrations.trl.transformers
+    monkeypatch.setattr(transformers, "__version__", "5.5.9")
+    with pytest.raises(RuntimeError, match="integrations.trl got transformers 5.5.9, which is older"), patch(stock):
+        pass
+    monkeypatch.setattr(transformers, "__version__", "5.999.0")
+    with pytest.warns(UserWarning, match="integrations.trl got transformers 5.999.0, which is newer"), patch(stock):
+        pass
+
+
 def test_the_config_is_a_command_line_and_keeps_trls_defaults(tmp_path):
     (config,) = HfArgumentParser(ReditGRPOConfig).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--dither_level", "0.05", "--dither_schedule", "cosine", "--gr_gamma", "1e-3",
@@ -248,6 +300,39 @@ def test_the_config_is_a_command_line_and_keeps_trls_defaults(tmp_path):
     ours = ReditGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     own = set(inspect.signature(GRPOConfig).parameters) - {"logging_dir"}
     assert all(getattr(ours, name) == getattr(stock, name) for name in own if hasattr(stock, name))
+
+
+def test_every_field_of_ours_has_a_help_text():
+    theirs = {f.name for f in dataclasses.fields(GRPOConfig)}
+    ours = [f for f in dataclasses.fields(ReditGRPOConfig) if f.name not in theirs]
+    assert {f.name for f in ours} == {f.name for f in dataclasses.fields(ReditOptions)}
+    texts = [f.metadata.get("help", "") for f in ours]
+    assert all(len(text) > 20 and text.endswith(".") for text in texts) and len(set(texts)) == len(texts) == 15
+    shown = TrlParser(ReditGRPOConfig).format_help()  # formats with %
+    assert all("".join(text.split()) in "".join(shown.split()) for text in texts)
+
+
+@pytest.mark.parametrize("where", ["command line", "yaml"])
+@pytest.mark.parametrize("scale", [[1.0, 2.0], [0.5], None])
+def test_a_scale_for_each_reward_parses_as_trls_lists_do(tmp_path, scale, where):
+    """One number is every reward's, also as one entry and by default."""
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "dither_level": "1e-2",
+               "gr_epsilon": "1e-4", "dither_seed": 7, "gr_normalized": True, "fused_head": False}  # fmt: skip
+    options |= {} if scale is None else {"dither_reward_scale": scale}
+    if where == "yaml":
+        (tmp_path / "config.yaml").write_text(json.dumps(options))
+        args = ["--config", str(tmp_path / "config.yaml")]
+    else:
+        args = [word for name, value in options.items() for word in
+                (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]  # fmt: skip
+    (config,) = TrlParser(ReditGRPOConfig).parse_args_and_config(args)
+    found = config.dither_reward_scale
+    assert found == {None: 1.0, 1: 0.5, 2: [1.0, 2.0]}[None if scale is None else len(scale)]
+    assert config.dither(0).reward_scale == found and config.dither(0).level == 0.01
+    assert (config.gr_epsilon, config.dither_seed, config.gr_normalized, config.fused_head) == (1e-4, 7, True, False)
+    for value in (2.0, [1.0, 3.0], (1.0, 3.0)):  # from Python a number too
+        config = ReditGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, dither_level=0.1, dither_reward_scale=value)
+        assert config.dither(0).reward_scale == value
 
 
 def test_importing_the_package_imports_no_host_and_patches_nothing():

@@ -283,6 +283,43 @@ def test_a_resumed_run_is_the_uninterrupted_one(a_trainer, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), half.model.parameters()))
 
 
+def test_a_batch_that_the_host_skips_is_in_neither_pass_and_its_generation_draws_its_noise_once(a_trainer):
+    """Out of memory in the loss, and in a generation whose rewards are there already: TRL's next call does it again."""
+    failures = ["generation", "loss"]
+
+    class Skipping(watching(ReditGRPOTrainer)):
+        def training_step(self, *args):
+            try:
+                return super().training_step(*args)
+            except torch.OutOfMemoryError:
+                return torch.zeros(())
+
+        def _calculate_rewards(self, *args):
+            found = super()._calculate_rewards(*args)
+            self._fail("generation")
+            return found
+
+        def _compute_loss(self, model, inputs):
+            self._fail("loss")
+            return super()._compute_loss(model, inputs)
+
+        def _fail(self, where):
+            if where in failures:
+                failures.remove(where)
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer = a_trainer(Skipping, ReditGRPOConfig, steps=2, gradient_accumulation_steps=3, dither_level=0.2, **GR)
+    trainer.train()
+    assert failures == [] and len(trainer.calls) == 2 * (1 + 3)
+    for i, j in ((0, 1), (2, 5), (3, 6), (4, 7)):
+        one, two = trainer.calls[i][0], trainer.calls[j][0]
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    step, advantages, _ = trainer.generations[0]
+    dither = rf.Dither(level=0.2, seed=trainer.args.seed)
+    expected = rf.group_advantages(trainer.rewards[1], group_size=GROUP, dither=dither, step=0).values
+    assert step == 0 and torch.equal(advantages, expected)
+
+
 def test_trls_sft_trainer_with_the_mixin_logs_the_first_pass_alone(folders, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("CI", "1")
 
@@ -348,3 +385,6 @@ def test_two_ranks_are_one(a_trainer, folders, tokenizer, tmp_path):
     for name, q in expected.items():
         assert torch.equal(found[0][name], found[1][name]) and torch.allclose(found[0][name], q, rtol=0, atol=1e-6)
     assert max((expected[name] - start[name]).abs().max() for name in start) > 5e-3
+    for rank in range(2):  # of which the second has scored nothing
+        for theirs, ours in torch.load(tmp_path / f"logged{rank}.pt", weights_only=True):
+            assert ours == pytest.approx(theirs, rel=1e-5) and ours["clip_ratio/low_min"] == 1

@@ -1,9 +1,11 @@
 """GR in verl's real TrainingWorker: FSDP2 on the CPU, verl's configurations, batches and losses."""
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
+import warnings
 from math import inf, isfinite, nan
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed: its integration needs it")
 pytest.register_assert_rewrite("tests.verl_rank")  # imported below, and a plugin: its fixtures
 
+import verl  # noqa: E402
 import verl.models.transformers.monkey_patch as monkey_patch  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # noqa: E402
@@ -24,7 +27,8 @@ from verl.workers.engine.fsdp import FSDPTurboEngineWithLMHead  # noqa: E402
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
-from redit_fast.integrations import verl_engine, verl_head, verl_loss  # noqa: E402
+from redit_fast.integrations import verl as ours  # noqa: E402
+from redit_fast.integrations import verl_advantages, verl_config, verl_engine, verl_head, verl_loss  # noqa: E402
 from redit_fast.loss_terms import _kl_cov_tokens, loss_terms  # noqa: E402
 from tests.test_floors import ROOT  # noqa: E402
 from tests.verl_rank import (  # noqa: E402
@@ -227,6 +231,50 @@ def test_an_exception_in_the_first_pass_leaves_no_batch_behind(folder):
     assert worker.engine._gr.batches == []
 
 
+def out_of_memory(loss):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def forward_backward(worker):
+    data = batch_of(rows())
+    tu.assign_non_tensor(data, use_remove_padding=False, use_dynamic_bsz=False, micro_batch_size_per_gpu=2)
+    return worker.engine.forward_backward_batch(data, worker.loss_fn)
+
+
+def test_a_mini_batch_that_did_not_fit_is_not_repeated(folder):
+    found = []
+    for call in (0, 1):  # none; the first micro-batch, of which nothing is left behind
+        worker = new_worker(folder, optim=GR, loss=Breaking(call, out_of_memory))
+        with worker.engine.train_mode():
+            worker.engine.optimizer_zero_grad()
+            if call:
+                with pytest.raises(torch.OutOfMemoryError):
+                    forward_backward(worker)
+            forward_backward(worker)
+            worker.engine.optimizer_step()
+        found.append(weights(worker))
+    assert close(found[1], found[0])
+
+
+@pytest.mark.parametrize("call", [2, 4])  # the second micro-batch of either pass
+def test_part_of_a_gradient_that_fsdp_keeps_is_refused(folder, call):
+    """Its first micro-batch's, which zero_grad does not reach and FSDP2 adds to the next step's first pass."""
+    worker = new_worker(folder, optim=GR, loss=Breaking(call, out_of_memory))
+    start = weights(worker)
+    with worker.engine.train_mode():
+        worker.engine.optimizer_zero_grad()
+        with pytest.raises(torch.OutOfMemoryError):
+            forward_backward(worker)
+            worker.engine.optimizer_step()
+        worker.engine.optimizer_zero_grad()
+        refused = "gr_gamma above 0 got a step after one .* cut short by an exception, .* build the worker anew"
+        with pytest.raises(RuntimeError, match=refused):
+            forward_backward(worker)
+        with pytest.raises(RuntimeError, match=refused):
+            worker.engine.optimizer_step()
+    assert same(weights(worker), start)
+
+
 def test_batches_that_are_only_scored_are_not_kept(folder):
     worker = new_worker(folder, optim=GR)
     worker.infer_batch(batch_of(rows()))
@@ -358,6 +406,22 @@ def test_registering_is_idempotent_and_goes_back_to_what_was_there(monkeypatch):
     monkeypatch.undo()
     verl_engine.register()
     verl_head.register()
+
+
+def test_verls_version_is_judged(monkeypatch):
+    assert f"supported: {verl_loss.SUPPORTED}" in inspect.getsource(ours)
+    monkeypatch.setattr(verl, "__version__", "0.8.0")
+    for module in (verl_engine, verl_loss, verl_config, verl_advantages):
+        with pytest.raises(RuntimeError, match="integrations.verl got verl 0.8.0, which is older than it supports; "):
+            module.register()
+    monkeypatch.setattr(verl, "__version__", "0.99.0")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours.register()
+        ours.register()
+    assert [str(w.message) for w in caught if "redit_fast" in str(w.message)] == [
+        "redit_fast.integrations.verl got verl 0.99.0, which is newer than what it was tested with; supported: 0.9.1"
+    ]
 
 
 def test_two_ranks_with_our_head_take_the_step_of_one(ranks, hand_written):

@@ -157,3 +157,43 @@ def test_a_fault_leaves_a_state_from_which_training_goes_on_as_if_the_step_had_n
             step(opt, loss)
             runs.append(bits(params))
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("make", [adamw, sgd])
+def test_a_perturb_that_raised_does_not_count_as_asked(make):
+    """step() after it would take the step without GR, silently."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = make([{"params": [p], "perturb": True}, {"params": [q], "perturb": False}], lr=0.1, gamma=0.5, epsilon=0.5)
+    q.square().sum().backward()
+    with pytest.raises(RuntimeError, match="no parameter with a gradient is in a group that is perturbed"):
+        opt.perturb()
+    with pytest.raises(RuntimeError, match="step.. without perturb"):
+        opt.step()
+    assert torch.equal(q, torch.ones(3))
+
+
+@pytest.mark.parametrize("make", [adamw, sgd])
+@pytest.mark.parametrize("fails", [1, 2, 4])  # late in the first pass, and in the second
+def test_two_pass_is_tried_again_after_an_exception_as_if_it_had_not_been(make, fails):
+    def run(fails):
+        torch.manual_seed(3)
+        p = nn.Parameter(torch.randn(5))
+        opt, calls = make([p], lr=0.1, gamma=0.75, epsilon=0.5), []
+
+        def closure():
+            for _ in range(2):
+                calls.append(1)
+                if len(calls) == fails:
+                    raise MemoryError
+                loss = p.square().square().sum()
+                loss.backward()
+            return loss
+
+        if fails:
+            with pytest.raises(MemoryError):
+                opt.two_pass(closure)
+            assert p.grad is None
+        opt.two_pass(closure)
+        return p
+
+    assert torch.equal(run(fails), run(0))

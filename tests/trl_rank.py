@@ -3,10 +3,12 @@
 import sys
 
 import torch
+import trl.trainer.utils as utils
 from transformers import AutoTokenizer
+from trl import GRPOTrainer
 
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer
-from tests.trl_trainers import GROUP, new_trainer
+from tests.trl_trainers import GROUP, clipped_inputs, logged, new_trainer
 
 OPTIONS = {"gradient_accumulation_steps": 2, "steps": 2, "dither_level": 0.1, "beta": 0.05,
            "gr_gamma": 0.03, "gr_epsilon": 0.05}  # fmt: skip
@@ -34,3 +36,9 @@ if __name__ == "__main__":
     assert trainer.accelerator.num_processes == 2
     trainer.train()
     torch.save(parameters(trainer.model), f"{out}/rank{trainer.accelerator.process_index}.pt")
+    found = []
+    for compact in (False, True):  # as TRL on a GPU: the second rank then has no rows
+        utils._use_triton = lambda device, compact=compact: compact
+        inputs = clipped_inputs(3, [[1 - trainer.accelerator.process_index] * 3] * 2, trainer.beta)
+        found.append([logged(trainer, cls, inputs) for cls in (GRPOTrainer, ReditGRPOTrainer)])
+    torch.save(found, f"{out}/logged{trainer.accelerator.process_index}.pt")

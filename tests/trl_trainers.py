@@ -80,3 +80,23 @@ def a_trainer(tokenizer, folders, tmp_path, monkeypatch):
 
 def logs(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def clipped_inputs(length, masks, beta):
+    """A micro-batch of `_compute_loss`: completions of `length` tokens whose ratio is below 1 by far, with negative
+    advantages; one row of `masks` a sequence."""
+    draw = torch.Generator().manual_seed(3)
+    mask = torch.tensor(masks)
+    ids = torch.randint(5, 60, (len(mask), length + 3), generator=draw)
+    inputs = {"prompt_ids": ids[:, :3], "prompt_mask": torch.ones_like(ids[:, :3]), "completion_ids": ids[:, 3:],
+              "completion_mask": mask, "advantages": -torch.ones(len(mask)), "num_items_in_batch": mask.sum(),
+              "old_per_token_logps": torch.zeros(mask.shape)}  # fmt: skip
+    return inputs | ({"ref_per_token_logps": -2 * torch.ones(mask.shape)} if beta else {})
+
+
+def logged(trainer, cls, inputs):
+    """What the `_compute_loss` of `cls` logs."""
+    trainer._metrics["train"].clear()
+    trainer.current_gradient_accumulation_steps = 1
+    cls._compute_loss(trainer, trainer.model.train(), inputs)
+    return {name: values[-1] for name, values in trainer._metrics["train"].items()}

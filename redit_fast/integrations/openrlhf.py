@@ -6,15 +6,18 @@ Its name in openrlhf.trainer.ray.ppo_actor is replaced in every process of ray, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from redit_fast.dither import check_choice
+from redit_fast.integrations.versions import check_version
 from redit_fast.loss_config import LossConfig
 from redit_fast.losses import policy_loss
 
+SUPPORTED = "0.11.2"  # of OpenRLHF, by its formulas
 LossType = Literal["ppo", "gspo"]
 Level = Literal["off", "token", "seq"]
 Mode = Literal["mask", "clip"]
@@ -37,7 +40,8 @@ class PolicyLoss(nn.Module):
             log-probs by the sampler's.
 
     Raises:
-        ValueError: an argument out of range, naming it.
+        ValueError: an argument out of range, naming it. RuntimeError: an OpenRLHF older than the supported one is
+            installed.
     """
 
     def __init__(
@@ -53,6 +57,10 @@ class PolicyLoss(nn.Module):
         is_correction_threshold: Sequence[float] = (0.5, 5.0),
     ):
         super().__init__()
+        try:
+            check_version("openrlhf", "openrlhf", metadata.version("openrlhf"), SUPPORTED)
+        except metadata.PackageNotFoundError:  # the class needs nothing of it
+            pass
         check_choice("policy_loss_type", policy_loss_type, get_args(LossType))
         check_choice("is_correction_level", is_correction_level, get_args(Level))
         check_choice("is_correction_mode", is_correction_mode, get_args(Mode))

@@ -5,9 +5,9 @@ run once more at theta + epsilon g1, and the combined gradient is left in .grad 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from redit_fast.dither import check_choice
+from redit_fast.integrations.kept_batches import KeptBatches, Versions, same_tensors
 from redit_fast.optim import RegularizedAdamW, parameter_groups
 from redit_fast.regularize import GradientRegularizer
 
@@ -33,18 +34,6 @@ STEP_STATE = (
     "_entropy_window_stats",
 )  # TRL's adaptive entropy: begins as pass 1
 LOG_STATE = ("_metrics", "_total_train_tokens")  # TRL's logs: pass 2 writes into a copy
-
-
-def check_hooks(integration: str, library: object, hooks: dict[str, list[str]], owner: type, supported: str) -> None:
-    """Raises where a method that the integration overrides is not the one that it was written for."""
-    for name, expected in hooks.items():
-        method = getattr(owner, name, None)
-        found = [] if method is None else list(inspect.signature(method).parameters)
-        if found not in (expected, ["self", "args", "kwargs"]):  # the latter: Unsloth's, which pass everything on
-            raise RuntimeError(
-                f"redit_fast.integrations.{integration} got {library.__name__} {library.__version__}, whose "
-                f"{owner.__name__}.{name} is not ({', '.join(expected)}); supported: {supported}"
-            )
 
 
 @dataclass(frozen=True)
@@ -94,6 +83,7 @@ class _LeftToTheTrainer(torch.optim.Optimizer):
 
 class _MicroBatch(NamedTuple):
     inputs: object  # as _prepare_inputs returned them
+    versions: Versions
     items: Tensor | int | None
     rng: list[Tensor]
 
@@ -104,7 +94,8 @@ class SecondPass:
 
     settings: GRSettings
     regularizer: GradientRegularizer | None = None
-    batches: list[_MicroBatch] = field(default_factory=list)
+    kept: KeptBatches = field(default_factory=KeptBatches)
+    batch: _MicroBatch | None = None  # the first pass's, until its backward returns
     replayed: object | None = None  # the inputs of the micro-batch that runs again
     items: Tensor | int | None = None
     recording: bool = False
@@ -113,20 +104,51 @@ class SecondPass:
     done: bool = False  # within the step, as clipping and norm are two calls
     loss_scale: float = 1.0
     seconds: list[float] = field(default_factory=list)
+    training: object | None = None  # trainer.state, which every run begins anew, also one of auto_find_batch_size
 
-    def record(self, trainer: transformers.Trainer, inputs: object) -> None:
-        if not self.batches:
+    @contextmanager
+    def recorded(self, trainer: transformers.Trainer, model: nn.Module, items: Tensor | int | None) -> Iterator[None]:
+        """Inside, a micro-batch is kept when its backward pass returns."""
+        if self.training is not trainer.state:
+            self.training, self.regularizer = trainer.state, None
+            self.seconds.clear()
+        accelerator, params = trainer.accelerator, list(model.parameters())
+        self.kept.match(params)
+        own, backward = vars(accelerator).get("backward"), accelerator.backward
+
+        def kept_backward(loss: Tensor, **kwargs) -> None:
+            if self.batch is None:
+                raise RuntimeError("gr_gamma above 0 needs one _prepare_inputs before each backward pass of a step")
+            backward(loss, **kwargs)
+            self.kept.keep(self.batch, params)
+            self.batch = None
+
+        accelerator.backward = kept_backward
+        self.recording, self.items, self.done = True, items, False
+        try:
+            yield
+        finally:
+            self.recording, self.batch = False, None
+            if own is None:
+                del accelerator.backward
+            else:
+                accelerator.backward = own
+
+    def prepared(self, trainer: transformers.Trainer, inputs: object) -> None:
+        if not self.kept:
             self.begun = {name: getattr(trainer, name) for name in STEP_STATE if hasattr(trainer, name)}
-        self.batches.append(_MicroBatch(copy.copy(inputs), self.items, _rng_states(trainer.args.device)))
+        self.batch = _MicroBatch(same_tensors(inputs), Versions(inputs), self.items, _rng_states(trainer.args.device))
 
     def run(self, trainer: transformers.Trainer, model: nn.Module) -> None:
         """From g1 in .grad to the combined gradient in .grad, once a step; theta as it was."""
         if self.done:
             return
         self.done, self.skipped, begin = True, None, time.perf_counter()
-        batches, self.batches = self.batches, []
-        if trainer.state.global_step % self.settings.every_k_steps:
+        batches = self.kept.take(list(model.parameters()))
+        if not batches or trainer.state.global_step % self.settings.every_k_steps:
             return
+        for batch in batches:
+            batch.versions.check()
         if self.regularizer is None:
             self.regularizer = self._new_regularizer(trainer)
         regularizer = self.regularizer
@@ -260,26 +282,18 @@ class SecondPassHooks:
         parameter_groups(self.model)  # raises where the model has no decoder layers
         self._gr = SecondPass(settings)
 
-    def train(self, *args, **kwargs):
-        if self._gr is not None:
-            self._gr.batches.clear()  # of a run that was interrupted within a step
-        return super().train(*args, **kwargs)
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._gr is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        self._gr.recording, self._gr.items, self._gr.done = True, num_items_in_batch, False
-        try:
+        with self._gr.recorded(self, model, num_items_in_batch):
             return super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._gr.recording = False
 
     def _prepare_inputs(self, inputs):
         if self._gr is not None and self._gr.replayed is not None:
-            return copy.copy(self._gr.replayed)
+            return same_tensors(self._gr.replayed)
         prepared = super()._prepare_inputs(inputs)
         if self._gr is not None and self._gr.recording:
-            self._gr.record(self, prepared)
+            self._gr.prepared(self, prepared)
         return prepared
 
     def _clip_grad_norm(self, model):

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import transformers
 
-from redit_fast.integrations.second_pass import HOOKS, SUPPORTED, GRSettings, SecondPassHooks, check_hooks
+from redit_fast.integrations.second_pass import HOOKS, SUPPORTED, GRSettings, SecondPassHooks
+from redit_fast.integrations.versions import check_hooks
 
 
 class GRTrainerMixin(SecondPassHooks):
@@ -26,9 +27,17 @@ class GRTrainerMixin(SecondPassHooks):
     gradient's before clipping; gr/* and time/gr_pass2 (seconds) come beside them. A step with a gradient that is not
     finite, in either pass, is skipped: weights and optimizer state stay, callbacks fire, grad_norm says so.
 
+    The second pass runs the micro-batches whose backward pass returned (through accelerator.backward), with the inputs
+    that `_prepare_inputs` gave, their containers copied at every depth. A batch whose exception the host catches
+    (auto_find_batch_size, a training_step that skips) is left out of it as of the first. RuntimeError: an input tensor
+    was changed in place, or .grad holds a gradient that no such pass left there, as after an exception within a
+    backward pass: call zero_grad() where you catch it.
+
     Args:
         gr_gamma: weight of the penalty; 0 (the default) switches GR off, the run is then the trainer's own.
-        gr_epsilon, gr_perturb_max_norm, gr_normalized: as in `GradientRegularizer`.
+        gr_epsilon: the second pass's step is epsilon g1.
+        gr_perturb_max_norm: g1's norm counts as at most this in the step.
+        gr_normalized: the step is epsilon g1 / |g1| and the objective L + gamma |grad L|.
         gr_every_k_steps: regularise the steps whose number is a multiple of it.
         gr_optimizer: "regularized_adamw" steps by `RegularizedAdamW` (float32 masters of low-precision parameters) with
             the learning rate, betas, epsilon and weight decay of the training arguments; None: the trainer's choice.

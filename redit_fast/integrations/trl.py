@@ -8,6 +8,8 @@
 or, around a trainer that is there: `with patch(trainer, dither_level=0.05): trainer.train()`.
 """
 
+# ruff: noqa: E402  an older TRL is refused before what it has not, or cannot import, is asked for
+
 from __future__ import annotations
 
 import inspect
@@ -15,25 +17,30 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import transformers
 import trl
-import trl.trainer.utils as utils
 from torch import Tensor
+
+from redit_fast.integrations.versions import check_hooks, check_version
+
+SUPPORTED = "TRL 1.15..1.16"  # by running the tests
+check_version("trl", "trl", trl.__version__, SUPPORTED)
+
+import trl.trainer.utils as utils
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from redit_fast.advantages import Advantages, group_advantages
 from redit_fast.dither import Dither, check_choice, noise, per_reward
 from redit_fast.integrations import second_pass, trl_head, trl_loss
-from redit_fast.integrations.dither_options import DitherOptions
-from redit_fast.integrations.second_pass import GRSettings, SecondPassHooks, check_hooks
+from redit_fast.integrations.dither_options import DitherOptions, described
+from redit_fast.integrations.second_pass import GRSettings, SecondPassHooks
 from redit_fast.loss_config import LossConfig
 
-SUPPORTED = "TRL 1.15..1.16"  # by running the tests
 TRAINERS = (GRPOTrainer, RLOOTrainer)
 HOOKS = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
@@ -61,18 +68,37 @@ class ReditOptions(DitherOptions):
         ValueError, TypeError: a field out of range, naming it.
     """
 
-    gr_gamma: float = 0.0
-    gr_epsilon: float = 1e-3
-    gr_perturb_max_norm: float = 10.0
-    gr_normalized: bool = False
-    gr_pass2_ratio: Pass2Ratio = "fresh"
-    gr_every_k_steps: int = 1
-    gr_optimizer: Literal["regularized_adamw"] | None = None
-    fused_head: bool = True
+    # A list, as transformers' parser takes no number or list; one entry is a number for every reward function.
+    dither_reward_scale: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "The full scale of the rewards: one number, or one for each reward function."},
+    )
+    gr_gamma: float = described(
+        0.0, "Weight of gradient regularisation, L + gamma / 2 |grad L|^2. 0 switches it, and its second pass, off."
+    )
+    gr_epsilon: float = described(1e-3, "Length of the second pass's step, epsilon times the first gradient.")
+    gr_perturb_max_norm: float = described(10.0, "The first gradient's norm counts as at most this in the step.")
+    gr_normalized: bool = described(
+        False, "Whether the step is epsilon long and the objective L + gamma |grad L| (SAM, Zhao et al. 2022)."
+    )
+    gr_pass2_ratio: Pass2Ratio = described(
+        "fresh",
+        "Where a batch carries no old log-probs: the second pass takes its own ('fresh', ratio 1 as in the paper) or "
+        "the first pass's ('pass1').",
+    )
+    gr_every_k_steps: int = described(1, "Regularise the optimizer steps whose number is a multiple of it.")
+    gr_optimizer: Literal["regularized_adamw"] | None = described(
+        None,
+        "'regularized_adamw' steps by RegularizedAdamW, which keeps float32 masters of low-precision parameters. "
+        "Default: the trainer's optimizer.",
+    )
+    fused_head: bool = described(True, "Whether TRL's fused LM head, and its token-level loss, are computed by ours.")
 
     def __post_init__(self) -> None:
         if isinstance(self, GRPOConfig):
             super().__post_init__()
+        if isinstance(self.dither_reward_scale, list | tuple) and len(self.dither_reward_scale) == 1:
+            (self.dither_reward_scale,) = self.dither_reward_scale
         self.dither(seed=0)
         self.gr()
 
@@ -110,6 +136,12 @@ def _check_head() -> None:
         )
 
 
+class _Generation(NamedTuple):
+    state: object  # of the trainer, another one in every run
+    step: int  # of the optimizer
+    earlier: int  # generations in that step
+
+
 class ReditHooks(SecondPassHooks):
     """The methods of GRPOTrainer and RLOOTrainer around which dithering and GR are built; one of those comes behind."""
 
@@ -118,7 +150,8 @@ class ReditHooks(SecondPassHooks):
     _policy_head: trl_head.FusedHead | None = None
     _loss_config: LossConfig | None = None  # where the loss is `linear_grpo_loss`
     _clean_rewards: Tensor | None = None  # (global batch, K), of the generation under way
-    _generations = (-1, 0)  # the optimizer step of the last generation, and how many came before it in that step
+    _generation: _Generation | None = None  # the last one whose rewards are there
+    _generated: _Generation | None = None  # the last one that came to its end
 
     def _start_redit(self, options: ReditOptions) -> ExitStack:
         """Called with the trainer built; what the stack undoes is the fused head."""
@@ -155,10 +188,10 @@ class ReditHooks(SecondPassHooks):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self._dither is None or not self.model.training:
             return rewards
-        step, earlier = self.state.global_step, 0
-        if self._generations[0] == step:
-            earlier = self._generations[1] + 1
-        self._generations, self._clean_rewards = (step, earlier), rewards
+        last, step = self._generated, self.state.global_step
+        again = last is not None and last.state is self.state and last.step == step
+        self._generation = _Generation(self.state, step, last.earlier + 1 if again else 0)
+        self._clean_rewards = rewards
         if isinstance(self, RLOOTrainer):  # clips rewards and adds KL to them after this method
             return self._noisy_rewards(rewards)
         return rewards
@@ -170,7 +203,7 @@ class ReditHooks(SecondPassHooks):
             group_size=self.num_generations,
             reward_weights=self.reward_weights,
             dither=dither,
-            step=self._generations[0],
+            step=self._generation.step,
             sample_ids=self._sample_ids(),
             scale=getattr(self, "scale_rewards", "none"),
             combine=getattr(self, "multi_objective_aggregation", "sum_then_normalize"),
@@ -178,11 +211,11 @@ class ReditHooks(SecondPassHooks):
 
     def _sample_ids(self) -> Tensor:
         count, device = len(self._clean_rewards), self._clean_rewards.device
-        return torch.arange(count, device=device) + count * self._generations[1]
+        return torch.arange(count, device=device) + count * self._generation.earlier
 
     def _noisy_rewards(self, rewards: Tensor) -> Tensor:
         """r + xi of `group_advantages`, rounded to float32."""
-        dither, (step, _) = self._dither, self._generations
+        dither, step = self._dither, self._generation.step
         half_range = dither.level_at(step) * per_reward("dither_reward_scale", dither.reward_scale, rewards.shape[1])
         columns = [noise(dither.distribution, float(a), dither.seed, self._sample_ids(), k, step)
                    for k, a in enumerate(half_range)]  # fmt: skip
@@ -196,6 +229,7 @@ class ReditHooks(SecondPassHooks):
         output = super()._generate_and_score_completions(inputs)
         if self._dither is None or not self.model.training:
             return output
+        self._generated = self._generation
         dithered, metrics = self._advantages(self._dither), self._metrics["train"]
         if isinstance(self, RLOOTrainer):
             self._log_clean_rewards()
@@ -230,9 +264,9 @@ class ReditHooks(SecondPassHooks):
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        first_pass = self._gr is not None and self._gr.recording and torch.is_grad_enabled()
+        first_pass = self._gr is not None and self._gr.batch is not None and torch.is_grad_enabled()
         if first_pass and self._options.gr_pass2_ratio == "pass1":
-            self._gr.batches[-1].inputs.setdefault("old_per_token_logps", found[0].detach())
+            self._gr.batch.inputs.setdefault("old_per_token_logps", found[0].detach())
         return found
 
     def get_high_entropy_mask(self, entropies, mask, threshold):
@@ -241,7 +275,8 @@ class ReditHooks(SecondPassHooks):
         if self._gr.replayed is not None:
             return self._gr.replayed[ENTROPY_MASK]
         found = super().get_high_entropy_mask(entropies, mask, threshold)
-        self._gr.batches[-1].inputs[ENTROPY_MASK] = found
+        if self._gr.batch is not None:
+            self._gr.batch.inputs[ENTROPY_MASK] = found
         return found
 
 
@@ -312,5 +347,5 @@ def patch(target: GRPOTrainer | RLOOTrainer | ModuleType, **options) -> Iterator
             yield
     finally:
         target.__class__, target.optimizer_cls_and_kwargs = own, optimizer
-        for name in set(ReditHooks.__annotations__) | {"_gr", "_generations"}:
+        for name in set(ReditHooks.__annotations__) | {"_gr"}:
             vars(target).pop(name, None)

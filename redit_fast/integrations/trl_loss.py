@@ -9,12 +9,16 @@ import inspect
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.trainer.utils import nanmax, nanmin
 
 from redit_fast.integrations.trl_head import FusedHead, PolicyRows
 from redit_fast.loss_config import LossConfig
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-MEANS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
+MEANS = {
+    **dict.fromkeys(CLIPPED, ["clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"]),
+    "cispo": ["cispo_clip_ratio"],
+}  # beside kl and entropy
 
 
 def fused_config(trainer: GRPOTrainer) -> LossConfig | None:
@@ -74,21 +78,24 @@ def compute_loss(trainer: GRPOTrainer, head: FusedHead, config: LossConfig, mode
         trainer._get_per_token_logps_and_entropies(
             model, ids, attention_mask, completion_ids.shape[1], compute_entropy=True, **images
         )
+        output = head.output
     finally:
-        head.rows = None
-    output, head.output = head.output, None
+        head.rows = head.output = None
     _log(trainer, output.metrics, mask)
     return output.loss
 
 
 def _log(trainer: GRPOTrainer, metrics: dict[str, Tensor], mask: Tensor) -> None:
-    """TRL's keys, over the ranks: means by the number of scored tokens, extremes as they are."""
-    log, accelerator = trainer._metrics["train"], trainer.accelerator
-    names = [name for name in MEANS if name in metrics]
-    count = mask.sum().float()
-    totals = accelerator.reduce(torch.stack([count, *(metrics[name] * count for name in names)]), reduction="sum")
+    """TRL's keys, over the ranks: means by the number of scored tokens; extremes over the sequences that have any, NaN,
+    which TRL leaves out of its logs, where none has. A rank without rows has no metrics and takes part all the same."""
+    log, accelerator, loss_type = trainer._metrics["train"], trainer.accelerator, trainer.loss_type
+    nothing, count = mask.new_zeros((), dtype=torch.float32), mask.sum().float()
+    names = (["kl"] if trainer.beta else []) + ["entropy"] + MEANS.get(loss_type, [])
+    sums = [metrics.get(name, nothing) * count for name in names]
+    totals = accelerator.reduce(torch.stack([count, *sums]), reduction="sum")
     for name, value in zip(names, (totals[1:] / totals[0].clamp(min=1)).tolist(), strict=True):
         log[name].append(value)
-    if "clip_ratio/low_min" in metrics:
-        log["clip_ratio/low_min"].append(accelerator.gather(metrics["clip_ratio/low_min"]).min().item())
-        log["clip_ratio/high_max"].append(accelerator.gather(metrics["clip_ratio/high_max"]).max().item())
+    if loss_type in CLIPPED:
+        for name, extreme in (("clip_ratio/low_min", nanmin), ("clip_ratio/high_max", nanmax)):
+            found = torch.where(count > 0, metrics.get(name, nothing), torch.nan)
+            log[name].append(extreme(accelerator.gather(found[None])).item())

@@ -17,8 +17,8 @@ from verl.utils.skip import SkipManager
 from redit_fast.advantages import group_advantages
 from redit_fast.dither import Dither
 from redit_fast.integrations.dither_options import DitherOptions
-from redit_fast.integrations.second_pass import check_hooks
 from redit_fast.integrations.verl_loss import SUPPORTED
+from redit_fast.integrations.versions import check_hooks
 from redit_fast.presets import advantage_options
 
 ESTIMATED = ["adv_estimator", "gamma", "lam", "num_repeat", "norm_adv_by_std_in_grpo", "config"]

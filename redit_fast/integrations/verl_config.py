@@ -9,8 +9,8 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils import config as verl_config
 
 from redit_fast.integrations import verl_engine, verl_loss
-from redit_fast.integrations.second_pass import check_hooks
 from redit_fast.integrations.verl_advantages import read_dither
+from redit_fast.integrations.versions import check_hooks
 
 
 def check_config(config: Mapping) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import NamedTuple
@@ -18,8 +19,9 @@ from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from redit_fast.integrations.second_pass import GRSettings, check_hooks
+from redit_fast.integrations.second_pass import GRSettings
 from redit_fast.integrations.verl_loss import SUPPORTED, FirstPass
+from redit_fast.integrations.versions import check_hooks
 from redit_fast.optim import parameter_groups
 from redit_fast.regularize import GradientRegularizer
 from redit_fast.replay import Replay
@@ -90,16 +92,44 @@ class SecondPass:
 
     settings: GRSettings
     batches: list[_Batch] = field(default_factory=list)
+    failed: bool = False  # a pass raised after its first loss
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def record(self, module: nn.Module, data: TensorDict, loss_function: Callable) -> FirstPass:
+    @contextmanager
+    def recorded(self, module: nn.Module, data: TensorDict, loss_function: Callable) -> Iterator[None]:
+        """Inside, the first pass over `data`, which is kept when its backward passes returned."""
+        self.refuse_what_is_left()
         tensors = [*module.parameters(), *module.buffers()]  # whose devices are those that draw dropout
-        self.batches.append(_Batch(data.copy(), loss_function, Replay(tensors, module), FirstPass()))
-        return self.batches[-1].first
+        batch = _Batch(data.copy(), loss_function, Replay(tensors, module), FirstPass())
+        with batch.first.recorded():
+            yield
+        self.failed = False
+        self.batches.append(batch)
+
+    def watched(self, loss_function: Callable) -> Callable:
+        """FSDP2 holds the gradients of all micro-batches but the last where zero_grad does not reach them: after an
+        exception it adds them to the next step's first pass, and the second would not have them."""
+
+        def watched(*args, **kwargs) -> object:
+            output = loss_function(*args, **kwargs)
+            self.failed = True  # until the pass has ended
+            return output
+
+        return watched
+
+    def refuse_what_is_left(self) -> None:
+        if self.failed:
+            raise RuntimeError(
+                "gr_gamma above 0 got a step after one whose backward passes were cut short by an exception, of which "
+                "FSDP2 keeps a part that the second pass would not have: build the worker anew from a checkpoint"
+            )
 
     def run(self, engine: FSDPEngineWithLMHead) -> None:
         """From g1 in .grad to the combined gradient in .grad; theta as it was, also after an exception."""
+        self.refuse_what_is_left()
         batches, self.batches, self.metrics = self.batches, [], {}
+        if not batches:
+            return
         begin, group = time.perf_counter(), engine.optimizer.param_groups[0]
         counters = group.get(COUNTERS, {"attempts": 0, "completed": 0, "skipped": 0})
         if counters["attempts"] % self.settings.every_k_steps:
@@ -110,7 +140,8 @@ class SecondPass:
         with regularizer.perturb():
             for data, loss_function, replay, first in batches:
                 with replay.again(), first.again():  # verl's own, not ours, which would remember the batch
-                    FSDPEngineWithLMHead.forward_backward_batch(engine, data, loss_function)
+                    FSDPEngineWithLMHead.forward_backward_batch(engine, data, self.watched(loss_function))
+        self.failed = False
         regularizer.step()
         group[COUNTERS] = _counters_of(regularizer.state_dict())
         if not regularizer.optimizer.reached:
@@ -195,8 +226,8 @@ class ReditFSDPEngine(FSDPEngineWithLMHead):
     def forward_backward_batch(self, data, loss_function, forward_only=False):
         if self._gr is None or forward_only:
             return super().forward_backward_batch(data, loss_function, forward_only)
-        with self._gr.record(self.module, data, loss_function).recorded():
-            return super().forward_backward_batch(data, loss_function, forward_only)
+        with self._gr.recorded(self.module, data, loss_function):
+            return super().forward_backward_batch(data, self._gr.watched(loss_function), forward_only)
 
     def optimizer_zero_grad(self):
         if self._gr is not None:

@@ -17,7 +17,7 @@ from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.workers.config import ActorConfig
 
-from redit_fast.integrations.second_pass import check_hooks
+from redit_fast.integrations.versions import check_hooks
 from redit_fast.loss_config import LossConfig
 from redit_fast.loss_rows import Rows
 from redit_fast.loss_terms import DPPO_MAX_RATIO, Terms, clamp_exponent, clip_cov_tokens, dppo_trusts, loss_terms
