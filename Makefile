@@ -1,14 +1,18 @@
-# Every command here does all the set-up itself, once: .venv, torch, this package, its C++ module.
+# Every command here does all the set-up itself, once: .venv, torch, this package, its C++ module. What is installed is
+# in tests/lock.txt, which `make lock` writes again; torch and what it is installed with stand here.
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+TESTS := $(VENV)/.tests
 NVIDIA := $(wildcard /proc/driver/nvidia)$(shell command -v nvidia-smi 2>/dev/null)
-# Without an NVIDIA driver: one known release from PyTorch's CPU index, whose 2.13.0+cpu sorts above the 2.13.0 of PyPI,
+# Without an NVIDIA driver: the release from PyTorch's CPU index, whose 2.13.0+cpu sorts above the 2.13.0 of PyPI,
 # which on Linux is the CUDA build and larger by gigabytes. Its dependencies come with this package's, so that without a
 # network pip tries that index once, for 0.5 s: with them 50 warnings take 75 s.
-CPU_INDEX := https://download.pytorch.org/whl/cpu
-TORCH ?= $(if $(NVIDIA),torch,torch==2.13.0 --no-deps --retries 1 --extra-index-url $(CPU_INDEX))
+CPU_TORCH := torch==2.13.0 --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
+TORCH ?= $(if $(NVIDIA),torch==2.13.0,$(CPU_TORCH))
+# The CUDA build needs one release of Triton, which it brings: that one may differ from the lock's.
+LOCK := $(if $(NVIDIA),build/lock.txt,tests/lock.txt)
 
 # Triton has wheels for Linux only.
 TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
@@ -16,17 +20,30 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint sanitize kernel-gates gpu-check
+.PHONY: demo test test-newest lock lint sanitize kernel-gates gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
 
-test: $(READY) $(TRITON36)
-	$(PYTEST)
+# The tests build this package where pip has no other way to read the lock.
+test: $(TESTS) $(TRITON36)
+	PIP_CONSTRAINT=$(abspath $(LOCK)) $(PYTEST)
+
+# The same with the newest releases of the day, in an environment of its own; with the torch above, or TORCH=torch.
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest LOCK= TRITON36=
+
+# With the oldest Python, so that no release in it needs a newer one.
+lock:
+	rm -rf .venv-lock
+	$(MAKE) .venv-lock/.tests VENV=.venv-lock LOCK= NVIDIA= PYTHON=python3.11
+	.venv-lock/bin/pip freeze --all --exclude pip --exclude torch --exclude-editable > tests/lock.txt
+	rm -rf .venv-lock
 
 # What Triton and Triton 3.6 compile, for every architecture, and all of the interpreted tests; `make test` looks at sm_90
 # and bfloat16.
-kernel-gates: $(READY) $(TRITON36)
+kernel-gates: $(TESTS) $(TRITON36)
 	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/test_triton.py tests/test_triton36.py
 
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
@@ -34,7 +51,7 @@ OUT ?= gpu-check
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(OUT)
 
-lint: $(READY)
+lint: $(TESTS)
 	$(VENV)/bin/ruff check .
 
 # The tests of the C++ module on a second build of it, with the shipped flags and checks of every access and overflow.
@@ -43,7 +60,7 @@ lint: $(READY)
 # tests of Triton would load its LLVM, those of other trainers all of them. This folder comes before site-packages,
 # where verl has a package tests too.
 CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: $(READY)
+sanitize: $(TESTS)
 	rm -rf build/sanitize
 	CXXFLAGS="$(CHECKS) -D_GLIBCXX_ASSERTIONS" LDFLAGS="$(CHECKS)" $(VENV)/bin/python setup.py -q build \
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
@@ -52,18 +69,28 @@ sanitize: $(READY)
 	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -x -n 2 --dist worksteal --import-mode=append --capture=sys \
 		-k "cpu and not fifty and not 151936" tests/sanitize.py $(filter-out tests/test_triton% tests/test_integration%,$(wildcard tests/test_*.py))
 
-# A torch that is already in .venv stays. The tests compare with the peers of tests/peers.txt.
-$(READY): pyproject.toml setup.py tests/peers.txt tests/verl.txt $(wildcard csrc/*)
+# A torch that is already in .venv stays.
+PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)
+$(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
-	$(VENV)/bin/pip install -c tests/peers.txt -r tests/verl.txt -e ".[dev]"
-	$(VENV)/bin/pip install -c tests/peers.txt --no-deps verl TransferQueue
+	$(PIP) "setuptools>=77" "pybind11>=2.12"
+	$(PIP) --no-build-isolation -e .
 	touch $@
+
+$(TESTS): $(READY) tests/packages.txt
+	$(PIP) -r tests/packages.txt
+	$(PIP) --no-deps verl TransferQueue
+	touch $@
+
+build/lock.txt: tests/lock.txt
+	mkdir -p build
+	grep -v "^triton==" $< > $@
 
 # GPU machines have Triton 3.6, whose code differs. Here it has .venv's torch: folders of a .pth file come last.
 SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
-.venv-triton36/.ready: $(READY)
+.venv-triton36/.ready: $(TESTS)
 	$(VENV)/bin/python -m venv .venv-triton36
-	.venv-triton36/bin/pip install "triton==3.6.0" "numpy<2.4"
+	.venv-triton36/bin/pip install "triton==3.6.0" "numpy==2.3.5"
 	$(VENV)/bin/python $(SITE) > $$(.venv-triton36/bin/python $(SITE))/venv.pth
 	touch $@

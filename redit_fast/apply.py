@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -131,12 +132,9 @@ class AppliedHead(SwappedForward):
         else:
             logp = linear_logp(hidden, head.weight, targets, bias=head.bias, **self._transforms)
         loss = -logp.sum() / ((targets != IGNORE).sum().clamp(min=1) if items is None else items)
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            past_key_values=getattr(outputs, "past_key_values", None),
-            hidden_states=getattr(outputs, "hidden_states", None),
-            attentions=getattr(outputs, "attentions", None),
-        )
+        # hidden_states, attentions, and cache, which was past_key_values before transformers 5.24
+        shared = {field.name for field in fields(CausalLMOutputWithPast)} & set(outputs.keys())
+        result = CausalLMOutputWithPast(loss=loss, **{name: outputs[name] for name in shared})
         return result.to_tuple() if as_tuple else result
 
 

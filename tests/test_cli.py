@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
 import textwrap
@@ -138,6 +140,42 @@ def test_the_module_is_the_command():
     done = command("-m", "redit_fast", "train", "--steps", "x")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "redit-fast: steps: got 'x', needs a valid integer, unable to parse string as an integer\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch has GNU OpenMP on Linux")
+@pytest.mark.parametrize(
+    ("given", "policy", "spins"),
+    [({}, "PASSIVE", "3000"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000"),
+     ({"GOMP_SPINCOUNT": "7"}, "PASSIVE", "7")],
+)  # fmt: skip
+def test_the_threads_of_the_command_spin_little_unless_the_user_says_otherwise(monkeypatch, given, policy, spins):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    said = command("-m", "redit_fast", "info", OMP_DISPLAY_ENV="verbose", **given).stderr
+    assert f"OMP_WAIT_POLICY = '{policy}'" in said
+    assert f"GOMP_SPINCOUNT = '{spins}'" in said
+
+
+def test_a_terminal_shows_the_demo_and_no_warning_of_a_dependency(tmp_path):
+    few = {"warm-start-steps": 2, "steps": 2, "eval-problems": 8, "out-dir": tmp_path}
+    words = [word for name, value in few.items() for word in (f"--{name}", str(value))]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "redit_fast", "train", *words], cwd=ROOT, stdout=end, stderr=end)
+    os.close(end)
+    shown = b""
+    while part := read(terminal):
+        shown += part
+    assert process.wait() == 0, shown.decode()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert "warm start" in text and "GRPO" in text and "report.html" in text
+    assert not re.search("warning|deprecat", text, re.I), text
+
+
+def read(terminal):
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:  # on Linux, of a terminal whose other end is closed
+        return b""
 
 
 @pytest.mark.parametrize("word", ["--help", "--version"])

@@ -10,9 +10,13 @@ import tarfile
 import venv
 import zipfile
 from email.parser import Parser
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.test_floors import ROOT
 
@@ -248,3 +252,47 @@ heavy = ("triton", "transformers", "matplotlib", "pydantic", "rich", "yaml", "nu
 print(torch.cuda.is_initialized(), *[name for name in heavy if name in set(sys.modules) - before])
 """
     assert python(script, tmp_path, **beside(ROOT)) == ["False"]
+
+
+def locked():
+    lines = (ROOT / "tests" / "lock.txt").read_text().split()
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def wanted():
+    """What `make` installs, by tests/packages.txt and pyproject.toml, and with --no-deps."""
+    listed = (ROOT / "tests" / "packages.txt").read_text().splitlines()
+    needs = [Requirement(line) for line in listed if line and not line.startswith("#")]
+    (own,) = re.findall(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    needs += map(Requirement, re.findall(r'"(.*)"', own))
+    return needs, ("setuptools", "pybind11", "verl", "transferqueue")
+
+
+def test_the_lock_has_one_release_of_everything_that_make_asks_for_but_torch():
+    needs, alone = wanted()
+    names = [canonicalize_name(need.name) for need in needs]
+    assert "torch" in names and "torch" not in locked() and "trl" in names and "transformers" in names
+    assert {*names, *alone} - {"torch"} <= set(locked())
+    for name, need in zip(names, needs):
+        assert name == "torch" or need.specifier.contains(locked()[name]), need
+
+
+@pytest.mark.skipif("PIP_CONSTRAINT" not in os.environ, reason="set by make test, where the releases are locked")
+def test_the_lock_holds_for_everything_that_those_need():
+    """Of the environment that `make test` made; on a CUDA machine but for what torch brings for it."""
+    needs, alone = wanted()
+    found, todo = {name: distribution(name).version for name in alone}, list(needs)
+    while todo:
+        need = todo.pop()
+        name = canonicalize_name(need.name)
+        if name in found or need.marker and not any(need.marker.evaluate({"extra": x}) for x in ("", *need.extras)):
+            continue
+        found[name] = distribution(name).version
+        for line in distribution(name).requires or ():
+            child = Requirement(line)
+            if child.marker is None or any(child.marker.evaluate({"extra": x}) for x in ("", *need.extras)):
+                todo.append(Requirement(line.split(";")[0]))
+    cuda = [r"nvidia-.*|cuda-.*|triton"] if torch.version.cuda else []
+    for name in [name for name in found if name == "torch" or any(re.fullmatch(form, name) for form in cuda)]:
+        del found[name]
+    assert len(found) > 80 and found == {name: locked().get(name) for name in found}

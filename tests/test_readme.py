@@ -58,12 +58,57 @@ def test_links_and_pictures_exist():
     assert links and all((ROOT / link).exists() for link in links)
 
 
+def test_the_versions_are_those_that_the_code_names():
+    """Of each host the SUPPORTED beside its hooks, and the lower bounds of pyproject.toml."""
+    sources = [path.read_text() for path in (ROOT / "redit_fast" / "integrations").rglob("*.py")]
+    found = [re.search(r'^SUPPORTED = "(.*)"  # (?:of (\w+))?', source, re.M) for source in sources]
+    supported = dict((m[2], m[1]) if m[2] else tuple(m[1].split()) for m in found if m)
+    assert set(supported) == {"TRL", "transformers", "verl", "OpenRLHF"}
+    names = {"transformers": "transformers.Trainer"}
+    for host, versions in supported.items():
+        assert f"**{names.get(host, host)}** ({versions.replace('..', ' to ')})" in README
+    said = [version for source in sources for version in re.findall(r"supported: (\d[.\d]*\d)", source)]
+    assert set(said) == {supported["verl"]}
+    assert {f"verl {supported['verl']}"} == set(re.findall(r"\bverl \d+\.\d+\.\d+", README))
+
+    bounds = dict(re.findall(r'"([\w-]+)>=([.\d]+)"', (ROOT / "pyproject.toml").read_text().split("dependencies")[1]))
+    assert f"**torch** ({bounds['torch']} or newer)" in README
+    assert f"**transformers** ({bounds['transformers']} or newer;" in README
+
+
+def planned(goal, *variables):
+    """The commands that make would run."""
+    return subprocess.run(
+        ["make", "-n", "-B", goal, *variables], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
 def test_make_asks_pytorchs_cpu_index_where_there_is_no_nvidia_driver():
     def install(driver):
-        make = ["make", "-n", "-B", ".venv/.ready", f"NVIDIA={driver}"]
-        printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        return re.search(r'import torch" 2>/dev/null \|\| \S*pip install (.*)', printed)[1]
+        return re.search(r'import torch" 2>/dev/null \|\| \S*pip install (.*)', planned("demo", f"NVIDIA={driver}"))[1]
 
-    assert "from PyTorch's CPU index" in README
+    assert "`make` installs torch 2.13.0: where there is no NVIDIA driver,\nfrom PyTorch's CPU index" in README
     assert install("").startswith("torch==2.13.0 --no-deps ") and install("").endswith("pytorch.org/whl/cpu")
-    assert install("/usr/bin/nvidia-smi") == "torch"
+    assert install("/usr/bin/nvidia-smi") == "torch==2.13.0"
+
+
+def installs(plan):
+    """(environment, what is installed there), torch and the second Triton aside."""
+    found = re.findall(r"^(\S+)/bin/pip install (.*)", plan, re.M)
+    return [(venv, words) for venv, words in found if "triton==3.6" not in words]
+
+
+def test_make_installs_what_is_locked_and_the_demo_only_what_it_needs():
+    demo, test = (installs(planned(goal, "NVIDIA=")) for goal in ("demo", "test"))
+    assert {venv for venv, _ in test} == {".venv"} and all(words.startswith("-c tests/lock.txt ") for _, words in test)
+    assert test[: len(demo)] == demo and demo[-1][1].endswith("--no-build-isolation -e .")
+    assert not re.search("packages.txt|verl", str(demo)) and "-r tests/packages.txt" in str(test)
+    newest = planned("test-newest", "NVIDIA=")
+    assert {venv for venv, _ in installs(newest)} == {".venv-newest"} and "lock.txt" not in newest
+    assert "-c tests/lock.txt" in planned("lint", "NVIDIA=") and "-c tests/lock.txt" in planned("sanitize", "NVIDIA=")
+
+
+def test_the_lock_leaves_triton_to_torchs_cuda_build():
+    plan = planned("test", "NVIDIA=yes")
+    assert {words.split()[1] for _, words in installs(plan)} == {"build/lock.txt"}
+    assert 'grep -v "^triton==" tests/lock.txt > build/lock.txt' in plan

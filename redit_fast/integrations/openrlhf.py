@@ -17,7 +17,7 @@ from redit_fast.integrations.versions import check_version
 from redit_fast.loss_config import LossConfig
 from redit_fast.losses import policy_loss
 
-SUPPORTED = "0.11.2"  # of OpenRLHF, by its formulas
+SUPPORTED = "0.11.2"  # of OpenRLHF, whose formulas the tests spell out
 LossType = Literal["ppo", "gspo"]
 Level = Literal["off", "token", "seq"]
 Mode = Literal["mask", "clip"]

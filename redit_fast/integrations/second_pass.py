@@ -21,7 +21,7 @@ from redit_fast.integrations.kept_batches import KeptBatches, Versions, same_ten
 from redit_fast.optim import RegularizedAdamW, parameter_groups
 from redit_fast.regularize import GradientRegularizer
 
-SUPPORTED = "5.6..5.23"  # of transformers, by running the tests
+SUPPORTED = "5.6..5.24"  # of transformers, by running the tests
 HOOKS = {
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_prepare_inputs": ["self", "inputs"],

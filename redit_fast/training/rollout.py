@@ -4,6 +4,7 @@ dropped. On the demo's model and completions that takes a half to a quarter of t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,8 +52,9 @@ def generate(
     token's share is off by at most 2**-24.
 
     Args:
-        model: a causal LM whose `forward` takes attention_mask, position_ids, past_key_values and logits_to_keep. It is
-            put into evaluation mode for the call and back.
+        model: a causal LM whose `forward` takes attention_mask, position_ids, logits_to_keep and cache, or
+            past_key_values as that was called before transformers 5.24. It is put into evaluation mode for the call and
+            back.
         eos_token_ids: one or more end tokens.
         prompts: P non-empty token lists, of any lengths.
         temperature: divides the logits; 0 takes the most likely token.
@@ -88,7 +90,10 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
     # Padded positions repeat position 0: they are masked, and no position is negative.
     position = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)
+    cached = "cache" if "cache" in out.keys() else "past_key_values"
+    cache, logits = out[cached], out.logits[:, -1].repeat_interleave(group_size, 0)
+    if "past_key_values" in inspect.signature(model.forward).parameters:  # a model of the user's may keep the old name
+        cached = "past_key_values"
     cache.batch_repeat_interleave(group_size)
     mask = mask.repeat_interleave(group_size, 0)
     position = mask.sum(1, keepdim=True)
@@ -108,7 +113,7 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
             cache.batch_select_indices(going)
             rows, mask, position, chosen = rows[going], mask[going], position[going], chosen[going]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        out = model(chosen[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+        out = model(chosen[:, None], attention_mask=mask, position_ids=position, use_cache=True, **{cached: cache})
         logits, position = out.logits[:, -1], position + 1
     return tokens, length
 
