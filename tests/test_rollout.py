@@ -55,7 +55,9 @@ HYBRID = {**SMALL, "layer_types": ["linear_attention", "full_attention"], "linea
           "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
 RECURRENT = {
     "qwen3_5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**HYBRID)),
-    "lfm2": lambda: Lfm2ForCausalLM(Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])),
+    "lfm2": lambda: Lfm2ForCausalLM(
+        Lfm2Config(**{**SMALL, "initializer_range": 0.3}, layer_types=["conv", "full_attention"])
+    ),
     "falcon_h1": lambda: FalconH1ForCausalLM(
         FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
     ),
