@@ -66,10 +66,12 @@ def narrow_embedding(folder):
 
 
 def missing_package(folder):
-    """Of a tokenizer class: transformers asks for it only when the class is made."""
+    """Of a tokenizer class: transformers asks for it only when the tokenizer is made."""
     (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
     (folder / "vocab.txt").write_text("a\nb\n")
+    made_of = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(made_of))
+    change_config(model_type="bert")(folder)
 
 
 OWN_CODE = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
@@ -109,6 +111,10 @@ DAMAGES = {  # what happened to a good model folder, and what the line says of i
         "is quantised (quant_method fp8 in its config.json)",
     ),
     "tokenizer without its package": (missing_package, "without its package cannot be loaded: ModuleNotFoundError"),
+    "attention without its package": (
+        change_config(attn_implementation="flash_attention_2"),
+        "cannot be loaded: ImportError: FlashAttention2",
+    ),
     "end token beyond": (
         write("generation_config.json", '{"eos_token_id": [0, 99999]}'),
         "its generation_config.json says that eos_token_id is [0, 99999], needs token numbers below 413",

@@ -1,4 +1,4 @@
-"""The one place that runs code of other libraries and of a model's files, where what they raise is no closed list.
+"""Runs code of other libraries and of a model's files, where what they raise is no closed list.
 
 Loaders of weights and tokenizers, the hub, chat templates, a model's own forward pass. Reward functions have theirs in
 `rewards`, whose messages name function and sample.

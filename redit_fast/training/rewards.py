@@ -148,7 +148,7 @@ def _number(function: RewardFunction, sample: int, value: object) -> float:
 
 
 class _UserCode:
-    """The one place that runs the user's code: whatever it raises, but a Ctrl-C, becomes one sentence."""
+    """The one place that runs code that is not ours: whatever it raises, but a Ctrl-C, becomes one sentence."""
 
     def __init__(self, where: str):
         self.where = where

@@ -4,6 +4,7 @@ dropped. On the demo's model and completions that takes a half to a quarter of t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,8 +52,9 @@ def generate(
     token's share is off by at most 2**-24.
 
     Args:
-        model: a causal LM whose `forward` takes attention_mask, position_ids, past_key_values and logits_to_keep. It is
-            put into evaluation mode for the call and back.
+        model: a causal LM whose `forward` takes attention_mask, position_ids, logits_to_keep and cache, or
+            past_key_values as that was called before transformers 5.24. It is put into evaluation mode for the call and
+            back.
         eos_token_ids: one or more end tokens.
         prompts: P non-empty token lists, of any lengths.
         temperature: divides the logits; 0 takes the most likely token.
@@ -61,6 +63,7 @@ def generate(
     Raises:
         ValueError: an argument outside its range, naming it.
         FloatingPointError: the model returned NaN or infinite logits.
+        NotImplementedError: it returned no cache, as RWKV does.
     """
     samples = len(prompts) * group_size
     ids = torch.arange(samples) if sample_ids is None else sample_ids.cpu()
@@ -88,7 +91,10 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
     # Padded positions repeat position 0: they are masked, and no position is negative.
     position = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
-    cache, logits = getattr(out, "cache", None), out.logits[:, -1].repeat_interleave(group_size, 0)
+    cached = "cache" if "cache" in out.keys() else "past_key_values"
+    cache, logits = out.get(cached), out.logits[:, -1].repeat_interleave(group_size, 0)
+    if "past_key_values" in inspect.signature(model.forward).parameters:  # a model of the user's may keep the old name
+        cached = "past_key_values"
     if cache is None:
         raise NotImplementedError(f"{type(model).__name__} returns no cache, which rollouts continue from")
     # Rows are moved by `reorder_cache`, beam search's: the batch_ methods leave out recurrent states.
@@ -114,7 +120,7 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
             rows, mask, position, chosen = rows[going], mask[going], position[going], chosen[going]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         seen = mask if attends else None
-        out = model(chosen[:, None], attention_mask=seen, position_ids=position, cache=cache, use_cache=True)
+        out = model(chosen[:, None], attention_mask=seen, position_ids=position, use_cache=True, **{cached: cache})
         logits, position = out.logits[:, -1], position + 1
     return tokens, length
 
