@@ -65,6 +65,15 @@ def narrow_embedding(folder):
     change_config(vocab_size=400)(folder)
 
 
+def missing_package(folder):
+    """Of a tokenizer class: transformers asks for it only when the tokenizer is made."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("a\nb\n")
+    made_of = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(made_of))
+    change_config(model_type="bert")(folder)
+
+
 OWN_CODE = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
 
 
@@ -93,6 +102,23 @@ DAMAGES = {  # what happened to a good model folder, and what the line says of i
     "broken tokenizer": (write("tokenizer.json", "{broken"), "/tokenizer.json: malformed JSON: Expecting property"),
     "empty tokenizer": (write("tokenizer.json", "{}"), "the tokenizer of model"),
     "tokenizer of another": (narrow_embedding, "its tokenizer has token 412 ('</answer>'), beyond the 400 rows"),
+    "quantised": (
+        change_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "is quantised (quant_method bitsandbytes in its config.json) and quantised weights cannot be trained",
+    ),
+    "quantised inside": (
+        change_config(text_config={"quantization_config": {"quant_method": "fp8"}}),
+        "is quantised (quant_method fp8 in its config.json)",
+    ),
+    "tokenizer without its package": (missing_package, "without its package cannot be loaded: ModuleNotFoundError"),
+    "attention without its package": (
+        change_config(attn_implementation="flash_attention_2"),
+        "cannot be loaded: ImportError: FlashAttention2",
+    ),
+    "end token beyond": (
+        write("generation_config.json", '{"eos_token_id": [0, 99999]}'),
+        "its generation_config.json says that eos_token_id is [0, 99999], needs token numbers below 413",
+    ),
     "odd end token": (write("generation_config.json", '{"eos_token_id": "x"}'), "eos_token_id is ['x'], needs token"),
 }
 NAMES = {  # of models that are not there

@@ -167,6 +167,58 @@ def test_what_the_chat_template_refuses_is_named(tmp_path, tokenizer):
         data.load(settings(path), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 + 'a' }}", "TypeError: unsupported operand"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ messages[7]['content'] }}", "list object has no element 7"),
+        ("{% for m in %}", "Expected an expression"),
+    ],
+)
+def test_whatever_a_chat_template_raises_is_one_sentence_with_the_line(tmp_path, template, reason):
+    odd = Qwen2Tokenizer().train_new_from_iterator(["abc"], vocab_size=258, show_progress=False)
+    odd.chat_template = template
+    path = jsonl(tmp_path / "d.jsonl", [{"prompt": [{"role": "user", "content": "x"}]}])
+    with pytest.raises(ValueError, match=rf"^{path}:1: the chat template refuses this prompt: {reason}"):
+        data.load(settings(path), odd)
+
+
+def test_a_final_assistant_message_is_continued(tokenizer):
+    chat = {"prompt": [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "<think>\n"}]}
+    before = json.dumps(chat)
+    closed = tokenizer.chat_template
+    tokenizer.chat_template = closed.replace("\n{% endfor %}", "</end>\n{% endfor %}")
+    try:
+        assert tokenizer.decode(data.render(tokenizer, chat)) == "[user] 2 + 2</end>\n[assistant] <think>\n"
+        system = tokenizer.decode(data.render(tokenizer, chat, "Be brief."))
+        assert system == "[system] Be brief.</end>\n[user] 2 + 2</end>\n[assistant] <think>\n"
+        chat["prompt"][-1]["content"] = "end"  # which the closing mark has too
+        assert tokenizer.decode(data.render(tokenizer, chat)).endswith("</end>\n[assistant] end")
+    finally:
+        tokenizer.chat_template = closed
+    chat["prompt"][-1]["content"] = "<think>\n"
+    assert json.dumps(chat) == before
+
+
+def test_a_final_assistant_message_is_continued_without_a_template_too():
+    base = Qwen2Tokenizer().train_new_from_iterator(["abc"], vocab_size=258, show_progress=False)
+    base.chat_template = None
+    chat = {"prompt": [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "<think>\n\n"}]}
+    assert base.decode(data.render(base, chat)) == "2 + 2\n\n<think>\n\n"
+    chat["prompt"].append({"role": "user", "content": "go on"})
+    assert base.decode(data.render(base, chat)).endswith("go on\n\n")
+
+
+def test_a_template_that_loses_the_final_message_is_named_with_the_line(tmp_path):
+    only = Qwen2Tokenizer().train_new_from_iterator(["abc"], vocab_size=258, show_progress=False)
+    only.chat_template = "{{ messages[0]['content'] }}"
+    chat = {"prompt": [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "<think>"}]}
+    path = jsonl(tmp_path / "d.jsonl", [chat])
+    with pytest.raises(ValueError, match=r"d.jsonl:1: the chat template refuses this prompt: ValueError: .*final mess"):
+        data.load(settings(path), only)
+
+
 def test_no_prompt_is_on_both_sides_of_the_split():
     records = [{"prompt": f"p{i % 40}", "row": i} for i in range(100)]
     for seed in range(20):

@@ -181,3 +181,33 @@ def test_an_adapter_on_the_head_is_refused_before_training(model_folder):
         policy.check_head(model, AutoTokenizer.from_pretrained(model_folder), rf.LossConfig())
     with pytest.raises(ValueError, match="AdaptedHead"):
         batch.backward(model)
+
+
+@pytest.mark.parametrize(
+    ("own", "of_the_config", "tokenizers", "ends"),
+    [
+        (3, 5, "<think>", {3, 409}),  # a base model's end of text, and the tokenizer's end of turn
+        ([3, 4], None, "<think>", {3, 4, 409}),
+        (None, 5, "<think>", {5, 409}),
+        (None, [5, 6], None, {5, 6}),
+        ([], None, "<think>", {409}),
+        (412, 5, None, {412}),
+        (413, 5, None, r"its generation_config.json says that eos_token_id is \[413\], needs token numbers below 413"),
+        ([3, -1], 5, None, r"generation_config.json says that eos_token_id is \[3, -1\]"),
+        ([3, [4]], 5, None, r"generation_config.json says that eos_token_id is \[3, \[4\]\]"),
+        ([True], 5, None, r"generation_config.json says that eos_token_id is \[True\]"),
+        (None, 99999, None, r"its config.json says that eos_token_id is \[99999\]"),
+        (3, None, "<beyond>", r"its tokenizer says that eos_token_id is \[413\]"),
+        (None, None, None, "has no end-of-sequence token"),
+    ],
+)
+def test_a_completion_ends_at_the_models_and_the_tokenizers_end_tokens(own, of_the_config, tokenizers, ends):
+    model, tokenizer = builtin.build(0)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<beyond>"]})
+    model.generation_config.eos_token_id, model.config.eos_token_id = own, of_the_config
+    tokenizer.eos_token = tokenizers
+    if isinstance(ends, str):
+        with pytest.raises(ValueError, match=ends):
+            policy.end_tokens(model, tokenizer)
+    else:
+        assert policy.end_tokens(model, tokenizer) == sorted(ends)

@@ -7,16 +7,24 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -42,6 +50,22 @@ MODELS = {
         GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5, bos_token_id=0, eos_token_id=0)
     ),
 }
+# Models with recurrent states beside or instead of keys and values: each kind of layer that a cache has.
+HYBRID = {**SMALL, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+          "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
+RECURRENT = {
+    "qwen3_5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**HYBRID)),
+    "lfm2": lambda: Lfm2ForCausalLM(
+        Lfm2Config(**{**SMALL, "initializer_range": 0.3}, layer_types=["conv", "full_attention"])
+    ),
+    "falcon_h1": lambda: FalconH1ForCausalLM(
+        FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
+    ),
+    "mamba": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.5)
+    ),
+}
+MODELS |= RECURRENT
 EOS = [3, 17]
 
 
@@ -68,10 +92,7 @@ class Fixed(nn.Module):
         self.grad.append(torch.is_grad_enabled())
         return CausalLMOutputWithPast(logits=self.logits.expand(len(input_ids), 1, -1), past_key_values=self)
 
-    def batch_repeat_interleave(self, repeats):
-        pass
-
-    def batch_select_indices(self, indices):
+    def reorder_cache(self, rows):
         pass
 
 
@@ -97,9 +118,10 @@ def test_greedy_tokens_are_those_of_generate(name):
     assert rollout.tokens == sum(map(len, rollout.completions))
 
 
-def test_a_prompt_gets_the_same_tokens_alone_and_in_a_batch():
+@pytest.mark.parametrize("name", ["qwen2", *RECURRENT])
+def test_a_prompt_gets_the_same_tokens_alone_and_in_a_batch(name):
     """Per sample id: other prompts, their lengths and rows that end early change nothing (float32 noise aside)."""
-    model, prompts = MODELS["qwen2"]().eval(), prompts_of(12)
+    model, prompts = MODELS[name]().eval(), prompts_of(12)
     sampling = dict(group_size=4, max_new_tokens=16, temperature=0.7, seed=9, step=4)
     together = generate(model, EOS, prompts, **sampling).completions
     for i, prompt in enumerate(prompts):

@@ -152,6 +152,7 @@ def run_with_reward(settings, tmp_path, body, capsys):
     ],
 )
 def test_a_reward_that_fails_stops_the_run_in_one_line_after_a_checkpoint(settings, tmp_path, capsys, body, complaint):
+    body = f"if len(completions) > 2:\n        {body}\n    return [0.0, 0.0]"  # two are the trial before the run
     code, errors = run_with_reward({**settings, "eval_problems": 0}, tmp_path, body, capsys)
     assert code == 2 and "judge" in errors and complaint in errors and len(errors.strip().splitlines()) == 1
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run" / "checkpoints")) == 0
@@ -170,7 +171,8 @@ def test_a_reward_that_raises_in_the_first_evaluation_costs_no_warm_start(demo, 
     """And the resumed run is the one that nothing stopped."""
     broken = tmp_path / "broken"
     broken.touch()
-    body = f"assert not os.path.exists({str(broken)!r}), 'no judge'; return [float(len(c) % 3) for c in completions]"
+    fails = f"len(completions) > 2 and os.path.exists({str(broken)!r})"  # two are the trial before the run
+    body = f"assert not ({fails}), 'no judge'; return [float(len(c) % 3) for c in completions]"
     code, errors = run_with_reward(demo, tmp_path, body, capsys)
     assert code == 2 and "no judge" in errors and len(errors.splitlines()) == 1
     run, judge = tmp_path / "demo", [f"{tmp_path}/mine:judge"]

@@ -134,6 +134,7 @@ def test_every_loss_type_trains(varied, tmp_path, monkeypatch, loss_type):
         run["dro_beta"] = 0.5
     train(config.load(overrides={**varied, **run, "eval_problems": 0}))
     route = rf.LossConfig(loss_type, dro_beta=run.get("dro_beta")).route
+    assert calls.pop(0) == (0, 7, route, 1.0)  # the trial before the run
     assert calls == [(step, 7, route, float(first)) for step in range(3) for first in (True, False)]
     expected = {*OWN_METRICS.get(loss_type, CLIPPED)}
     for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]:

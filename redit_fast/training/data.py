@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.foreign import Foreign
 
 Prompt = str | list[dict[str, str]]
 RESERVED = ("prompts", "completions")  # what reward functions call their other two arguments
@@ -24,11 +25,15 @@ RESERVED = ("prompts", "completions")  # what reward functions call their other 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Records to train on and to evaluate on; `skipped` counts those left out because their prompt was too long."""
+    """Records to train on and to evaluate on; `skipped` counts those left out because their prompt was too long.
+
+    `numbered` has all of them in the file's order, each with its line; it is empty where there is no file.
+    """
 
     train: list[dict]
     held_out: list[dict]
     skipped: int = 0
+    numbered: list[tuple[int, dict]] = field(default_factory=list)
 
 
 def load(
@@ -55,10 +60,9 @@ def load(
         limit = min(config.max_prompt_length, limit) if limit is not None else config.max_prompt_length
     kept, skipped = [], 0
     for line, record in read(config.data):
-        try:
+        part = "tokenizer" if isinstance(record["prompt"], str) else "chat template"
+        with Foreign(f"{config.data}:{line}: the {part} refuses this prompt", plain=jinja2.TemplateError):
             ids = render(tokenizer, record, config.system_prompt)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{config.data}:{line}: the chat template refuses this prompt: {error}") from None
         if not ids:
             raise ValueError(f"{config.data}:{line}: the tokenizer makes no tokens of this prompt")
         if vocabulary is not None and max(ids) >= vocabulary:
@@ -68,7 +72,7 @@ def load(
                 f"{vocabulary} rows"
             )
         if limit is None or len(ids) <= limit:
-            kept.append(record)
+            kept.append((line, record))
         elif config.long_prompts == "skip":
             skipped += 1
         else:
@@ -78,10 +82,11 @@ def load(
             )
     if not kept:
         raise ValueError(f"{config.data}: every one of its {skipped} prompts is longer than {limit} tokens")
-    if tokenizer.chat_template is None and any(not isinstance(record["prompt"], str) for record in kept):
+    records = [record for _, record in kept]
+    if tokenizer.chat_template is None and any(not isinstance(record["prompt"], str) for record in records):
         warnings.warn("the tokenizer has no chat template: chat prompts are rendered as plain text", stacklevel=2)
-    train, held_out = split(kept, config.eval_problems, config.seed)
-    return Dataset(train, held_out, skipped)
+    train, held_out = split(records, config.eval_problems, config.seed)
+    return Dataset(train, held_out, skipped, kept)
 
 
 def read(path: str | Path) -> list[tuple[int, dict]]:
@@ -148,23 +153,31 @@ def render(tokenizer: Tokenizer, record: dict, system_prompt: str | None = None)
 
     Chat messages go through the tokenizer's chat template, behind `system_prompt` as a system message unless they bring
     their own. Text is taken as it is, behind `system_prompt` and a blank line. A tokenizer without a chat template, as
-    base models have, gets the messages' texts with blank lines between and after them.
+    base models have, gets the messages' texts with blank lines between and after them. A final assistant message is not
+    closed: the model continues it, as it would continue a `<think>` of its own.
 
     Raises:
-        jinja2.TemplateError: the chat template refuses the messages.
+        whatever a chat template may, jinja2.TemplateError where it refuses the messages.
     """
     prompt = record["prompt"]
     if isinstance(prompt, str):
         return tokenizer(prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}")["input_ids"]
     if system_prompt is not None and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system_prompt}, *prompt]
+    opened = prompt[-1]["role"] == "assistant"
     if tokenizer.chat_template is None:
-        return tokenizer("".join(f"{message['content']}\n\n" for message in prompt))["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        text = "".join(f"{message['content']}\n\n" for message in prompt)
+        return tokenizer(text.removesuffix("\n\n") if opened else text)["input_ids"]
+    return tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=not opened, continue_final_message=opened, return_dict=False
+    )
 
 
 def completion(prompt: Prompt, text: str) -> Prompt:
-    """A completion in the form that reward functions get: text for a text prompt, else one assistant message."""
+    """A completion in the form that reward functions get: text for a text prompt, else one assistant message.
+
+    It is the generated text alone, TRL's convention: an assistant message that the prompt ends with is not in it.
+    """
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 

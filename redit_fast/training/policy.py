@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -28,11 +25,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.foreign import Foreign
 from redit_fast.training.rollout import Rollout
 
-# A config.json that says hidden_size "x" is a StrictDataclassError, one of 0 heads an ArithmeticError, and so on.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
-                  SafetensorError, StrictDataclassError)  # fmt: skip
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # neither Python code nor pickled weights
 HUB_EXTRAS = ["*/*", "consolidated*"]  # other formats of the same weights
 
@@ -75,12 +70,9 @@ def _folder(source: str) -> Path:
         raise ValueError(f"model {source} is a file, needs a folder with config.json, safetensors and a tokenizer")
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ValueError(f"model {source}: no such folder")
-    try:
+    with Foreign(f"model {source}: no such folder, nor can it be had from the hub", plain=(OSError, ValueError)):
         # In one go, so that no network is one attempt: from_pretrained makes six for every file, 23 s each.
         return Path(snapshot_download(source, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXTRAS))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model {source}: no such folder, nor can it be had from the hub: {reason}") from error
 
 
 def _check_files(folder: Path, model: str) -> None:
@@ -98,6 +90,13 @@ def _check_files(folder: Path, model: str) -> None:
             f"{model}: model_type is {kind!r} in its config.json, which is no causal language model of transformers "
             f"{transformers.__version__}{code}"
         )
+    for part in (described, *filter(lambda value: isinstance(value, dict), described.values())):
+        if quantised := part.get("quantization_config") or part.get("compression_config"):
+            method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+            raise ValueError(
+                f"{model} is quantised (quant_method {method} in its config.json) and quantised weights cannot be "
+                "trained: needs the checkpoint that it was made from"
+            )
 
 
 def _read(file: Path) -> object:
@@ -140,16 +139,10 @@ def _one_sentence(what: str) -> Iterator[None]:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
-        yield
-    except LOADING_ERRORS as error:
-        raise ValueError(f"{what} cannot be loaded: {type(error).__name__}: {_first(error)}") from error
+        with Foreign(f"{what} cannot be loaded"):
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def _first(error: BaseException) -> str:
-    """The first sentence."""
-    return re.split(r"\.\s", " ".join(str(error).split()))[0]
 
 
 def head_of(model: PreTrainedModel) -> torch.nn.Linear:
@@ -174,10 +167,12 @@ def check_head(model: PreTrainedModel, tokenizer: Tokenizer, settings: rf.LossCo
     tokens = torch.arange(min(16, len(tokenizer)), device=model.device)[None]
     training = model.training
     model.eval()
-    expected = torch.log_softmax(model(tokens).logits.float() / settings.temperature, -1)
-    expected = expected[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
     head = head_of(model)
-    hidden = model.get_decoder()(tokens).last_hidden_state[:, :-1]
+    with Foreign(f"model {model.name_or_path} ({model.config.model_type}) cannot be trained"):
+        logits = model(tokens).logits
+        hidden = model.get_decoder()(tokens).last_hidden_state[:, :-1]
+    expected = torch.log_softmax(logits.float() / settings.temperature, -1)
+    expected = expected[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
     logp = rf.linear_logp(hidden, head.weight, tokens[:, 1:], bias=head.bias, **settings.transform._asdict())
     model.train(training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.3  # bfloat16 logits are off by up to 0.17
@@ -189,14 +184,31 @@ def check_head(model: PreTrainedModel, tokenizer: Tokenizer, settings: rf.LossCo
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a completion: the model's own, else the tokenizer's."""
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    if ends is None:
+    """The tokens that end a completion: the model's own and the tokenizer's, whose end of turn base models lack.
+
+    The model's are those of its generation_config.json or, where that has none, of its config.json.
+
+    Raises:
+        ValueError: there are none, or one of them is no token of the model.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    found = {
+        "generation_config.json": getattr(model.generation_config, "eos_token_id", None),
+        "config.json": getattr(model.config.get_text_config(), "eos_token_id", None),
+        "tokenizer": tokenizer.eos_token_id,
+    }
+    found = {place: [end] if isinstance(end, int | str) else list(end or ()) for place, end in found.items()}
+    if found["generation_config.json"]:
+        del found["config.json"]
+    for place, ends in found.items():
+        if not all(type(end) is int and 0 <= end < rows for end in ends):
+            raise ValueError(
+                f"model {model.name_or_path}: its {place} says that eos_token_id is {ends!r}, needs token numbers "
+                f"below {rows}, the rows of its embedding"
+            )
+    ends = sorted({end for numbers in found.values() for end in numbers})
+    if not ends:
         raise ValueError(f"model {model.name_or_path} has no end-of-sequence token, so no completion would ever end")
-    ends = [ends] if isinstance(ends, int) else list(ends)
-    if not all(isinstance(end, int) for end in ends):
-        raise ValueError(f"model {model.name_or_path}: eos_token_id is {ends!r}, needs token numbers")
     return ends
 
 
@@ -258,7 +270,7 @@ class Batch:
         reference.eval()
         with torch.no_grad():
             for samples, _ in self.micro_batches():
-                hidden, targets, lengths = self._hidden(reference, samples)
+                hidden, targets, lengths = self.hidden(reference, samples)
                 transform = self.settings.transform._asdict()
                 logp = rf.linear_logp(hidden, head.weight, targets, bias=head.bias, **transform)
                 logps |= zip(samples, logp.split(lengths), strict=True)
@@ -276,7 +288,7 @@ class Batch:
         logps, entropies = {}, {}
         for samples, graph in self.micro_batches():
             with torch.set_grad_enabled(graph):
-                hidden, targets, lengths = self._hidden(model, samples)
+                hidden, targets, lengths = self.hidden(model, samples)
                 out = rf.linear_grpo_loss(
                     hidden,
                     head.weight,
@@ -313,7 +325,7 @@ class Batch:
             metrics["head/frac_rows_skipped"] = skipped / max(1, len(logp))
         return Pass(loss, logp, entropy, metrics)
 
-    def _hidden(self, model: PreTrainedModel, samples: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    def hidden(self, model: PreTrainedModel, samples: list[int]) -> tuple[Tensor, Tensor, list[int]]:
         """The last hidden states (R', D) that predict the samples' completions, those tokens (R',) and their counts."""
         sequences, lengths = [self.sequences[i] for i in samples], [self.lengths[i] for i in samples]
         # Padding is on the right, where causal attention keeps it from everything that is scored: no mask is needed.

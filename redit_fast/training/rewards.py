@@ -25,6 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from redit_fast.training import data
 from redit_fast.training.config import module_file
 from redit_fast.training.data import Prompt, text_of
 
@@ -100,6 +101,13 @@ def score(
     return scores
 
 
+def score_texts(functions: Sequence[RewardFunction], records: Sequence[dict], texts: Sequence[str]) -> Tensor:
+    """The rewards of completions given as text, one to each record of the data: `score`."""
+    prompts = [record["prompt"] for record in records]
+    completions = [data.completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return score(functions, prompts, completions, data.columns_of(records))
+
+
 def _rewards(function: RewardFunction, prompts, completions, columns) -> list[float]:
     def call(rows: slice) -> object:
         # Copies, so that a function that changes its arguments cannot spoil the next one's.
@@ -114,6 +122,9 @@ def _rewards(function: RewardFunction, prompts, completions, columns) -> list[fl
             with _UserCode(f"reward function {function.name!r}, sample {i}"):
                 call(slice(i, i + 1))
         raise
+    if inspect.isawaitable(values):
+        getattr(values, "close", lambda: None)()  # a coroutine that is only dropped says so on the terminal
+        raise RewardError(f"reward function {function.name!r} is asynchronous, needs one that returns a list")
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if not isinstance(values, (list, tuple)):

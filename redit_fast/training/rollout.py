@@ -63,6 +63,7 @@ def generate(
     Raises:
         ValueError: an argument outside its range, naming it.
         FloatingPointError: the model returned NaN or infinite logits.
+        NotImplementedError: it returned no cache, as RWKV does.
     """
     samples = len(prompts) * group_size
     ids = torch.arange(samples) if sample_ids is None else sample_ids.cpu()
@@ -91,10 +92,15 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
     position = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
     cached = "cache" if "cache" in out.keys() else "past_key_values"
-    cache, logits = out[cached], out.logits[:, -1].repeat_interleave(group_size, 0)
+    cache, logits = out.get(cached), out.logits[:, -1].repeat_interleave(group_size, 0)
     if "past_key_values" in inspect.signature(model.forward).parameters:  # a model of the user's may keep the old name
         cached = "past_key_values"
-    cache.batch_repeat_interleave(group_size)
+    if cache is None:
+        raise NotImplementedError(f"{type(model).__name__} returns no cache, which rollouts continue from")
+    # Rows are moved by `reorder_cache`, beam search's: the batch_ methods leave out recurrent states.
+    cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(group_size))
+    # Mamba has no attention to hide the padding from behind the prompt, and takes its mask for more tokens.
+    attends = not all(getattr(cache, "is_linear", [False]))
     mask = mask.repeat_interleave(group_size, 0)
     position = mask.sum(1, keepdim=True)
 
@@ -110,10 +116,11 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
         if t + 1 == max_new_tokens or len(going) == 0:
             break
         if len(going) < len(rows):
-            cache.batch_select_indices(going)
+            cache.reorder_cache(going)
             rows, mask, position, chosen = rows[going], mask[going], position[going], chosen[going]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        out = model(chosen[:, None], attention_mask=mask, position_ids=position, use_cache=True, **{cached: cache})
+        seen = mask if attends else None
+        out = model(chosen[:, None], attention_mask=seen, position_ids=position, use_cache=True, **{cached: cache})
         logits, position = out.logits[:, -1], position + 1
     return tokens, length
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
-from redit_fast.training import builtin, checkpoint, data, policy, report, rewards, runs, sharpness
+from redit_fast.training import builtin, checkpoint, data, policy, report, rewards, runs, sharpness, trial
 from redit_fast.training.config import TrainConfig, default_of
 from redit_fast.training.rollout import Rollout, generate
 
@@ -67,6 +67,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
     )
     ends = policy.end_tokens(model, tokenizer)
     policy.check_head(model, tokenizer, loss_config)
+    trial.check(model, tokenizer, dataset, functions, loss_config, config)
     optimizer = rf.RegularizedAdamW(
         rf.parameter_groups(model, perturb="decoder_layers"),
         lr=config.learning_rate,
@@ -143,7 +144,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                 with clock("reward"):
                     records = [record for record in records for _ in range(config.group_size)]
                     texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-                    scores = _score(functions, records, texts)
+                    scores = rewards.score_texts(functions, records, texts)
                     advantages = rf.group_advantages(
                         scores,
                         group_size=config.group_size,
@@ -287,12 +288,6 @@ def _warm_start(model: PreTrainedModel, tokenizer: Tokenizer, config: TrainConfi
     builtin.warm_start(model, tokenizer, steps=config.warm_start_steps, seed=config.seed, progress=advance)
 
 
-def _score(functions: list[rewards.RewardFunction], records: list[dict], texts: list[str]) -> Tensor:
-    prompts = [record["prompt"] for record in records]
-    completions = [data.completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    return rewards.score(functions, prompts, completions, data.columns_of(records))
-
-
 def _held_out_metrics(model, tokenizer, ends, records: list[dict], functions, config: TrainConfig) -> dict[str, float]:
     """Of greedy answers: the share whose first reward is above 0, and every reward; nothing where none is held out."""
     if not records:
@@ -303,7 +298,7 @@ def _held_out_metrics(model, tokenizer, ends, records: list[dict], functions, co
         prompts = [data.render(tokenizer, record, config.system_prompt) for record in part]
         rollout = generate(model, ends, prompts, max_new_tokens=config.max_completion_length, temperature=0)
         texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-        parts.append(_score(functions, part, texts))
+        parts.append(rewards.score_texts(functions, part, texts))
     scores = torch.cat(parts)
     weights = scores.new_tensor(config.reward_weights or [1.0] * len(functions))
     scored = ~scores.isnan().all(1)

@@ -1,0 +1,29 @@
+"""Runs code of other libraries and of a model's files, where what they raise is no closed list.
+
+Loaders of weights and tokenizers, the hub, chat templates, a model's own forward pass. Reward functions have theirs in
+`rewards`, whose messages name function and sample.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+class Foreign:
+    """Whatever the code inside raises, but a Ctrl-C, becomes a ValueError of one sentence that begins with `what`.
+
+    Errors of a type in `plain` have words for a user: their type is left out of the sentence.
+    """
+
+    def __init__(self, what: str, plain: type[BaseException] | tuple[type[BaseException], ...] = ()):
+        self.what, self.plain = what, plain
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is None or isinstance(error, KeyboardInterrupt):
+            return
+        first = re.split(r"\.\s", " ".join(str(error).split()))[0]
+        name = [] if first and isinstance(error, self.plain) else [kind.__name__]
+        raise ValueError(": ".join([self.what, *name, *filter(None, [first])])) from error

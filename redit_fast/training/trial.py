@@ -1,0 +1,111 @@
+"""What every step of a run does, tried on a few tokens before the run writes anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import redit_fast as rf
+from redit_fast.training import data, policy, rewards
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.foreign import Foreign
+from redit_fast.training.rollout import generate
+
+PROMPT, COMPLETION, GROUP = 16, 4, 2  # tokens, tokens, samples
+ALIKE = 1e4  # a temperature at which all tokens are as likely, so that the samples of a prompt differ
+
+
+def check(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    dataset: data.Dataset,
+    functions: list[rewards.RewardFunction],
+    settings: rf.LossConfig,
+    config: TrainConfig,
+) -> None:
+    """A rollout in which a row ends early, one score of each reward, a forward and backward pass, the data's answers.
+
+    The hidden states of the rollout, with padding on the left and a cache, must be those of the training pass. Weights,
+    modes and random states are left as they were, gradients are None.
+
+    Raises:
+        ValueError: one sentence that names the model, or the data file and its line.
+        RewardError: one sentence that names the reward function.
+    """
+    _check_columns(dataset, functions, config)
+    name, training, state = f"model {model.name_or_path} ({model.config.model_type})", model.training, random.getstate()
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        texts = _check_passes(name, model, tokenizer, dataset.train[0], settings, config)
+        trial = [dataclasses.replace(function, warned=True) for function in functions]  # unscored samples: not yet
+        rewards.score_texts(trial, [dataset.train[0]] * GROUP, texts[:GROUP])
+    model.train(training)
+    random.setstate(state)
+    with Foreign(f"{name} cannot be saved"), tempfile.TemporaryDirectory() as folder:
+        for part in (model.generation_config, model.config, tokenizer):
+            part.save_pretrained(folder)
+
+
+def _check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction], config: TrainConfig) -> None:
+    """The column `answer` of every record, by the shipped functions that read it: their `check_column(value)` raises a
+    ValueError of the reason."""
+    for function in functions:
+        if function.fn not in rewards.SHIPPED.values() or not hasattr(function.fn, "check_column"):
+            continue
+        for line, record in dataset.numbered:
+            try:
+                function.fn.check_column(record["answer"])
+            except ValueError as error:
+                raise ValueError(f"{config.data}:{line}: {error}") from None
+
+
+def _check_passes(name: str, model, tokenizer, record: dict, settings: rf.LossConfig, config: TrainConfig) -> list[str]:
+    """The texts of a rollout that the training pass agrees with."""
+    ids = data.render(tokenizer, record, config.system_prompt)[-PROMPT:]
+    prompts = [ids, ids[: (len(ids) + 1) // 2]]  # of two lengths
+    sampling = {"group_size": GROUP, "max_new_tokens": min(COMPLETION, config.max_completion_length)}
+    sampling |= {"temperature": ALIKE, "seed": config.seed}
+    with Foreign(f"{name} cannot be rolled out", plain=(NotImplementedError, FloatingPointError)):
+        end = generate(model, [], prompts, **sampling).completions[0][0]
+        with _inputs_of(policy.head_of(model)) as steps:
+            rollout = generate(model, [end], prompts, **sampling)  # the first sample ends at once
+    config = config.model_copy(update={"group_size": GROUP, "micro_batch_size": None})
+    batch = policy.Batch.of(prompts, rollout, torch.tensor([1.0, -1.0] * len(prompts)), settings, config, 0)
+    model.eval()
+    with Foreign(f"{name} cannot be trained"):
+        with torch.no_grad():
+            expected = batch.hidden(model, list(range(len(batch.lengths))))[0]
+        if settings.beta:
+            batch.score_reference(model)  # the reference is a copy of it
+        batch.backward(model)
+    model.zero_grad()
+
+    lengths = torch.tensor(batch.lengths)
+    found = expected.new_zeros(len(lengths), max(batch.lengths), expected.shape[-1])
+    for t, step in enumerate(steps):
+        found[lengths > t, t] = step[:, -1].repeat_interleave(GROUP if t == 0 else 1, 0).to(found.dtype)
+    found = found[torch.arange(found.shape[1]) < lengths[:, None]]
+    off = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
+    if not off < (1e-3 if model.dtype == torch.float32 else 0.2):  # bfloat16 rounds twice, router choices included
+        raise ValueError(
+            f"{name} cannot be rolled out: with padding and a cache its hidden states are {off:.2g} of their norm off "
+            "those of the training pass, so that the loss would not be that of the samples"
+        )
+    return tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+
+
+@contextmanager
+def _inputs_of(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The inputs of its calls."""
+    calls = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
+    try:
+        yield calls
+    finally:
+        hook.remove()
