@@ -65,8 +65,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
             raise ValueError(f"{run} holds no run to resume")
         held.enter_context(runs.claimed(run, new=False))
         config, saved = _checkpoint_to_resume(config, run)
-    else:
-        runs.refuse_taken(run)
+    elif config.name is not None:
+        runs.refuse_taken(run)  # before the model is loaded; _claim decides
     if saved is None and config.model is None:
         model, tokenizer = builtin.build(config.seed)
     else:
