@@ -7,6 +7,7 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,13 +18,24 @@ from redit_fast.training import report
 EVERY = 10.0  # seconds between two lines
 
 
+class Task(NamedTuple):
+    """What a line is made of, in one piece for the thread that prints it."""
+
+    name: str
+    total: int
+    first: int  # what was done at its beginning
+    done: int
+    numbers: str
+    began: float
+
+
 class Lines:
     """What the trainer uses of rich's Progress, as lines on stdout: one every 10 s and one at each evaluation."""
 
     def __init__(self):
         self._start, self._over = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)  # a step alone may take minutes
-        self._now = None
+        self._task: Task | None = None
 
     def __enter__(self) -> Lines:
         self._thread.start()
@@ -36,13 +48,13 @@ class Lines:
         self._over.set()
 
     def add_task(self, description: str, *, total: int, completed: int = 0, numbers: str = "") -> int:
-        self._task, self._total, self._first, self._began = description, total, completed, time.monotonic()
-        self._now = (completed, numbers)
+        self._task = Task(description, total, completed, completed, numbers, time.monotonic())
         return 0
 
     def update(self, _: int, *, advance: int, numbers: str, held_out: float | None = None) -> None:
         """`held_out`: the accuracy, where this step has an evaluation."""
-        self._now = (self._now[0] + advance, numbers)
+        began = self._task.began if advance else time.monotonic()  # the first evaluation is no step
+        self._task = self._task._replace(done=self._task.done + advance, numbers=numbers, began=began)
         if held_out is not None:
             self._print(f"held out {held_out:.1%}")
 
@@ -51,14 +63,13 @@ class Lines:
             self._print()
 
     def _print(self, more: str = "") -> None:
-        if self._now is None or self._over.is_set():
+        task, now, left = self._task, time.monotonic(), ""
+        if task is None or self._over.is_set():
             return
-        now, (done, numbers) = time.monotonic(), self._now
-        left = ""
-        if done > self._first:
-            seconds = (now - self._began) / (done - self._first) * (self._total - done)
+        if task.done > task.first:
+            seconds = (now - task.began) / (task.done - task.first) * (task.total - task.done)
             left = f"{timedelta(seconds=round(seconds))} left"
-        words = filter(None, (f"{self._task} {done}/{self._total}", numbers, more, left))
+        words = filter(None, (f"{task.name} {task.done}/{task.total}", task.numbers, more, left))
         try:
             print(f"{timedelta(seconds=round(now - self._start))} {', '.join(words)}", flush=True)
         except OSError as error:  # whoever read them has gone: no reason to lose the run
