@@ -1,5 +1,5 @@
 """The command `redit-fast`: train, report, info, selftest. Bad input gets one line on stderr and exit code 2, Ctrl-C
-130.
+130, SIGTERM 143.
 
 Heavy imports are inside the functions, so that --help and --version answer at once.
 """
@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -24,9 +27,36 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: a run stops as after a Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.code = 128 + number
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that was closed, become _Terminated where nothing else is to happen then."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Terminated(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may set a handler
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if main_thread and hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores SIGHUP
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 1 where the self-test fails, 2 for bad input, 130 after
-    Ctrl-C. argparse exits by itself."""
+    """Run one command; returns its exit code: 0, 1 where the self-test fails, 2 for bad input, 130 after Ctrl-C, 143
+    after SIGTERM. argparse exits by itself."""
     _limit_spinning()
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="redit-fast", description="GRPO with dithered rewards and gradient regularisation.")
@@ -35,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = commands.add_parser(
         "train",
         help="train the embedded demo, or a model of your own",
-        usage="redit-fast train [--config FILE] [--resume] [--print-config] [SETTINGS]",
+        usage="redit-fast train [--config FILE] [--resume [--accept-changed-inputs]] [--print-config] [SETTINGS]",
         allow_abbrev=False,
     )
     report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
@@ -55,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"redit-fast {__version__}")
         elif args.command == "train":
-            _train(args)
+            with _terminable():
+                _train(args)
         elif args.command == "report":
             from redit_fast.training import report as run_report
 
@@ -72,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)  # the trainer has saved, and says how to go on
-        return 130
+        return stop.code if isinstance(stop, _Terminated) else 130
     finally:
         warnings.formatwarning = format_of_a_library
     return 0
@@ -113,6 +144,11 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
+    parser.add_argument(
+        "--accept-changed-inputs",
+        action="store_true",
+        help="with --resume: go on although the data, a reward module or the start model is another than before",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the settings as commented YAML and stop")
     group = parser.add_argument_group("settings, of which the word none clears one")
     for name, field in TrainConfig.model_fields.items():
@@ -143,9 +179,11 @@ def _train(args: argparse.Namespace) -> None:
         return
     if args.resume and loaded.name is None:
         raise ValueError("--resume needs --name, the run to go on with")
+    if args.accept_changed_inputs and not args.resume:
+        raise ValueError("--accept-changed-inputs needs --resume, a new run has no inputs to change from")
     from redit_fast.training.trainer import train
 
-    train(loaded, resume=args.resume)
+    train(loaded, resume=args.resume, accept_changed_inputs=args.accept_changed_inputs)
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:

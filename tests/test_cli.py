@@ -18,7 +18,7 @@ from redit_fast.training import config
 ROOT = Path(__file__).parent.parent
 PINNED = """--config --model --data --rewards --reward-weights --name --out-dir --seed --steps --warm-start-steps
 --eval-problems --prompts-per-step --group-size --max-completion-length --learning-rate --dither-level --dead-groups
---gamma --epsilon --checkpoint-every --resume --long-prompts --print-config""".split()
+--gamma --epsilon --checkpoint-every --keep-checkpoints --resume --long-prompts --print-config""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,8 @@ def test_flags_override_the_file_and_print_config_shows_the_result(capsys, tmp_p
         (["train", "--data", "d.jsonl"], "data: the embedded demo has its own"),
         (["train", "--model", "m"], "rewards: training a model of your own needs at least one reward function"),
         (["train", "--resume"], "--resume needs --name"),
+        (["train", "--accept-changed-inputs"], "--accept-changed-inputs needs --resume"),
+        (["train", "--keep-checkpoints", "1"], "keep_checkpoints: got '1', needs a number greater than or equal to 2"),
         (["train", "now"], "unexpected argument 'now'"),
         (["trian"], "invalid choice: 'trian'"),
         (["--verbose"], "unknown flag --verbose, the closest valid one is --version"),

@@ -201,3 +201,21 @@ def test_an_unnamed_run_takes_the_first_free_name(tmp_path):
     assert load(None, {"name": "demo"}).with_name().name == "demo"
     own = load(None, {"model": "Qwen/Qwen2.5-0.5B", "data": "d.jsonl", "rewards": ["xml_format"]})
     assert own.with_name().name == "Qwen2.5-0.5B"
+
+
+def test_a_run_is_named_after_the_folder_of_its_model_however_that_is_written(tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+
+    def name(model):
+        return load(None, {"model": model, "data": "d.jsonl", "rewards": ["xml_format"]}).with_name().name
+
+    for model, expected in (
+        ("..", "here"), (".", "below"), ("/", "run"), ("tiny/", "tiny"), ("../tiny/.", "tiny"), ("a/../tiny", "tiny"),
+        ("~/tiny", "tiny"), ("runs/demo/checkpoints/step-000010/", "demo-step-000010"), ("x" * 200, "x" * 200),
+        ("../checkpoints/last", "here-last"),
+    ):  # fmt: skip
+        assert name(model) == expected
+    for model in ("x" * 201, "a\\b", "\u00e4" * 101):
+        with pytest.raises(ValueError, match="is none that a run can have: give a --name"):
+            name(model)

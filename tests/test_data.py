@@ -38,6 +38,17 @@ def settings(path, **changes):
     return config.load(None, {**own, **changes})
 
 
+def test_data_too_small_to_hold_any_out_is_named(tokenizer, tmp_path, recwarn):
+    few = jsonl(tmp_path / "few.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    equal = jsonl(tmp_path / "equal.jsonl", [{"prompt": "a"}] * 20)
+    for path in (few, equal):
+        assert data.load(settings(path), tokenizer).held_out == [] and not recwarn.list
+        with pytest.warns(UserWarning, match="none of its .* prompts is held out"):
+            assert data.load(settings(path, eval_problems=5), tokenizer).held_out == []
+    enough = jsonl(tmp_path / "enough.jsonl", [{"prompt": letter} for letter in "abcde"])
+    assert len(data.load(settings(enough, eval_problems=5), tokenizer).held_out) == 1 and not recwarn.list
+
+
 GOOD = {"prompt": "2 + 2", "answer": "4"}
 
 

@@ -1,6 +1,7 @@
 """What a run keeps when it stops: resume, Ctrl-C, kill -9, a full disk, a damaged checkpoint, a reward that raises."""
 
 import json
+import re
 import resource
 import shlex
 import shutil
@@ -13,9 +14,18 @@ import torch
 from safetensors.torch import load_file
 
 from redit_fast.cli import main
-from redit_fast.training import builtin, checkpoint, config
+from redit_fast.training import builtin, checkpoint, config, trainer
 from redit_fast.training.trainer import train
 from tests.jobs import flags, launch, lines_of
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """Settings of a small demo, warm start included."""
+    return {
+        "out_dir": str(tmp_path), "name": "demo", "steps": 2, "warm_start_steps": 6, "prompts_per_step": 2,
+        "group_size": 4, "max_completion_length": 12, "eval_problems": 8, "checkpoint_every": 2,
+    }  # fmt: skip
 
 
 def timeless(metrics):
@@ -53,7 +63,7 @@ def test_kill_9_at_any_moment_never_damages_an_older_checkpoint(settings, tmp_pa
     job, run = {**settings, "steps": 500}, tmp_path / "run"
     complete = set()
     for attempt in range(3):
-        process = launch(job, *(["--resume"] if attempt else []))
+        process = launch(job, *(["--resume"] if attempt else ["--keep-checkpoints", "none"]))
         target = max(complete, default=-1) + 2 + attempt
         deadline = time.monotonic() + 300
         while not (run / "checkpoints" / f"step-{target:06d}").exists():
@@ -71,7 +81,7 @@ def test_kill_9_at_any_moment_never_damages_an_older_checkpoint(settings, tmp_pa
         steps = [json.loads(line)["step"] for line in written.split("\n")[:-1]]
         assert steps == sorted(set(steps))
     done = checkpoint.step_of(newest)
-    train(config.load(overrides={**job, "steps": done + 1}), resume=True)
+    train(config.load(overrides={**job, "steps": done + 1, "keep_checkpoints": None}), resume=True)
     assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == list(range(done + 2))
 
 
@@ -90,22 +100,112 @@ def test_a_checkpoint_that_exists_has_all_the_lines_that_lead_to_it(settings, mo
     assert steps == list(range(settings["steps"] + 1))
 
 
-def test_ctrl_c_saves_prints_the_resume_command_and_exits_with_130(settings, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_stop_saves_prints_the_resume_command_and_has_its_exit_code(settings, tmp_path, number, code):
+    """Ctrl-C; Slurm, Kubernetes and kill; a terminal that was closed. A second one changes nothing."""
     job = {**settings, "name": "my run", "steps": 500, "checkpoint_every": 400}
-    process = launch(job)
+    process = launch(job, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup's child ignores it
     deadline = time.monotonic() + 300
     metrics = tmp_path / "my run" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
+    while process.poll() is None and not list((tmp_path / "my run" / "checkpoints").glob("*draft-0*[1-9]*")):
+        time.sleep(0.001)
+    process.send_signal(number)  # while it saves
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert process.returncode == code and "Traceback" not in errors
     done = checkpoint.step_of(checkpoint.newest(tmp_path / "my run" / "checkpoints"))
     assert done >= 2 and f"after step {done} of 500, saved in {tmp_path / 'my run'}; " in errors
     words = shlex.split(errors.partition("to go on: ")[2])
     assert words[0] == "redit-fast" and main([*words[1:], "--steps", str(done + 1)]) == 0
     assert [line["step"] for line in lines_of(metrics)] == list(range(done + 2))
+
+
+def test_more_stops_while_a_run_saves_are_dropped(settings, tmp_path, capsys, monkeypatch):
+    write, stops = checkpoint.write, [signal.SIGTERM, signal.SIGINT]
+
+    def pressed(folder, step, *args, **options):
+        if step == 1 and stops:  # one stops the run, the other comes while it saves
+            signal.raise_signal(stops.pop(0))
+        return write(folder, step, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "write", pressed)
+    assert main(["train", *flags({**settings, "steps": 3})]) == 143 and stops == []
+    errors = capsys.readouterr().err
+    assert "stopped after step 1 of 3, saved in" in errors and len(errors.splitlines()) == 1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_a_stop_that_is_ignored_does_not_stop_a_run(settings, monkeypatch):
+    """As nohup ignores SIGHUP, and a shell's `&` Ctrl-C."""
+    write = checkpoint.write
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def pressed(*args, **options):
+        for number in stops:
+            signal.raise_signal(number)
+        return write(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "write", pressed)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in stops}
+    try:
+        assert main(["train", *flags({**settings, "steps": 1})]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_stop_in_an_evaluation_does_not_wait_for_it_and_the_resume_makes_up_for_it(settings, tmp_path, monkeypatch):
+    evaluate, calls = trainer._held_out_metrics, []
+
+    def pressed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return evaluate(*args)
+
+    job = {**settings, "checkpoint_every": 10, "steps": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_held_out_metrics", pressed)
+        assert main(["train", *flags(job)]) == 130
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert ["accuracy/held_out" in line for line in lines_of(metrics)] == [True, False, False]
+    assert len(lines_of(tmp_path / "run" / "completions.jsonl")) == 2 * 12
+    train(config.load(overrides=job), resume=True)
+    train(config.load(overrides={**job, "name": "straight"}))
+    assert timeless(metrics) == timeless(tmp_path / "straight" / "metrics.jsonl")
+    assert_equal_checkpoints(*(tmp_path / name / "checkpoints" / "step-000003" for name in ("run", "straight")))
+
+
+def test_a_log_is_alive_in_the_warm_start_and_sigterm_there_leaves_no_run(demo, tmp_path):
+    process = launch({**demo, "warm_start_steps": 2000})
+    lines = [process.stdout.readline() for _ in range(2)]
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    pattern = r"0:0\d:\d\d warm start \d+/2000(, loss \d\.\d{3}, \d:\d\d:\d\d left)?\n"
+    assert all(re.fullmatch(pattern, line) for line in lines) and lines[0] != lines[1], (lines, errors)
+    assert process.returncode == 143 and "nothing is saved; to start again: redit-fast train" in errors
+    assert "--resume" not in errors and len(errors.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_without_a_terminal_each_evaluation_is_a_line(settings, tmp_path, capsys):
+    train(config.load(overrides=settings))
+    lines = [line for line in capsys.readouterr().out.splitlines() if " GRPO " in line]
+    held_out = [line["accuracy/held_out"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")[::2]]
+    assert re.fullmatch(rf"\d:\d\d:\d\d GRPO 0/2, held out {held_out[0]:.1%}", lines[0])
+    numbers = r"reward -?\d\.\d\d, accuracy \d+%, [\d,]+ tokens/s"
+    assert re.fullmatch(rf"\d:\d\d:\d\d GRPO 2/2, {numbers}, held out {held_out[1]:.1%}, 0:00:00 left", lines[1])
+    assert len(lines) == 2
+
+
+def test_a_log_that_nobody_reads_any_more_does_not_stop_the_run(settings, tmp_path):
+    process = launch(settings)
+    process.stdout.close()
+    process.wait(timeout=300)
+    assert (tmp_path / "run" / "summary.json").exists(), process.stderr.read()
 
 
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(settings, tmp_path):
@@ -158,15 +258,6 @@ def test_a_reward_that_fails_stops_the_run_in_one_line_after_a_checkpoint(settin
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run" / "checkpoints")) == 0
 
 
-@pytest.fixture
-def demo(tmp_path):
-    """Settings of a small demo, warm start included."""
-    return {
-        "out_dir": str(tmp_path), "name": "demo", "steps": 2, "warm_start_steps": 6, "prompts_per_step": 2,
-        "group_size": 4, "max_completion_length": 12, "eval_problems": 8, "checkpoint_every": 2,
-    }  # fmt: skip
-
-
 def test_a_reward_that_raises_in_the_first_evaluation_costs_no_warm_start(demo, tmp_path, capsys):
     """And the resumed run is the one that nothing stopped."""
     broken = tmp_path / "broken"
@@ -205,8 +296,8 @@ def test_ctrl_c_in_the_warm_start_says_that_nothing_is_saved_and_how_to_start_ag
     monkeypatch.setattr(builtin, "warm_start", pressed_at_step_3)
     assert main(["train", *flags({**demo, "name": "my run"})]) == 130
     errors = capsys.readouterr().err
-    assert "in the warm start, nothing is saved yet" in errors and len(errors.splitlines()) == 1
-    assert not (tmp_path / "my run" / "checkpoints").exists()
+    assert "in the warm start, nothing is saved; to start again" in errors and len(errors.splitlines()) == 1
+    assert "--resume" not in errors and not (tmp_path / "my run").exists()
 
     monkeypatch.undo()
     words = shlex.split(errors.partition("to start again: ")[2])

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -71,10 +72,29 @@ def publish(draft: Path) -> Path:
     return target
 
 
+def prune(published: Path, keep: int, accuracy: Mapping[int, float]) -> None:
+    """Removes the checkpoints before one that is published, all but the `keep` newest, which it counts among, the
+    start, which is the KL term's reference, and the best by `accuracy`, {step: held-out accuracy}; of equals the first.
+    """
+    steps = {path: _number(path) for path in in_order(published.parent) if _number(path) <= _number(published)}
+    measured = [path for path, step in steps.items() if step in accuracy]
+    best = max(measured, key=lambda path: accuracy[steps[path]], default=None)
+    for path in list(steps)[:-keep]:
+        if steps[path] == 0 or path == best:
+            continue
+        draft = path.with_name(path.name.replace("step", ".draft"))  # so that a kill leaves no half of a checkpoint
+        shutil.rmtree(draft, ignore_errors=True)
+        os.replace(path, draft)
+        shutil.rmtree(draft, ignore_errors=True)  # on NFS a file that somebody reads stays: remove_drafts is next
+
+
 def in_order(folder: Path) -> list[Path]:
     """The checkpoints of a run, complete or not, by their steps: as text, step-1000000 is before step-999999."""
-    numbers = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
-    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdecimal()), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def remove_drafts(folder: Path) -> None:

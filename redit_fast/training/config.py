@@ -7,7 +7,9 @@ in the file, and for an unknown key the closest valid one.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
+import os
 import re
 import shlex
 import textwrap
@@ -135,6 +137,11 @@ class TrainConfig(BaseModel):
         0, ge=0, description="Steps between sharpness probes, each of which takes one pass more; 0 is off."
     )
     checkpoint_every: int = Field(ge=1, description="Steps between checkpoints, besides the last.")
+    keep_checkpoints: int | None = Field(
+        3,
+        ge=2,
+        description="Newest checkpoints to keep, besides the first and the best by held-out accuracy; none keeps all.",
+    )
     long_prompts: Literal["error", "skip"] = Field(
         "error", description="A prompt that is too long stops the run at its start, or is left out."
     )
@@ -159,7 +166,7 @@ class TrainConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _one_component(cls, name: str | None) -> str | None:
-        if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0") or len(name.encode()) > 200):
+        if name is not None and not _is_component(name):
             raise ValueError("needs one path component of at most 200 bytes, without slashes")
         return name
 
@@ -184,13 +191,23 @@ class TrainConfig(BaseModel):
         return self
 
     def with_name(self) -> TrainConfig:
-        """This config with a run name: its own, else the first free one of demo, demo-2, ... (or after the model)."""
+        """This config with a run name: its own, else the first free one of demo, demo-2, ... (or after the model).
+
+        Raises:
+            ValueError: the model's folder has a name that no run can have.
+        """
         if self.name is not None:
             return self
-        stem = "demo" if self.model is None else Path(self.model).name or "run"
-        taken = {path.name for path in Path(self.out_dir).glob("*")}
-        names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
-        return self.model_copy(update={"name": next(name for name in names if name not in taken)})
+        stem = "demo"
+        if self.model is not None:
+            folder = Path(os.path.abspath(self.model))  # `..` and `.` have a name too
+            run = folder.parent.parent.name if folder.parent.name == "checkpoints" else ""
+            stem = "-".join(filter(None, (run, folder.name))) or "run"
+        names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
+        name = next(name for name in names if not os.path.lexists(Path(self.out_dir, name)))
+        if not _is_component(name):
+            raise ValueError(f"name: {name!r}, after model {self.model}, is none that a run can have: give a --name")
+        return self.model_copy(update={"name": name})
 
     def command(self, **changes: object) -> str:
         """The shell command that trains with this config, `changes` applied; settings at their default are left out."""
@@ -216,6 +233,10 @@ class TrainConfig(BaseModel):
             setting = yaml.safe_dump({name: value}, sort_keys=False, width=2**30)
             blocks.append(f"{comment}\n{setting}")
         return "\n".join(blocks)
+
+
+def _is_component(name: str) -> bool:
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) <= 200
 
 
 def _defaults_of(demo: bool, preset: object) -> dict:

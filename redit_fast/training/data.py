@@ -86,6 +86,12 @@ def load(
     if tokenizer.chat_template is None and any(not isinstance(record["prompt"], str) for record in records):
         warnings.warn("the tokenizer has no chat template: chat prompts are rendered as plain text", stacklevel=2)
     train, held_out = split(records, config.eval_problems, config.seed)
+    if config.eval_problems and not held_out:
+        warnings.warn(
+            f"{config.data}: none of its {len(kept)} prompts is held out, since at most a fifth is and equal prompts "
+            "stay together, so held-out accuracy is not measured; eval_problems 0 is the same without this warning",
+            stacklevel=2,
+        )
     return Dataset(train, held_out, skipped, kept)
 
 

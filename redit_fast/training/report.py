@@ -70,19 +70,26 @@ def write(run_dir: str | Path) -> None:
         raise ValueError(f"{run} holds no run: it has no config.json")
     config = train_config.load(run / "config.json")
     metrics, completions = rows(run / "metrics.jsonl"), rows(run / "completions.jsonl")
-    summary = json.loads((run / "summary.json").read_text("utf-8")) if (run / "summary.json").is_file() else {}
+    try:
+        summary = json.loads((run / "summary.json").read_text("utf-8"))
+    except FileNotFoundError:
+        summary = {}
     picture = io.BytesIO()
     with rc_context(STYLE):
         curves(config, metrics).savefig(picture, format="png", dpi=150)
     page = _page(run, config, metrics, completions, summary, picture.getvalue())
     for name, content in (("curves.png", picture.getvalue()), ("report.html", page.encode("utf-8", "replace"))):
-        (run / f".{name}").write_bytes(content)
-        os.replace(run / f".{name}", run / name)
+        draft = run / f".{name}.{os.getpid()}"  # a run that ends may draw its own meanwhile
+        draft.write_bytes(content)
+        os.replace(draft, run / name)
 
 
 def rows(path: Path) -> list[dict]:
     """The objects of a JSONL file, none if there is no file. A last line without a line end was cut off: left out."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        lines = []
     found = []
     for number, line in enumerate(lines, 1):
         try:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -169,6 +169,23 @@ def _user_function(name: str) -> Callable:
     if not callable(fn):
         raise RewardError(f"rewards: {name!r}: {module.__file__} has no function {function!r}")
     return fn
+
+
+def source_of(name: str) -> Path | None:
+    """The file of the module that the reward function `name` is of, before it is loaded; None where there is none."""
+    if ":" not in name:
+        return Path(__file__)
+    folder, _, module = name.rpartition(":")[0].rpartition("/")
+    module = module.removesuffix(".py")
+    if file := module_file(Path(folder).resolve(), module):
+        return file
+    try:
+        with _UserCode(f"rewards: {name!r}: looking for {module}"):  # runs the packages that it is in
+            loaded = sys.modules.get(module)
+            origin = find_spec(module).origin if loaded is None else loaded.__file__
+    except RewardError:
+        return None
+    return Path(origin) if origin and Path(origin).is_file() else None
 
 
 def _module(folder: Path, module: str, name: str) -> ModuleType:

@@ -1,10 +1,11 @@
-"""The files of a run, its clock and its answer to Ctrl-C."""
+"""A run's folder and its files, its clock and its answer to Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import platform
 import signal
 import threading
 import time
@@ -17,6 +18,72 @@ import torch
 from redit_fast.training import report
 
 SCHEMA = 1  # of the lines in metrics.jsonl and completions.jsonl: docs/metrics.md
+LOCK = ".lock"
+OF_A_START = {LOCK, "inputs.json", ".inputs.json", ".config.json"}  # what one that was killed may leave
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C; Slurm, Kubernetes and kill; a terminal that was closed
+
+
+class TakenError(ValueError):
+    """The folder of a new run is not free."""
+
+
+@contextmanager
+def claimed(run: Path, *, new: bool) -> Iterator[None]:
+    """Holds a run's folder, which a `new` run makes, for this process alone: until the block ends or the process does.
+
+    Raises:
+        TakenError: another process holds it, or the folder of a new run has files in it.
+        NotImplementedError: on Windows.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise NotImplementedError(
+            "redit-fast train needs Linux or macOS: this Python has no fcntl, which locks a run's folder"
+        ) from None
+    if new:
+        refuse_taken(run)
+        run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("a+b", buffering=0) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().decode() or "another process"
+            ends = "give another --name" if new else "--resume goes on with it once that has ended"
+            raise TakenError(f"{run} holds a run that {holder} is at work on: {ends}") from None
+        except OSError as error:
+            raise ValueError(
+                f"{run}: its file system locks no files ({error.strerror}), so that a second process could write into "
+                "the run: give an --out-dir on another"
+            ) from None
+        if new:
+            refuse_taken(run)  # now that nobody else can change it
+        if not (run / LOCK).exists() or not os.path.samestat(os.fstat(lock.fileno()), os.stat(run / LOCK)):
+            raise TakenError(f"{run} was removed by the process that made it: start again")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+        # A process that a reward function has forked may outlive this one, and must not hold the folder then.
+        os.register_at_fork(after_in_child=lock.close)
+        yield
+
+
+def refuse_taken(run: Path) -> None:
+    if (run / "config.json").exists():
+        raise TakenError(f"{run} holds a run already: add --resume to go on with it, or give another --name")
+    if run.is_dir() and set(os.listdir(run)) - OF_A_START:
+        raise TakenError(f"{run} is a folder with other files in it: give another --name")
+    if run.exists() and not run.is_dir():
+        raise TakenError(f"{run} is a file, a run needs a folder: give another --name")
+
+
+def remove(run: Path) -> None:
+    """Takes back a run that has saved nothing; a file that is not the run's stays."""
+    for name in ("config.json", "inputs.json", "metrics.jsonl", "completions.jsonl", LOCK):
+        (run / name).unlink(missing_ok=True)
+    for folder in (run / "checkpoints", run):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def append(path: Path, lines: list[dict]) -> None:
@@ -37,6 +104,14 @@ def keep_lines_until(run: Path, step: int) -> None:
     for name in ("metrics.jsonl", "completions.jsonl"):
         kept = [line for line in report.rows(run / name) if line["step"] <= step]
         replace(run / name, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def complete(path: Path, step: int, metrics: dict, times: dict[str, float]) -> None:
+    """Puts what an evaluation gave into the line of `step`, the last one, which is made where there is none."""
+    lines = report.rows(path)
+    line = lines.pop() if lines and lines[-1]["step"] == step else {"schema": SCHEMA, "step": step}
+    line |= metrics | {name: line.get(name, 0.0) + seconds for name, seconds in times.items()}
+    replace(path, "".join(json.dumps(_without_nan(line)) + "\n" for line in [*lines, line]))
 
 
 def replace(path: Path, text: str) -> None:
@@ -66,16 +141,24 @@ class Clock:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds a Ctrl-C back until the block is done: parameters, optimizer and files change together or not at all."""
+def uninterrupted(*, last: bool = False) -> Iterator[None]:
+    """Holds STOPS back until the block is done: parameters, optimizer and files change together or not at all.
+
+    With `last`, of a run that is stopping already, what came is dropped.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed = []
-    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    came = []
+    numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not Python's
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed:
-        raise KeyboardInterrupt
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came and not last:
+        signal.raise_signal(came[0])

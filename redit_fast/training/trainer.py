@@ -15,45 +15,77 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shlex
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
-from redit_fast.training import builtin, checkpoint, data, policy, report, rewards, runs, sharpness, trial
+from redit_fast.training import (
+    builtin,
+    checkpoint,
+    data,
+    inputs,
+    policy,
+    progress,
+    report,
+    rewards,
+    runs,
+    sharpness,
+    trial,
+)
 from redit_fast.training.config import TrainConfig, default_of
 from redit_fast.training.rollout import Rollout, generate
 
 EVAL_BATCH = 256  # held-out prompts decoded together
-MAY_CHANGE = {"steps", "eval_every", "sharpness_every", "checkpoint_every", "name", "out_dir"}  # on --resume
+MAY_CHANGE = {"steps", "eval_every", "sharpness_every", "checkpoint_every", "keep_checkpoints", "name", "out_dir"}
 TRAIN_PROBLEMS = 4000  # of the demo
 
 
-def train(config: TrainConfig, resume: bool = False) -> dict:
+def train(config: TrainConfig, resume: bool = False, accept_changed_inputs: bool = False) -> dict:
     """Runs or resumes a run and returns its summary; everything it leaves is in out_dir/name.
 
+    Args:
+        accept_changed_inputs: to go on with a run whose data, reward modules or start model have changed since.
+
     Raises:
-        ValueError: bad input, before anything is written; RewardError during the run, after a checkpoint.
+        ValueError: bad input, or a run that another process is at work on, before anything is written; RewardError
+            during the run, after a checkpoint.
         KeyboardInterrupt: Ctrl-C, after a checkpoint, of which the warm start has none; its message is the command that
-            goes on.
+            goes on. A subclass of it that a handler of SIGTERM raises is answered alike.
     """
-    config = config.with_name()
-    run = Path(config.out_dir) / config.name
-    saved = _checkpoint_to_resume(config, run) if resume else None
-    if not resume:
-        _refuse_taken(run)
+    with ExitStack() as held:  # the run's folder, until the run ends
+        return _train(config, resume, accept_changed_inputs, held)
+
+
+def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held: ExitStack) -> dict:
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise ValueError(
+            f"WORLD_SIZE is {processes}: redit-fast train is one process, several are not supported yet; start it "
+            "without torchrun"
+        )
+    saved, run = None, Path(config.out_dir) / config.with_name().name
+    if resume:
+        if not (run / "config.json").is_file():
+            raise ValueError(f"{run} holds no run to resume")
+        held.enter_context(runs.claimed(run, new=False))
+        config, saved = _checkpoint_to_resume(config, run)
+    elif config.name is not None:
+        runs.refuse_taken(run)  # before the model is loaded; _claim decides
     if saved is None and config.model is None:
         model, tokenizer = builtin.build(config.seed)
     else:
         model, tokenizer = policy.load(saved or config.model)
+    read = inputs.of(config)  # before they are read: what changes meanwhile is noticed by the next --resume
+    if resume:
+        read = inputs.checked(read, run, accept_changed=accept_changed_inputs)
     dataset = _load_data(config, model, tokenizer)
     functions = rewards.resolve(config.rewards, data.columns_of(dataset.train[:1]))
     loss_config = rf.LossConfig(
@@ -92,8 +124,11 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
     if saved is not None:
         checkpoint.load_optimizer(saved, optimizer)
         done = checkpoint.step_of(saved)
-    run.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        config, run = _claim(config, held)
     checkpoint.remove_drafts(run / "checkpoints")
+    (run / "summary.json").unlink(missing_ok=True)  # of the steps before
+    runs.replace(run / "inputs.json", json.dumps(read, indent=1) + "\n")
     runs.replace(run / "config.json", json.dumps(dict(config), indent=1) + "\n")
     runs.keep_lines_until(run, done)
 
@@ -103,28 +138,49 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
             run / "checkpoints", done, model, tokenizer, optimizer, reference=reference if reset else None
         )
 
+    def record(save: bool) -> None:
+        """The lines of the step that is done between its checkpoint's draft and its name."""
+        with clock("checkpoint"):
+            written = draft() if save else None
+        runs.append(run / "completions.jsonl", samples)
+        runs.append(run / "metrics.jsonl", [metrics | clock.times()])
+        if written is not None:
+            publish(written)
+
     def evaluate() -> dict[str, float]:
         return _held_out_metrics(model, tokenizer, ends, dataset.held_out, functions, config)
+
+    def publish(written: Path) -> None:
+        published = checkpoint.publish(written)
+        if config.keep_checkpoints is not None:
+            lines = report.rows(run / "metrics.jsonl")
+            accuracy = {line["step"]: line["accuracy/held_out"] for line in lines if "accuracy/held_out" in line}
+            checkpoint.prune(published, config.keep_checkpoints, accuracy)
+
+    def evaluates(step: int) -> bool:
+        return step == config.steps or step % config.eval_every == 0
 
     console = Console()
     if dataset.skipped:
         console.print(f"{dataset.skipped} prompts are too long and left out")
-    with _progress(console) as progress:
+    with progress.shown(console) as shown:
         try:
-            clock = runs.Clock()
+            clock, samples = runs.Clock(), []  # of the step that is done and not yet recorded
             if done < 0:
                 with clock("warm_start"):
-                    _warm_start(model, tokenizer, config, progress)
+                    _warm_start(model, tokenizer, config, shown)
                 if reference is not None:
                     rf.reset_reference(reference, model)
                 with runs.uninterrupted(), clock("checkpoint"):
                     done = 0
                     checkpoint.publish(draft())
-            if done == 0 and not report.rows(run / "metrics.jsonl"):
+            bar = shown.add_task("GRPO", total=config.steps, completed=done, numbers="")
+            lines = report.rows(run / "metrics.jsonl")
+            if not lines or (evaluates(done) and dataset.held_out and "accuracy/held_out" not in lines[-1]):
                 with clock("eval"):
                     metrics = evaluate()
-                runs.append(run / "metrics.jsonl", [{"schema": runs.SCHEMA, "step": 0, **metrics, **clock.times()}])
-            bar = progress.add_task("GRPO", total=config.steps, completed=done, numbers="")
+                runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
+                shown.update(bar, advance=0, numbers="", held_out=metrics.get("accuracy/held_out"))
 
             for step in range(done, config.steps):
                 clock = runs.Clock()
@@ -177,6 +233,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                     done = step + 1
                     if config.reference_reset_every and done % config.reference_reset_every == 0:
                         rf.reset_reference(reference, model)
+                    samples = _completion_lines(done, records, texts, functions, scores, advantages)
                     metrics = {
                         "schema": runs.SCHEMA,
                         "step": done,
@@ -189,56 +246,62 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                         "tokens/generated": rollout.tokens,
                         "tokens/per_second": rollout.tokens / clock.seconds["rollout"],
                     }
-                    if done == config.steps or done % config.eval_every == 0:
-                        with clock("eval"):
-                            metrics |= evaluate()
-                    written = None
-                    if done == config.steps or done % config.checkpoint_every == 0:
-                        with clock("checkpoint"):
-                            written = draft()
-                    lines = _completion_lines(done, records, texts, functions, scores, advantages)
-                    runs.append(run / "completions.jsonl", lines)
-                    runs.append(run / "metrics.jsonl", [metrics | clock.times()])
-                    if written is not None:
-                        checkpoint.publish(written)
-                progress.update(bar, advance=1, numbers=_numbers(metrics))
+                if evaluates(done):
+                    with clock("eval"):  # can take minutes: a stop cuts it short, and --resume makes up for it
+                        metrics |= evaluate()
+                with runs.uninterrupted():
+                    record(save=done == config.steps or done % config.checkpoint_every == 0)
+                    samples = []
+                held_out = metrics.get("accuracy/held_out")
+                shown.update(bar, advance=1, numbers=progress.numbers(metrics), held_out=held_out)
         except (KeyboardInterrupt, rewards.RewardError) as stop:
-            progress.stop()
-            with runs.uninterrupted():
+            with runs.uninterrupted(last=True):
                 optimizer.restore()
-                if done >= 0:
-                    checkpoint.publish(draft())
+                if samples:
+                    record(save=True)
+                elif done >= 0:
+                    publish(draft())
+                else:
+                    runs.remove(run)
+                shown.stop()
             if isinstance(stop, rewards.RewardError):
                 raise
-            command = ["redit-fast", "train", "--resume", "--name", config.name, "--out-dir", config.out_dir]
             if done < 0:
-                left = "stopped in the warm start, nothing is saved yet; to start again"
+                words = f"stopped in the warm start, nothing is saved; to start again: {config.command()}"
             else:
-                left = f"stopped after step {done} of {config.steps}, saved in {run}; to go on"
-            raise KeyboardInterrupt(f"{left}: {shlex.join(command)}") from None
+                command = ["redit-fast", "train", "--resume", "--name", config.name, "--out-dir", config.out_dir]
+                words = f"stopped after step {done} of {config.steps}, saved in {run}; to go on: {shlex.join(command)}"
+            stop.args = (words,)
+            raise
 
-    summary = _summary(run, dataset, config)
-    runs.replace(run / "summary.json", json.dumps(summary, indent=1) + "\n")
-    report.write(run)
-    _print_table(console, run, summary)
+    with runs.uninterrupted():
+        summary = _summary(run, dataset, config)
+        runs.replace(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+        report.write(run)
+    progress.print_table(console, run, summary)
     return summary
 
 
-def _refuse_taken(run: Path) -> None:
-    if (run / "config.json").exists():
-        raise ValueError(f"{run} holds a run already: add --resume to go on with it, or give another --name")
-    if run.is_dir() and any(run.iterdir()):
-        raise ValueError(f"{run} is a folder with other files in it: give another --name")
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"{run} is a file, a run needs a folder: give another --name")
+def _claim(config: TrainConfig, held: ExitStack) -> tuple[TrainConfig, Path]:
+    """The config with a name and its folder, held; where it has no name, with the first that no other start takes."""
+    while True:
+        named = config.with_name()
+        run = Path(named.out_dir) / named.name
+        try:
+            held.enter_context(runs.claimed(run, new=True))
+            return named, run
+        except runs.TakenError:
+            if config.name is not None:
+                raise
 
 
-def _checkpoint_to_resume(config: TrainConfig, run: Path) -> Path | None:
-    """The newest checkpoint, None where the run stopped before its first; the settings must be the run's."""
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} holds no run to resume")
+def _checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, Path | None]:
+    """The newest checkpoint, None where the run stopped before its first; the settings must be the run's.
+
+    A run of version 0.1 kept all checkpoints, and does so still unless it is told otherwise.
+    """
     before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
-    before |= json.loads((run / "config.json").read_text("utf-8"))
+    before |= (stored := json.loads((run / "config.json").read_text("utf-8")))
     for name, value in config:
         if name not in MAY_CHANGE and value != before[name]:
             raise ValueError(f"{name} was {before[name]!r} in {run} and cannot become {value!r} on --resume")
@@ -247,8 +310,10 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path) -> Path | None:
             f"steps was {before['steps']} in {run} and cannot become {config.steps} on --resume: dither_schedule "
             f"{config.dither_schedule} counts back from the last step"
         )
+    if not {"keep_checkpoints"} & (stored.keys() | config.model_fields_set):
+        config = config.model_copy(update={"keep_checkpoints": None})
     folder = run / "checkpoints"
-    return checkpoint.newest(folder) if checkpoint.in_order(folder) else None
+    return config, checkpoint.newest(folder) if checkpoint.in_order(folder) else None
 
 
 def _reference(config: TrainConfig, model: PreTrainedModel, saved: Path | None) -> PreTrainedModel | None:
@@ -277,13 +342,13 @@ def _load_data(config: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer
     return data.load(config, tokenizer, context, model.get_input_embeddings().weight.shape[0])
 
 
-def _warm_start(model: PreTrainedModel, tokenizer: Tokenizer, config: TrainConfig, progress: Progress) -> None:
+def _warm_start(model: PreTrainedModel, tokenizer: Tokenizer, config: TrainConfig, shown) -> None:
     if not config.warm_start_steps:
         return
-    bar = progress.add_task("warm start", total=config.warm_start_steps, numbers="")
+    bar = shown.add_task("warm start", total=config.warm_start_steps, numbers="")
 
     def advance(_: int, loss: float) -> None:
-        progress.update(bar, advance=1, numbers=f"loss {loss:.3f}")
+        shown.update(bar, advance=1, numbers=f"loss {loss:.3f}")
 
     builtin.warm_start(model, tokenizer, steps=config.warm_start_steps, seed=config.seed, progress=advance)
 
@@ -366,30 +431,3 @@ def _summary(run: Path, dataset: data.Dataset, config: TrainConfig) -> dict:
         "time": times,
         **report.environment(),
     }
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>10}"),
-        BarColumn(bar_width=10),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        console=console,
-    )
-
-
-def _numbers(metrics: dict[str, float]) -> str:
-    accuracy, rate = metrics["accuracy/train"], metrics["tokens/per_second"]
-    return f"reward {metrics['reward/raw_mean']:.2f}, accuracy {accuracy:.0%}, {rate:,.0f} tokens/s"
-
-
-def _print_table(console: Console, run: Path, summary: dict) -> None:
-    table = Table(show_header=False, title=str(run), title_justify="left")
-    for row in report.closing_rows(summary):
-        table.add_row(*row)
-    total = sum(summary["time"].values())
-    for phase, seconds in summary["time"].items():
-        table.add_row(f"time in {phase}", f"{seconds:.1f} s ({seconds / total:.0%})")
-    console.print(table)
-    console.print(f"pictures and samples: {run / 'report.html'}", highlight=False, soft_wrap=True)
