@@ -14,8 +14,8 @@ import verl.utils.experimental.torch_functional as torch_functional
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from redit_fast.apply import ScoringHead, SwappedForward
 from redit_fast.integrations.verl_loss import SUPPORTED
+from redit_fast.swapped_forward import ScoringHead, SwappedForward
 from redit_fast.transforms import logit_transforms
 
 BACKEND = "redit"
