@@ -58,6 +58,8 @@ class AppliedHead(SwappedForward):
     def __init__(self, model: PreTrainedModel, eval_logits: bool = True):
         _check_head(model)
         _check_loss(model)
+        if any(isinstance(getattr(hook, "__self__", None), AppliedHead) for hook in model.base_model._forward_hooks.values()):
+            raise ValueError(f"apply_to has been called on this {type(model).__name__} already: remove() that one first")
         self._transforms = logit_transforms(model.config)
         self._eval_logits = eval_logits
         self._signature = inspect.signature(type(model).forward)
@@ -212,7 +214,7 @@ def _check_head(model: PreTrainedModel) -> None:
     backbone = getattr(model, "base_model", model)
     if head is None or backbone is model or getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"apply_to needs a causal language model with an LM head, got {name}")
-    if type(head) is not nn.Linear:
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # FSDP2 makes a subclass of it
         raise TypeError(f"apply_to needs a plain nn.Linear as the LM head of {name}, got {type(head).__name__}")
     others = [
         child

@@ -41,6 +41,8 @@ def check_objective(model: PreTrainedModel, own: Callable, ours: Callable[[dict]
     name, arguments = type(model).__name__, _a_batch(model)
     if "use_cache" in taken:
         arguments["use_cache"] = False
+    if not model.config.return_dict:
+        arguments["return_dict"] = True
     further = {"shift_labels": arguments["labels"].flip(0), "num_items_in_batch": SEQUENCES * LENGTH}
     layout = [key for key in further if key in taken]
     for more in [[], layout] if layout else [[]]:
@@ -48,7 +50,7 @@ def check_objective(model: PreTrainedModel, own: Callable, ours: Callable[[dict]
         said = f"with {', '.join(['labels', *more])} of {SEQUENCES} sequences of {batch['labels'].shape[1]} tokens"
         with untouched(model):
             try:
-                output = own(**batch, return_dict=True)
+                output = own(**batch)
             except FORWARD_ERRORS as error:
                 raise ValueError(
                     f"apply_to compares its loss with that of {name} {said}, and there its forward ends in "
