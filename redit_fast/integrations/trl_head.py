@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 import trl.trainer.utils as utils
 from torch import Tensor, nn
 
-from redit_fast.apply import SwappedForward
-from redit_fast.linear import linear_grpo_loss, linear_logp
-from redit_fast.logprob import IGNORE, EntropyMode
+from redit_fast.linear import linear_grpo_loss
+from redit_fast.logprob import EntropyMode
 from redit_fast.loss_config import LossConfig
 from redit_fast.losses import LossOutput
+from redit_fast.swapped_forward import SwappedForward
+from redit_fast.trl_function import CONTRACT, NAME, LinearLogpFunction, scored_rows, swapped_head
 
-NAME = "_ChunkedLogProbFunction"  # in trl.trainer.utils: what TRL's fused forward calls
-CONTRACT = ["ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
-            "logit_scale", "outputs"]  # fmt: skip
-OURS = {"log_probs", "entropy"}
-
-
-class LinearLogpFunction:
-    """With the contract of TRL's ChunkedLogProbFunction. A call that asks for more than log-probs and entropy goes to
-    TRL's own. `scored`, of as many elements as there are targets, says which rows TRL reads; elsewhere it sets 0."""
-
-    def __init__(self, theirs: type, entropy: EntropyMode, scored: Tensor | None = None):
-        self.theirs, self.entropy, self.scored = theirs, entropy, scored
-
-    def apply(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None,
-        logit_scale: float,
-        outputs: tuple[str, ...],
-    ) -> tuple[Tensor | None, ...]:
-        """hidden (N, D), weight (V, D), bias (V,), targets (N,) -> log-probs and entropy (N,) float32, and three None.
-        chunk_size counts columns of the vocabulary, which `linear_logp` does not chunk by."""
-        if not OURS.issuperset(outputs):
-            return self.theirs.apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
-                                     logit_scale, outputs)  # fmt: skip
-        found = linear_logp(
-            hidden,
-            weight.to(hidden.dtype),
-            targets,
-            bias=None if bias is None else bias.to(hidden.dtype),
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=final_logit_softcapping,
-            mask=None if self.scored is None or self.scored.numel() != len(targets) else self.scored.flatten(),
-            entropy=self.entropy if "entropy" in outputs else "none",
-        )
-        logp, entropy = found if "entropy" in outputs else (found, None)
-        return logp, entropy, None, None, None
+__all__ = ["CONTRACT", "NAME", "FusedHead", "LinearLogpFunction", "PolicyRows", "swapped_head"]
 
 
 class PolicyRows(NamedTuple):
@@ -112,17 +69,6 @@ class LinearLossFunction:
         return self.output.logp, self.output.entropy, None, None, None
 
 
-@contextmanager
-def swapped_head(function: LinearLogpFunction | LinearLossFunction) -> Iterator[None]:
-    """TRL's head function is ours inside the block."""
-    theirs = getattr(utils, NAME)
-    setattr(utils, NAME, function)
-    try:
-        yield
-    finally:
-        setattr(utils, NAME, theirs)
-
-
 class FusedHead(SwappedForward):
     """Our head in one model that has TRL's: the swap lasts for the calls of this model's forward."""
 
@@ -135,8 +81,7 @@ class FusedHead(SwappedForward):
     def call(self, model: nn.Module, before: Callable, args: tuple, kwargs: dict) -> object:
         if not kwargs.get("fused_lm_head"):
             return before(*args, **kwargs)
-        shifted = kwargs.get("shift_labels")
-        scored = (kwargs["labels"][:, 1:] if shifted is None else shifted) != IGNORE
+        scored = scored_rows(kwargs)
         if self.rows is None:
             with swapped_head(LinearLogpFunction(getattr(utils, NAME), self._entropy, scored)):
                 return before(*args, **kwargs)

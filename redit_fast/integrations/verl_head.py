@@ -14,8 +14,8 @@ import verl.utils.experimental.torch_functional as torch_functional
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from redit_fast.apply import ScoringHead, SwappedForward
 from redit_fast.integrations.verl_loss import SUPPORTED
+from redit_fast.swapped_forward import ScoringHead, SwappedForward
 from redit_fast.transforms import logit_transforms
 
 BACKEND = "redit"
@@ -54,7 +54,7 @@ class FusedHead(SwappedForward):
                 f"{tuple(temperature.shape)}: set use_fused_kernels=False for a temperature per sample"
             )
         head = self._model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        if type(head).forward is not nn.Linear.forward:  # FSDP2 makes a subclass, an adapter or a quantised head has its own
             raise TypeError(f"impl_backend={BACKEND} needs an nn.Linear as the LM head, got {type(head).__name__}")
         entropy = "grad" if torch.is_grad_enabled() else "metric"
         with ScoringHead(head, input_ids, {"temperature": temperature, "entropy": entropy, **self._transforms}):
