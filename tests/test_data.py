@@ -115,6 +115,21 @@ def test_chat_prompts_go_through_the_chat_template(tokenizer):
     assert chat["prompt"] == [{"role": "user", "content": "2 + 2"}]
 
 
+def test_what_a_tokenizer_changes_in_the_messages_does_not_reach_the_record(tokenizer, monkeypatch):
+    template = tokenizer.apply_chat_template
+
+    def greedy(messages, **options):
+        messages[0]["content"] += " spoilt"
+        messages.append({"role": "user", "content": "more"})
+        return template(messages, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", greedy)
+    for system in (None, "Be brief."):
+        chat = {"prompt": [{"role": "user", "content": "2 + 2"}]}
+        assert "spoilt" in tokenizer.decode(data.render(tokenizer, chat, system))
+        assert chat == {"prompt": [{"role": "user", "content": "2 + 2"}]}
+
+
 def test_a_tokenizer_without_a_template_gets_chat_prompts_as_text_and_one_warning(tmp_path):
     base = Qwen2Tokenizer().train_new_from_iterator(["abc"], vocab_size=258, show_progress=False)
     base.chat_template = None

@@ -6,6 +6,7 @@ every record, which the reward functions receive as lists under their names.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import warnings
@@ -153,7 +154,7 @@ def render(tokenizer: Tokenizer, record: dict, system_prompt: str | None = None)
     Raises:
         jinja2.TemplateError: the chat template refuses the messages.
     """
-    prompt = record["prompt"]
+    prompt = copy.deepcopy(record["prompt"])  # a tokenizer's own code may change the messages
     if isinstance(prompt, str):
         return tokenizer(prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}")["input_ids"]
     if system_prompt is not None and prompt[0]["role"] != "system":

@@ -3,15 +3,21 @@
 A reward function is `fn(prompts, completions, **columns) -> list[float | None]`, TRL's convention: prompts and
 completions are texts, or chat messages where the data has chat messages; every other column of the data comes as a list
 under its name; None or NaN leaves a sample unscored. Its optional attribute `reward_scale` is the full scale of its
-rewards (1.0 without), which the dither level is relative to. Reward functions run as they are: there is no sandbox.
+rewards (1.0 without), which the dither level is relative to. Reward functions run as they are: there is no sandbox, but
+each gets a deep copy of its own of everything, so that what it changes reaches no other and not the data.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib
 import inspect
 import math
 import re
+import site
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,9 +108,9 @@ def score(
 
 def _rewards(function: RewardFunction, prompts, completions, columns) -> list[float]:
     def call(rows: slice) -> object:
-        # Copies, so that a function that changes its arguments cannot spoil the next one's.
+        # Value by value: the completions of a prompt share its objects, and a copy of the whole list keeps that.
         arguments = {"prompts": prompts, "completions": completions, **columns}
-        return function.fn(**{name: list(values[rows]) for name, values in arguments.items()})
+        return function.fn(**{name: [copy.deepcopy(v) for v in values[rows]] for name, values in arguments.items()})
 
     try:
         with _UserCode(f"reward function {function.name!r}"):
@@ -136,8 +142,13 @@ def _number(function: RewardFunction, sample: int, value: object) -> float:
     )
 
 
+_OURS = (str(Path(__file__).parent.parent), str(Path(importlib.__file__).parent), "<frozen ")
+_INSTALLED = (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages())
+
+
 class _UserCode:
-    """The one place that runs code that is not ours: whatever it raises, but a Ctrl-C, becomes one sentence."""
+    """The one place that runs code that is not ours: whatever it raises, but a Ctrl-C, becomes one sentence, with the
+    deepest line of the user's own files where there is one."""
 
     def __init__(self, where: str):
         self.where = where
@@ -147,7 +158,14 @@ class _UserCode:
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if error is not None and not isinstance(error, KeyboardInterrupt):
-            raise RewardError(f"{self.where} raised {type(error).__name__}: {error}") from error
+            raise RewardError(f"{self.where} raised {type(error).__name__}: {error}{_place(trace)}") from error
+
+
+def _place(trace) -> str:
+    """Of the user's own files, or of the installed package that the function is from: " (file:line: source)"."""
+    frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith(_OURS)]
+    own = [frame for frame in frames if not frame.filename.startswith(_INSTALLED)]
+    return "".join(f" ({frame.filename}:{frame.lineno}: {frame.line})" for frame in (own[-1:] or frames[:1]))
 
 
 def _user_function(name: str) -> Callable:
