@@ -1,10 +1,10 @@
 """Reward functions: the values of the shipped ones, where the user's are found, and what bad ones get."""
 
 import copy
+import inspect
 import math
 import sys
 import warnings
-from fractions import Fraction
 from pathlib import Path
 
 import numpy
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from redit_fast.training import builtin, config, data
-from redit_fast.training.rewards import SHIPPED, RewardError, RewardFunction, last_number, resolve, score
+from redit_fast.training.rewards import SHIPPED, RewardError, RewardFunction, resolve, score
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -39,37 +39,6 @@ def one(name, completion, **columns):
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("72", 72),
-        ("The answer is 72.", 72),
-        ("$1,234.50", Fraction("1234.5")),
-        ("-$3.20", Fraction("-3.2")),
-        ("$-3", -3),
-        ("\u22125 degrees", -5),
-        ("5-3", 3),
-        ("5 - 3", 3),
-        ("(2)-3", 3),
-        ("3/4 of it", Fraction(3, 4)),
-        ("-1/2", Fraction(-1, 2)),
-        ("1/0", None),
-        (".5", Fraction(1, 2)),
-        ("10, 20", 20),
-        ("1,234,567", 1234567),
-        ("12,34", 34),
-        ("first 3, then 18 dollars", 18),
-        ("50%", 50),
-        ("none at all", None),
-        ("", None),
-        ("9" * 5000, None),
-        ("1/" + "9" * 5000, None),
-    ],
-)
-def test_the_last_number_of_a_text(text, number):
-    assert last_number(text) == number
-
-
-@pytest.mark.parametrize(
     ("completion", "answer", "reward"),
     [
         ("so 3 + 4 = 7", "7", 1.0),
@@ -92,8 +61,20 @@ def test_numeric_answer(completion, answer, reward):
 
 
 def test_numeric_answer_refuses_a_column_without_numbers():
-    with pytest.raises(RewardError, match=r"'numeric_answer', sample 1 raised ValueError: .* holds no number"):
+    with pytest.raises(RewardError, match=r"'numeric_answer', sample 1 raised ValueError: .* needs one number, .* got"):
         score(resolve(["numeric_answer"], ["answer"]), ["q"] * 3, ["7"] * 3, {"answer": ["7", "seven", "7"]})
+
+
+@pytest.mark.parametrize("name", ["exact_answer", "gsm8k_correctness", "numeric_answer"])
+def test_shipped_functions_say_what_their_column_needs(name):
+    check = SHIPPED[name].check_column
+    for good in ("7", 7, 7.5, "so 7\n#### 7", 0, "#### $1,200"):
+        check(good)
+    needed = "one number, .* got" if name == "numeric_answer" else "text or a number, got"
+    for bad in (None, True, [], ["7"], {"a": 7}, "", "  ", "7\n#### "):
+        with pytest.raises(ValueError, match=rf"^the column 'answer' needs {needed} .{{1,80}}$"):
+            check(bad)
+    assert all(hasattr(fn, "check_column") == ("answer" in inspect.signature(fn).parameters) for fn in SHIPPED.values())
 
 
 @pytest.mark.parametrize(
@@ -412,7 +393,8 @@ def test_what_a_function_changes_reaches_neither_the_next_one_nor_the_data_nor_a
 
     functions = [RewardFunction("first", greedy), RewardFunction("second", greedy)]
     columns = data.columns_of(records)
-    assert score(functions, [r["prompt"] for r in records], completions, columns).tolist() == [[i, i] for i in (1, 2, 3)]
+    found = score(functions, [r["prompt"] for r in records], completions, columns)
+    assert found.tolist() == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
     assert seen[0] == seen[1] and seen[0]["prompts"] == [prompt] * 3 and seen[0]["tests"] == [NESTED["tests"]] * 3
     assert record == {"prompt": prompt, **NESTED} and columns == {name: [NESTED[name]] * 3 for name in NESTED}
     assert completions == [data.completion(prompt, "c")] * 3
