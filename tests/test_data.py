@@ -48,6 +48,8 @@ GOOD = {"prompt": "2 + 2", "answer": "4"}
         ('{"prompt": "a", "answer": "4"', "d.jsonl:37:30: malformed line: Expecting ',' delimiter"),
         ("[1, 2]", "d.jsonl:37: malformed line: needs a JSON object, got list"),
         ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "d.jsonl:37: malformed line: Exceeds the limit"),
+        ('{"prompt": "a", "answer": "4", "answer": "5"}', "d.jsonl:37: malformed line: key 'answer' is there twice"),
+        ('{"prompt": "a", "answer": [{"x": 1, "x": 1}]}', "d.jsonl:37: malformed line: key 'x' is there twice"),
         ("[" * 100000, "d.jsonl:37: malformed line: maximum recursion depth"),
         ('{"question": "a", "answer": "4"}', "d.jsonl:37: no column 'prompt', found 'question', 'answer'"),
         ("{}", "d.jsonl:37: no column 'prompt', found none"),

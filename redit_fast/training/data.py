@@ -18,6 +18,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_file import distinct
 
 Prompt = str | list[dict[str, str]]
 RESERVED = ("prompts", "completions")  # what reward functions call their other two arguments
@@ -113,12 +114,12 @@ def read(path: str | Path) -> list[tuple[int, dict]]:
 
 def _record(place: str, line: bytes) -> dict:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=distinct)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}:{error.start + 1}: malformed line: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}:{error.colno}: malformed line: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of over 4300 digits, brackets 1000 deep
+    except (ValueError, RecursionError) as error:  # a key twice, a number of over 4300 digits, brackets 1000 deep
         raise ValueError(f"{place}: malformed line: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{place}: malformed line: needs a JSON object, got {type(record).__name__}")

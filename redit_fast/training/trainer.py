@@ -3,10 +3,10 @@
     rollout -> reward -> advantage -> pass 1 -> perturb -> pass 2 -> step -> log -> save
 
 What the GR paper compares with is here too, as settings (docs/epsilon.md): a KL term to a reference (`beta`), Reference
-Resets (`reference_reset_every`), SAM and the unsquared norm (`gr_normalized`), plain GRPO (`gamma: 0`).
+Resets (`reference_reset_every`), SAM and the unsquared norm (`gr_normalized`), plain GRPO (`gr_gamma: 0`).
 
 Departures from the two papers: (1) one optimizer step per batch of rollouts, so the importance ratio is 1 in both
-passes (`pass2_ratio` keeps pass 1's instead); (2) only the decoder layers are perturbed, as in the GR paper, but the
+passes (`gr_pass2_ratio` keeps pass 1's instead); (2) only the decoder layers are perturbed, as in the GR paper, but the
 gradient of everything else is combined too; (3) noise, sampling and rounding are counter-based, so a resumed run is the
 same run.
 """
@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import redit_fast as rf
 from redit_fast.training import builtin, checkpoint, data, policy, report, rewards, runs, sharpness
 from redit_fast.training.config import TrainConfig, default_of
+from redit_fast.training.known_names import under_new_names
 from redit_fast.training.rollout import Rollout, generate
 
 EVAL_BATCH = 256  # held-out prompts decoded together
@@ -43,7 +44,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
     Raises:
         ValueError: bad input, before anything is written; RewardError during the run, after a checkpoint.
         KeyboardInterrupt: Ctrl-C, after a checkpoint, of which the warm start has none; its message is the command that
-            goes on.
+            goes on, or starts again.
     """
     config = config.with_name()
     run = Path(config.out_dir) / config.name
@@ -58,6 +59,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
     functions = rewards.resolve(config.rewards, data.columns_of(dataset.train[:1]))
     loss_config = rf.LossConfig(
         config.loss_type,
+        epsilon_low=config.clip_low,
+        epsilon_high=config.clip_high,
         temperature=config.temperature,
         cispo_bound="relative" if config.loss_type == "cispo" else "absolute",  # TRL's would scale a ratio of 1 to 0.2
         dro_beta=config.dro_beta,
@@ -71,8 +74,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
         rf.parameter_groups(model, perturb="decoder_layers"),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        gamma=config.gamma,
-        epsilon=config.epsilon,
+        gamma=config.gr_gamma,
+        epsilon=config.gr_epsilon,
         normalized=config.gr_normalized,
         max_norm=config.max_grad_norm,
         seed=config.seed,
@@ -83,7 +86,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
         [function.scale for function in functions],
         config.dither_schedule,
         total_steps=config.steps,
-        dead_groups=config.dead_groups,
+        dead_groups=config.dither_dead_groups,
         seed=config.seed,
     )
     reference = _reference(config, model, saved)
@@ -167,7 +170,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                         perturbation = optimizer.perturb()
                     with perturbation:
                         if perturbation:
-                            old_logp = first.logp if config.pass2_ratio == "pass1" else None
+                            old_logp = first.logp if config.gr_pass2_ratio == "pass1" else None
                             batch.backward(model, old_logp, masks_of=first)
                 with runs.uninterrupted():
                     with clock("optimizer"):
@@ -209,11 +212,11 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
                     checkpoint.publish(draft())
             if isinstance(stop, rewards.RewardError):
                 raise
-            command = ["redit-fast", "train", "--resume", "--name", config.name, "--out-dir", config.out_dir]
             if done < 0:
-                left = "stopped in the warm start, nothing is saved yet; to start again"
-            else:
-                left = f"stopped after step {done} of {config.steps}, saved in {run}; to go on"
+                again = f"stopped in the warm start, nothing is saved yet; to start again: {config.command()}"
+                raise KeyboardInterrupt(again) from None
+            command = ["redit-fast", "train", "--resume", "--name", config.name, "--out-dir", config.out_dir]
+            left = f"stopped after step {done} of {config.steps}, saved in {run}; to go on"
             raise KeyboardInterrupt(f"{left}: {shlex.join(command)}") from None
 
     summary = _summary(run, dataset, config)
@@ -224,6 +227,9 @@ def train(config: TrainConfig, resume: bool = False) -> dict:
 
 
 def _refuse_taken(run: Path) -> None:
+    metrics = run / "metrics.jsonl"
+    if metrics.is_file() and not metrics.stat().st_size and not checkpoint.in_order(run / "checkpoints"):
+        return  # stopped in its warm start: there is nothing to lose
     if (run / "config.json").exists():
         raise ValueError(f"{run} holds a run already: add --resume to go on with it, or give another --name")
     if run.is_dir() and any(run.iterdir()):
@@ -237,7 +243,7 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path) -> Path | None:
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} holds no run to resume")
     before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
-    before |= json.loads((run / "config.json").read_text("utf-8"))
+    before |= under_new_names(json.loads((run / "config.json").read_text("utf-8")))
     for name, value in config:
         if name not in MAY_CHANGE and value != before[name]:
             raise ValueError(f"{name} was {before[name]!r} in {run} and cannot become {value!r} on --resume")
@@ -254,10 +260,10 @@ def _reference(config: TrainConfig, model: PreTrainedModel, saved: Path | None) 
     """The KL term's reference, a copy of the model before RL or of the policy at the last reset; None without one."""
     if not config.beta:
         return None
-    if config.gamma:
+    if config.gr_gamma:
         warnings.warn(
-            f"beta is {config.beta:g} and gamma {config.gamma:g}: a KL term and gradient regularisation are both on, "
-            "where the GR paper's runs have one of them; gamma 0 or beta 0 takes one away",
+            f"beta is {config.beta:g} and gr_gamma {config.gr_gamma:g}: a KL term and gradient regularisation are both "
+            "on, where the GR paper's runs have one of them; gr_gamma 0 or beta 0 takes one away",
             stacklevel=3,
         )
     reference = copy.deepcopy(model).requires_grad_(False)
