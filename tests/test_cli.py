@@ -134,6 +134,7 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
         (["report"], "the following arguments are required: RUN"),
         (["report", "nowhere"], "nowhere holds no run"),
         (["info", "--all"], "unknown flag --all, the closest valid one is"),
+        (["info", "--lr"], "unknown flag --lr, the closest valid one is --help"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(capsys, recwarn, tmp_path, words, line):

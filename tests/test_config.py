@@ -213,7 +213,7 @@ def test_every_name_of_another_trainer_leads_to_settings_that_exist():
             fields = re.findall(r"\{(\w+)\}", meant)
             assert all(field in TrainConfig.model_fields and spell(field) in said for field in fields)
             assert "{" not in said and said.startswith((": ", ", it is "))
-            assert said == known_names.hint(name.upper().replace("_", "-"), [], spell)
+            assert said == known_names.hint(name.upper().replace("_", "-"), TrainConfig.model_fields, spell)
     trl = "lr num_generations kl_coef lora save_steps per_device_train_batch_size max_steps num_train_epochs bf16"
     assert set(trl.split()) < set(known_names.MEANT)
 

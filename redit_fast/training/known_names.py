@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 RENAMED = {"gamma": "gr_gamma", "pass2_ratio": "gr_pass2_ratio", "dead_groups": "dither_dead_groups"}  # still taken
 IN_OLD_RUNS = {**RENAMED, "epsilon": "gr_epsilon"}  # in the config.json of a run of version 0.1
@@ -80,7 +80,7 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def hint(name: str, valid: Iterable[str], spell: Callable[[str], str]) -> str:
+def hint(name: str, valid: Collection[str], spell: Callable[[str], str]) -> str:
     """What an unknown name is likely to mean: the end of a sentence that says it is unknown.
 
     Args:
@@ -90,7 +90,7 @@ def hint(name: str, valid: Iterable[str], spell: Callable[[str], str]) -> str:
     """
     name = name.replace("-", "_")
     meant = _VLLM if name.startswith("vllm_") else MEANT.get(name.lower())
-    if meant is None:
+    if meant is None or not set(re.findall(r"\{(\w+)\}", meant)) <= set(valid):  # of another command
         return f", the closest valid one is {spell(difflib.get_close_matches(name, valid, n=1, cutoff=0)[0])}"
     said = re.sub(r"\{(\w+)\}", lambda field: spell(field[1]), meant)
     return f", it is {said} here" if re.fullmatch(r"\{\w+\}", meant) else f": {said}"
