@@ -15,9 +15,9 @@ RESULTS = Path(__file__).parent / "results" / "cpu" / "demo.json"
 SEEDS = (0, 1, 2)
 VARIANTS = {
     "as it comes: dither 0.05, GR": {},
-    "`--dead-groups skip`": {"dead_groups": "skip"},
+    "`--dither-dead-groups skip`": {"dither_dead_groups": "skip"},
     "`--dither-level 0`": {"dither_level": 0.0},
-    "`--gamma 0`": {"gamma": 0.0},
+    "`--gr-gamma 0`": {"gr_gamma": 0.0},
 }
 KEPT = ("accuracy_before", "accuracy_after", "eval_problems", "steps", "seconds", "tokens_per_second", "time",
         "commit", "versions")  # fmt: skip

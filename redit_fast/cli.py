@@ -7,7 +7,6 @@ Heavy imports are inside the functions, so that --help and --version answer at o
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import signal
 import sys
@@ -133,14 +132,18 @@ def _warning(message: Warning, *_: object) -> str:
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     if not word.startswith("-"):
         return f"unexpected argument {word!r}"
-    flag = word.partition("=")[0]
-    closest = difflib.get_close_matches(flag, parser._option_string_actions, n=1, cutoff=0)[0]
-    return f"unknown flag {flag}, the closest valid one is {closest}"
+    from redit_fast.training.known_names import flag, hint
+
+    word = word.partition("=")[0]
+    shown = [option for option, action in parser._option_string_actions.items() if action.help != argparse.SUPPRESS]
+    names = [option.removeprefix("--").replace("-", "_") for option in shown if option.startswith("--")]
+    return f"unknown flag {word}{hint(word.lstrip('-'), names, flag)}"
 
 
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     """Every field of TrainConfig as a flag. Values stay text here: config.load reads them and words the complaints."""
     from redit_fast.training.config import TrainConfig, describe
+    from redit_fast.training.known_names import RENAMED, flag
 
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
@@ -152,14 +155,16 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the settings as commented YAML and stop")
     group = parser.add_argument_group("settings, of which the word none clears one")
     for name, field in TrainConfig.model_fields.items():
-        flag, text = "--" + name.replace("_", "-"), describe(name).replace("%", "%%")
+        text = describe(name).replace("%", "%%")
         if field.annotation is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             many = "+" if name in ("rewards", "reward_weights") else None
             kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
             word = "N" if int in kinds else "X" if float in kinds or "weights" in name else "TEXT"
-            group.add_argument(flag, metavar=word, nargs=many, default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag(name), metavar=word, nargs=many, default=argparse.SUPPRESS, help=text)
+    for old in RENAMED:
+        parser.add_argument(flag(old), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -173,10 +178,10 @@ def _train(args: argparse.Namespace) -> None:
     if args.resume and file is None and given.get("name"):  # a run goes on with its own settings
         own = Path(str(given.get("out_dir", "runs")), str(given["name"]), "config.json")
         file = own if own.is_file() else None
-    loaded = config.load(file, given)
     if args.print_config:
-        print(loaded.to_yaml(), end="")
+        print(config.printed(file, given), end="")
         return
+    loaded = config.load(file, given)
     if args.resume and loaded.name is None:
         raise ValueError("--resume needs --name, the run to go on with")
     if args.accept_changed_inputs and not args.resume:
@@ -189,10 +194,11 @@ def _train(args: argparse.Namespace) -> None:
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """The fields of TrainConfig that the command line gives; the word none clears one that does not take that word."""
     from redit_fast.training.config import TrainConfig, choices
+    from redit_fast.training.known_names import RENAMED
 
-    given = {name: value for name, value in vars(args).items() if name in TrainConfig.model_fields}
+    given = {name: value for name, value in vars(args).items() if name in {*TrainConfig.model_fields, *RENAMED}}
     return {
-        name: None if value in ("none", ["none"]) and "none" not in choices(name) else value
+        name: None if value in ("none", ["none"]) and "none" not in choices(RENAMED.get(name, name)) else value
         for name, value in given.items()
     }
 

@@ -46,6 +46,7 @@ _USED = {  # of the fields that only some loss types use
     "kl_cov": {"kl_cov_ratio", "kl_cov_coef"},
     "dro": {"dro_beta"},
 }
+CLIPPED = tuple(name for name, used in _USED.items() if _CLIP <= used)  # loss types with a clip range
 _SPECIAL = set().union(*_USED.values())
 _TOKEN_LEVEL = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gpg", "reinforce", "dppo_tv", "dppo_kl",
                 "dro")  # fmt: skip

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from redit_fast.logprob import IGNORE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 SEQUENCES, LENGTH = 2, 8
 # What a model's forward raises where it does not run on token ids and labels, or not without logits.

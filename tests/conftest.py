@@ -111,7 +111,7 @@ def settings(model_folder, problems, tmp_path):
     return {
         "model": str(model_folder), "data": str(problems), "rewards": REWARDS, "out_dir": str(tmp_path), "name": "run",
         "steps": 2, "prompts_per_step": 3, "group_size": 4, "max_completion_length": 12, "eval_problems": 5,
-        "learning_rate": 1e-3, "checkpoint_every": 1, "eval_every": 2, "gamma": 0.1, "epsilon": 0.1,
+        "learning_rate": 1e-3, "checkpoint_every": 1, "eval_every": 2, "gr_gamma": 0.1, "gr_epsilon": 0.1,
     }  # fmt: skip
 
 

@@ -30,8 +30,8 @@ def resets(settings, tmp_path):
     (tmp_path / "varied.py").write_text(
         "def judge(prompts, completions, **columns):\n    return [float(len(c) % 3) for c in completions]\n"
     )
-    return {**settings, "rewards": [f"{tmp_path}/varied:judge"], "gamma": 0.0, "beta": 0.3, "reference_reset_every": 2,
-            "eval_problems": 0, "checkpoint_every": 100}  # fmt: skip
+    return {**settings, "rewards": [f"{tmp_path}/varied:judge"], "gr_gamma": 0.0, "beta": 0.3,
+            "reference_reset_every": 2, "eval_problems": 0, "checkpoint_every": 100}  # fmt: skip
 
 
 def weights(checkpoint, name="model.safetensors"):
@@ -120,11 +120,11 @@ def test_the_reference_is_scored_as_the_loss_scores_the_policy(model_folder, los
 
 
 def test_kl_and_gr_together_warn_and_one_of_them_is_silent(resets, recwarn):
-    both = {**resets, "gamma": 1e-3, "steps": 1, "reference_reset_every": 0}
-    with pytest.warns(UserWarning, match="beta is 0.3 and gamma 0.001: a KL term and gradient regularisation are both"):
+    both = {**resets, "gr_gamma": 1e-3, "steps": 1, "reference_reset_every": 0}
+    with pytest.warns(UserWarning, match="beta is 0.3 and gr_gamma 0.001: a KL term and gradient regularisation"):
         train(config.load(overrides=both))
     recwarn.clear()
-    for name, change in (("kl", {"gamma": 0.0}), ("gr", {"beta": 0.0})):
+    for name, change in (("kl", {"gr_gamma": 0.0}), ("gr", {"beta": 0.0})):
         train(config.load(overrides={**both, "name": name, **change}))
     assert not [str(warning.message) for warning in recwarn if "both on" in str(warning.message)]
 
@@ -136,13 +136,14 @@ def test_presets_are_the_papers_settings_and_what_is_set_beside_them_wins():
     assert {name: c.learning_rate for name, c in loaded.items()} == {
         "grpo": 3e-6, "kl": 3e-6, "resets": 3e-6, "gr": 5e-6
     }  # fmt: skip
-    assert [name for name, c in loaded.items() if c.gamma] == ["gr"] and loaded["gr"].gamma == loaded["gr"].epsilon
+    assert [name for name, c in loaded.items() if c.gr_gamma] == ["gr"]
+    assert loaded["gr"].gr_gamma == loaded["gr"].gr_epsilon
     assert [name for name, c in loaded.items() if c.beta] == ["kl", "resets"]
     assert [name for name, c in loaded.items() if c.reference_reset_every] == ["resets"]
-    mixed = config.load(overrides={**own, "preset": "kl", "learning_rate": 1e-6, "gamma": 1e-3})
-    assert (mixed.learning_rate, mixed.gamma, mixed.beta) == (1e-6, 1e-3, 0.05)
+    mixed = config.load(overrides={**own, "preset": "kl", "learning_rate": 1e-6, "gr_gamma": 1e-3})
+    assert (mixed.learning_rate, mixed.gr_gamma, mixed.beta) == (1e-6, 1e-3, 0.05)
     command = mixed.command()
-    assert "--preset kl" in command and "--gamma 0.001" in command and "--beta" not in command
+    assert "--preset kl" in command and "--gr-gamma 0.001" in command and "--beta" not in command
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_the_sharpness_probe_is_the_hessian_times_the_gradient(model_folder, mon
 
 
 def test_a_probed_run_is_the_same_run(resets, tmp_path):
-    job = {**resets, "beta": 0.0, "reference_reset_every": 0, "gamma": 0.1, "steps": 4}
+    job = {**resets, "beta": 0.0, "reference_reset_every": 0, "gr_gamma": 0.1, "steps": 4}
     for name, every in (("plain", 0), ("probed", 2)):
         train(config.load(overrides={**job, "name": name, "sharpness_every": every}))
     assert_equal_checkpoints(*(Path(tmp_path, name, "checkpoints/step-000004") for name in ("plain", "probed")))
@@ -225,7 +226,7 @@ def test_a_probed_run_is_the_same_run(resets, tmp_path):
 
 
 def test_a_run_with_epsilon_auto_resumes_bit_by_bit(resets, tmp_path):
-    job = {**resets, "beta": 0.0, "reference_reset_every": 0, "gamma": 1e-3, "epsilon": "auto", "steps": 4}
+    job = {**resets, "beta": 0.0, "reference_reset_every": 0, "gr_gamma": 1e-3, "gr_epsilon": "auto", "steps": 4}
     train(config.load(overrides={**job, "name": "straight"}))
     train(config.load(overrides={**job, "name": "halves", "steps": 2}))
     assert main(["train", "--resume", *flags({**job, "name": "halves"})]) == 0

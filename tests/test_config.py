@@ -1,10 +1,11 @@
 """Config files and flags: what is accepted, and the one sentence that everything else gets."""
 
+import re
 import shlex
 
 import pytest
 
-from redit_fast.training import config
+from redit_fast.training import config, known_names
 from redit_fast.training.config import TrainConfig, load
 
 
@@ -68,7 +69,7 @@ def test_a_number_may_be_written_in_any_way(tmp_path, text):
         ("group_size: 1", "c.yaml:1: group_size: got 1, needs a number greater than or equal to 2"),
         ("seed: -1", "c.yaml:1: seed: got -1, needs a number greater than or equal to 0"),
         (f"seed: {2**64}", "c.yaml:1: seed: got 18446744073709551616, needs a number less than 18446744073709551616"),
-        ("dead_groups: drop", "c.yaml:1: dead_groups: got 'drop', needs 'apply', 'skip', 'center_only' or 'only'"),
+        ("dither_dead_groups: drop", "c.yaml:1: dither_dead_groups: got 'drop', needs 'apply', 'skip', 'center_only'"),
         ("rewards: exact_answer", "c.yaml:1: rewards: got 'exact_answer', needs a valid list"),
         ("rewards: []", "c.yaml:1: rewards: got [], needs at least 1 item"),
         ("rewards: [a, 3]", "c.yaml:1: rewards[1]: got 3, needs a valid string"),
@@ -78,8 +79,16 @@ def test_a_number_may_be_written_in_any_way(tmp_path, text):
         (OWN + "warm_start_steps: 3", "c.yaml:4: warm_start_steps: got 3, only the embedded demo has a warm start"),
         (OWN + "reward_weights: [1, 2]", "c.yaml:4: reward_weights: got 2 for 1 reward functions"),
         ("seed: 1\nloss_type: dro", "c.yaml:2: loss_type: dro needs a dro_beta"),
-        ("epsilon: 0", "c.yaml:1: epsilon: got 0, needs a number greater than 0"),
-        ("epsilon: automatic", "c.yaml:1: epsilon: got 'automatic', needs a valid number"),
+        ("gr_epsilon: 0", "c.yaml:1: gr_epsilon: got 0, needs a number greater than 0"),
+        ("gr_epsilon: auot", "c.yaml:1: gr_epsilon: got 'auot', needs a valid number, unable to parse string as a"),
+        ("epsilon: 1e-3", "c.yaml:1: unknown key 'epsilon': GR's step is 'gr_epsilon', a clip range is 'clip_low' and"),
+        ("seed: 1\nlr: 1e-5", "c.yaml:2: unknown key 'lr', it is 'learning_rate' here"),
+        ("seed: 1\nuse_vllm: true", "c.yaml:2: unknown key 'use_vllm': completions are sampled by the model itself"),
+        ("gr_gamma: 1\ngamma: 1", "c.yaml:2: gamma is another name of gr_gamma, which is set too"),
+        ("seed: 1\ngamma: -1", "c.yaml:2: gr_gamma: got -1, needs a number greater than or equal to 0"),
+        ("loss_type: vespo\nclip_low: 0.1", "c.yaml:2: clip_low: got 0.1, loss_type vespo has no clip range"),
+        ("clip_high: 0.3\nloss_type: gpg", "c.yaml:1: clip_high: got 0.3, loss_type gpg has no clip range"),
+        ("clip_low: -0.1", "c.yaml:1: clip_low: got -0.1, needs a number greater than or equal to 0"),
         ("dro_beta: 0.1", "c.yaml:1: dro_beta: got 0.1, only loss_type dro uses it"),
         ("loss_type: dro\ndro_beta: 0", "c.yaml:2: dro_beta: got 0, needs a number greater than 0"),
         ("steps: 1\nsteps: 2", "c.yaml:2: key 'steps' is there twice"),
@@ -151,6 +160,7 @@ def test_the_json_of_a_run_is_a_config(tmp_path):
         assert load(write(tmp_path / "config.json", text)) == original
     for text, sentence in (
         ('{"steps": 1, "steps": 2}', "config.json: key 'steps' is there twice"),
+        ('{"steps": {"a": 1, "b": {"c": 2, "c": 2}}}', "config.json: key 'c' is there twice"),
         ('{"steps": }', "config.json:1:11: Expecting value"),
         ("[1]", "needs keys and values"),
         ('{"steps": "x"}', "config.json: steps: got 'x'"),
@@ -160,13 +170,62 @@ def test_the_json_of_a_run_is_a_config(tmp_path):
         assert sentence in str(error.value)
 
 
+OLD = {"gamma": 0.5, "epsilon": 0.25, "pass2_ratio": "pass1", "dead_groups": "skip"}
+NEW = {"gr_gamma": 0.5, "gr_epsilon": 0.25, "gr_pass2_ratio": "pass1", "dither_dead_groups": "skip"}
+
+
+def test_a_run_of_version_0_1_is_read_under_the_new_names(tmp_path, recwarn):
+    """A run's own config.json is the one beside its metrics.jsonl, which is there from the start."""
+    import json
+
+    written = load().model_dump()
+    for new in (*NEW, "clip_low", "clip_high"):
+        del written[new]
+    path = write(tmp_path / "runs" / "old" / "config.json", json.dumps({**written, **OLD}))
+    write(path.with_name("metrics.jsonl"), "")
+    assert load(path) == load(None, NEW) and load(path, {"steps": 3}) == load(None, {**NEW, "steps": 3})
+    assert not recwarn
+    assert load(path, {"gr_gamma": 0}).gr_gamma == 0
+    with pytest.raises(ValueError, match="^unknown key 'epsilon': GR's step is"):
+        load(path, {"epsilon": 0.1})
+    path.with_name("metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="config.json: unknown key 'epsilon': GR's step is"):
+        load(path)
+
+
+def test_an_old_name_in_a_file_is_taken_and_answered_with_the_new_one(tmp_path):
+    path = write(tmp_path / "c.yaml", "gamma: 0.5\ndead_groups: skip\npass2_ratio: pass1\n")
+    with pytest.warns(UserWarning) as caught:
+        loaded = load(path)
+    assert [str(warning.message) for warning in caught] == [
+        f"{path}:1: gamma is called gr_gamma now",
+        f"{path}:2: dead_groups is called dither_dead_groups now",
+        f"{path}:3: pass2_ratio is called gr_pass2_ratio now",
+    ]
+    assert loaded == load(None, {**NEW, "gr_epsilon": 1e-3})
+
+
+def test_every_name_of_another_trainer_leads_to_settings_that_exist():
+    for name, meant in known_names.MEANT.items():
+        assert name not in TrainConfig.model_fields and name not in known_names.RENAMED
+        for spell in (known_names.flag, repr):
+            said = known_names.hint(name, TrainConfig.model_fields, spell)
+            fields = re.findall(r"\{(\w+)\}", meant)
+            assert all(field in TrainConfig.model_fields and spell(field) in said for field in fields)
+            assert "{" not in said and said.startswith((": ", ", it is "))
+            assert said == known_names.hint(name.upper().replace("_", "-"), TrainConfig.model_fields, spell)
+    trl = "lr num_generations kl_coef lora save_steps per_device_train_batch_size max_steps num_train_epochs bf16"
+    assert set(trl.split()) < set(known_names.MEANT)
+
+
 def test_the_command_of_a_config_gives_it_back(tmp_path):
     from redit_fast import cli
 
     own = {"model": "gpt2", "data": "my data.jsonl", "rewards": ["exact_answer", "xml_format", "gsm8k_int"]}
     for settings in ({}, {**HARD, "reward_weights": None}, {**own, "steps": 3}, {**own, **HARD},
-                     {**own, "preset": "kl", "gamma": 1e-3, "advantage_scale": "none",
-                      "epsilon": "auto"}):  # fmt: skip
+                     {**NEW, "clip_low": 0.1, "clip_high": 0.3}, {"clip_high": 0.0},
+                     {**own, "preset": "kl", "gr_gamma": 1e-3, "advantage_scale": "none",
+                      "gr_epsilon": "auto"}):  # fmt: skip
         original = load(None, settings)
         words = shlex.split(original.command())
         assert words[:2] == ["redit-fast", "train"]

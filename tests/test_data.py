@@ -59,6 +59,8 @@ GOOD = {"prompt": "2 + 2", "answer": "4"}
         ('{"prompt": "a", "answer": "4"', "d.jsonl:37:30: malformed line: Expecting ',' delimiter"),
         ("[1, 2]", "d.jsonl:37: malformed line: needs a JSON object, got list"),
         ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "d.jsonl:37: malformed line: Exceeds the limit"),
+        ('{"prompt": "a", "answer": "4", "answer": "5"}', "d.jsonl:37: malformed line: key 'answer' is there twice"),
+        ('{"prompt": "a", "answer": [{"x": 1, "x": 1}]}', "d.jsonl:37: malformed line: key 'x' is there twice"),
         ("[" * 100000, "d.jsonl:37: malformed line: maximum recursion depth"),
         ('{"question": "a", "answer": "4"}', "d.jsonl:37: no column 'prompt', found 'question', 'answer'"),
         ("{}", "d.jsonl:37: no column 'prompt', found none"),
@@ -124,6 +126,21 @@ def test_chat_prompts_go_through_the_chat_template(tokenizer):
     own = {"prompt": [{"role": "system", "content": "Be long."}, *chat["prompt"]]}
     assert "brief" not in tokenizer.decode(data.render(tokenizer, own, "Be brief."))
     assert chat["prompt"] == [{"role": "user", "content": "2 + 2"}]
+
+
+def test_what_a_tokenizer_changes_in_the_messages_does_not_reach_the_record(tokenizer, monkeypatch):
+    template = tokenizer.apply_chat_template
+
+    def greedy(messages, **options):
+        messages[0]["content"] += " spoilt"
+        messages.append({"role": "user", "content": "more"})
+        return template(messages, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", greedy)
+    for system in (None, "Be brief."):
+        chat = {"prompt": [{"role": "user", "content": "2 + 2"}]}
+        assert "spoilt" in tokenizer.decode(data.render(tokenizer, chat, system))
+        assert chat == {"prompt": [{"role": "user", "content": "2 + 2"}]}
 
 
 def test_a_tokenizer_without_a_template_gets_chat_prompts_as_text_and_one_warning(tmp_path):

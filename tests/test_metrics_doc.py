@@ -18,7 +18,7 @@ def keys_of(lines):
 
 def test_every_key_that_is_written_is_on_the_page_and_the_other_way_round(settings, tmp_path):
     seen = set()
-    own = {"sharpness_every": 1, "gamma": 0.0, "beta": 0.1}, {}, {}
+    own = {"sharpness_every": 1, "gr_gamma": 0.0, "beta": 0.1}, {}, {}
     for loss_type, more in zip(("dapo", "cispo", "vespo"), own):  # dapo has the keys of every loss that clips
         train(config.load(overrides={**settings, "loss_type": loss_type, "name": loss_type, "steps": 1, **more}))
         start, first = lines_of(tmp_path / loss_type / "metrics.jsonl")
@@ -29,9 +29,9 @@ def test_every_key_that_is_written_is_on_the_page_and_the_other_way_round(settin
 
 
 def test_what_gamma_above_0_brings_is_marked(settings, tmp_path):
-    train(config.load(overrides={**settings, "gamma": 0.0, "steps": 1}))
+    train(config.load(overrides={**settings, "gr_gamma": 0.0, "steps": 1}))
     seen = keys_of(lines_of(tmp_path / "run" / "metrics.jsonl"))
-    rows = [row for row in PAGE.splitlines() if "with `gamma` above 0" in row]
+    rows = [row for row in PAGE.splitlines() if "with `gr_gamma` above 0" in row]
     marked = {key for row in rows for key in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
     assert marked == {key for key in DOCUMENTED - seen if key.startswith("gr/")}
 

@@ -238,11 +238,11 @@ def test_every_text_is_escaped(run):
 
 
 def test_a_picture_is_drawn_of_what_was_switched_off_and_of_a_long_run(run):
-    off = config.load(run / "config.json", {"gamma": 0, "dither_level": 0, "max_grad_norm": None})
+    off = config.load(run / "config.json", {"gr_gamma": 0, "dither_level": 0, "max_grad_norm": None})
     with_all = report.curves(config.load(run / "config.json"), list(metrics(12)))
     figure = report.curves(off, list(metrics(500)))
     reward, _, _, norm, cosine, _, _, each, sharp = figure.axes
-    assert [text.get_text() for text in cosine.texts] == ["no perturbation: gamma is 0"] and not cosine.lines
+    assert [text.get_text() for text in cosine.texts] == ["no perturbation: gr_gamma is 0"] and not cosine.lines
     assert len(with_all.axes[3].lines) == 2 and not any(line.get_label().startswith("clipped") for line in norm.lines)
     labels = [[text.get_text() for text in axes.get_legend().texts] for axes in (reward, with_all.axes[0])]
     assert labels == [["clean"], ["clean", "dithered"]]

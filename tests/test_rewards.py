@@ -1,9 +1,10 @@
 """Reward functions: the values of the shipped ones, where the user's are found, and what bad ones get."""
 
+import copy
+import inspect
 import math
 import sys
 import warnings
-from fractions import Fraction
 from pathlib import Path
 
 import numpy
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from redit_fast.training import builtin, config, data
-from redit_fast.training.rewards import SHIPPED, RewardError, RewardFunction, last_number, resolve, score
+from redit_fast.training.rewards import SHIPPED, RewardError, RewardFunction, resolve, score
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -38,37 +39,6 @@ def one(name, completion, **columns):
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("72", 72),
-        ("The answer is 72.", 72),
-        ("$1,234.50", Fraction("1234.5")),
-        ("-$3.20", Fraction("-3.2")),
-        ("$-3", -3),
-        ("\u22125 degrees", -5),
-        ("5-3", 3),
-        ("5 - 3", 3),
-        ("(2)-3", 3),
-        ("3/4 of it", Fraction(3, 4)),
-        ("-1/2", Fraction(-1, 2)),
-        ("1/0", None),
-        (".5", Fraction(1, 2)),
-        ("10, 20", 20),
-        ("1,234,567", 1234567),
-        ("12,34", 34),
-        ("first 3, then 18 dollars", 18),
-        ("50%", 50),
-        ("none at all", None),
-        ("", None),
-        ("9" * 5000, None),
-        ("1/" + "9" * 5000, None),
-    ],
-)
-def test_the_last_number_of_a_text(text, number):
-    assert last_number(text) == number
-
-
-@pytest.mark.parametrize(
     ("completion", "answer", "reward"),
     [
         ("so 3 + 4 = 7", "7", 1.0),
@@ -91,8 +61,20 @@ def test_numeric_answer(completion, answer, reward):
 
 
 def test_numeric_answer_refuses_a_column_without_numbers():
-    with pytest.raises(RewardError, match=r"'numeric_answer', sample 1 raised ValueError: .* holds no number"):
+    with pytest.raises(RewardError, match=r"'numeric_answer', sample 1 raised ValueError: .* needs one number, .* got"):
         score(resolve(["numeric_answer"], ["answer"]), ["q"] * 3, ["7"] * 3, {"answer": ["7", "seven", "7"]})
+
+
+@pytest.mark.parametrize("name", ["exact_answer", "gsm8k_correctness", "numeric_answer"])
+def test_shipped_functions_say_what_their_column_needs(name):
+    check = SHIPPED[name].check_column
+    for good in ("7", 7, 7.5, "so 7\n#### 7", 0, "#### $1,200"):
+        check(good)
+    needed = "one number, .* got" if name == "numeric_answer" else "text or a number, got"
+    for bad in (None, True, [], ["7"], {"a": 7}, "", "  ", "7\n#### "):
+        with pytest.raises(ValueError, match=rf"^the column 'answer' needs {needed} .{{1,80}}$"):
+            check(bad)
+    assert all(hasattr(fn, "check_column") == ("answer" in inspect.signature(fn).parameters) for fn in SHIPPED.values())
 
 
 @pytest.mark.parametrize(
@@ -311,6 +293,64 @@ def test_an_exception_is_chained_and_names_function_and_sample():
         scored(large)
 
 
+BROKEN = """import functools, json
+import helper
+
+def wrapped(fn):
+    @functools.wraps(fn)
+    def inner(**arguments):
+        return fn(**arguments)
+    return inner
+
+@wrapped
+def plain(prompts, completions):
+    raise KeyError("oops")
+
+def in_a_library(prompts, completions):
+    return [json.loads("{") for _ in completions]
+
+def in_a_neighbour(prompts, completions):
+    return helper.value({})
+
+def through_our_own(prompts, completions):
+    from redit_fast.training.data import text_of
+    return [text_of(3)]
+
+class Judge:
+    def __call__(self, prompts, completions):
+        assert not prompts
+
+judge = Judge()
+partial = functools.partial(plain)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "file", "source"),
+    [
+        ("plain", "KeyError: 'oops'", "mine.py:12", 'raise KeyError("oops")'),
+        ("partial", "KeyError: 'oops'", "mine.py:12", 'raise KeyError("oops")'),
+        ("in_a_library", "JSONDecodeError: Expecting property name", "mine.py:15", 'return [json.loads("{")'),
+        ("in_a_neighbour", "KeyError: 'level'", "helper.py:2", 'return columns["level"]'),
+        ("through_our_own", "TypeError: 'int' object is not iterable", "mine.py:22", "return [text_of(3)]"),
+        ("judge", "AssertionError", "mine.py:26", "assert not prompts"),
+    ],
+)
+def test_a_failing_function_is_told_by_its_own_words_file_and_line(tmp_path, name, told, file, source):
+    module(tmp_path / "mine.py", BROKEN)
+    module(tmp_path / "helper.py", 'def value(columns):\n    return columns["level"]\n')
+    with pytest.raises(RewardError) as error:
+        score(resolve([f"mine:{name}"], []), ["q"], ["c"], {})
+    assert f"{name!r}, sample 0 raised {told}" in str(error.value)
+    assert f" ({tmp_path}/{file}: {source}" in str(error.value)
+
+
+def test_a_module_that_fails_when_imported_is_told_by_its_line(tmp_path):
+    module(tmp_path / "mine.py", "import json\n\nlevels = json.loads('{')\n")
+    with pytest.raises(RewardError, match=r"raised JSONDecodeError: .* \(.*mine.py:3: levels = json.loads"):
+        resolve(["mine:f"], [])
+
+
 def test_ctrl_c_in_a_reward_function_is_not_an_error_of_it():
     def interrupted(prompts, completions):
         raise KeyboardInterrupt
@@ -319,14 +359,55 @@ def test_ctrl_c_in_a_reward_function_is_not_an_error_of_it():
         scored(interrupted)
 
 
-def test_a_function_that_changes_its_arguments_does_not_spoil_the_next_one():
-    def greedy(prompts, completions, answer):
-        rewards_ = [float(a) for a in answer]
-        prompts.clear(), completions.clear(), answer.clear()
-        return rewards_
+def spoil(value):
+    """Changes every list and dict inside."""
+    for item in list(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()):
+        spoil(item)
+    if isinstance(value, dict):
+        value.update(dict.fromkeys(value, "spoilt"), more="spoilt")
+    elif isinstance(value, list):
+        value.append("spoilt")
+
+
+CHAT = [{"role": "user", "content": "q"}]
+NESTED = {"answer": 7, "tests": [[1, 2], {"in": [3], "out": {"x": None}}], "label": "a"}
+
+
+@pytest.mark.parametrize("prompt", ["q", CHAT])
+def test_what_a_function_changes_reaches_neither_the_next_one_nor_the_data_nor_another_sample(prompt):
+    """Prompts, completions and columns, at every depth, from the list itself down; a group shares its record."""
+    record = {"prompt": copy.deepcopy(prompt), **copy.deepcopy(NESTED)}
+    records, seen = [record] * 3, []
+    completions = [data.completion(prompt, "c") for _ in records]
+
+    def greedy(**arguments):
+        seen.append(copy.deepcopy(arguments))
+        for i in range(3):  # one sample at a time: the others must be whole
+            for values in arguments.values():
+                spoil(values[i])
+            rest = {name: values[i + 1 :] for name, values in arguments.items()}
+            assert rest == {name: values[i + 1 :] for name, values in seen[-1].items()}
+        for values in arguments.values():
+            values.clear()
+        return [1.0, 2.0, 3.0]
 
     functions = [RewardFunction("first", greedy), RewardFunction("second", greedy)]
-    assert score(functions, ["p"] * 2, ["c"] * 2, {"answer": [1, 2]}).tolist() == [[1.0, 1.0], [2.0, 2.0]]
+    columns = data.columns_of(records)
+    found = score(functions, [r["prompt"] for r in records], completions, columns)
+    assert found.tolist() == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+    assert seen[0] == seen[1] and seen[0]["prompts"] == [prompt] * 3 and seen[0]["tests"] == [NESTED["tests"]] * 3
+    assert record == {"prompt": prompt, **NESTED} and columns == {name: [NESTED[name]] * 3 for name in NESTED}
+    assert completions == [data.completion(prompt, "c")] * 3
+
+
+def test_the_search_for_the_failing_sample_starts_from_unspoilt_arguments():
+    def picky(prompts, completions, tests):
+        if 0 in [test.pop() for test in tests]:
+            raise ValueError("no test passes")
+        return [1.0] * len(prompts)
+
+    with pytest.raises(RewardError, match=r"'fn', sample 1 raised ValueError: no test passes"):
+        scored(picky, tests=[[1], [0], [1]])
 
 
 def test_the_demos_own_functions_are_found_from_any_folder():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import redit_fast as rf
 from redit_fast.training import config, report
@@ -43,7 +44,7 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("ratio", ["fresh", "pass1"])
 def test_pass_2_takes_its_own_log_probs_as_the_old_ones_or_those_of_pass_1(job, calls, tmp_path, ratio):
-    train(config.load(overrides={**job, "pass2_ratio": ratio, "eval_problems": 0}))
+    train(config.load(overrides={**job, "gr_pass2_ratio": ratio, "eval_problems": 0}))
     assert len(calls) == 4  # two steps of two passes
     for first, second in zip(calls[::2], calls[1::2]):
         assert first["old_logp"] is None and first["masks_of"] is None
@@ -85,10 +86,26 @@ def test_a_fresh_ratio_is_1_and_pass_1s_weighs_the_tokens(model_folder):
         assert (found - gradient(model)).norm() < 1e-4 * found.norm()
 
 
+def test_the_clip_range_acts_where_the_ratio_is_not_1(job, calls, tmp_path):
+    """In a second pass that keeps the first one's log-probs, and nowhere else."""
+    ended = {}
+    for ratio in ("fresh", "pass1"):
+        for clip in ({}, {"clip_low": 1e-6, "clip_high": 2e-6}):
+            run = {**job, "name": f"{ratio}-{len(clip)}", "gr_pass2_ratio": ratio, "gr_gamma": 0.5, "gr_epsilon": 0.5}
+            train(config.load(overrides={**run, **clip, "steps": 1, "eval_problems": 0}))
+            low, high = 1 - clip.get("clip_low", 0.2), 1 + clip.get("clip_high", 0.2)
+            assert [call["config"].clip_range for call in calls[-2:]] == [(low, high)] * 2
+            ended[ratio, len(clip)] = load_file(tmp_path / run["name"] / "checkpoints/step-000001/model.safetensors")
+    same = {ratio: [torch.equal(ended[ratio, 0][name], ended[ratio, 2][name]) for name in ended[ratio, 0]]
+            for ratio in ("fresh", "pass1")}  # fmt: skip
+    assert all(same["fresh"]) and not any(same["pass1"])
+
+
 def test_logged_losses_and_metrics_are_those_of_pass_1(job, tmp_path):
     lines = []
     for gamma in (0.0, 0.5):
-        train(config.load(overrides={**job, "name": f"gamma-{gamma}", "gamma": gamma, "epsilon": 0.5, "steps": 1}))
+        run = {"name": f"gamma-{gamma}", "gr_gamma": gamma, "gr_epsilon": 0.5, "steps": 1}
+        train(config.load(overrides={**job, **run}))
         lines.append(timeless(tmp_path / f"gamma-{gamma}" / "metrics.jsonl")[1])
     without, with_gr = ({k: v for k, v in line.items() if k[:3] not in ("gr/", "gra")} for line in lines)
     held_out = [key for key in without if "held_out" in key]  # after the step, which differs

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from redit_fast.cli import main
-from redit_fast.training import builtin, checkpoint, config, trainer
+from redit_fast.training import builtin, checkpoint, config, known_names, trainer
 from redit_fast.training.trainer import train
 from tests.jobs import flags, launch, lines_of
 
@@ -302,8 +302,32 @@ def test_ctrl_c_in_the_warm_start_says_that_nothing_is_saved_and_how_to_start_ag
     monkeypatch.undo()
     words = shlex.split(errors.partition("to start again: ")[2])
     assert words[0] == "redit-fast" and main(words[1:]) == 0
+    assert main(words[1:]) == 2 and "holds a run already: add --resume" in capsys.readouterr().err
     train(config.load(overrides=demo))
     assert timeless(tmp_path / "my run" / "metrics.jsonl") == timeless(tmp_path / "demo" / "metrics.jsonl")
+
+
+def test_a_folder_of_another_kind_with_a_config_json_is_not_taken_for_a_run_that_has_saved_nothing(demo, tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="demo holds a run already"):
+        train(config.load(overrides=demo))
+    assert (tmp_path / "demo" / "config.json").read_text() == '{"model_type": "qwen2"}'
+
+
+def test_a_run_of_version_0_1_goes_on(settings, tmp_path):
+    """Its config.json has other names for four settings, and lacks the newest."""
+    train(config.load(overrides={**settings, "steps": 1}))
+    path = tmp_path / "run" / "config.json"
+    written = json.loads(path.read_text())
+    for new in ("clip_low", "clip_high"):
+        del written[new]
+    for old, new in known_names.IN_OLD_RUNS.items():
+        written[old] = written.pop(new)
+    path.write_text(json.dumps(written))
+    assert main(["train", "--resume", "--name", "run", "--out-dir", str(tmp_path), "--steps", "2"]) == 0
+    assert json.loads(path.read_text())["gr_epsilon"] == settings["gr_epsilon"]
+    assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_unscored_samples_are_counted_and_the_run_goes_on(settings, tmp_path, capsys):

@@ -73,7 +73,7 @@ def test_the_main_job_learns_what_its_reward_pays_for(settings, tmp_path):
     )
     job = {
         **settings, "rewards": [f"{tmp_path}/digits:share"], "steps": 15, "prompts_per_step": 8, "group_size": 8,
-        "learning_rate": 3e-3, "gamma": 1e-3, "epsilon": 1e-3, "eval_problems": 0, "checkpoint_every": 15,
+        "learning_rate": 3e-3, "gr_gamma": 1e-3, "gr_epsilon": 1e-3, "eval_problems": 0, "checkpoint_every": 15,
     }  # fmt: skip
     train(config.load(overrides=job))
     rewards = [line["reward/raw_mean"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]]
@@ -81,9 +81,9 @@ def test_the_main_job_learns_what_its_reward_pays_for(settings, tmp_path):
 
 
 VARIANTS = [
-    {"gamma": 0.0},
+    {"gr_gamma": 0.0},
     {"dither_level": 0.0},
-    {"dead_groups": "skip"},
+    {"dither_dead_groups": "skip"},
     {"gr_normalized": True},
     {"micro_batch_size": 5, "advantage_scale": "batch"},
 ]
@@ -103,10 +103,10 @@ def test_every_variant_trains(varied, tmp_path, change):
     train(config.load(overrides={**varied, **change, "steps": 1}))
     line = lines_of(tmp_path / "run" / "metrics.jsonl")[1]
     assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
-    assert ("gr/step_cos" in line) == (change.get("gamma") != 0.0)
+    assert ("gr/step_cos" in line) == (change.get("gr_gamma") != 0.0)
     if change.get("dither_level") == 0.0:
         assert line["reward/dithered_std"] == line["reward/raw_std"] and line["adv/rms_dead_groups"] == 0
-    if change.get("dead_groups") == "skip":
+    if change.get("dither_dead_groups") == "skip":
         assert line["adv/rms_dead_groups"] == 0
 
 
@@ -129,7 +129,7 @@ def test_every_loss_type_trains(varied, tmp_path, monkeypatch, loss_type):
         return out
 
     monkeypatch.setattr(rf, "linear_grpo_loss", recorded)
-    run = {"loss_type": loss_type, "pass2_ratio": "pass1", "steps": 3, "checkpoint_every": 3, "seed": 7}
+    run = {"loss_type": loss_type, "gr_pass2_ratio": "pass1", "steps": 3, "checkpoint_every": 3, "seed": 7}
     if loss_type == "dro":
         run["dro_beta"] = 0.5
     train(config.load(overrides={**varied, **run, "eval_problems": 0}))

@@ -6,14 +6,13 @@ in the file, and for an unknown key the closest valid one.
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import json
 import os
 import re
 import shlex
 import textwrap
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
@@ -23,7 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from redit_fast.advantages import Scale
 from redit_fast.dither import DeadGroups, Distribution, Schedule
-from redit_fast.loss_config import LossType
+from redit_fast.loss_config import CLIPPED, LossType
+from redit_fast.training import config_file
+from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 
 # The defaults that depend on what is trained: the embedded demo (model: null), or a model of the user's.
 DEMO = {
@@ -46,10 +47,10 @@ OWN_MODEL = {
 # What the GR paper (arXiv 2602.18037) compares, with its learning rates; beta is that of its reasoning runs (kl) or the
 # middle of the range that it tried on TL;DR, 0.2 to 0.4 (resets). Settings given beside a preset win.
 PRESETS = {
-    "grpo": {"learning_rate": 3e-6, "gamma": 0.0},
-    "kl": {"learning_rate": 3e-6, "gamma": 0.0, "beta": 0.05},
-    "resets": {"learning_rate": 3e-6, "gamma": 0.0, "beta": 0.3, "reference_reset_every": 200},
-    "gr": {"learning_rate": 5e-6, "gamma": 1e-3, "epsilon": 1e-3, "beta": 0.0},
+    "grpo": {"learning_rate": 3e-6, "gr_gamma": 0.0},
+    "kl": {"learning_rate": 3e-6, "gr_gamma": 0.0, "beta": 0.05},
+    "resets": {"learning_rate": 3e-6, "gr_gamma": 0.0, "beta": 0.3, "reference_reset_every": 200},
+    "gr": {"learning_rate": 5e-6, "gr_gamma": 1e-3, "gr_epsilon": 1e-3, "beta": 0.0},
 }
 Preset = Literal["grpo", "kl", "resets", "gr"]
 
@@ -107,6 +108,13 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
     loss_type: LossType = Field("dapo", description="Policy loss.")
+    clip_low: float = Field(
+        0.2,
+        ge=0,
+        description="How far below 1 the importance ratio goes before the loss clips it. On this trainer's own "
+        "completions it is 1 but in a second pass with gr_pass2_ratio pass1.",
+    )
+    clip_high: float | None = Field(None, ge=0, description="The same above 1; none is clip_low.")
     dro_beta: float | None = Field(None, gt=0, description="Weight of the squared log-ratio in loss_type dro alone.")
     advantage_scale: Scale = Field(
         "group", description="What divides an advantage: the deviation of its group, of the batch, or nothing."
@@ -114,24 +122,24 @@ class TrainConfig(BaseModel):
     dither_level: float = Field(0.05, ge=0, description="Reward noise, relative to each reward's full scale; 0 is off.")
     dither_distribution: Distribution = Field("gaussian", description="Noise distribution, equal variance in both.")
     dither_schedule: Schedule = Field("constant", description="Noise level over the steps.")
-    dead_groups: DeadGroups = Field(
+    dither_dead_groups: DeadGroups = Field(
         "apply",
         description="Groups of equal rewards: apply dithers them like any other, skip gives them advantage 0, "
         "center_only does not divide, only dithers them alone.",
     )
-    gamma: float = Field(1e-3, ge=0, description="Strength of gradient regularisation; 0 is off.")
-    epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+    gr_gamma: float = Field(1e-3, ge=0, description="Strength of gradient regularisation; 0 is off.")
+    gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         1e-3, description="Length of its perturbation per gradient norm; auto finds one that rounding leaves alone."
     )
     gr_normalized: bool = Field(False, description="Perturb along the unit gradient (SAM) instead of the raw one.")
+    gr_pass2_ratio: Literal["fresh", "pass1"] = Field(
+        "fresh", description="Old log-probs of the second pass: its own (ratio 1), or those of the first."
+    )
     beta: float = Field(
         0.0, ge=0, description="Weight of the KL term (k3) to a reference, the model as it was before RL; 0 is off."
     )
     reference_reset_every: int = Field(
         0, ge=0, description="Steps between Reference Resets, which make the policy the reference; 0 is never."
-    )
-    pass2_ratio: Literal["fresh", "pass1"] = Field(
-        "fresh", description="Old log-probs of the second pass: its own (ratio 1), or those of the first."
     )
     sharpness_every: int = Field(
         0, ge=0, description="Steps between sharpness probes, each of which takes one pass more; 0 is off."
@@ -184,6 +192,10 @@ class TrainConfig(BaseModel):
             raise ValueError("loss_type: dro needs a dro_beta, which has no default")
         if self.loss_type != "dro" and self.dro_beta is not None:
             raise ValueError(f"dro_beta: got {self.dro_beta}, only loss_type dro uses it")
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            if value != TrainConfig.model_fields[name].default and self.loss_type not in CLIPPED:
+                raise ValueError(f"{name}: got {value}, loss_type {self.loss_type} has no clip range")
         if self.reference_reset_every and not self.beta:
             raise ValueError(
                 f"reference_reset_every: got {self.reference_reset_every} without a KL term, needs a beta above 0"
@@ -215,23 +227,22 @@ class TrainConfig(BaseModel):
         defaults = {name: default_of(name, config.model is None, config.preset) for name in TrainConfig.model_fields}
         words = ["redit-fast", "train"]
         for name, value in config:
-            flag = "--" + name.replace("_", "-")
             if value == defaults[name]:
                 continue
             if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-"))
+                words.append(flag(name) if value else flag(f"no_{name}"))
             else:
                 items = value if isinstance(value, list) else ["none" if value is None else value]
-                words += [flag, *map(str, items)]
+                words += [flag(name), *map(str, items)]
         return shlex.join(words)
 
-    def to_yaml(self) -> str:
-        """A commented YAML file that loads back to this config."""
+    def to_yaml(self, unset: Collection[str] = ()) -> str:
+        """A commented YAML file that loads back to this config; the settings `unset` are comments to fill in."""
         blocks = []
         for name, value in self:
             comment = textwrap.fill(describe(name), 100, initial_indent="# ", subsequent_indent="# ")
             setting = yaml.safe_dump({name: value}, sort_keys=False, width=2**30)
-            blocks.append(f"{comment}\n{setting}")
+            blocks.append(f"{comment}\n{f'# {name}:' + chr(10) if name in unset else setting}")
         return "\n".join(blocks)
 
 
@@ -280,20 +291,42 @@ def load(path: str | Path | None = None, overrides: Mapping[str, object] | None 
     """The config in the YAML or JSON file `path` (None: all defaults), with `overrides` in place of its values.
 
     Relative `model` and `data` of the file and reward modules are looked up in the current folder, then in the file's.
+    Warns of names that have changed (`known_names.RENAMED`), but in a run's own config.json, of version 0.1 too.
 
     Raises:
         ValueError: one sentence that names the field and, where the problem is in the file, file and line.
     """
-    values, places = ({}, {}) if path is None else _read(Path(path))
-    overrides = overrides or {}
+    return _checked(*_gathered(path, overrides or {}))
+
+
+def printed(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> str:
+    """`load(path, overrides).to_yaml()`, also where the data or rewards of a model of one's own are still missing.
+
+    Raises:
+        ValueError: as `load`, of what is there.
+    """
+    values, *rest = _gathered(path, overrides or {})
+    weights = values.get("reward_weights")
+    stand_ins = {"data": "-", "rewards": ["-"] * (len(weights) if weights and isinstance(weights, list) else 1)}
+    unset = [name for name in stand_ins if values.get("model") is not None and values.get(name) is None]
+    return _checked(values | {name: stand_ins[name] for name in unset}, *rest).to_yaml(unset)
+
+
+def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple[dict, Callable, list[str]]:
+    """The file's values with the overrides in their place, where each is in the file, and what to say of old names."""
+    values, places = ({}, {}) if path is None else config_file.read(Path(path))
+    if path is not None and Path(path).name == "config.json" and Path(path).with_name("metrics.jsonl").is_file():
+        values, places = under_new_names(values), under_new_names(places)  # a run's own
+    said = [*_old_names(values, places), *_old_names(overrides, {})]
+    values, overrides = ({RENAMED.get(name, name): v for name, v in given.items()} for given in (values, overrides))
+    places |= {RENAMED[name]: place for name, place in places.items() if name in RENAMED}
 
     def where(field: str) -> str:
         return "" if field in overrides else places.get(field, "")
 
     for key in [*values, *overrides]:
         if key not in TrainConfig.model_fields:
-            closest = difflib.get_close_matches(key, TrainConfig.model_fields, n=1, cutoff=0)[0]
-            raise ValueError(f"{where(key)}unknown key {key!r}, the closest valid one is {closest!r}")
+            raise ValueError(f"{where(key)}unknown key {key!r}{hint(key, TrainConfig.model_fields, repr)}")
     folder = Path() if path is None else Path(path).parent
     for field in ("model", "data"):
         if isinstance(values.get(field), str):
@@ -301,10 +334,25 @@ def load(path: str | Path | None = None, overrides: Mapping[str, object] | None 
     values.update(overrides)
     if isinstance(values.get("rewards"), list):
         values["rewards"] = [_placed_reward(reward, folder) for reward in values["rewards"]]
+    return values, where, said
+
+
+def _old_names(settings: Mapping[str, object], places: Mapping[str, str]) -> Iterator[str]:
+    for old in [name for name in settings if name in RENAMED]:
+        place, new = places.get(old, ""), RENAMED[old]
+        if new in settings:
+            raise ValueError(f"{place}{old} is another name of {new}, which is set too: needs one of them")
+        yield f"{place}{old} is called {new} now"
+
+
+def _checked(values: dict, where: Callable[[str], str], said: list[str]) -> TrainConfig:
     try:
-        return TrainConfig.model_validate(values)
+        config = TrainConfig.model_validate(values)
+        for sentence in said:
+            warnings.warn(sentence, stacklevel=3)
+        return config
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
     message = re.sub(r"^\w+ should (be|have)( greater| less)?", _needs, first["msg"].removeprefix("Value error, "))
     if not first["loc"]:  # a check across fields, whose message names them
         raise ValueError(where(message.partition(":")[0]) + message)
@@ -312,7 +360,8 @@ def load(path: str | Path | None = None, overrides: Mapping[str, object] | None 
     if first["type"] == "missing":
         raise ValueError(f"{field}: training a model of your own needs at least one reward function")
     item = "".join(f"[{index}]" for index in rest if isinstance(index, int))  # the others name a kind of a union
-    raise ValueError(f"{where(field)}{field}{item}: got {first['input']!r}, {message}")
+    words = [o["ctx"]["expected"] for o in others if o["loc"][:1] == (field,) and o["type"] == "literal_error"]
+    raise ValueError(f"{where(field)}{field}{item}: got {first['input']!r}, {' or '.join([message, *words])}")
 
 
 def _needs(match: re.Match) -> str:
@@ -338,49 +387,3 @@ def _placed_reward(reward: object, folder: Path) -> object:
     sub, _, module = reward.rpartition(":")[0].rpartition("/")
     here, there = module_file(Path(sub), module), module_file(folder / sub, module)
     return f"{(folder / sub).as_posix()}/{module}:{reward.rpartition(':')[2]}" if here is None and there else reward
-
-
-def _read(path: Path) -> tuple[dict, dict]:
-    """The top-level mapping of a YAML or JSON file, and the place of each key. Tags build no objects."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        # JSON goes to its own reader: YAML reads an escaped surrogate pair as two characters.
-        pairs = _json_pairs(text) if path.suffix == ".json" else _yaml_pairs(text)
-    except OSError as error:
-        raise ValueError(f"config {path}: {error.strerror}") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        problem = ", ".join(filter(None, (error.context, error.problem)))
-        raise ValueError(f"{path}:{mark.line + 1}:{mark.column + 1}: {problem}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}:{error.colno}: {error.msg}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, control characters, 2026-13-45
-        raise ValueError(f"config {path}: {' '.join(str(error).split())}") from None
-    if pairs is None:
-        raise ValueError(f"config {path}: needs keys and values at its top level")
-    values, places = {}, {}
-    for key, value, line in pairs:
-        place = f"{path}: " if line is None else f"{path}:{line}: "
-        if not isinstance(key, str):
-            raise ValueError(f"{place}key {key!r} is not text")
-        if key in values:
-            raise ValueError(f"{place}key {key!r} is there twice")
-        values[key], places[key] = value, place
-    return values, places
-
-
-def _yaml_pairs(text: str) -> list[tuple] | None:
-    loader = yaml.SafeLoader(text)
-    node = loader.get_single_node()
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        return None
-    pairs = [(loader.construct_document(key), loader.construct_document(value)) for key, value in node.value]
-    return [(*pair, key.start_mark.line + 1) for pair, (key, _) in zip(pairs, node.value, strict=True)]
-
-
-def _json_pairs(text: str) -> list[tuple] | None:
-    objects = []  # in the order in which they end: the outermost is the last
-    loaded = json.loads(text, object_pairs_hook=lambda pairs: objects.append(pairs) or dict(pairs))
-    return [(key, value, None) for key, value in objects[-1]] if isinstance(loaded, dict) else None

@@ -6,6 +6,7 @@ every record, which the reward functions receive as lists under their names.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import warnings
@@ -17,6 +18,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_file import distinct
 from redit_fast.training.foreign import Foreign
 
 Prompt = str | list[dict[str, str]]
@@ -123,12 +125,12 @@ def read(path: str | Path) -> list[tuple[int, dict]]:
 
 def _record(place: str, line: bytes) -> dict:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=distinct)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}:{error.start + 1}: malformed line: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}:{error.colno}: malformed line: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of over 4300 digits, brackets 1000 deep
+    except (ValueError, RecursionError) as error:  # a key twice, a number of over 4300 digits, brackets 1000 deep
         raise ValueError(f"{place}: malformed line: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{place}: malformed line: needs a JSON object, got {type(record).__name__}")
@@ -165,7 +167,7 @@ def render(tokenizer: Tokenizer, record: dict, system_prompt: str | None = None)
     Raises:
         whatever a chat template may, jinja2.TemplateError where it refuses the messages.
     """
-    prompt = record["prompt"]
+    prompt = copy.deepcopy(record["prompt"])  # a tokenizer's own code may change the messages
     if isinstance(prompt, str):
         return tokenizer(prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}")["input_ids"]
     if system_prompt is not None and prompt[0]["role"] != "system":

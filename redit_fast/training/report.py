@@ -189,13 +189,13 @@ def curves(config: TrainConfig, metrics: Sequence[dict]) -> Figure:
         norm.axhline(config.max_grad_norm, label=f"clipped to {config.max_grad_norm:g}", **MARK)
 
     _panel(cosine, "Applied vs intended perturbation", "cosine")
-    if config.gamma:
+    if config.gr_gamma:
         _line(cosine, metrics, "gr/step_cos", BLUE)
         cosine.axhline(0.9, **MARK)
         cosine.text(0.98, 0.9015, "warning below 0.9", transform=cosine.get_yaxis_transform(), ha="right", color=GREY)
         cosine.set_ylim(top=1.005)
     else:
-        cosine.text(0.5, 0.5, "no perturbation: gamma is 0", transform=cosine.transAxes, ha="center", color=GREY)
+        cosine.text(0.5, 0.5, "no perturbation: gr_gamma is 0", transform=cosine.transAxes, ha="center", color=GREY)
 
     _panel(dead, "Dead groups (equal clean rewards)", "share of groups")
     _line(dead, metrics, "frac_reward_zero_std", BLUE)
@@ -302,7 +302,7 @@ def _page(
     body = [
         f"<h1>{_text(run.resolve().name)}</h1>",
         f'<p class="sub">{_text(what)}: {done} of {config.steps} steps of {config.prompts_per_step} prompts with '
-        f"{config.group_size} completions each, dither level {config.dither_level:g}, gamma {config.gamma:g}, "
+        f"{config.group_size} completions each, dither level {config.dither_level:g}, gr_gamma {config.gr_gamma:g}, "
         f"seed {config.seed}</p>",
         _table(closing_rows(summary)) if summary else '<p class="note">The run has no summary: it has not ended.</p>',
         f'<h2>Curves</h2><img alt="curves" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',

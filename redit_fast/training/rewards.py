@@ -3,19 +3,24 @@
 A reward function is `fn(prompts, completions, **columns) -> list[float | None]`, TRL's convention: prompts and
 completions are texts, or chat messages where the data has chat messages; every other column of the data comes as a list
 under its name; None or NaN leaves a sample unscored. Its optional attribute `reward_scale` is the full scale of its
-rewards (1.0 without), which the dither level is relative to. Reward functions run as they are: there is no sandbox.
+rewards (1.0 without), which the dither level is relative to. Reward functions run as they are: there is no sandbox, but
+each gets a deep copy of its own of everything, so that what it changes reaches no other and not the data.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib
 import inspect
 import math
 import re
+import site
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from numbers import Real
@@ -25,7 +30,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from redit_fast.training import data
+from redit_fast.training import answers, data
 from redit_fast.training.config import module_file
 from redit_fast.training.data import Prompt, text_of
 
@@ -110,9 +115,9 @@ def score_texts(functions: Sequence[RewardFunction], records: Sequence[dict], te
 
 def _rewards(function: RewardFunction, prompts, completions, columns) -> list[float]:
     def call(rows: slice) -> object:
-        # Copies, so that a function that changes its arguments cannot spoil the next one's.
+        # Value by value: the completions of a prompt share its objects, and a copy of the whole list keeps that.
         arguments = {"prompts": prompts, "completions": completions, **columns}
-        return function.fn(**{name: list(values[rows]) for name, values in arguments.items()})
+        return function.fn(**{name: [copy.deepcopy(v) for v in values[rows]] for name, values in arguments.items()})
 
     try:
         with _UserCode(f"reward function {function.name!r}"):
@@ -147,8 +152,13 @@ def _number(function: RewardFunction, sample: int, value: object) -> float:
     )
 
 
+_OURS = (str(Path(__file__).parent.parent), str(Path(importlib.__file__).parent), "<frozen ")
+_INSTALLED = (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages())
+
+
 class _UserCode:
-    """The one place that runs code that is not ours: whatever it raises, but a Ctrl-C, becomes one sentence."""
+    """The one place that runs code that is not ours: whatever it raises, but a Ctrl-C, becomes one sentence, with the
+    deepest line of the user's own files where there is one."""
 
     def __init__(self, where: str):
         self.where = where
@@ -158,7 +168,14 @@ class _UserCode:
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if error is not None and not isinstance(error, KeyboardInterrupt):
-            raise RewardError(f"{self.where} raised {type(error).__name__}: {error}") from error
+            raise RewardError(f"{self.where} raised {type(error).__name__}: {error}{_place(trace)}") from error
+
+
+def _place(trace) -> str:
+    """Of the user's own files, or of the installed package that the function is from: " (file:line: source)"."""
+    frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith(_OURS)]
+    own = [frame for frame in frames if not frame.filename.startswith(_INSTALLED)]
+    return "".join(f" ({frame.filename}:{frame.lineno}: {frame.line})" for frame in (own[-1:] or frames[:1]))
 
 
 def _user_function(name: str) -> Callable:
@@ -232,25 +249,6 @@ def reference_answer(answer: object) -> str:
     return text.split("####")[1].replace(",", "").replace("$", "").strip() if "####" in text else text.strip()
 
 
-# Optional sign (not the minus of "5-3"), dollars, thousands separators, decimals, fraction: -$1,234.50, 3/4, .5
-_NUMBER = re.compile(
-    r"(?:(?<![\w)])(?P<minus>[-\u2212]))?\$?(?P<value>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/(?P<below>\d+))?",
-    re.ASCII,
-)
-_LONGEST = 50  # digits; a model can write a number whose exact arithmetic takes minutes
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number in a text, exactly: -$1,234.50 is -2469/2, 3/4 is 3/4, "72." is 72. None where there is none."""
-    matches = list(_NUMBER.finditer(text))
-    if not matches or len(matches[-1][0]) > _LONGEST:
-        return None
-    minus, value, below = matches[-1].group("minus", "value", "below")
-    if below is not None and int(below) == 0:
-        return None
-    return Fraction(value.replace(",", "")) / int(below or 1) * (-1 if minus else 1)
-
-
 def exact_answer(prompts, completions, answer, **columns) -> list[float]:
     """1.0 where the extracted answer equals the column `answer`, character by character."""
     found = [extract_answer(text_of(completion)) for completion in completions]
@@ -258,14 +256,14 @@ def exact_answer(prompts, completions, answer, **columns) -> list[float]:
 
 
 def numeric_answer(prompts, completions, answer, **columns) -> list[float]:
-    """1.0 where the last number of the extracted answer equals that of the column `answer`, as exact fractions."""
-    rewards = []
-    for completion, right in zip(completions, answer, strict=True):
-        target = Fraction(str(right)) if isinstance(right, Real) else last_number(reference_answer(right))
-        if target is None:
-            raise ValueError(f"the column 'answer' holds no number: {right!r}")
-        rewards.append(float(last_number(extract_answer(text_of(completion))) == target))
-    return rewards
+    """1.0 where the last number of the extracted answer equals the column `answer`, as exact fractions.
+
+    Both are read whole or not at all: `redit_fast.training.answers`.
+    """
+    for right in answer:
+        numeric_answer.check_column(right)
+    found = [answers.last_number(extract_answer(text_of(completion))) for completion in completions]
+    return [float(answers.the_number(right).equals(number)) for number, right in zip(found, answer, strict=True)]
 
 
 _BLOCKS = re.compile(r"<(think|reasoning)>.*?</\1>\s*<answer>.*?</answer>", re.DOTALL)
@@ -314,6 +312,23 @@ def gsm8k_xmlcount(prompts, completions, **columns) -> list[float]:
         rewards.append(reward)
     return rewards
 
+
+def _check_text(answer: object) -> None:
+    if isinstance(answer, bool) or not isinstance(answer, str | Real) or not reference_answer(answer):
+        raise ValueError(f"the column 'answer' needs text or a number, got {answer!r:.80}")
+
+
+def _check_number(answer: object) -> None:
+    if answers.the_number(answer) is None:
+        raise ValueError(
+            "the column 'answer' needs one number, such as 72, -1,234.50, 3/4, 2 1/2, 50% or 1e5, also with a unit or "
+            f"behind ####, got {answer!r:.80}"
+        )
+
+
+# What a value of the column `answer` must be; looked at for the whole data before a run starts.
+exact_answer.check_column = gsm8k_correctness.check_column = _check_text
+numeric_answer.check_column = _check_number
 
 gsm8k_correctness.reward_scale = 2.0
 gsm8k_int.reward_scale = 0.5

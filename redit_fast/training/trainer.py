@@ -3,10 +3,10 @@
     rollout -> reward -> advantage -> pass 1 -> perturb -> pass 2 -> step -> log -> save
 
 What the GR paper compares with is here too, as settings (docs/epsilon.md): a KL term to a reference (`beta`), Reference
-Resets (`reference_reset_every`), SAM and the unsquared norm (`gr_normalized`), plain GRPO (`gamma: 0`).
+Resets (`reference_reset_every`), SAM and the unsquared norm (`gr_normalized`), plain GRPO (`gr_gamma: 0`).
 
 Departures from the two papers: (1) one optimizer step per batch of rollouts, so the importance ratio is 1 in both
-passes (`pass2_ratio` keeps pass 1's instead); (2) only the decoder layers are perturbed, as in the GR paper, but the
+passes (`gr_pass2_ratio` keeps pass 1's instead); (2) only the decoder layers are perturbed, as in the GR paper, but the
 gradient of everything else is combined too; (3) noise, sampling and rounding are counter-based, so a resumed run is the
 same run.
 """
@@ -42,6 +42,7 @@ from redit_fast.training import (
     trial,
 )
 from redit_fast.training.config import TrainConfig, default_of
+from redit_fast.training.known_names import under_new_names
 from redit_fast.training.rollout import Rollout, generate
 
 EVAL_BATCH = 256  # held-out prompts decoded together
@@ -90,6 +91,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     functions = rewards.resolve(config.rewards, data.columns_of(dataset.train[:1]))
     loss_config = rf.LossConfig(
         config.loss_type,
+        epsilon_low=config.clip_low,
+        epsilon_high=config.clip_high,
         temperature=config.temperature,
         cispo_bound="relative" if config.loss_type == "cispo" else "absolute",  # TRL's would scale a ratio of 1 to 0.2
         dro_beta=config.dro_beta,
@@ -104,8 +107,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         rf.parameter_groups(model, perturb="decoder_layers"),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        gamma=config.gamma,
-        epsilon=config.epsilon,
+        gamma=config.gr_gamma,
+        epsilon=config.gr_epsilon,
         normalized=config.gr_normalized,
         max_norm=config.max_grad_norm,
         seed=config.seed,
@@ -116,7 +119,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         [function.scale for function in functions],
         config.dither_schedule,
         total_steps=config.steps,
-        dead_groups=config.dead_groups,
+        dead_groups=config.dither_dead_groups,
         seed=config.seed,
     )
     reference = _reference(config, model, saved)
@@ -224,7 +227,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         perturbation = optimizer.perturb()
                     with perturbation:
                         if perturbation:
-                            old_logp = first.logp if config.pass2_ratio == "pass1" else None
+                            old_logp = first.logp if config.gr_pass2_ratio == "pass1" else None
                             batch.backward(model, old_logp, masks_of=first)
                 with runs.uninterrupted():
                     with clock("optimizer"):
@@ -301,7 +304,7 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, 
     A run of version 0.1 kept all checkpoints, and does so still unless it is told otherwise.
     """
     before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
-    before |= (stored := json.loads((run / "config.json").read_text("utf-8")))
+    before |= (stored := under_new_names(json.loads((run / "config.json").read_text("utf-8"))))
     for name, value in config:
         if name not in MAY_CHANGE and value != before[name]:
             raise ValueError(f"{name} was {before[name]!r} in {run} and cannot become {value!r} on --resume")
@@ -320,10 +323,10 @@ def _reference(config: TrainConfig, model: PreTrainedModel, saved: Path | None) 
     """The KL term's reference, a copy of the model before RL or of the policy at the last reset; None without one."""
     if not config.beta:
         return None
-    if config.gamma:
+    if config.gr_gamma:
         warnings.warn(
-            f"beta is {config.beta:g} and gamma {config.gamma:g}: a KL term and gradient regularisation are both on, "
-            "where the GR paper's runs have one of them; gamma 0 or beta 0 takes one away",
+            f"beta is {config.beta:g} and gr_gamma {config.gr_gamma:g}: a KL term and gradient regularisation are both "
+            "on, where the GR paper's runs have one of them; gr_gamma 0 or beta 0 takes one away",
             stacklevel=3,
         )
     reference = copy.deepcopy(model).requires_grad_(False)

@@ -1,0 +1,101 @@
+"""What is meant by the names of settings that are not, or no longer, names of ours: one table for flags and files."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Mapping
+
+RENAMED = {"gamma": "gr_gamma", "pass2_ratio": "gr_pass2_ratio", "dead_groups": "dither_dead_groups"}  # still taken
+IN_OLD_RUNS = {**RENAMED, "epsilon": "gr_epsilon"}  # in the config.json of a run of version 0.1
+
+# By the names of TRL, transformers, verl and OpenRLHF; {a field of ours} is spelled as a flag or as a key.
+_CLIP = "a clip range is {clip_low} and {clip_high}"
+_STEP = "a step is {prompts_per_step} with {group_size} completions each, of which {micro_batch_size} are in a pass"
+_DTYPE = "weights are float32 on the CPU and have the checkpoint's dtype on a GPU"
+_ADAPTERS = "there are no adapters yet, every weight is trained"
+_SAMPLING = "completions are sampled from the whole distribution at {temperature}"
+_ONE_PROCESS = "there is one process with one GPU yet"
+_VLLM = "completions are sampled by the model itself, without vLLM"
+_TRACKERS = "there are no trackers yet, a run writes metrics.jsonl and report.html"
+_FOLDER = "a run's folder is {name} inside {out_dir}"
+_CONSTANT = "the learning rate is constant"
+_MEANT = {
+    "epsilon": f"GR's step is {{gr_epsilon}}, {_CLIP}",
+    "lr actor_learning_rate": "{learning_rate}",
+    "num_generations n_samples_per_prompt rollout_n num_return_sequences n_samples": "{group_size}",
+    "kl_coef kl_loss_coef init_kl_coef kl_beta kl_weight": "{beta}",
+    "epsilon_low clip_ratio_low eps_clip_low cliprange_low": "{clip_low}",
+    "epsilon_high clip_ratio_high eps_clip_high cliprange_high": "{clip_high}",
+    "clip_ratio cliprange clip_range eps_clip clip_eps": _CLIP,
+    "lora use_lora use_peft peft lora_r lora_rank lora_alpha lora_dropout lora_target_modules": _ADAPTERS,
+    "qlora load_in_4bit load_in_8bit quantization": f"a quantised model cannot be trained and {_ADAPTERS}",
+    "save_steps save_freq save_interval save_every save_strategy": "{checkpoint_every}",
+    "max_steps num_steps total_steps train_steps num_train_steps total_training_steps": "{steps}",
+    "num_train_epochs num_epochs epochs total_epochs": f"a run has {{steps}}, and {_STEP}",
+    "per_device_train_batch_size train_batch_size batch_size generation_batch_size rollout_batch_size": _STEP,
+    "gradient_accumulation_steps micro_train_batch_size ppo_micro_batch_size ppo_mini_batch_size": _STEP,
+    "per_device_eval_batch_size steps_per_generation": _STEP,
+    "bf16 fp16 tf32 dtype torch_dtype": _DTYPE,
+    "max_length max_new_tokens max_tokens max_response_length generate_max_len": "{max_completion_length}",
+    "prompt_max_len max_prompt_len": "{max_prompt_length}",
+    "output_dir save_path ckpt_path run_name experiment_name logging_dir": _FOLDER,
+    "overwrite_output_dir": f"a run is never overwritten, and {_FOLDER}",
+    "resume_from_checkpoint": "--resume with {name} goes on with a run from its newest checkpoint",
+    "logging_steps logging_strategy log_every log_freq": "every step is logged",
+    "eval_steps eval_strategy test_freq": "{eval_every}",
+    "eval_dataset eval_data val_files do_eval": "{eval_problems} problems of {data} are held out",
+    "model_name_or_path model_name model_path pretrain": "{model}",
+    "dataset dataset_name train_file train_files prompt_data data_path": "{data}",
+    "dataset_config dataset_train_split": "{data} is a JSONL file",
+    "reward_funcs reward_functions reward_function reward_fn reward": "{rewards}",
+    "reward_model reward_model_path reward_model_name": "{rewards} are functions, one of which may call a model",
+    "scale_rewards norm_adv_by_std_in_grpo": "{advantage_scale}",
+    "loss algorithm adv_estimator": "{loss_type}",
+    "importance_sampling_level": "{loss_type} gspo has the sequence's ratio",
+    "num_iterations ppo_epochs max_epochs": "a batch of completions takes one optimizer step",
+    "mask_truncated_completions": "completions that are cut off are scored like the others",
+    "warmup_steps warmup_ratio lr_warmup_steps lr_scheduler_type lr_scheduler": _CONSTANT,
+    "clip_grad grad_clip gradient_clipping": "{max_grad_norm}",
+    "optim optimizer adam_beta1 adam_beta2 adam_epsilon": "the optimizer is AdamW with gradient regularisation",
+    "gradient_checkpointing": "there is no gradient checkpointing, {micro_batch_size} bounds the memory of a pass",
+    "use_liger_kernel use_liger_loss": "the loss never holds the logits, whatever is set",
+    "sync_ref_model ref_model_sync_steps ref_model_mixup_alpha": "{reference_reset_every}",
+    "dither noise reward_noise dither_std": "{dither_level}",
+    "rho sam_rho": "SAM's radius is {gr_gamma} and {gr_epsilon} with {gr_normalized}",
+    "top_p top_k min_p repetition_penalty": _SAMPLING,
+    "deepspeed fsdp num_processes nproc_per_node tensor_parallel_size n_gpus_per_node": _ONE_PROCESS,
+    "use_vllm": _VLLM,
+    "report_to wandb use_wandb wandb_project tensorboard logger": _TRACKERS,
+    "push_to_hub hub_model_id": "checkpoints stay in the run's folder, where from_pretrained loads them",
+    "trust_remote_code": "Python code that a model brings is not run",
+    "device no_cuda use_cpu": "a GPU is used where there is one",
+    "data_seed": "{seed}",
+    "dry_run": "there is no dry run yet",
+}  # fmt: skip
+MEANT = {name: meant for names, meant in _MEANT.items() for name in names.split()}
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def hint(name: str, valid: Collection[str], spell: Callable[[str], str]) -> str:
+    """What an unknown name is likely to mean: the end of a sentence that says it is unknown.
+
+    Args:
+        name: of a flag, without its two dashes, or of a key.
+        valid: the names that would do.
+        spell: how such a name is written: `flag`, or what quotes a key.
+    """
+    name = name.replace("-", "_")
+    meant = _VLLM if name.startswith("vllm_") else MEANT.get(name.lower())
+    if meant is None or not set(re.findall(r"\{(\w+)\}", meant)) <= set(valid):  # of another command
+        return f", the closest valid one is {spell(difflib.get_close_matches(name, valid, n=1, cutoff=0)[0])}"
+    said = re.sub(r"\{(\w+)\}", lambda field: spell(field[1]), meant)
+    return f", it is {said} here" if re.fullmatch(r"\{\w+\}", meant) else f": {said}"
+
+
+def under_new_names(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings in a run's config.json, of version 0.1 too."""
+    return {IN_OLD_RUNS.get(name, name): value for name, value in settings.items()}

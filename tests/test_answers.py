@@ -1,0 +1,228 @@
+"""Which texts are one number, which number a completion ends with, and that neither is read in part."""
+
+import json
+import math
+import time
+from fractions import Fraction as F
+
+import pytest
+
+from redit_fast.training.answers import last_number, the_number
+from redit_fast.training.data import read
+from redit_fast.training.rewards import numeric_answer
+from tests.test_floors import ROOT
+
+LONG = "123456789012345678901234567890123456789012345678901234567890"  # 60 digits
+
+# One number, alone or with a unit: as an answer and as a completion.
+NUMBERS = [
+    ("72", 72),
+    ("-72", -72),
+    ("+72", 72),
+    ("\u221272", -72),
+    ("007", 7),
+    ("72.", 72),
+    (" 72\n", 72),
+    ("1,234", 1234),
+    ("1,234,567", 1234567),
+    ("1,234.50", F(2469, 2)),
+    ("$1,234.50", F(2469, 2)),
+    ("-$3.20", F(-16, 5)),
+    ("$-3.20", F(-16, 5)),
+    (r"\$5", 5),
+    ("5 €", 5),
+    ("£5", 5),
+    (".5", F(1, 2)),
+    ("7.50", F(15, 2)),
+    ("1.000", 1),
+    ("3/4", F(3, 4)),
+    ("-1/2", F(-1, 2)),
+    ("1,000/3", F(1000, 3)),
+    ("7/2", F(7, 2)),
+    ("2 1/2", F(5, 2)),
+    ("-2 1/2", F(-5, 2)),
+    (r"\frac{3}{2}", F(3, 2)),
+    (r"\dfrac{3}{2}", F(3, 2)),
+    (r"-\frac{1}{2}", F(-1, 2)),
+    (r"\frac{-1}{2}", F(-1, 2)),
+    (r"$\frac12$", F(1, 2)),
+    (r"\frac 1 2", F(1, 2)),
+    (r"2\frac{1}{2}", F(5, 2)),
+    (r"2 \frac12", F(5, 2)),
+    (r"\boxed{\frac{1}{2}}", F(1, 2)),
+    (r"\boxed{72}", 72),
+    (r"\(72\)", 72),
+    (r"\[ 72 \]", 72),
+    ("$72$", 72),
+    ("**72**", 72),
+    ("(72)", 72),
+    ("`72`", 72),
+    ('"72"', 72),
+    ("1e5", 100000),
+    ("1.5E-3", F(3, 2000)),
+    ("2e+3", 2000),
+    ("1e999", 10**999),
+    (r"10,\!000", 10000),
+    ("10{,}000", 10000),
+    (LONG, int(LONG)),
+    ("0." + LONG, F(int(LONG), 10**60)),
+    ("72 apples", 72),
+    ("5 km", 5),
+    ("5km", 5),
+    ("60 km/h", 60),
+    ("9.8 m/s^2", F(49, 5)),
+    ("72 cm^2", 72),
+    ("72 cm²", 72),
+    ("72 m2", 72),
+    (r"72 \text{ cm}^2", 72),
+    (r"72\ \mathrm{kg}", 72),
+    (r"90^\circ", 90),
+    ("45° C", 45),
+    ("3 square feet", 3),
+    ("6 o'clock", 6),
+    ("72元", 72),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), NUMBERS)
+def test_what_is_one_number_is_read_the_same_as_an_answer_and_as_a_completion(text, value):
+    assert the_number(text) == last_number(text) == last_number(f"So it is\n{text}") == (value, False)
+    assert the_number(f"3 + 4 = 7, so\n#### {text}") == (value, False)
+
+
+# No number, and never one in part: neither as an answer nor at the end of a completion.
+PARTS = [
+    "3^7", "7^3", "x7", "1,23,4", "1.000.000", "1,5", "1,0000", "0,123", "3/0", "2 1/0", "--5", "+-5", "-$-5", "5-3",
+    "5 -3", "5 - 3", "10^5", "1.5 x 10^5", "1.5 × 10^5", r"1.5 \times 10^{5}", "3 * 5", "3*5", "3 x 5", "3 + 5",
+    "3 / 5", "5!", "2**3", "1 000", "1\u00a0000", "1\u202f000", "½", "2½", "5²", "5 ²", "٣", "5٣", "７", "inf", "NaN",
+    "-Infinity", "none at all", "", "2 5/2", "1/2/3", "3/4/2024", "12:30", "3:4", "1.2.3", "(3,4)", "0.333...",
+    "1e1000", "1e", "0x10", "1_000", "1'000", "5 million", "5million", "3 dozen", "5k", "3 halves", "2 and a half",
+    "1st", "4th", "5x", "5 x", "5x/y", "5 x^2", "5 pi", r"5\pi", r"5 \pi", r"2\sqrt{3}", r"2 \sqrt{3}", r"\sqrt{5}",
+    r"\pm 5", "± 5", "±5", "x <= 5", "x > 5", r"\frac{x}{2}", r"\frac{1}{2}3", r"\frac{1}{2}^2", r"\frac{1}{2 + 3}",
+    r"\frac{1}{0}", r"3\frac{7}{2}", r"4^\frac12", r"3^\boxed{2}", r"\frac{\frac12}{3}", "5–6", "5—6", "- 5", "H2O",
+    "GPT-4", "72万", "5<sup>3</sup>", "9" * 5000, "1/" + "9" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PARTS, ids=lambda text: text[:20])
+def test_what_is_no_number_is_not_read_in_part(text):
+    assert the_number(text) is None and last_number(text) is None
+    assert last_number(f"After 8 steps it is {text}") is None or not any(map(str.isnumeric, text))
+    assert last_number(rf"\boxed{{{text}}}") is None and last_number(f"**{text}**") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("so 3 + 4 = 7", 7),
+        ("3+4=7.", 7),
+        ("x=7", 7),
+        ("x = -7", -7),
+        ("The answer is 72, as shown.", 72),
+        ("The answer is 72 - as shown.", 72),
+        ("The answer: 72", 72),
+        ("Answer:72", 72),
+        ("first 3, then 18 dollars", 18),
+        ("10, 20", 20),
+        ("3/4 of it", F(3, 4)),
+        ("He eats 5 a day", 5),
+        ("She has 2 1/2 cups left.", F(5, 2)),
+        ("He has <<3+4=7>>7 pears.", 7),
+        ("#### 72", 72),
+        ("1. add 3\n2. so 7 in all\n\nThat is all.", 7),
+        (r"Hence $x = \frac{3}{2}$.", F(3, 2)),
+        (r"the area is \boxed{72} \text{ cm}^2", 72),
+        ("答案是72。", 72),
+        ("5 -> 7", 7),
+    ],
+)
+def test_the_last_number_of_a_completion(text, value):
+    assert last_number(text) == (value, False)
+    assert the_number(text) is None or text.startswith(("3/4 of", "####", "答案"))
+
+
+@pytest.mark.parametrize(
+    "answer", [True, None, [7], {"n": 7}, math.nan, math.inf, "7 or 8", "7 or eight", "5 and up", "#### 7 #### 8",
+               "####", "x = 7", "about 7", "so 3 + 4 = 7", "7\n8", "#### 1,5"]
+)  # fmt: skip
+def test_what_else_is_no_answer(answer):
+    assert the_number(answer) is None
+
+
+def test_numbers_of_json_are_exact():
+    for text, value in (("7", 7), ("0.1", F(1, 10)), ("1e-7", F(1, 10**7)), ("1e22", 10**22), (LONG, int(LONG))):
+        assert the_number(json.loads(text)) == (value, False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "reward"),
+    [
+        (r"\frac{1}{2}", r"\frac{3}{2}", 0.0),
+        (r"\frac{1}{2}", "0.5", 1.0),
+        ("3/2", r"\frac{3}{2}", 1.0),
+        ("2", r"\frac{3}{2}", 0.0),
+        ("1e5", "100000", 1.0),
+        ("100000", "1e5", 1.0),
+        ("2 1/2", "5/2", 1.0),
+        ("5/2", "2 1/2", 1.0),
+        ("1/2", "2 1/2", 0.0),
+        ("3", "7^3", 0.0),
+        ("7", "x7", 0.0),
+        ("4", "1,23,4", 0.0),
+        ("0", "1.000.000", 0.0),
+        ("5", "1,5", 0.0),
+        ("5", "5 million", 0.0),
+        ("50%", "50%", 1.0),
+        ("50%", "50 percent", 1.0),
+        ("50%", "1/2", 1.0),
+        ("50", "50%", 1.0),
+        ("0.5", "50%", 1.0),
+        ("50%", "5000%", 0.0),
+        ("50", "0.5", 0.0),
+        ("1%", "100", 0.0),
+        ("72 apples", "72 pears", 1.0),
+        ("$1,234.50", "1234.5 dollars", 1.0),
+        ("#### 1,234", "1234", 1.0),
+        (LONG, LONG, 1.0),
+        (LONG, LONG[:-1] + "1", 0.0),
+        (7, "7.0", 1.0),
+        (7.5, "15/2", 1.0),
+        ("-5", "\u22125", 1.0),
+        ("5", "-5", 0.0),
+    ],
+)
+def test_rewards(answer, completion, reward):
+    for text in (completion, f"<think>9</think> <answer>{completion}</answer>"):
+        assert numeric_answer(["q"], [text], [answer]) == [reward]
+
+
+def test_no_completion_takes_long():
+    start = time.process_time()
+    for part in (
+        "(",
+        ")",
+        "$",
+        "1",
+        "1,",
+        "1 ",
+        "a1 ",
+        "1/",
+        "\\frac{1}",
+        "\\boxed{",
+        "<<",
+        "**",
+        ".",
+        "1e9",
+        "-",
+        "° ",
+        "m2",
+        "5 -",
+    ):
+        for text in (part * 10000, "5" + part * 10000 + "x", part * 10000 + "5"):
+            last_number(text), the_number(text)
+    assert time.process_time() - start < 5
+
+
+def test_the_example_data_has_answers_that_are_numbers():
+    for _, record in read(ROOT / "examples" / "word_problems.jsonl"):
+        assert the_number(record["answer"]).value == F(record["answer"])
