@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,9 +46,6 @@ def check(
         rewards.score_texts(trial, [dataset.train[0]] * GROUP, texts[:GROUP])
     model.train(training)
     random.setstate(state)
-    with Foreign(f"{name} cannot be saved"), tempfile.TemporaryDirectory() as folder:
-        for part in (model.generation_config, model.config, tokenizer):
-            part.save_pretrained(folder)
 
 
 def _check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction], config: TrainConfig) -> None:
