@@ -31,8 +31,7 @@ class Layout:
             if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or cu_seqlens.device != device:
                 raise ValueError(f"cu_seqlens must have shape (S + 1,) on {device}, got {described(cu_seqlens)}")
             self.lengths, self.count = cu_seqlens.diff().long(), len(cu_seqlens) - 1
-            readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-            if readable and (cu_seqlens[0] != 0 or cu_seqlens[-1] != shape[0] or (self.lengths < 0).any()):
+            if _readable(cu_seqlens) and (cu_seqlens[0] != 0 or cu_seqlens[-1] != shape[0] or (self.lengths < 0).any()):
                 raise ValueError(
                     f"cu_seqlens must rise from 0 to the {shape[0]} rows, got {cu_seqlens.tolist()[:8]}..."
                 )
@@ -180,9 +179,13 @@ class Rows(NamedTuple):
         return self.layout.spread(self.sequence_means(values, self.mask if kept is None else kept))
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Whether to ask for values: the host would wait for a GPU, and a graph cannot ask."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_normalizer(normalizer: float | Tensor | None, scored: Tensor) -> None:
-    """A number or 0-d tensor, above 0 where any token is scored. Only the CPU is asked for values: a GPU would wait, a
-    graph cannot."""
+    """A number or 0-d tensor, above 0 where any token is scored."""
     if normalizer is None:
         return
     if isinstance(normalizer, Tensor):
@@ -193,7 +196,6 @@ def _check_normalizer(normalizer: float | Tensor | None, scored: Tensor) -> None
             raise ValueError(f"normalizer must be on {scored.device} or the CPU, got {described(normalizer)}")
     elif isinstance(normalizer, bool) or not isinstance(normalizer, Real):
         raise TypeError(f"normalizer must be a number or a 0-d tensor, got {described(normalizer)}")
-    readable = scored.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not 0 < normalizer <= sys.float_info.max and scored.any():
+    if _readable(scored) and not 0 < normalizer <= sys.float_info.max and scored.any():
         value = normalizer.item() if isinstance(normalizer, Tensor) else normalizer
         raise ValueError(f"normalizer must be finite and above 0 where tokens are scored, got {value}")
