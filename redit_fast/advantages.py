@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -10,12 +9,24 @@ import torch
 from torch import Tensor
 
 from redit_fast.backends import primitive
-from redit_fast.dither import MAX_REWARDS, Dither, check_choice, check_step, per_reward
+from redit_fast.dither import (
+    MAX_REWARDS,
+    Dither,
+    check_choice,
+    check_step,
+    check_tensor,
+    described,
+    per_reward,
+    real_number,
+    whole_number,
+)
 from redit_fast.operators import operator
 
 Baseline = Literal["mean", "leave_one_out"]
 Scale = Literal["group", "batch", "none"]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
+
+_NO_NOISE = Dither(level=0.0)
 
 
 class Advantages(NamedTuple):
@@ -75,8 +86,11 @@ def group_advantages(
     Raises:
         ValueError, TypeError: an argument that does not fit, naming it, before anything is computed.
     """
-    _check(rewards, group_size, group_ids, sample_ids, baseline, scale, combine, eps, ddof)
-    check_step(step)
+    _check(rewards, group_ids, sample_ids, dither, baseline, scale, combine)
+    group_size = _checked_group_size(group_size, group_ids, len(rewards))
+    eps, ddof, step = real_number("eps", eps, least=0), whole_number("ddof", ddof), check_step(step)
+    if ddof > 1:
+        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
     device, count = rewards.device, len(rewards)
     values = rewards.detach().to(torch.float64)
     values = (values if values.ndim == 2 else values[:, None]).contiguous()
@@ -95,7 +109,7 @@ def group_advantages(
           for name in Advantages._fields)
     )  # fmt: skip
     if count:
-        settings = dither or Dither(level=0.0)
+        settings = dither or _NO_NOISE
         group_advantages_(
             *out,
             values,
@@ -111,7 +125,7 @@ def group_advantages(
             baseline,
             scale,
             combine,
-            float(eps),
+            eps,
             ddof,
         )
     return out
@@ -168,33 +182,36 @@ def group_advantages_(
     )
 
 
-def _check(rewards, group_size, group_ids, sample_ids, baseline, scale, combine, eps, ddof) -> None:
-    if not isinstance(rewards, Tensor) or rewards.is_complex():
-        raise TypeError(f"rewards must be a real tensor, got {getattr(rewards, 'dtype', type(rewards).__name__)}")
+def _check(rewards, group_ids, sample_ids, dither, baseline, scale, combine) -> None:
+    check_tensor("rewards", rewards, "real")
     if rewards.ndim not in (1, 2) or (rewards.ndim == 2 and not 1 <= rewards.shape[1] <= MAX_REWARDS):
         raise ValueError(f"rewards must have shape (N,) or (N, K) with K at least 1, got {tuple(rewards.shape)}")
-    if (group_size is None) == (group_ids is None):
-        raise ValueError("give exactly one of group_size and group_ids")
-    if group_size is not None and (group_size < 1 or len(rewards) % group_size):
-        raise ValueError(f"group_size must divide the number of rewards: got {group_size} for {len(rewards)}")
     for name, ids in (("group_ids", group_ids), ("sample_ids", sample_ids)):
         if ids is None:
             continue
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+            raise TypeError(f"{name} must be an int64 tensor, got {described(ids)}")
         if ids.shape != rewards.shape[:1] or ids.device != rewards.device:
-            raise ValueError(
-                f"{name} must have shape ({len(rewards)},) on {rewards.device}, got {tuple(ids.shape)} on {ids.device}"
-            )
+            raise ValueError(f"{name} must have shape ({len(rewards)},) on {rewards.device}, got {described(ids)}")
+    if dither is not None and not isinstance(dither, Dither):
+        raise TypeError(f"dither must be a Dither, got {described(dither)}")
     check_choice("baseline", baseline, get_args(Baseline))
     check_choice("scale", scale, get_args(Scale))
     check_choice("combine", combine, get_args(Combine))
     if combine == "normalize_then_sum" and (baseline, scale) != ("mean", "group"):
         raise ValueError("combine='normalize_then_sum' needs the default baseline='mean' and scale='group'")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be finite and at least 0, got {eps}")
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
+
+
+def _checked_group_size(group_size: object, group_ids: Tensor | None, count: int) -> int | None:
+    if (group_size is None) == (group_ids is None):
+        got = f"{described(group_size)} and {described(group_ids)}"
+        raise ValueError(f"exactly one of group_size and group_ids must be given, got {got}")
+    if group_size is None:
+        return None
+    group_size = whole_number("group_size", group_size, 1)
+    if count % group_size:
+        raise ValueError(f"group_size must divide the number of rewards, {count}, got {group_size}")
+    return group_size
 
 
 def _dense_groups(group_ids: Tensor) -> Tensor:

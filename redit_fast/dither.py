@@ -10,13 +10,15 @@ both.
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 STREAM_ROUNDING = 0x10000  # stochastic rounding of perturbed parameters
 STREAM_SAMPLING = 0x10001  # token sampling: id = sample + (position << 32)
@@ -38,6 +40,8 @@ Schedule = Literal[
 ]
 
 _MASK32 = 0xFFFFFFFF
+_LARGEST = sys.float_info.max
+_A = {"real": "a real", "floating-point": "a floating-point", "integer": "an integer"}
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,19 @@ class Dither:
             check_choice("schedule", self.schedule, get_args(Schedule))
             if self.schedule.endswith("_reverse") and self.total_steps is None:
                 raise ValueError(f"schedule={self.schedule!r} counts back from the end and needs total_steps")
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
-        if not (math.isfinite(self.level) and self.level >= 0):
-            raise ValueError(f"level must be finite and at least 0, got {self.level}")
-        check_seed(self.seed)
+        if self.total_steps is not None:
+            object.__setattr__(self, "total_steps", whole_number("total_steps", self.total_steps, 1))
+        object.__setattr__(self, "level", real_number("level", self.level, least=0))
+        object.__setattr__(self, "seed", check_seed(self.seed))
         per_reward("reward_scale", self.reward_scale)
 
     def level_at(self, step: int) -> float:
-        """level(t) of spec section 1, in float64 on the host."""
+        """level(t) of spec section 1, in float64 on the host; `step` in [0, 2**32)."""
+        step = check_step(step)
         if self.level == 0:
             return 0.0
         if callable(self.schedule):
-            level = float(self.schedule(step))
-            if not (math.isfinite(level) and level >= 0):
-                raise ValueError(f"schedule returned {level} at step {step}; it must be finite and at least 0")
-            return level
+            return real_number(f"what schedule returns at step {step}", self.schedule(step), least=0)
         name, t = self.schedule, step
         if name.endswith("_reverse"):
             name, t = name.removesuffix("_reverse"), max(0, self.total_steps - step)
@@ -111,36 +112,122 @@ def _half_cosine(level: float, progress: float) -> float:
     return 1e-3 + (level - 1e-3) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def per_reward(name: str, value: float | Sequence[float] | Tensor, count: int | None = None) -> Tensor:
-    """`value` (a number, sequence or tensor of finite entries) as (count,) float64 on the CPU; ValueError otherwise."""
-    numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-    readable = not torch.compiler.is_compiling()  # a graph cannot ask
-    if numbers.ndim > 1 or (readable and not torch.isfinite(numbers).all()):
-        raise ValueError(f"{name} must be a finite number or one finite number per reward, got {value}")
-    if count is None:
-        return numbers
-    if numbers.ndim == 1 and len(numbers) != count:
-        raise ValueError(f"{name} has {len(numbers)} entries; rewards have {count} columns")
-    return numbers.expand(count).contiguous()
+# The door's questions: one sentence that names the argument, or the argument as the ops take it.
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def described(value: object) -> str:
+    """A value that does not fit in a few words: what a message says that it got."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} with shape {tuple(value.shape)} on {value.device}"
+    if value is None or isinstance(value, int | float | complex | str | torch.dtype):
+        text = repr(value)
+        return text if len(text) < 80 else f"{text[:80]}..."
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def whole_number(name: str, value: object, least: int = 0, bits: int = 63) -> int:
+    """An int, Python's or numpy's, in [least, 2**bits), as Python's."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an int, got {described(value)}")
+        value = int(value)
+    if not least <= value < 1 << bits:
+        wanted = f"at least {least}" if value < least and bits == 63 else f"in [{least}, 2**{bits})"
+        raise ValueError(f"{name} must be {wanted}, got {described(value)}")
+    return value
+
+
+def real_number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    finite: bool = True,
+) -> float:
+    """A number, Python's or numpy's, in its range, as Python's float. NaN is in none."""
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {described(value)}")
+        value = float(value)
+    size = abs(value)
+    if (
+        not (size <= _LARGEST or (size == math.inf and not finite))
+        or (least is not None and value < least)
+        or (above is not None and value <= above)
+        or (most is not None and value > most)
+    ):
+        bounds = (("finite", finite or None), ("at least {}", least), ("above {}", above), ("at most {}", most))
+        wanted = " and ".join(text.format(bound) for text, bound in bounds if bound is not None)
+        raise ValueError(f"{name} must be {wanted}, got {described(value)}")
+    return float(value)
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {described(value)}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    if value is not None and not isinstance(value, str):  # an array would be compared element by element
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}; got {described(value)}")
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+def check_tensor(name: str, value: object, kind: Literal["real", "floating-point", "integer"]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {_A[kind]} tensor, got {described(value)}")
+    dtype = value.dtype
+    if kind == "floating-point":
+        fits = dtype.is_floating_point
+    else:
+        fits = not dtype.is_complex and (kind == "real" or not (dtype.is_floating_point or dtype == torch.bool))
+    if not fits:
+        raise TypeError(f"{name} must be {_A[kind]} tensor, got {described(value)}")
+    if value.device.type == "meta":
+        raise TypeError(f"{name} must be on a device that holds its values, got {described(value)}")
 
 
-def check_step(step: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step must be an int, got {type(step).__name__}")
-    if not 0 <= step < 2**32:
-        raise ValueError(f"step must be in [0, 2**32), got {step}")
+def check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {described(value)}")
+
+
+def check_seed(seed: object) -> int:
+    return whole_number("seed", seed, bits=64)
+
+
+def check_step(step: object) -> int:
+    return whole_number("step", step, bits=32)
+
+
+def per_reward(name: str, value: float | Sequence[float] | Tensor, count: int | None = None) -> Tensor:
+    """`value` (a number, sequence, array or tensor of finite entries) as (count,) float64 on the CPU."""
+    wanted = f"{name} must be a finite number or one finite number per reward, got"
+    if isinstance(value, Tensor):
+        if value.dtype.is_complex or value.dtype == torch.bool or value.device.type == "meta":
+            raise TypeError(f"{wanted} {described(value)}")
+        numbers = value.detach().to("cpu", torch.float64)
+        readable = not torch.compiler.is_compiling()  # a graph cannot ask
+        if numbers.ndim > 1 or (readable and not torch.isfinite(numbers).all()):
+            raise ValueError(f"{wanted} {described(value) if numbers.ndim > 1 else numbers.tolist()}")
+    else:
+        plain = value.tolist() if hasattr(value, "tolist") else value  # of numpy
+        many = isinstance(plain, Sequence) and not isinstance(plain, str | bytes)
+        for each in plain if many else (plain,):
+            if isinstance(each, bool) or not isinstance(each, Real):
+                raise TypeError(f"{wanted} {described(each)}{' among them' if many else ''}")
+            if not abs(each) <= _LARGEST:
+                raise ValueError(f"{wanted} {described(each)}{' among them' if many else ''}")
+        numbers = torch.tensor([float(each) for each in plain] if many else float(plain), dtype=torch.float64)
+    if count is None:
+        return numbers
+    if numbers.ndim == 1 and len(numbers) != count:
+        raise ValueError(f"{name} must have one entry for each of the {count} rewards, got {len(numbers)} entries")
+    return numbers.expand(count).contiguous()
 
 
 def philox4x32(seed: int, ids: Tensor, stream: int, step: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

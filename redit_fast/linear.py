@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from redit_fast.dither import check_choice
+from redit_fast.dither import check_choice, check_flag, check_tensor, described, whole_number
 from redit_fast.head import (
     TILE_V,
     e_dtype,
@@ -43,8 +43,6 @@ ROW_BYTES = 64  # of float32 numbers beside each row
 
 def _refuse_parts(name: str, tensor: Tensor) -> None:
     """By name what is only partly here: further in it would be a wrong shape, or freed memory."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):
         raise TypeError(
             f"{name} is a DTensor with placements {tensor.placements}: pass {name}.full_tensor(), whose gradient "
@@ -59,13 +57,10 @@ def _refuse_parts(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_head(hidden, weight, bias, targets, mask, chunk_rows, validate) -> Tensor:
+def _check_head(hidden, weight, bias, targets, mask, validate) -> Tensor:
     """Checks the head's arguments; the targets flat, -100 where masked."""
-    _refuse_parts("weight", weight)
-    if bias is not None:
-        _refuse_parts("bias", bias)
-    flat = check_targets("hidden", hidden, targets, mask, len(weight) if weight.ndim else 0, validate)
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+    flat = check_targets("hidden", hidden, targets, mask, len(weight), validate)
+    if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}) like hidden, got {tuple(weight.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
@@ -73,13 +68,26 @@ def _check_head(hidden, weight, bias, targets, mask, chunk_rows, validate) -> Te
         if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
             raise TypeError(
                 f"{name} must be {hidden.dtype} on {hidden.device} like hidden (or use autocast), "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"got {described(tensor)}"
             )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     return flat
+
+
+def _check_chunk_rows(chunk_rows: object) -> int | None:
+    return None if chunk_rows is None else whole_number("chunk_rows", chunk_rows, 1)
+
+
+def _check_parts(hidden: object, weight: object, bias: object) -> None:
+    check_tensor("hidden", hidden, "floating-point")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        check_tensor(name, tensor, "floating-point")
+        _refuse_parts(name, tensor)
+    if weight.ndim != 2 or len(weight) < 1:
+        raise ValueError(f"weight must have shape (V, D) with V at least 1, got {tuple(weight.shape)}")
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -124,8 +132,10 @@ def linear_logp(
     """
     transform = LogitTransform(temperature, logit_scale, softcap).check()
     check_choice("entropy", entropy, get_args(EntropyMode))
+    chunk_rows = _check_chunk_rows(chunk_rows)
+    _check_parts(hidden, weight, bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    flat = _check_head(hidden, weight, bias, targets, mask, chunk_rows, validate)
+    flat = _check_head(hidden, weight, bias, targets, mask, validate)
     logp, entropies = _LinearLogp.apply(hidden, weight, bias, flat, transform, entropy, chunk_rows)
     logp = logp.view(targets.shape)
     return logp if entropy == "none" else LogpEntropy(logp, entropies.view(targets.shape))
@@ -193,8 +203,10 @@ def linear_grpo_loss(
     Raises:
         ValueError, TypeError: an argument that does not fit, naming it.
     """
+    chunk_rows = _check_chunk_rows(chunk_rows)
+    _check_parts(hidden, weight, bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    flat = _check_head(hidden, weight, bias, targets, mask, chunk_rows, validate=False)
+    flat = _check_head(hidden, weight, bias, targets, mask, validate=False)
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
                       step, seed, masks_of)  # fmt: skip
@@ -289,13 +301,16 @@ def linear_grpo_loss_and_grad_(
     Raises:
         ValueError, TypeError: an argument that does not fit, naming it.
     """
-    flat = _check_head(hidden, weight, bias, targets, mask, chunk_rows, validate=False)
+    chunk_rows = _check_chunk_rows(chunk_rows)
+    _check_parts(hidden, weight, bias)
+    flat = _check_head(hidden, weight, bias, targets, mask, validate=False)
     for name, grad, of in (("weight_grad", weight_grad, weight), ("bias_grad", bias_grad, bias)):
         if grad is None:
             continue
+        check_tensor(name, grad, "floating-point")
         if of is None or grad.dtype != torch.float32 or grad.shape != of.shape or grad.device != of.device:
             shape = "no bias" if of is None else f"float32 {tuple(of.shape)} on {of.device}"
-            raise ValueError(f"{name} must match {shape}, got {grad.dtype} {tuple(grad.shape)} on {grad.device}")
+            raise ValueError(f"{name} must match {shape}, got {described(grad)}")
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
                       step, seed, masks_of)  # fmt: skip
@@ -333,11 +348,11 @@ def estimate_memory(R: int, D: int, V: int, dtype: torch.dtype, trainable: bool,
     Raises:
         ValueError, TypeError: an argument that does not fit, naming it.
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    for name, value in (("R", R), ("D", D), ("V", V), ("chunk_rows", 1 if chunk_rows is None else chunk_rows)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    R, D, V = (whole_number(name, value, 1) for name, value in (("R", R), ("D", D), ("V", V)))
+    chunk_rows = _check_chunk_rows(chunk_rows)
+    check_flag("trainable", trainable)
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {described(dtype)}")
     rows, width, e_width = min(padded(R), rows_per_chunk(V, dtype, chunk_rows)), dtype.itemsize, e_dtype(dtype).itemsize
     one_chunk = rows == padded(R)
     product, gradient = width * rows * D, 12 * rows * D  # copies of the chunk's hidden rows

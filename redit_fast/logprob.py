@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from redit_fast.backends import primitive
-from redit_fast.dither import check_choice
+from redit_fast.dither import check_choice, check_flag, check_tensor, described
 from redit_fast.loss_config import LossConfig
 from redit_fast.loss_rows import Rows
 from redit_fast.losses import LossOutput, fused_metrics, rows_loss
@@ -56,29 +56,36 @@ def token_logp(
     transform = LogitTransform(temperature, logit_scale, softcap).check()
     check_choice("entropy", entropy, get_args(EntropyMode))
     refuse_in_place("inplace_backward", inplace_backward)
-    flat = check_targets("logits", logits, targets, mask, logits.shape[-1] if logits.ndim else 0, validate)
+    flat = check_targets("logits", logits, targets, mask, None, validate)
     logp, entropies = _TokenLogp.apply(logits.reshape(-1, logits.shape[-1]), flat, transform, entropy, inplace_backward)
     logp = logp.view(targets.shape)
     return logp if entropy == "none" else LogpEntropy(logp, entropies.view(targets.shape))
 
 
 def check_targets(
-    name: str, source: Tensor, targets: Tensor, mask: Tensor | None, vocabulary: int, validate: bool
+    name: str, source: Tensor, targets: Tensor, mask: Tensor | None, vocabulary: int | None, validate: bool
 ) -> Tensor:
-    """Checks `source` (..., V) or (..., D) against targets and mask (...); the targets flat, int64, -100 where
-    masked."""
-    if not isinstance(source, Tensor) or source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {getattr(source, 'dtype', type(source))}")
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise TypeError(f"targets must be an integer tensor, got {getattr(targets, 'dtype', type(targets))}")
-    if source.ndim < 1 or source.shape[:-1] != targets.shape or vocabulary < 1:
+    """Checks `source` (..., V), or (..., D) of a head with a `vocabulary`, against targets and mask (...); the targets
+    flat, int64, -100 where masked."""
+    check_tensor(name, source, "floating-point")
+    if source.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {described(source)}")
+    check_tensor("targets", targets, "integer")
+    if mask is not None:
+        check_tensor("mask", mask, "real")
+    check_flag("validate", validate)
+    if vocabulary is None:
+        vocabulary = source.shape[-1] if source.ndim else 0
+        if vocabulary == 0:
+            raise ValueError(f"{name} must have shape (..., V) with V at least 1, got {tuple(source.shape)}")
+    if source.ndim < 1 or source.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets must have the shape of {name} without its last dimension, {tuple(source.shape[:-1])}, "
             f"got {tuple(targets.shape)}"
         )
     for other, tensor in (("targets", targets), ("mask", mask)):
         if tensor is not None and tensor.device != source.device:
-            raise TypeError(f"{other} must be on {source.device} like {name}, got {tensor.device}")
+            raise TypeError(f"{other} must be on {source.device} like {name}, got {described(tensor)}")
     flat = targets.reshape(-1).long()
     if mask is not None:
         if mask.shape != targets.shape:
@@ -174,6 +181,7 @@ def token_loss_(
 
 
 def refuse_in_place(name: str, in_place: bool) -> None:
+    check_flag(name, in_place)
     if in_place and torch.compiler.is_compiling():
         raise ValueError(f"{name}=True does not work under torch.compile, which plans the memory itself; leave it out")
 
@@ -252,12 +260,14 @@ def grpo_loss(
         ValueError, TypeError: an argument that does not fit, naming it.
     """
     refuse_in_place("inplace", inplace)
-    flat = check_targets("logits", logits, targets, mask, logits.shape[-1] if logits.ndim else 0, validate=False)
+    flat = check_targets("logits", logits, targets, mask, None, validate=False)
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
                       step, seed, masks_of)  # fmt: skip
-    if grad_scale is not None and (not isinstance(grad_scale, Tensor) or grad_scale.ndim != 0):
-        raise ValueError(f"grad_scale must be a 0-d tensor, got {grad_scale}")
+    if grad_scale is not None:
+        check_tensor("grad_scale", grad_scale, "floating-point")
+        if grad_scale.ndim != 0 or grad_scale.device != logits.device:
+            raise ValueError(f"grad_scale must be a 0-d tensor on {logits.device}, got {described(grad_scale)}")
     if rows.config.route == "logp":
         logp, entropy = token_logp(
             logits,

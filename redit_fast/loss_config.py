@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Literal, get_args
 
-from redit_fast.dither import check_choice
+from redit_fast.dither import check_choice, check_flag, real_number, whole_number
 from redit_fast.presets import Peer, loss_options
 from redit_fast.transforms import LogitTransform
 
@@ -205,12 +205,12 @@ class LossConfig:
         check_choice("cispo_bound", self.cispo_bound, get_args(CispoBound))
         check_choice("kl", self.kl, get_args(KL))
         check_choice("correction", self.correction, get_args(Correction))
-        if not isinstance(self.kl_ratio_correction, bool):
-            raise TypeError(f"kl_ratio_correction must be a bool, got {self.kl_ratio_correction!r}")
+        check_flag("kl_ratio_correction", self.kl_ratio_correction)
+        self._check_numbers()
         for name in sorted(_SPECIAL - _USED[self.loss_type]):
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ValueError(f"{name} is not used by loss_type={self.loss_type!r}; leave it at its default")
-        self._check_numbers()
+        self._check_bounds()
         if self.loss_type == "cispo" and self.cispo_bound == "absolute" and self.epsilon_high is not None:
             if self.epsilon_low != _DEFAULTS["epsilon_low"]:
                 raise ValueError("epsilon_low is not used by cispo with cispo_bound='absolute' and an epsilon_high")
@@ -231,27 +231,26 @@ class LossConfig:
             value = getattr(self, name)
             if value is None and _DEFAULTS[name] is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value) and not (name == "correction_cap" and value == math.inf):
-                raise ValueError(f"{name} must be finite, got {value}")
-            if name in _POSITIVE and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-            if name in _NOT_NEGATIVE and not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
-            if name in _AT_MOST_1 and not value <= 1:
-                raise ValueError(f"{name} must be at most 1, got {value}")
+            value = real_number(
+                name,
+                value,
+                above=0 if name in _POSITIVE else None,
+                least=0 if name in _NOT_NEGATIVE else None,
+                most=1 if name in _AT_MOST_1 else None,
+                finite=name != "correction_cap",
+            )
+            object.__setattr__(self, name, value)  # numpy's own would not be read back from `text`
+        if self.max_completion_length is not None:
+            length = whole_number("max_completion_length", self.max_completion_length, 1)
+            object.__setattr__(self, "max_completion_length", length)
+
+    def _check_bounds(self) -> None:
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
         if self.correction_floor is not None and not self.correction_floor <= self.correction_cap:
             raise ValueError(f"correction_floor must be at most correction_cap, got {self.correction_floor}")
         if not self.clip_cov_lb < self.clip_cov_ub:
             raise ValueError(f"clip_cov_lb must be below clip_cov_ub, got {self.clip_cov_lb} and {self.clip_cov_ub}")
-        length = self.max_completion_length
-        if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
-            raise TypeError(f"max_completion_length must be an int, got {length!r}")
-        if length is not None and length < 1:
-            raise ValueError(f"max_completion_length must be at least 1, got {length}")
 
     @property
     def sequence_ratio(self) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from redit_fast.dither import check_tensor, described
 from redit_fast.loss_config import LossConfig, Route
 from redit_fast.loss_rows import Rows
 from redit_fast.loss_terms import MAX_LOG_RATIO, Terms, clamp_exponent, loss_terms, top_entropy
@@ -51,6 +52,8 @@ def policy_loss(
         normalizer: replaces the whole denominator (see `LossConfig`): the number of sequences, empty ones included, the
             number of scored tokens, or sequences x max_completion_length. Pass the global one so that micro-batches and
             ranks add up. Nothing else is divided by; the entropy bonus stays a mean over this call's scored tokens.
+            Without scored tokens the loss is 0 whatever the normalizer; with them it must be above 0, which is asked of
+            numbers and CPU tensors where the mask is on the CPU too, and not under torch.compile.
         masks_of: (logp, entropy) by which clip_cov, kl_cov, off_policy_mask_threshold and top_entropy_quantile choose
             tokens; None: this call's own. In the second pass of gradient regularisation those of the first, so that
             both are gradients of one objective; the entropy may be None where no quantile asks for it.
@@ -65,10 +68,15 @@ def policy_loss(
     Raises:
         ValueError, TypeError: an argument that does not fit, naming it.
     """
+    check_tensor("logp", logp, "floating-point")
+    if logp.ndim == 0:
+        raise ValueError("logp must have at least one dimension, the tokens of a sequence, got shape ()")
     rows = Rows.check(logp, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
                       step, seed, masks_of)  # fmt: skip
-    if entropy is not None and entropy.shape != logp.shape:
-        raise ValueError(f"entropy must have shape {tuple(logp.shape)}, got {tuple(entropy.shape)}")
+    if entropy is not None:
+        check_tensor("entropy", entropy, "floating-point")
+        if entropy.shape != logp.shape or entropy.device != logp.device:
+            raise ValueError(f"entropy must have shape {tuple(logp.shape)} on {logp.device}, got {described(entropy)}")
     for name, off in (("entropy_coef", 0), ("top_entropy_quantile", 1)):
         if entropy is None and getattr(config, name) != off:
             raise ValueError(f"entropy is required by {name}={getattr(config, name)}")

@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from typing import Literal
@@ -13,22 +12,25 @@ from torch import Tensor, nn
 
 from redit_fast import shards
 from redit_fast.backends import primitive
+from redit_fast.dither import check_module, described, real_number
 from redit_fast.perturbation import LOW_PRECISION
 from redit_fast.regularize import GradientRegularizer, Rounding
 from redit_fast.shards import local
+
+_NUMBERS = ("lr", "eps", "weight_decay")
 
 
 class _MasterAdamW(torch.optim.Optimizer):
     """State of torch.optim.AdamW, in float32, and a float32 `master` for each bfloat16 or float16 parameter."""
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and at least 0, got {value}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = _checked({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(_checked_params(params), defaults)
         self.versions: dict[Tensor, tuple] = {}  # shards.version(p) when its master, or copy, was last equal to it
+
+    def add_param_group(self, param_group: dict) -> None:
+        param_group |= _checked(param_group)
+        super().add_param_group(param_group)
 
     def state_of(self, p: Tensor) -> dict[str, Tensor]:
         """The state of `p`, made at first use; its master refreshed if `p` was changed by others since the last
@@ -115,6 +117,31 @@ class _MasterAdamW(torch.optim.Optimizer):
         self.versions = {}
 
 
+def _checked(options: dict) -> dict:
+    """The numbers among the options of the optimizer, or of a parameter group."""
+    numbers = {name: real_number(name, options[name], least=0) for name in _NUMBERS if name in options}
+    if "betas" in options:
+        betas = options["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {described(betas)}")
+        numbers["betas"] = tuple(real_number(f"betas[{k}]", beta, least=0) for k, beta in enumerate(betas))
+        if max(numbers["betas"]) >= 1:
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
+    return numbers
+
+
+def _checked_params(params: object) -> list:
+    if isinstance(params, Tensor | str | dict) or not isinstance(params, Iterable):
+        raise TypeError(f"params must be parameters or parameter groups, got {described(params)}")
+    params = list(params)
+    for each in params:
+        if not isinstance(each, Tensor | dict | tuple):  # tuple: named parameters
+            raise TypeError(f"params must hold tensors or dicts, got {described(each)} among them")
+    if not params:
+        raise ValueError("params must hold at least one parameter, got none")
+    return params
+
+
 class RegularizedAdamW(GradientRegularizer):
     """AdamW with gradient regularisation; the verbs and the GR arguments are `GradientRegularizer`'s.
 
@@ -126,7 +153,8 @@ class RegularizedAdamW(GradientRegularizer):
 
     Args:
         params: parameters or parameter groups (`parameter_groups`).
-        lr, betas, eps, weight_decay: as in torch.optim.AdamW, but weight_decay 0 by default.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW, but weight_decay 0 by default and lr a number, not a
+            tensor.
 
     `state_dict` is in torch.optim.AdamW's layout with `master` and the counters beside it; `load_state_dict` takes a
     plain torch.optim.AdamW state too.
@@ -199,9 +227,11 @@ def reset_reference(reference: nn.Module, policy: nn.Module) -> None:
     (Reference Resets, arXiv 2602.18037: R = 200, with a larger KL coefficient than without), between steps.
 
     Raises:
-        ValueError: the two differ in names, shapes or placements (FSDP2: shard both alike); nothing is written.
+        ValueError, TypeError: no module, or the two differ in names, shapes or placements (FSDP2: shard both alike);
+            nothing is written.
     """
-    for model in (reference, policy):
+    for name, model in (("reference", reference), ("policy", policy)):
+        check_module(name, model)
         shards.drop_gathered_of(model)
     theirs, ours = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (reference, policy))
     if theirs.keys() != ours.keys():
@@ -222,7 +252,7 @@ def reset_reference(reference: nn.Module, policy: nn.Module) -> None:
     torch.clear_autocast_cache()
 
 
-def parameter_groups(model: nn.Module, perturb: str = "decoder_layers") -> list[dict]:
+def parameter_groups(model: nn.Module, perturb: str | re.Pattern = "decoder_layers") -> list[dict]:
     """Two parameter groups for an optimizer, with and without `perturb: True`.
 
     "decoder_layers" perturbs what lies inside the model's module lists (attention, MLP and norms of the layers), not
@@ -230,15 +260,21 @@ def parameter_groups(model: nn.Module, perturb: str = "decoder_layers") -> list[
     names.
 
     Raises:
-        ValueError: no trainable parameter matches.
+        ValueError, TypeError: no trainable parameter matches, or an argument that does not fit, naming it.
     """
+    check_module("model", model)
+    if not isinstance(perturb, str | re.Pattern):
+        raise TypeError(f"perturb must be 'decoder_layers' or a regular expression, got {described(perturb)}")
     if perturb == "decoder_layers":
         lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
 
         def matches(name: str) -> bool:
             return name.startswith(lists)
     else:
-        pattern = re.compile(perturb)
+        try:
+            pattern = re.compile(perturb)
+        except re.error as error:
+            raise ValueError(f"perturb must be a regular expression, got {perturb!r}: {error}") from None
 
         def matches(name: str) -> bool:
             return pattern.search(name) is not None

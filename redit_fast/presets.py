@@ -9,9 +9,10 @@ outliers.
 from __future__ import annotations
 
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
-from redit_fast.dither import check_choice
+from redit_fast.dither import check_choice, described
 
 Peer = Literal["trl", "verl", "openrlhf", "liger"]
 Options = dict[str, Any]
@@ -290,6 +291,8 @@ PRESETS: dict[str, Preset] = {
 def _preset(peer: str, version: str | None) -> Preset:
     check_choice("peer", peer, get_args(Peer))
     preset = PRESETS[peer]
+    if version is not None and not isinstance(version, str):
+        raise TypeError(f"version must be a string, got {described(version)}")
     if version not in (None, preset.version, preset.version.rpartition(".")[0]):
         raise ValueError(f"version of {peer} must be {preset.version!r}, the one this preset was checked against, "
                          f"got {version!r}")  # fmt: skip
@@ -302,6 +305,8 @@ def loss_options(peer: str, version: str | None, loss_type: str | None, override
     `loss_type` is a `LossConfig.loss_type` or the peer's own name; where the two mean different losses, the peer's.
     """
     preset = _preset(peer, version)
+    if loss_type is not None and not isinstance(loss_type, str):
+        raise TypeError(f"loss_type must be a string, got {described(loss_type)}")
     loss_type = preset.names.get(loss_type, loss_type) or preset.loss_type
     who = f"{peer} {preset.version}"
     if loss_type not in preset.losses:
@@ -316,6 +321,8 @@ def loss_options(peer: str, version: str | None, loss_type: str | None, override
         if name not in known:
             close = get_close_matches(name, known, 1)
             raise TypeError(f"{name} is not a field of LossConfig" + (f"; did you mean {close[0]}?" if close else ""))
+        if value is not None and not isinstance(value, str | Real):
+            raise TypeError(f"{name} must be a number, a string or a bool, got {described(value)}")
         if name in row.fixed and value == row.fixed[name]:
             continue
         if name not in row.options and name not in ANYWHERE:

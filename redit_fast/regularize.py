@@ -13,7 +13,6 @@ Under a GradScaler: scaler.scale(loss).backward(), perturb(grad_scaler=scaler), 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from redit_fast import auto_epsilon, gradients, perturbation, shards
-from redit_fast.dither import check_choice, check_seed
+from redit_fast.dither import check_choice, check_flag, check_module, check_seed, described, real_number, whole_number
 from redit_fast.grad_scaler import forget, leave_a_mark, loss_scale, scale_in_step
 from redit_fast.perturbation import LOW_PRECISION, Perturbation
 from redit_fast.replay import Replay
@@ -95,23 +94,27 @@ class GradientRegularizer(torch.optim.Optimizer):
     ):
         shards.refuse_other_engines(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {described(optimizer)}")
         if isinstance(epsilon, str) and epsilon != "auto":
             raise ValueError(f"epsilon must be a number above 0 or 'auto', got {epsilon!r}")
-        self._epsilon_is_searched = epsilon == "auto"
-        epsilon = auto_epsilon.PUBLISHED if self._epsilon_is_searched else epsilon
-        if not (math.isfinite(gamma) and gamma >= 0):
-            raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
-        for name, value in (("epsilon", epsilon), ("max_norm", max_norm), ("perturb_max_norm", perturb_max_norm)):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be finite and above 0, got {value}")
+        self._epsilon_is_searched = isinstance(epsilon, str)
+        epsilon = auto_epsilon.PUBLISHED if self._epsilon_is_searched else real_number("epsilon", epsilon, above=0)
+        gamma = real_number("gamma", gamma, least=0)
+        max_norm = None if max_norm is None else real_number("max_norm", max_norm, above=0)
+        perturb_max_norm = real_number("perturb_max_norm", perturb_max_norm, above=0)
+        check_flag("normalized", normalized)
         check_choice("rounding", rounding, get_args(Rounding))
-        check_seed(seed)
-        if gamma_warmup_steps < 0 or every_k_steps < 1:
-            raise ValueError(
-                f"gamma_warmup_steps must be at least 0 and every_k_steps at least 1, "
-                f"got {gamma_warmup_steps} and {every_k_steps}"
-            )
+        if keep_first_grad is not None:
+            check_flag("keep_first_grad", keep_first_grad)
+        gamma_warmup_steps = whole_number("gamma_warmup_steps", gamma_warmup_steps)
+        every_k_steps = whole_number("every_k_steps", every_k_steps, 1)
+        if compute_dtype is not None and not (
+            isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point
+        ):
+            raise TypeError(f"compute_dtype must be a floating-point torch.dtype, got {described(compute_dtype)}")
+        seed = check_seed(seed)
+        for group in optimizer.param_groups:
+            check_flag("perturb of a parameter group of optimizer", group.get("perturb", True))
         self.optimizer = optimizer
         self.gamma, self.epsilon, self.normalized = gamma, epsilon, normalized
         self.max_norm, self.perturb_max_norm = max_norm, perturb_max_norm
@@ -159,6 +162,8 @@ class GradientRegularizer(torch.optim.Optimizer):
         Returns:
             False when no second pass is wanted: gamma is 0 now, or this step is not one of every_k_steps.
         """
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {described(grad_scaler)}")
         if self._perturbed:
             raise RuntimeError("the parameters are perturbed already: call step() or restore() first")
         params, gamma = gradients.with_grad(self._parameters()), self._gamma_now()
@@ -363,6 +368,10 @@ class GradientRegularizer(torch.optim.Optimizer):
         Returns:
             The first pass's loss.
         """
+        if not callable(closure):
+            raise TypeError(f"closure must be callable, got {described(closure)}")
+        if model is not None:
+            check_module("model", model)
         replay = Replay(self._parameters(), model)
         with ExitStack() as on_failure:
             on_failure.callback(gradients.clear, self._parameters())
@@ -388,6 +397,9 @@ class GradientRegularizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         self._refuse_while_perturbed("add_param_group")
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {described(param_group)}")
+        check_flag("perturb of param_group", param_group.get("perturb", True))
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict:

@@ -40,13 +40,13 @@ FLOORS = {
     "redit_fast.backends.triton": 1,
     "redit_fast.backends.cuda": 1,
     "redit_fast.backends.lists": 0.5,  # what two backends share
-    "redit_fast.losses": 0.4,  # floor 0 from the presets up to the loss; their argument checks come from dither
+    "redit_fast.losses": 0.4,  # floor 0 from presets and transforms up; their argument checks come from dither
     "redit_fast.loss_terms": 0.3,
     "redit_fast.loss_rows": 0.2,
     "redit_fast.loss_config": 0.1,
     "redit_fast.presets": 0.05,
     "redit_fast.dither": 0,
-    "redit_fast.transforms": 0,
+    "redit_fast.transforms": 0.05,
     "redit_fast.operators": 0,
     "redit_fast.kernels": 0,
     "redit_fast._cpu": 0,

@@ -1,5 +1,6 @@
 """The rows of the head: skipped, masked, packed, sliced, and independent of each other, on every backend."""
 
+import itertools
 import math
 
 import pytest
@@ -152,15 +153,19 @@ def test_padded_and_packed_and_sliced_rows_are_the_same(backend):
 
 def test_a_fully_masked_batch_gives_zero_loss_and_zero_gradients(backend):
     hidden, weight, bias, targets = head(20, 31, 8, torch.float32)
-    for config in LOSSES.values():
+    for config, normalizer in itertools.product(LOSSES.values(), (None, torch.zeros(20).sum(), math.nan)):
         inputs = leaves(hidden, weight, bias)
-        out = rf.linear_grpo_loss(
-            inputs[0], inputs[1], targets, torch.ones(20), bias=inputs[2], mask=torch.zeros(20), config=config,
-            ref_logp=torch.zeros(20), sampling_logp=torch.zeros(20),
-        )  # fmt: skip
+        rows = dict(mask=torch.zeros(20), config=config, ref_logp=torch.zeros(20), sampling_logp=torch.zeros(20),
+                    normalizer=normalizer)  # fmt: skip
+        out = rf.linear_grpo_loss(inputs[0], inputs[1], targets, torch.ones(20), bias=inputs[2], **rows)
         out.loss.backward()
         assert out.loss == 0 and all((x.grad == 0).all() for x in inputs)
         assert all(torch.isfinite(value) for value in out.metrics.values())
+        grads = torch.zeros_like(weight), torch.zeros_like(bias)
+        out, hidden_grad = rf.linear_grpo_loss_and_grad_(
+            hidden, weight, targets, torch.ones(20), bias=bias, weight_grad=grads[0], bias_grad=grads[1], **rows
+        )
+        assert out.loss == 0 and all((grad == 0).all() for grad in (hidden_grad, *grads))
 
 
 class LargestTensor(TorchDispatchMode):

@@ -323,15 +323,30 @@ def test_packed_equals_padded_and_masked_positions_are_never_read(name):
         assert torch.equal(again.metrics[key], out.metrics[key])
 
 
+NORMALIZERS = (None, 0, 0.0, -1.0, math.nan, math.inf, 5.0, torch.tensor(0), torch.tensor(math.nan), torch.tensor(5.0))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("empty", [False, True])
-def test_a_fully_masked_batch_is_exactly_zero_with_a_graph(name, empty):
+def test_a_fully_masked_batch_is_exactly_zero_with_a_graph_whatever_the_normalizer(name, empty):
     batch = new_batch(8, 0) if empty else new_batch()
     batch.mask = torch.zeros_like(batch.mask)
-    out, grad = loss_and_grad(CONFIGS[name], batch)
-    assert out.loss == 0 and grad is not None and (grad == 0).all()
-    assert all(torch.isfinite(value) for value in out.metrics.values())
-    assert out.metrics.get("clip_ratio/low_min", 0) == 0
+    for normalizer in (*NORMALIZERS, batch.mask.sum()):
+        out, grad = loss_and_grad(CONFIGS[name], batch, normalizer=normalizer)
+        assert out.loss == 0 and grad is not None and (grad == 0).all(), normalizer
+        assert all(torch.isfinite(value) for value in out.metrics.values())
+        assert out.metrics.get("clip_ratio/low_min", 0) == 0
+
+
+def test_a_normalizer_that_is_not_above_0_is_refused_beside_scored_tokens(monkeypatch):
+    batch = new_batch()
+    for normalizer in (0, -1, math.nan, math.inf, torch.tensor(0), torch.tensor(-1.0), torch.tensor(math.nan)):
+        with pytest.raises(ValueError, match="^normalizer must be finite and above 0 where tokens are scored, got "):
+            loss_and_grad(rf.LossConfig(), batch, normalizer=normalizer)
+    monkeypatch.setattr("redit_fast.loss_rows._readable", lambda tensor: False)  # as on a GPU
+    for normalizer in (0, torch.tensor(0.0)):
+        assert not loss_and_grad(rf.LossConfig(), batch, normalizer=normalizer)[0].loss.isfinite()
+    assert loss_and_grad(rf.LossConfig(), batch, normalizer=-1)[0].loss != 0
 
 
 def test_only_batch_statistics_keep_a_loss_type_from_adding_up():
@@ -462,7 +477,8 @@ class NoSynchronisation(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_nothing_waits_for_the_device(name):
+def test_nothing_waits_for_the_device(name, monkeypatch):
+    monkeypatch.setattr("redit_fast.loss_rows._readable", lambda tensor: False)  # as on a GPU
     batch = new_batch()
     with NoSynchronisation():
         loss_and_grad(CONFIGS[name], batch, normalizer=torch.tensor(5.0))

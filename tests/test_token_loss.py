@@ -441,10 +441,11 @@ def test_a_second_backward_through_the_fused_loss_raises(backend):
 def test_a_fully_masked_batch_gives_zero_loss_and_zero_gradients(backend, name):
     logits, targets, advantages, kwargs = loss_batch(LOSSES[name], 5, 31, torch.float32)
     kwargs["mask"] = torch.zeros_like(kwargs["mask"])
-    leaf = torch.full_like(logits, math.nan).requires_grad_()
-    out = rf.grpo_loss(leaf, targets, advantages, **kwargs)
-    out.loss.backward()
-    assert out.loss == 0 and (leaf.grad == 0).all() and all(torch.isfinite(v) for v in out.metrics.values())
+    for normalizer in (None, kwargs["mask"].sum(), math.nan):
+        leaf = torch.full_like(logits, math.nan).requires_grad_()
+        out = rf.grpo_loss(leaf, targets, advantages, normalizer=normalizer, **kwargs)
+        out.loss.backward()
+        assert out.loss == 0 and (leaf.grad == 0).all() and all(torch.isfinite(v) for v in out.metrics.values())
 
 
 def test_no_grad_computes_no_gradient(backend):

@@ -16,6 +16,8 @@ from types import ModuleType
 
 import torch
 
+from redit_fast.dither import check_choice
+
 PRIMITIVES = (
     "group_advantages",
     "token_logp",
@@ -45,10 +47,10 @@ def use_backend(name: str) -> Iterator[None]:
     """Force every op inside the `with` block onto one backend, without fallback.
 
     Raises:
-        ValueError: `name` is no backend. The ops raise NotImplementedError with the backend's sentence where it
-        refuses.
+        ValueError, TypeError: `name` is no backend. The ops raise NotImplementedError with the backend's sentence where
+        it refuses.
     """
-    _backend(name)
+    check_choice("name", name, NAMES)
     token = _forced.set(name)
     try:
         yield

@@ -7,11 +7,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from redit_fast.dither import STREAM_SAMPLING, counter_uniform
+from redit_fast.dither import (
+    STREAM_SAMPLING,
+    check_module,
+    check_seed,
+    check_step,
+    counter_uniform,
+    described,
+    real_number,
+    whole_number,
+)
 
 
 @dataclass(frozen=True)
@@ -61,15 +71,21 @@ def generate(
         sample_ids: (P * group_size,) int64 in [0, 2**32), default arange; ranks that share a seed need distinct ones.
 
     Raises:
-        ValueError: an argument outside its range, naming it.
+        ValueError, TypeError: an argument that does not fit, naming it.
         FloatingPointError: the model returned NaN or infinite logits.
         NotImplementedError: it returned no cache, as RWKV does.
     """
-    samples = len(prompts) * group_size
-    ids = torch.arange(samples) if sample_ids is None else sample_ids.cpu()
-    _check(prompts, group_size, max_new_tokens, temperature, ids)
+    check_module("model", model)
+    group_size = whole_number("group_size", group_size, 1)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
+    temperature = real_number("temperature", temperature, least=0)
+    seed, step = check_seed(seed), check_step(step)
+    ends = _tokens("eos_token_ids", [eos_token_ids] if isinstance(eos_token_ids, Integral) else eos_token_ids)
+    if not ends:
+        raise ValueError("eos_token_ids must hold at least one token, got none")
+    ids = _checked_ids(prompts, group_size, sample_ids)
     device = model.get_input_embeddings().weight.device
-    ends = torch.as_tensor([eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids), device=device)
+    ends = torch.tensor(ends, device=device)
     # All random numbers of the call at once: one per token costs as much as a small model's forward pass.
     u = counter_uniform(seed, ids[:, None] + (torch.arange(max_new_tokens) << 32), STREAM_SAMPLING, step).to(device)
     modes = [(module, module.training) for module in model.modules()]
@@ -146,19 +162,26 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return input_ids, mask
 
 
-def _check(prompts, group_size: int, max_new_tokens: int, temperature: float, ids: Tensor) -> None:
-    lengths = [len(p) for p in prompts]
-    if 0 in lengths or not lengths:
-        which = f"prompt {lengths.index(0)} has no tokens" if lengths else "there are none"
-        raise ValueError(f"prompts must be non-empty token lists: {which}")
-    if group_size < 1:
-        raise ValueError(f"group_size must be at least 1, got {group_size}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+def _tokens(name: str, tokens: object) -> list[int]:
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Sequence):
+        raise TypeError(f"{name} must be a list of tokens, got {described(tokens)}")
+    return [whole_number(f"{name}[{i}]", token) for i, token in enumerate(tokens)]
+
+
+def _checked_ids(prompts: object, group_size: int, sample_ids: object) -> Tensor:
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be token lists, got {described(prompts)}")
+    if not len(prompts):
+        raise ValueError("prompts must be non-empty token lists, got none")
+    for i, prompt in enumerate(prompts):
+        if not len(_tokens(f"prompts[{i}]", prompt)):
+            raise ValueError(f"prompts must be non-empty token lists: prompt {i} has no tokens")
     samples = len(prompts) * group_size
+    if sample_ids is None:
+        return torch.arange(samples)
+    if not isinstance(sample_ids, Tensor) or sample_ids.device.type == "meta":
+        raise TypeError(f"sample_ids must be an int64 tensor, got {described(sample_ids)}")
+    ids = sample_ids.cpu()
     if ids.shape != (samples,) or ids.dtype != torch.int64 or ids.min() < 0 or ids.max() >= 2**32:
-        raise ValueError(
-            f"sample_ids must be {samples} int64 numbers in [0, 2**32), got {ids.dtype} of shape {tuple(ids.shape)}"
-        )
+        raise ValueError(f"sample_ids must be {samples} int64 numbers in [0, 2**32), got {described(sample_ids)}")
+    return ids
