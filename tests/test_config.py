@@ -124,6 +124,13 @@ def test_a_missing_file_and_a_file_that_is_not_text(tmp_path):
         load("c.yaml")
 
 
+@pytest.mark.parametrize("value", ["!!timestamp x", "!!bool x", "!!int x", "!!float x", "[1, !!bool x]", "2026-13-45"])
+def test_a_yaml_value_that_is_not_what_its_tag_says_is_told_its_place(tmp_path, value):
+    path = write(tmp_path / "c.yaml", f"seed: 1\nname: {value}")
+    with pytest.raises(ValueError, match=r"c.yaml:2:7: (the value is not what its tag says|invalid literal|could not convert|month must be)"):
+        config.load(path)
+
+
 def test_yaml_tags_build_no_objects(tmp_path):
     path = write(tmp_path / "c.yaml", "name: !!python/object/apply:os.mkdir [made_by_yaml]")
     with pytest.raises(ValueError, match=r"c.yaml:1:7: could not determine a constructor for the tag .*os.mkdir"):

@@ -222,12 +222,13 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(settings, tmp_pa
     train(config.load(overrides={**settings, "steps": 2}), resume=True)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(settings, tmp_path):
+@pytest.mark.parametrize("file", ["model.safetensors", checkpoint.MANIFEST])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(settings, tmp_path, file):
     train(config.load(overrides=settings))
     newest = tmp_path / "run" / "checkpoints" / "step-000002"
-    weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100] + b"\0" * 100)
-    with pytest.warns(UserWarning, match=r"step-000002 is damaged \(model.safetensors has changed\)"):
+    whole = (newest / file).read_bytes()
+    (newest / file).write_bytes(whole[:-100] + b"\0" * 100 if file == "model.safetensors" else b"[1, 2]")
+    with pytest.warns(UserWarning, match=rf"step-000002 is damaged \({file} (has changed|is missing or unreadable)\)"):
         summary = train(config.load(overrides=settings), resume=True)
     assert summary["steps"] == 2 and checkpoint._damage(newest) is None
     assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]

@@ -158,6 +158,8 @@ def _damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict):
         return f"{MANIFEST} is missing or unreadable"
     for name, digest in manifest.items():
         if not (path / name).is_file():

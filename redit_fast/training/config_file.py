@@ -26,7 +26,7 @@ def read(path: Path) -> tuple[dict, dict]:
         raise ValueError(f"{path}:{mark.line + 1}:{mark.column + 1}: {problem}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}:{error.colno}: {error.msg}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, control characters, 2026-13-45
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, control characters
         raise ValueError(f"config {path}: {' '.join(str(error).split())}") from None
     if pairs is None:
         raise ValueError(f"config {path}: needs keys and values at its top level")
@@ -48,8 +48,15 @@ def _yaml_pairs(text: str) -> list[tuple] | None:
         return []
     if not isinstance(node, yaml.MappingNode):
         return None
-    pairs = [(loader.construct_document(key), loader.construct_document(value)) for key, value in node.value]
-    return [(*pair, key.start_mark.line + 1) for pair, (key, _) in zip(pairs, node.value, strict=True)]
+    return [(_value(loader, key), _value(loader, value), key.start_mark.line + 1) for key, value in node.value]
+
+
+def _value(loader: yaml.SafeLoader, node: yaml.Node) -> object:
+    try:
+        return loader.construct_document(node)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # !!timestamp x, !!bool x, 2026-13-45
+        problem = str(error) if isinstance(error, ValueError) else "the value is not what its tag says"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 def _json_pairs(text: str) -> list[tuple] | None:

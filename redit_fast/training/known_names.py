@@ -31,6 +31,7 @@ _MEANT = {
     "lora use_lora use_peft peft lora_r lora_rank lora_alpha lora_dropout lora_target_modules": _ADAPTERS,
     "qlora load_in_4bit load_in_8bit quantization": f"a quantised model cannot be trained and {_ADAPTERS}",
     "save_steps save_freq save_interval save_every save_strategy": "{checkpoint_every}",
+    "save_total_limit max_ckpt_num max_ckpt_to_keep max_actor_ckpt_to_keep": "{keep_checkpoints}",
     "max_steps num_steps total_steps train_steps num_train_steps total_training_steps": "{steps}",
     "num_train_epochs num_epochs epochs total_epochs": f"a run has {{steps}}, and {_STEP}",
     "per_device_train_batch_size train_batch_size batch_size generation_batch_size rollout_batch_size": _STEP,
