@@ -22,7 +22,7 @@ def train(model, batches):
         loss_of(model, tokens, mask, advantages).backward()
         if optimizer.perturb():  # theta + epsilon g1
             loss_of(model, tokens, mask, advantages).backward()
-        optimizer.step()  # theta restored bit by bit, gradients combined, AdamW
+        optimizer.step()  # theta restored bit by bit, gradients combined and clipped to max_norm (1), AdamW
         optimizer.zero_grad()
 
 
