@@ -23,6 +23,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.utils import generic
 
 import redit_fast as rf
 from tests.tolerance import relative
@@ -73,6 +74,22 @@ def test_loss_and_every_gradient_are_the_models_own_and_the_head_makes_no_logits
     assert ours.loss.item() == pytest.approx(own.loss.item(), rel=2e-6)
     for name, gradient in gradients.items():
         assert gradient.norm() > 1e-3 and relative(found[name], gradient) < 1e-5, name
+
+
+@pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
+def test_the_result_has_the_models_own_fields_but_the_logits(model, monkeypatch):
+    """The cache under whichever name this transformers has, which says so once where it meets the other."""
+    said = []
+    monkeypatch.setattr(generic.logger, "warning_once", said.append, raising=False)
+    ids, labels = a_batch()
+    inputs = {"input_ids": ids, "labels": labels, "use_cache": True, "output_hidden_states": True}
+    own = model(**inputs)
+    with rf.apply_to(model):
+        ours, as_tuple = model(**inputs), model(**inputs, return_dict=False)
+    assert set(ours.keys()) == set(own.keys()) - {"logits"} >= {"loss", "hidden_states"}
+    caches = [out[name] for out in (own, ours) for name in out.keys() if name in ("cache", "past_key_values")]
+    assert [cache.get_seq_length() for cache in caches] == [ids.shape[1]] * 2 and len(as_tuple) == len(ours)
+    assert said == []
 
 
 def test_without_labels_the_call_is_the_original_one(model):

@@ -459,7 +459,7 @@ CALLS = {
         {"model": Uniform(), "eos_token_ids": 3, "prompts": [[1], [2]], "max_new_tokens": 2},
         {
             "model": anything_but(None),
-            "eos_token_ids": anything_but(None, empty=[], strings=["</s>"], negative=-1),
+            "eos_token_ids": anything_but(None, strings=["</s>"], negative=-1),
             "prompts": anything_but(None, empty=[], floats=[[1.0]], negative=[[-1]], no_tokens=[[1], []]),
             "group_size": whole(2, 1),
             "max_new_tokens": whole(2, 1),

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    Cache,
     FalconH1Config,
     FalconH1ForCausalLM,
     Gemma3ForCausalLM,
@@ -27,6 +29,7 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import generic
 
 from redit_fast.dither import STREAM_SAMPLING, counter_uniform
 from redit_fast.training.rollout import generate
@@ -67,6 +70,7 @@ RECURRENT = {
 }
 MODELS |= RECURRENT
 EOS = [3, 17]
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 def prompts_of(count, low=1, high=14):
@@ -94,6 +98,44 @@ class Fixed(nn.Module):
 
     def reorder_cache(self, rows):
         pass
+
+
+class Old(nn.Module):
+    """A model of the user's own, with the argument's name before transformers 5.24."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.caches = model, []
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids, past_key_values=None, **kwargs):
+        self.caches.append(past_key_values)
+        return self.model(input_ids, **({} if past_key_values is None else {CACHE: past_key_values}), **kwargs)
+
+
+class PassesOn(Old):
+    """As PEFT wraps a model: the argument's name is in no signature."""
+
+    def forward(self, *args, **kwargs):
+        self.caches.append(kwargs.get(CACHE))
+        return self.model(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
+@pytest.mark.parametrize("wrapper", [Old, PassesOn])
+def test_the_cache_goes_under_the_name_that_the_model_takes(wrapper, monkeypatch):
+    torch.manual_seed(5)
+    said = []
+    monkeypatch.setattr(generic.logger, "warning_once", said.append, raising=False)
+    model, prompts = MODELS["qwen2"]().eval(), prompts_of(4)
+    wrapped = wrapper(model)
+    expected = generate(model, EOS, prompts, max_new_tokens=6)
+    assert generate(wrapped, EOS, prompts, max_new_tokens=6) == expected
+    first, *others = wrapped.caches
+    assert first is None and len(others) > 3 and all(isinstance(cache, Cache) for cache in others)
+    assert said == []
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -65,7 +65,7 @@ def generate(
         model: a causal LM whose `forward` takes attention_mask, position_ids, logits_to_keep and cache, or
             past_key_values as that was called before transformers 5.24. It is put into evaluation mode for the call and
             back.
-        eos_token_ids: one or more end tokens.
+        eos_token_ids: the end tokens; without any every completion has max_new_tokens.
         prompts: P non-empty token lists, of any lengths.
         temperature: divides the logits; 0 takes the most likely token.
         sample_ids: (P * group_size,) int64 in [0, 2**32), default arange; ranks that share a seed need distinct ones.
@@ -81,11 +81,9 @@ def generate(
     temperature = real_number("temperature", temperature, least=0)
     seed, step = check_seed(seed), check_step(step)
     ends = _tokens("eos_token_ids", [eos_token_ids] if isinstance(eos_token_ids, Integral) else eos_token_ids)
-    if not ends:
-        raise ValueError("eos_token_ids must hold at least one token, got none")
     ids = _checked_ids(prompts, group_size, sample_ids)
     device = model.get_input_embeddings().weight.device
-    ends = torch.tensor(ends, device=device)
+    ends = torch.tensor(ends, dtype=torch.int64, device=device)
     # All random numbers of the call at once: one per token costs as much as a small model's forward pass.
     u = counter_uniform(seed, ids[:, None] + (torch.arange(max_new_tokens) << 32), STREAM_SAMPLING, step).to(device)
     modes = [(module, module.training) for module in model.modules()]
