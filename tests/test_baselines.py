@@ -47,7 +47,7 @@ def test_the_reference_is_the_start_until_a_reset_makes_it_the_policy(resets, tm
         given.append((copy.deepcopy(reference.state_dict()), batch.ref_logp, reference.training))
 
     monkeypatch.setattr(policy.Batch, "score_reference", recorded)
-    train(config.load(overrides={**resets, "steps": 5, "checkpoint_every": 1}))
+    train(config.load(overrides={**resets, "steps": 5, "checkpoint_every": 1, "keep_checkpoints": None}))
     folders = [tmp_path / f"run/checkpoints/step-{n:06d}" for n in range(6)]
     for step, ((reference, _, training), start) in enumerate(zip(given, (0, 0, 2, 2, 4))):
         policy_then = weights(folders[start])
