@@ -351,7 +351,7 @@ CALLS = {
     "advantage_options": Call(
         rf.advantage_options, {"peer": "trl"}, {"peer": choice("verl"), "version": may_be_none(choice("1.16"))}
     ),
-    "apply_to": Call(apply_to, {}, {"model": anything_but(model())}),
+    "apply_to": Call(apply_to, {"model": model()}, {"model": anything_but(model()), "eval_logits": flag(False)}),
     "estimate_memory": Call(
         rf.estimate_memory,
         {"R": 64, "D": 8, "V": 99, "dtype": torch.float32, "trainable": True},
@@ -453,6 +453,7 @@ CALLS = {
         {"logits": LOGITS, "targets": TARGETS},
         {"logits": LOGITS_ARGUMENT, **LOGP, "inplace_backward": flag(False)},
     ),
+    "unwrap": Call(rf.unwrap, {}, {"optimizer": anything_but(rf.RegularizedAdamW(weights()))}),
     "use_backend": Call(forced, {}, {"name": choice("reference")}),
     "generate": Call(
         generate,
