@@ -38,6 +38,8 @@ SUITES = [
     "linear_whole",
     "triton_traffic",
     "heads",
+    "primitives",
+    "no_grad",
 ]  # the longest first
 
 # Of tests for three dtypes `make test` interprets the second, bfloat16; most others are float32.
@@ -388,11 +390,11 @@ def test_kernels_without_a_smaller_tile_fit_any_device(kernels, tmp_path, monkey
         rf.group_advantages(torch.rand(64, 2), group_size=8, scale="batch")
     hidden, weight, rows = torch.empty(16, 64).bfloat16(), torch.empty(V, 64).bfloat16(), torch.zeros(16)
     e, transform = torch.empty(16, V, dtype=torch.bfloat16), rf.LossConfig(softcap=30.0).transform
-    inputs = torch.zeros(3, 16), hidden, weight, torch.empty(V).bfloat16(), rows.long(), transform
-    for grads in ((None, None), (rows, rows)):
-        backend.exp_product(e, rows, rows, *inputs, *grads)
+    sums, inputs = torch.zeros(3, 16), (hidden, weight, torch.empty(V).bfloat16(), rows.long(), transform)
+    backend.exp_product(e, rows, rows, sums, *inputs)
+    backend.exp_product_grad(e, sums, rows, *inputs, rows, rows)
     backend.scale_in_place(e, torch.tensor(2.0))
-    assert len(kernels) == 15, sorted(kernels)
+    assert len(kernels) == 16, sorted(kernels)
 
     def fits(kernel):
         used = 32 * kernel.metadata.num_warps * registers(kernel, tmp_path)
@@ -411,13 +413,10 @@ def test_head_kernels_compile_without_spills_and_with_accesses_of_16_bytes(kerne
     e, bias = torch.empty(16, V, dtype=torch.float32 if dtype == torch.float16 else dtype), torch.empty(V, dtype=dtype)
     rows, sums = torch.zeros(16), torch.zeros(3, 16)
     for transform in (rf.LossConfig().transform, rf.LossConfig(softcap=30.0).transform):
-        for out, entropy, added, grads in (
-            (None, rows, None, (None, None)),
-            (e, rows, bias, (None, None)),
-            (e, rows, None, (None, None)),
-            (e, None, None, (rows, rows)),
-        ):
-            backend.exp_product(out, rows, entropy, sums, hidden, weight, added, targets, transform, *grads)
+        for out, added in ((None, None), (e, bias), (e, None)):
+            backend.exp_product(out, rows, rows, sums, hidden, weight, added, targets, transform)
+        for h in (None, rows):
+            backend.exp_product_grad(e, sums, rows, hidden, weight, None, targets, transform, rows, h)
     assert len(kernels["_tile_kernel"]) == 8  # sums; sums and E, with and without the bias; E alone; times softcap
     for found in kernels.values():
         for kernel in found:
