@@ -336,7 +336,7 @@ def test_token_kernels_are_limited_by_memory(kernels, dtype, softcap, tmp_path, 
     for out in (None, grad):
         for config in all_or_some(dtype, FUSED):
             config = dataclasses.replace(config, softcap=softcap)
-            backend.token_loss(scalar(0.0), rows, rows, out, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
+            backend.token_loss(rows[0], rows, rows, out, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
     backend.scale_in_place(grad, torch.tensor(2.0))
     width = dtype.itemsize
     for name, passes, stores in (("_logp_kernel", 2, 0), ("_grad_kernel", 1, 4), ("_loss_kernel", 2, 0)):
@@ -362,7 +362,7 @@ def test_kernels_of_few_rows_compile_without_spills_and_with_accesses_of_16_byte
         for entropy in (None, rows):
             backend.token_logp(rows, entropy, torch.zeros(3, 2), logits, targets, config.transform)
         for grad in (None, logits):
-            backend.token_loss(scalar(0.0), rows, rows, grad, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
+            backend.token_loss(rows[0], rows, rows, grad, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
     assert {name: len(found) for name, found in kernels.items()} == {
         "_lanes_kernel": 4, "_logp_kernel": 4, "_loss_kernel": 4, "_grad_kernel": 2, "_total_kernel": 1
     }  # fmt: skip
@@ -435,7 +435,7 @@ def test_other_numbers_of_rows_and_hyper_parameters_compile_nothing_more(kernels
         backend.token_logp(rows, None, sums, logits, targets, LogitTransform(1 + n / 100))
         backend.token_logp_grad(logits, logits, targets, sums, rows, None, None, LogitTransform(1 + n / 100))
         config = rf.LossConfig(epsilon_low=0.1 + n / 1000, delta=2.0 + n)
-        backend.token_loss(scalar(0.0), rows, rows, logits, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
+        backend.token_loss(rows[0], rows, rows, logits, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
         seen.append({name: len(found) for name, found in kernels.items()})
     once, twice = ("_grad_kernel", "_total_kernel"), ("_logp_kernel", "_loss_kernel", "_lanes_kernel")
     assert seen[-1] == dict.fromkeys(once, 1) | dict.fromkeys(twice, 2), seen  # few rows and many; with entropy
