@@ -1,5 +1,5 @@
-// redit_fast._cpu: raw pointers, sizes and a thread count in, nothing out. No PyTorch header, so one binary serves
-// every torch. redit_fast/backends/cpu.py is the only caller: it passes data_ptr() and bumps the version counters.
+// redit_fast._cpu: tensors as numbers and a thread count in, nothing out. No PyTorch header, so one binary serves every
+// torch. redit_fast/backends/cpu.py is the only caller: it passes data_ptr() and bumps the version counters.
 
 #include <string>
 
@@ -25,20 +25,33 @@ int choice(const std::string& value, const char* const (&names)[count]) {
   throw std::invalid_argument("redit_fast._cpu does not know the option '" + value + "'");
 }
 
-void call_group_advantages(Address values, Address group_mean, Address group_std, Address dead, Address dithered_mean,
-                           Address dithered_std, Address rewards, Address groups, Address sample_ids, Address weights,
-                           Address half_range, int64_t samples, int64_t reward_count, const std::string& distribution,
-                           uint64_t seed, uint32_t step, const std::string& dead_groups, const std::string& baseline,
-                           const std::string& scale, const std::string& combine, double eps, int ddof, int threads) {
-  const AdvantagesOut out{pointer<float>(values), pointer<float>(group_mean),    pointer<float>(group_std),
-                          pointer<bool>(dead),    pointer<float>(dithered_mean), pointer<float>(dithered_std)};
-  const AdvantagesIn in{pointer<double>(rewards),
-                        pointer<int64_t>(groups),
-                        pointer<int64_t>(sample_ids),
-                        pointer<double>(weights),
-                        pointer<double>(half_range),
+void call_group_advantages(const Tensor& values, const Tensor& group_mean, const Tensor& group_std, const Tensor& dead,
+                           const Tensor& dithered_mean, const Tensor& dithered_std, const Tensor& rewards,
+                           const Tensor& groups, const Tensor& sample_ids, const Tensor& weights,
+                           const Tensor& half_range, const std::string& distribution, uint64_t seed, uint32_t step,
+                           const std::string& dead_groups, const std::string& baseline, const std::string& scale,
+                           const std::string& combine, double eps, int ddof, int threads) {
+  const int64_t samples = std::get<2>(rewards), reward_count = std::get<3>(rewards);
+  require(reward_count >= 1, "rewards must have at least one column, got " + describe(rewards));
+  const AdvantagesOut out{vector<float>("values", values, samples),
+                          vector<float>("group_mean", group_mean, samples),
+                          vector<float>("group_std", group_std, samples),
+                          vector<bool>("dead", dead, samples),
+                          vector<float>("dithered_mean", dithered_mean, samples),
+                          vector<float>("dithered_std", dithered_std, samples)};
+  const Matrix all_rewards = dense("rewards", rewards, Dtype::float64, samples, reward_count);
+  require(samples < 2 || all_rewards.row_stride == reward_count,
+          "rewards must be contiguous, got " + describe(rewards));
+  const AdvantagesIn in{static_cast<const double*>(all_rewards.data),
+                        vector<int64_t>("groups", groups, samples),
+                        vector<int64_t>("sample_ids", sample_ids, samples),
+                        vector<double>("weights", weights, reward_count),
+                        vector_or_null<double>("half_range", half_range, reward_count),
                         samples,
                         reward_count};
+  for (int64_t i = 0; i < samples; ++i)
+    require(in.groups[i] >= 0 && in.groups[i] < samples,
+            "groups must be in [0, " + std::to_string(samples) + "), got " + std::to_string(in.groups[i]));
   enum { apply, skip, center_only, only };
   const int policy = choice(dead_groups, {"apply", "skip", "center_only", "only"});
   const AdvantagesOptions options{choice(distribution, {"uniform", "gaussian"}) == 1,
@@ -52,6 +65,7 @@ void call_group_advantages(Address values, Address group_mean, Address group_std
                                   step,
                                   eps,
                                   ddof};
+  checked_threads(threads);
   py::gil_scoped_release release;
   group_advantages(out, in, options, threads);
 }

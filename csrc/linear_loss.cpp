@@ -64,8 +64,7 @@ std::vector<int64_t> HeadRows::repair(int64_t block) {
   return blocks;
 }
 
-void HeadRows::finish(float* logp, float* entropy, float* sums, int64_t sums_stride, const float* grad_logp,
-                      const float* grad_entropy, const Transform& transform) {
+void HeadRows::finish(float* logp, float* entropy, float* sums, int64_t sums_stride, const Transform& transform) {
   for (size_t r = 0; r < rows_.size(); ++r) {
     State& state = rows_[r];
     const RowSums found{float(state.others), float(state.weighted)};
@@ -75,11 +74,24 @@ void HeadRows::finish(float* logp, float* entropy, float* sums, int64_t sums_str
     sums[r] = row.anchor;
     sums[sums_stride + int64_t(r)] = row.others;
     sums[2 * sums_stride + int64_t(r)] = row.total;
-    // E is the gradient times -s, the sum that beta divides by
-    const float g = grad_entropy ? grad_logp[r] : 1, h = grad_entropy ? grad_entropy[r] : 0;
-    state.slopes = slopes_of(row, g, h, -1, transform);
-    state.e_at_target = gradient_at_target(row, g, h, -1, transform);
+    aim(state, row, 1, 0, transform);
   }
+}
+
+void HeadRows::resume(const float* sums, int64_t sums_stride, const float* entropy, const float* grad_logp,
+                      const float* grad_entropy, const Transform& transform) {
+  for (size_t r = 0; r < rows_.size(); ++r) {
+    State& state = rows_[r];
+    state.anchor = sums[r];
+    const float others = sums[sums_stride + int64_t(r)], total = sums[2 * sums_stride + int64_t(r)];
+    const Row row{state.anchor, others, total, state.at_target, 0, grad_entropy ? entropy[r] : 0};
+    aim(state, row, grad_logp[r], grad_entropy ? grad_entropy[r] : 0, transform);
+  }
+}
+
+void HeadRows::aim(State& state, const Row& row, float g, float h, const Transform& transform) {
+  state.slopes = slopes_of(row, g, h, -1, transform);
+  state.e_at_target = gradient_at_target(row, g, h, -1, transform);
 }
 
 void HeadRows::store_targets(const Matrix& e, const Run& run) const {

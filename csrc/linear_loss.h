@@ -9,8 +9,8 @@
 namespace redit {
 
 // A chunk of rows between its first product tile and its results. Calls in this order: anchor_at_targets; add for every
-// tile; repair, and add again for every tile of the blocks that it names; finish; with an upstream gradient of the
-// entropy add once more for every tile, with e; store_targets.
+// tile; repair, and add again for every tile of the blocks that it names; finish; store_targets. In the backward pass
+// anchor_at_targets; resume; add for every tile, with e; store_targets.
 class HeadRows {
  public:
   HeadRows(const int64_t* targets, int64_t rows, int64_t vocabulary);
@@ -19,15 +19,19 @@ class HeadRows {
   void anchor_at_targets(const Matrix& hidden, const Matrix& weight, const void* bias, const Run& run);
 
   // Logits `tile` of rows from first_row on and columns from first_column on: adds to their sums, and writes
-  // e_j dz/dx_j, or the gradient of finish, into those rows and columns of e, of run's type, where e.data is not null.
+  // e_j dz/dx_j, or after resume the gradient, into those rows and columns of e, of run's type, where e.data is not
+  // null.
   void add(const Matrix& e, const Matrix& tile, int64_t first_row, int64_t first_column, const Run& run);
 
   // Rows whose sum exceeds e^40 or is not finite get their largest logit as anchor; their blocks' first rows, whose
   // sums start again.
   std::vector<int64_t> repair(int64_t block);
 
-  // logp, entropy (may be null), sums (3, rows); and the slopes of the upstream gradients, or of logp alone where null.
-  void finish(float* logp, float* entropy, float* sums, int64_t sums_stride, const float* grad_logp,
+  // logp, entropy (may be null), sums (3, rows).
+  void finish(float* logp, float* entropy, float* sums, int64_t sums_stride, const Transform& transform);
+
+  // Anchors and slopes from what finish wrote and the upstream gradients; entropy is read where it has one.
+  void resume(const float* sums, int64_t sums_stride, const float* entropy, const float* grad_logp,
               const float* grad_entropy, const Transform& transform);
 
   void store_targets(const Matrix& e, const Run& run) const;
@@ -40,6 +44,10 @@ class HeadRows {
     Slopes slopes;
     float e_at_target;
   };
+
+  // E is the gradient times -s, the sum that beta divides by.
+  static void aim(State& state, const Row& row, float g, float h, const Transform& transform);
+
   std::vector<State> rows_;
   int64_t vocabulary_;
 };

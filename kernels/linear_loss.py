@@ -3,8 +3,8 @@
 cuBLAS makes a chunk's logits in float32, tile of the vocabulary by tile; a tile of about 16 MB stays in the L2 cache
 until `_tile_kernel` has read it: of 16 bits 2 bytes an element reach memory, those of E. The anchor is the target's
 logit. A row with a logit more than 40 above it goes on from its largest so far, and its earlier E are scaled at the
-end: nothing overflows, no product is made twice, and the host need not know. An upstream gradient of the entropy takes
-the products once more, when the row's entropy is known.
+end: nothing overflows, no product is made twice, and the host need not know. The backward pass goes on from the sums
+that the forward pass left: its products once more, and no sum.
 """
 
 import torch
@@ -117,7 +117,7 @@ def _tile_kernel(
 
 @triton.jit(do_not_specialize=["rows", "sums_stride"])
 def _finish_kernel(
-    logp_ptr, entropy_ptr, sums_ptr, sums_stride, state_ptr, grad_logp_ptr, grad_entropy_ptr, numbers_ptr, rows,
+    logp_ptr, entropy_ptr, sums_ptr, sums_stride, state_ptr, numbers_ptr, rows,
     CAPPED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A repaired row's anchor is its largest logit."""
@@ -143,12 +143,33 @@ def _finish_kernel(
     tl.store(state_ptr + ANCHOR * rows, anchor, here)
     tl.store(state_ptr + TOTAL * rows, total, here)
     g, h = total * 0.0 + 1.0, total * 0.0
-    if grad_entropy_ptr is not None:
-        g, h = tl.load(grad_logp_ptr + row, here), tl.load(grad_entropy_ptr + row, here)
-        constant, by_gap = slopes(total, entropy, g, h, slope)  # E is the gradient times -s
-        tl.store(state_ptr + CONSTANT * rows, -total * constant, here)
-        tl.store(state_ptr + BY_GAP * rows, -total * by_gap, here)
     at_target = slope_at_target(anchor, target, others, total, entropy, g, h, slope, inner, outer, CAPPED)
+    tl.store(state_ptr + TARGET_E * rows, -total * at_target, here)
+
+
+@triton.jit(do_not_specialize=["rows", "sums_stride"])
+def _resume_kernel(
+    entropy_ptr, sums_ptr, sums_stride, state_ptr, grad_logp_ptr, grad_entropy_ptr, numbers_ptr, rows,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The state after the last tile from what `_finish_kernel` left, with the slopes of the upstream gradients."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    slope, inner, outer = number(numbers_ptr, SLOPE), number(numbers_ptr, INNER), number(numbers_ptr, OUTER)
+    state_ptr += row
+    sums_ptr += row
+    target, anchor = tl.load(state_ptr + AT_TARGET * rows, here), tl.load(sums_ptr, here)
+    others, total = tl.load(sums_ptr + sums_stride, here), tl.load(sums_ptr + 2 * sums_stride, here)
+    g = tl.load(grad_logp_ptr + row, here)
+    h, entropy = g * 0.0, g * 0.0
+    if grad_entropy_ptr is not None:
+        h, entropy = tl.load(grad_entropy_ptr + row, here), tl.load(entropy_ptr + row, here)
+    constant, by_gap = slopes(total, entropy, g, h, slope)  # E is the gradient times -s
+    at_target = slope_at_target(anchor, target, others, total, entropy, g, h, slope, inner, outer, CAPPED)
+    tl.store(state_ptr + ANCHOR * rows, anchor, here)
+    tl.store(state_ptr + CONSTANT * rows, -total * constant, here)
+    tl.store(state_ptr + BY_GAP * rows, -total * by_gap, here)
+    tl.store(state_ptr + TOTAL * rows, total, here)
     tl.store(state_ptr + TARGET_E * rows, -total * at_target, here)
 
 
@@ -158,11 +179,12 @@ def _repair_kernel(
     CAPPED: tl.constexpr, RESCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """RESCALE: the E of tiles that were seen from another anchor than the row's last. Then the target's E. All 0 where
-    the row is NaN."""
+    the row's sum is not a number above 0."""
     row = tl.program_id(0).to(tl.int64)
     inner, outer = number(numbers_ptr, INNER), number(numbers_ptr, OUTER)
     anchor, target = tl.load(state_ptr + ANCHOR * rows + row), tl.load(targets_ptr + row)
-    lost = (tl.abs(tl.load(state_ptr + TOTAL * rows + row)) < float("inf")) == 0
+    total = tl.load(state_ptr + TOTAL * rows + row)
+    lost = ((total > 0) & (total < float("inf"))) == 0
     e_ptr += row * e_row
     if RESCALE or lost:
         for tile in range(tl.cdiv(vocabulary, BLOCK)):
@@ -205,48 +227,82 @@ def addmm(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
 
 
+def _anchored(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, numbers: Tensor) -> tuple:
+    """The state of the rows before their first tile, and room for the anchor of each tile."""
+    (rows, width), vocabulary = hidden.shape, len(weight)
+    tiles = triton.cdiv(vocabulary, tile_columns(vocabulary, e_width(hidden.dtype)))
+    state = torch.empty(TARGET_E.value + 1, rows, dtype=torch.float32, device=hidden.device)
+    _anchor_kernel[(rows,)](
+        state, hidden, *hidden.stride(), weight, *weight.stride(), *_biases(bias), targets, numbers, rows, vocabulary,
+        width, BLOCK_D, **LAUNCH,
+    )  # fmt: skip
+    return state, torch.empty(tiles, rows, dtype=torch.float32, device=hidden.device)
+
+
+def _biases(bias: Tensor | None) -> tuple:
+    return (None, 1) if bias is None else (bias, bias.stride(0))
+
+
+def _tiles(
+    e: Tensor | None, state: Tensor, tile_anchors: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    targets: Tensor, numbers: Tensor, capped: bool, add: bool,
+) -> None:  # fmt: skip
+    rows, vocabulary = len(hidden), len(weight)
+    columns = tile_columns(vocabulary, e_width(hidden.dtype))
+    logits = torch.empty(rows, columns, dtype=torch.float32, device=hidden.device)
+    for tile, part in enumerate(weight.split(columns)):
+        _product(logits[:, : len(part)], hidden, part)
+        _tile_kernel[(rows,)](
+            e, *((1, 1) if e is None else e.stride()), state, tile_anchors, logits, *_biases(bias), targets, numbers,
+            rows, tile, vocabulary, capped, add, columns, num_warps=columns // 512, **LAUNCH,
+        )  # fmt: skip
+
+
+def _repair(
+    e: Tensor, state: Tensor, tile_anchors: Tensor, hidden: Tensor, targets: Tensor, numbers: Tensor, capped: bool,
+    rescale: bool,
+) -> None:  # fmt: skip
+    rows, vocabulary = e.shape
+    columns = tile_columns(vocabulary, e_width(hidden.dtype))
+    _repair_kernel[(rows,)](
+        e, *e.stride(), state, tile_anchors, targets, numbers, rows, vocabulary, capped, rescale, columns,
+        num_warps=columns // 512, **LAUNCH,
+    )  # fmt: skip
+
+
 def exp_product(
     e: Tensor | None, logp: Tensor, entropy: Tensor | None, sums: Tensor, hidden: Tensor, weight: Tensor,
-    bias: Tensor | None, targets: Tensor, grad_logp: Tensor | None, grad_entropy: Tensor | None,
-    transform: tuple[float, ...], capped: bool,
+    bias: Tensor | None, targets: Tensor, transform: tuple[float, ...], capped: bool,
 ) -> None:  # fmt: skip
-    (rows, width), vocabulary, device = hidden.shape, len(weight), hidden.device
+    rows = len(hidden)
     if rows == 0:
         return
-    columns = tile_columns(vocabulary, e_width(hidden.dtype))
-    warps = columns // 512
     with torch.cuda.device_of(hidden):
-        numbers = table(bits(*transform), device)
-        state = torch.empty(TARGET_E.value + 1, rows, dtype=torch.float32, device=device)
-        tile_anchors = torch.empty(triton.cdiv(vocabulary, columns), rows, dtype=torch.float32, device=device)
-        logits = torch.empty(rows, columns, dtype=torch.float32, device=device)
-        biases = (None, 1) if bias is None else (bias, bias.stride(0))
-
-        def tiles(e: Tensor | None, add: bool) -> None:
-            for tile, part in enumerate(weight.split(columns)):
-                _product(logits[:, : len(part)], hidden, part)
-                _tile_kernel[(rows,)](
-                    e, *((1, 1) if e is None else e.stride()), state, tile_anchors, logits, *biases, targets, numbers,
-                    rows, tile, vocabulary, capped, add, columns, num_warps=warps, **LAUNCH,
-                )  # fmt: skip
-
-        _anchor_kernel[(rows,)](
-            state, hidden, *hidden.stride(), weight, *weight.stride(), *biases, targets, numbers, rows, vocabulary,
-            width, BLOCK_D, **LAUNCH,
-        )  # fmt: skip
-        with_entropy = grad_entropy is not None
-        tiles(None if with_entropy else e, add=True)
+        numbers = table(bits(*transform), hidden.device)
+        state, tile_anchors = _anchored(hidden, weight, bias, targets, numbers)
+        _tiles(e, state, tile_anchors, hidden, weight, bias, targets, numbers, capped, add=True)
         _finish_kernel[(triton.cdiv(rows, ROWS),)](
-            logp, entropy, sums, sums.stride(0), state, grad_logp, grad_entropy, numbers, rows, capped, ROWS, **LAUNCH,
-        )  # fmt: skip
-        if e is None:
-            return
-        if with_entropy:
-            tiles(e, add=False)
-        _repair_kernel[(rows,)](
-            e, *e.stride(), state, tile_anchors, targets, numbers, rows, vocabulary, capped, not with_entropy, columns,
-            num_warps=warps, **LAUNCH,
-        )  # fmt: skip
+            logp, entropy, sums, sums.stride(0), state, numbers, rows, capped, ROWS, **LAUNCH
+        )
+        if e is not None:
+            _repair(e, state, tile_anchors, hidden, targets, numbers, capped, rescale=True)
+
+
+def exp_product_grad(
+    e: Tensor, sums: Tensor, entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    targets: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None, transform: tuple[float, ...], capped: bool,
+) -> None:  # fmt: skip
+    rows = len(hidden)
+    if rows == 0:
+        return
+    with torch.cuda.device_of(hidden):
+        numbers = table(bits(*transform), hidden.device)
+        state, tile_anchors = _anchored(hidden, weight, bias, targets, numbers)
+        _resume_kernel[(triton.cdiv(rows, ROWS),)](
+            entropy, sums, sums.stride(0), state, grad_logp, grad_entropy, numbers, rows, capped, ROWS, **LAUNCH
+        )
+        _tiles(e, state, tile_anchors, hidden, weight, bias, targets, numbers, capped, add=False)
+        _repair(e, state, tile_anchors, hidden, targets, numbers, capped, rescale=False)
 
 
 def e_width(dtype: torch.dtype) -> int:

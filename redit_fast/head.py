@@ -126,9 +126,9 @@ class Head(NamedTuple):
         return self.hidden.new_zeros(*leading, len(self.targets), dtype=torch.float32)
 
     def compact(self, rows: Tensor) -> Tensor:
-        """(R,) -> (R',), zero in the padding."""
-        out, found = self.new_rows(), rows[self.scored]
-        out[: len(found)] = found if self.known is None else torch.where(self.known, found, 0)
+        """(..., R) -> (..., R'), zero in the padding."""
+        out, found = self.new_rows(*rows.shape[:-1]), rows[..., self.scored]
+        out[..., : len(self.scored)] = found if self.known is None else torch.where(self.known, found, 0)
         return out
 
     def expand(self, out: Tensor, rows: Tensor, chunk: slice = slice(None)) -> None:
@@ -141,7 +141,7 @@ class Head(NamedTuple):
         out[scored] = found
 
 
-def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy, sums, *upstream) -> Tensor | None:
+def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy, sums) -> Tensor | None:
     """Runs `exp_product` on one chunk; its part of e."""
     e = None if e is None else e[: len(x)]
     primitive("exp_product", head.hidden.device)(
@@ -154,7 +154,24 @@ def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy
         head.bias,
         head.targets[chunk],
         head.transform,
-        *(None if rows is None else rows[chunk] for rows in upstream),
+    )
+    return e
+
+
+def backward(head: Head, chunk: slice, x: Tensor, e: Tensor, sums, entropy, grad_logp, grad_entropy) -> Tensor:
+    """Runs `exp_product_grad` on one chunk; its part of e."""
+    e = e[: len(x)]
+    primitive("exp_product_grad", head.hidden.device)(
+        e,
+        sums[:, chunk],
+        None if entropy is None else entropy[chunk],
+        x,
+        head.weight,
+        head.bias,
+        head.targets[chunk],
+        head.transform,
+        grad_logp[chunk],
+        None if grad_entropy is None else grad_entropy[chunk],
     )
     return e
 
@@ -214,10 +231,11 @@ def add_gradients(head: Head, chunk: slice, x, e: Tensor, beta: Tensor, hidden_g
         flat[head.scored[chunk][places[known]]] = slopes[known].to(flat.dtype)
 
 
-@operator(mutates=("logp", "entropy", "slopes"))
+@operator(mutates=("logp", "entropy", "sums", "slopes"))
 def linear_logp_(
     logp: Tensor,
     entropy: Tensor | None,
+    sums: Tensor | None,
     slopes: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
@@ -228,21 +246,24 @@ def linear_logp_(
     softcap: float | None,
     chunk_rows: int | None,
 ) -> None:
-    """Writes logp, entropy (R,) and dlogp/dX, slopes (R, D) float32, of the scored rows; targets -100 elsewhere."""
+    """Writes logp, entropy (R,), what `linear_logp_grad_` needs, sums (3, R), and dlogp/dX, slopes (R, D) float32, of
+    the scored rows; targets -100 elsewhere."""
     head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows, None)
-    rows, sums, e = head.new_rows(), head.new_rows(3), head.new_e() if slopes is not None else None
+    rows, row_sums, e = head.new_rows(), head.new_rows(3), head.new_e() if slopes is not None else None
     entropies = None if entropy is None else head.new_rows()
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in head.chunks():
             x = head.rows(chunk)
-            part = forward(head, chunk, x, e, rows, entropies, sums, None, None)
+            part = forward(head, chunk, x, e, rows, entropies, row_sums)
             if slopes is not None:
-                head.expand(
-                    slopes, accumulate(x, head.weight, part, -1 / sums[2, chunk], None, None, hidden=True), chunk
-                )
+                beta = -1 / row_sums[2, chunk]
+                head.expand(slopes, accumulate(x, head.weight, part, beta, None, None, hidden=True), chunk)
     head.expand(logp, rows)
     if entropy is not None:
         head.expand(entropy, entropies)
+    if sums is not None:
+        for out, found in zip(sums, row_sums, strict=True):
+            head.expand(out, found)
 
 
 @operator(mutates=("hidden_grad", "weight_grad", "bias_grad"))
@@ -252,6 +273,8 @@ def linear_logp_grad_(
     bias_grad: Tensor | None,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
+    sums: Tensor,
+    entropy: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -261,19 +284,19 @@ def linear_logp_grad_(
     softcap: float | None,
     chunk_rows: int | None,
 ) -> None:
-    """The backward pass of `linear_logp_` from gradients (R,): E once more, then the gradient products, both of rows
-    with a gradient alone. Adds into the gradients that are not None."""
+    """The backward pass of `linear_logp_` from gradients (R,) and what it wrote: E once more, then the gradient
+    products, both of rows with a gradient alone. Adds into the gradients that are not None."""
     silent = grad_logp == 0 if grad_entropy is None else (grad_logp == 0) & (grad_entropy == 0)
     targets = torch.where(silent, IGNORE, targets)
     head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows, None)
-    g, h = head.compact(grad_logp), None if grad_entropy is None else head.compact(grad_entropy)
-    e, logp, sums = head.new_e(), head.new_rows(), head.new_rows(3)
+    e, g, sums = head.new_e(), head.compact(grad_logp), head.compact(sums)
+    h, entropy = (None if rows is None else head.compact(rows) for rows in (grad_entropy, entropy))
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in head.chunks():
             x = head.rows(chunk)
-            part = forward(head, chunk, x, e, logp, None, sums, g, h)
-            coefficient = g[chunk] if h is None else ((g[chunk] != 0) | (h[chunk] != 0)).float()
-            beta = torch.where(coefficient == 0, 0.0, -coefficient / sums[2, chunk])
+            part = backward(head, chunk, x, e, sums, entropy, g, h)
+            used = g[chunk] != 0 if h is None else (g[chunk] != 0) | (h[chunk] != 0)
+            beta = torch.where(used, -1 / sums[2, chunk], 0.0)
             add_gradients(head, chunk, x, part, beta, hidden_grad, weight_grad, bias_grad)
 
 
@@ -332,7 +355,7 @@ def linear_loss_(
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in head.chunks():
             x = head.rows(chunk)
-            part = forward(head, chunk, x, e, rows, entropies, sums, None, None)
+            part = forward(head, chunk, x, e, rows, entropies, sums)
             row_loss, slope = token_coefficients(
                 policy, rows[chunk], advantages[chunk], *(None if x is None else x[chunk] for x in others)
             )

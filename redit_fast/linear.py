@@ -1,7 +1,8 @@
 """Log-probs and GRPO losses from hidden states; the (R, V) logits are never held.
 
-`linear_logp` makes E (see `head`) forward and once more in backward. `linear_grpo_loss` knows the coefficients of a
-token-level loss inside the chunk loop and takes both gradient products at once: three products in all.
+`linear_logp` makes E (see `head`) forward and once more in backward, from the rows' sums that forward left.
+`linear_grpo_loss` knows the coefficients of a token-level loss inside the chunk loop and takes both gradient products
+at once: three products in all.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from redit_fast.logprob import (
     IGNORE,
     EntropyMode,
     LogpEntropy,
+    as_gradients_are,
     check_targets,
     detached,
     refuse_double_backward,
@@ -136,6 +138,7 @@ def linear_logp(
     _check_parts(hidden, weight, bias)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     flat = _check_head(hidden, weight, bias, targets, mask, validate)
+    hidden, weight, bias = as_gradients_are(hidden, weight, bias)
     logp, entropies = _LinearLogp.apply(hidden, weight, bias, flat, transform, entropy, chunk_rows)
     logp = logp.view(targets.shape)
     return logp if entropy == "none" else LogpEntropy(logp, entropies.view(targets.shape))
@@ -144,14 +147,17 @@ def linear_logp(
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, entropy_mode, chunk_rows):
+        needed = ctx.needs_input_grad[:3]
         # A frozen head has its gradient dlogp/dX ready after one more product, and backward none left.
-        frozen = ctx.needs_input_grad[:3] == (True, False, False) and entropy_mode != "grad"
+        frozen = needed == (True, False, False) and entropy_mode != "grad"
         slopes = torch.zeros_like(hidden, dtype=torch.float32).view(-1, hidden.shape[-1]) if frozen else None
         logp = hidden.new_zeros(len(targets), dtype=torch.float32)
         entropy = None if entropy_mode == "none" else torch.zeros_like(logp)
-        linear_logp_(logp, entropy, slopes, hidden, weight, bias, targets, *transform, chunk_rows)
-        ctx.save_for_backward(hidden, weight, bias, targets, slopes)
-        ctx.transform, ctx.chunk_rows = transform, chunk_rows
+        sums = logp.new_zeros(3, len(targets)) if any(needed) and not frozen else None
+        linear_logp_(logp, entropy, sums, slopes, hidden, weight, bias, targets, *transform, chunk_rows)
+        kept_entropy = entropy if entropy_mode == "grad" else None
+        ctx.save_for_backward(hidden, weight, bias, targets, slopes, sums, kept_entropy)
+        ctx.transform, ctx.chunk_rows, ctx.entropy_mode = transform, chunk_rows, entropy_mode
         ctx.set_materialize_grads(False)
         if entropy_mode == "metric":
             ctx.mark_non_differentiable(entropy)
@@ -160,16 +166,17 @@ class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
         refuse_double_backward()
-        hidden, weight, bias, targets, slopes = ctx.saved_tensors
+        hidden, weight, bias, targets, slopes, sums, entropy = ctx.saved_tensors
+        if ctx.entropy_mode != "grad":  # torch.compile hands in zeros for an entropy without graph
+            grad_entropy = None
         if grad_logp is None:
             grad_logp = torch.zeros(len(targets), device=hidden.device)
         if slopes is not None:
             rows = torch.where(grad_logp[:, None] == 0, 0.0, grad_logp[:, None] * slopes)
             return rows.to(hidden.dtype).view(hidden.shape), None, None, None, None, None, None
         grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3], ctx.chunk_rows)
-        linear_logp_grad_(
-            *grads, grad_logp, grad_entropy, hidden, weight, bias, targets, *ctx.transform, ctx.chunk_rows
-        )
+        upstream = grad_logp, grad_entropy, sums, entropy
+        linear_logp_grad_(*grads, *upstream, hidden, weight, bias, targets, *ctx.transform, ctx.chunk_rows)
         return *outgoing(grads, hidden.dtype), None, None, None, None
 
 
@@ -222,6 +229,7 @@ def linear_grpo_loss(
             **config.transform._asdict(),
         )
         return detached(rows_loss(rows, logp, entropy, normalizer))
+    hidden, weight, bias = as_gradients_are(hidden, weight, bias)
     loss, logp, entropy, skipped = _LinearGrpoLoss.apply(
         hidden, weight, bias, flat, rows, rows.weights(normalizer), chunk_rows
     )
@@ -324,12 +332,14 @@ def linear_grpo_loss_and_grad_(
         out = LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), metrics, "fused")
     else:
         leaves = [hidden.new_zeros(targets.shape, dtype=torch.float32, requires_grad=True) for _ in range(2)]
-        head = hidden, weight, bias, flat, *config.transform, chunk_rows
-        linear_logp_(*(leaf.view(-1) for leaf in leaves), None, *head)
+        head, sums = (hidden, weight, bias, flat, *config.transform, chunk_rows), leaves[0].new_zeros(3, len(flat))
+        logp, entropy = (leaf.detach().view(-1) for leaf in leaves)
+        linear_logp_(logp, entropy, sums, None, *head)
         with torch.enable_grad():
             out = detached(rows_loss(rows, *leaves, normalizer))
             g, h = torch.autograd.grad(out.loss, leaves, allow_unused=True)  # entropy, where it has no coefficient
-        linear_logp_grad_(*grads, g.reshape(-1), None if h is None else h.reshape(-1), *head)
+        h = None if h is None else h.reshape(-1)
+        linear_logp_grad_(*grads, g.reshape(-1), h, sums, entropy, *head)
         out = out._replace(loss=out.loss.detach())
     return out, hidden_grad.to(hidden.dtype)
 

@@ -101,6 +101,13 @@ def check_targets(
     return flat
 
 
+def as_gradients_are(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Detached where gradients are off: `ctx.needs_input_grad` of an autograd.Function says yes to a leaf even then."""
+    if torch.is_grad_enabled():
+        return tensors
+    return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
+
+
 def refuse_double_backward() -> None:
     if torch.is_grad_enabled():  # autograd runs backward with gradients enabled only under create_graph=True
         raise RuntimeError(
@@ -195,7 +202,7 @@ class _TokenLogp(torch.autograd.Function):
         sums = logp.new_empty(3, rows)
         token_logp_(logp, entropies, sums, logits, targets, *transform)
         ctx.save_for_backward(logits, targets, sums, entropies if entropy == "grad" else None)
-        ctx.transform, ctx.inplace = transform, inplace
+        ctx.transform, ctx.entropy_mode, ctx.inplace = transform, entropy, inplace
         ctx.set_materialize_grads(False)
         if entropy == "metric":
             ctx.mark_non_differentiable(entropies)
@@ -205,6 +212,8 @@ class _TokenLogp(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy):
         refuse_double_backward()
         logits, targets, sums, entropies = ctx.saved_tensors
+        if ctx.entropy_mode != "grad":  # torch.compile hands in zeros for an entropy without graph
+            grad_entropy = None
         if grad_logp is None:
             if grad_entropy is None:
                 return None, None, None, None, None
@@ -278,6 +287,7 @@ def grpo_loss(
             **config.transform._asdict(),
         )
         return detached(rows_loss(rows, logp, entropy, normalizer))
+    (logits,) = as_gradients_are(logits)
     loss, logp, entropy = _GrpoLoss.apply(
         logits.reshape(-1, logits.shape[-1]), flat, rows, rows.weights(normalizer), inplace, grad_scale
     )

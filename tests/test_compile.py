@@ -104,6 +104,54 @@ def test_losses_of_a_sequence_compile_too(loss_type):
         assert (expected != 0).any() and relative(found, expected) < 1e-6
 
 
+LOGP_ROUTE = {
+    **{name: rf.LossConfig(name) for name in ("gspo", "gspo_token", "gmpo", "vespo", "rloo", "clip_cov", "kl_cov")},
+    "sequence importance": rf.LossConfig("grpo", importance="sequence"),
+    "sequence_truncate": rf.LossConfig("grpo", correction="sequence_truncate"),
+    "sequence_mask": rf.LossConfig("grpo", correction="sequence_mask"),
+    "top_entropy_quantile": rf.LossConfig("grpo", top_entropy_quantile=0.5),
+    "off_policy_mask_threshold": rf.LossConfig("grpo", off_policy_mask_threshold=0.5),
+    "entropy bonus": rf.LossConfig("grpo", entropy_coef=0.1),
+}
+
+
+def of_a_loss(config):
+    def function(x, w, t):
+        rows = {name: value.view(4, 6) for name, value in rows_of(x).items()}
+        return rf.grpo_loss(logits(x, w).view(4, 6, -1), t.view(4, 6), config=config, **rows).loss
+
+    return function
+
+
+def of_logp(op, entropy, used):
+    """The upstream gradient of what is not used is None, or zeros inside a compiled graph."""
+
+    def function(x, w, t):
+        out = rf.token_logp(logits(x, w), t, entropy=entropy) if op == "token_logp" else rf.linear_logp(
+            torch.tanh(x), w, t, entropy=entropy
+        )  # fmt: skip
+        assert out.entropy.requires_grad == (entropy == "grad")
+        return getattr(out, used).square().sum() + 0 * out.entropy.detach().sum()
+
+    return function
+
+
+KEPT_OR_NOT = {f"{op} {mode} {used}": of_logp(op, mode, used)
+               for op in ("token_logp", "linear_logp")
+               for mode, used in (("metric", "logp"), ("grad", "logp"), ("grad", "entropy"))}  # fmt: skip
+CASES = {name: of_a_loss(config) for name, config in LOGP_ROUTE.items()} | KEPT_OR_NOT
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_entropy_without_graph_gets_no_gradient_in_a_compiled_graph(backend, name):
+    """The compiled backward pass hands in zeros where eager hands in None: once read beside entropies never kept."""
+    torch._dynamo.reset()
+    function, inputs = CASES[name], batch(24)
+    found = results(torch.compile(function, fullgraph=True, backend="aot_eager"), *inputs)
+    for value, expected in zip(found, results(function, *inputs), strict=True):
+        assert (expected != 0).any() and relative(value, expected) < 1e-6
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "gmpo", "kl_cov"])
 def test_policy_loss_compiles_too(loss_type):
     config, old = rf.LossConfig(loss_type, beta=0.1), torch.randn(4, 6)
@@ -175,8 +223,8 @@ def test_operators_pass_torchs_own_checks():
         "token_logp_grad": (z.clone(), z, t, sums, factors[0], factors[1], rows[1], *transform),
         "token_loss": (scale * 0, rows[2], rows[3], z.clone(), z, t, *factors, None, config, scale),
         "scale_in_place": (z, scale),
-        "linear_logp": (rows[4], None, grads[0], x, w, None, t, *transform, 16),
-        "linear_logp_grad": (*grads, factors[0], factors[1], x, w, w[:, 0].clone(), t, *transform, None),
+        "linear_logp": (rows[4], None, sums, grads[0], x, w, None, t, *transform, 16),
+        "linear_logp_grad": (*grads, factors[0], factors[1], sums, rows[1], x, w, w[:, 0].clone(), t, *transform, None),
         "linear_loss": (
             scale * 0, rows[5], rows[6], scale * 0, *grads, x, w, w[:, 0].clone(), t, *factors, None, config, None
         ),

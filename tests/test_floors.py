@@ -40,6 +40,7 @@ FLOORS = {
     "redit_fast.backends.triton": 1,
     "redit_fast.backends.cuda": 1,
     "redit_fast.backends.lists": 0.5,  # what two backends share
+    "redit_fast.backends.rows": 0.5,
     "redit_fast.losses": 0.4,  # floor 0 from presets and transforms up; their argument checks come from dither
     "redit_fast.loss_terms": 0.3,
     "redit_fast.loss_rows": 0.2,

@@ -23,8 +23,10 @@ def run(module, hidden, weight, bias, targets, transform=TRANSFORMS[0], with_ent
     dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     e = torch.full((rows, len(weight)), 7.0, dtype=dtype) if with_e else None
     logp, entropy, sums = torch.empty(rows), torch.empty(rows), torch.empty(3, rows)
-    upstream = (torch.linspace(-1, 1, rows), torch.linspace(2, 1, rows)) if with_entropy else (None, None)
-    module.exp_product(e, logp, entropy, sums, hidden, weight, bias, targets, transform, *upstream)
+    head = hidden, weight, bias, targets, transform
+    module.exp_product(None if with_entropy else e, logp, entropy, sums, *head)
+    if with_entropy:
+        module.exp_product_grad(e, sums, entropy, *head, torch.linspace(-1, 1, rows), torch.linspace(2, 1, rows))
     return (logp, entropy, sums) if e is None else (logp, entropy, sums, e)
 
 
@@ -111,8 +113,11 @@ def test_strided_inputs_and_version_counters():
     strided = [torch.stack([x, x], -1)[..., 1] for x in (hidden, weight, bias, targets)]
     assert_same_bits(run(cpu, *strided), expected)
     logp, entropy, sums, e = (torch.empty_like(x) for x in expected)
-    cpu.exp_product(e, logp, entropy, sums, hidden, weight, bias, targets, TRANSFORMS[0], None, None)
+    head = hidden, weight, bias, targets, TRANSFORMS[0]
+    cpu.exp_product(e, logp, entropy, sums, *head)
     assert [x._version for x in (logp, entropy, sums, e)] == [1, 1, 1, 1]
+    cpu.exp_product_grad(e, sums, entropy, *head, logp, entropy)
+    assert [x._version for x in (logp, entropy, sums, e)] == [1, 1, 1, 2]
     assert [x._version for x in (hidden, weight, bias, targets)] == [0, 0, 0, 0]
 
 

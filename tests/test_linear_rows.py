@@ -50,6 +50,10 @@ def test_rows_without_a_coefficient_skip_the_gradient_products(backend, countabl
     def logp():
         (rf.linear_logp(*leaves(hidden, weight), targets) * advantages).sum().backward()
 
+    def logp_and_entropy():
+        logp, entropy = rf.linear_logp(*leaves(hidden, weight), targets, entropy="grad")
+        ((logp - entropy) * advantages).sum().backward()
+
     def in_place():
         rf.linear_grpo_loss_and_grad_(
             hidden, weight, targets, advantages, config=config, weight_grad=torch.zeros(vocabulary, width)
@@ -57,7 +61,7 @@ def test_rows_without_a_coefficient_skip_the_gradient_products(backend, countabl
 
     assert flops(fused) == flops(in_place) == (1 + 2 * needed) * product
     assert out.metrics["head/frac_rows_skipped"] == 1 - used / rows
-    assert flops(logp) == (1 + 3 * needed) * product
+    assert flops(logp) == flops(logp_and_entropy) == (1 + 3 * needed) * product
     x, w = fused()
     full, _ = fused(torch.where(advantages == 0, 1.0, advantages))
     assert torch.equal(x.grad[places], full.grad[places])  # the same bits as among rows that all have one

@@ -38,6 +38,8 @@ SUITES = [
     "linear_whole",
     "triton_traffic",
     "heads",
+    "primitives",
+    "no_grad",
 ]  # the longest first
 
 # Of tests for three dtypes `make test` interprets the second, bfloat16; most others are float32.
@@ -334,7 +336,7 @@ def test_token_kernels_are_limited_by_memory(kernels, dtype, softcap, tmp_path, 
     for out in (None, grad):
         for config in all_or_some(dtype, FUSED):
             config = dataclasses.replace(config, softcap=softcap)
-            backend.token_loss(scalar(0.0), rows, rows, out, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
+            backend.token_loss(rows[0], rows, rows, out, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
     backend.scale_in_place(grad, torch.tensor(2.0))
     width = dtype.itemsize
     for name, passes, stores in (("_logp_kernel", 2, 0), ("_grad_kernel", 1, 4), ("_loss_kernel", 2, 0)):
@@ -360,7 +362,7 @@ def test_kernels_of_few_rows_compile_without_spills_and_with_accesses_of_16_byte
         for entropy in (None, rows):
             backend.token_logp(rows, entropy, torch.zeros(3, 2), logits, targets, config.transform)
         for grad in (None, logits):
-            backend.token_loss(scalar(0.0), rows, rows, grad, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
+            backend.token_loss(rows[0], rows, rows, grad, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
     assert {name: len(found) for name, found in kernels.items()} == {
         "_lanes_kernel": 4, "_logp_kernel": 4, "_loss_kernel": 4, "_grad_kernel": 2, "_total_kernel": 1
     }  # fmt: skip
@@ -388,11 +390,11 @@ def test_kernels_without_a_smaller_tile_fit_any_device(kernels, tmp_path, monkey
         rf.group_advantages(torch.rand(64, 2), group_size=8, scale="batch")
     hidden, weight, rows = torch.empty(16, 64).bfloat16(), torch.empty(V, 64).bfloat16(), torch.zeros(16)
     e, transform = torch.empty(16, V, dtype=torch.bfloat16), rf.LossConfig(softcap=30.0).transform
-    inputs = torch.zeros(3, 16), hidden, weight, torch.empty(V).bfloat16(), rows.long(), transform
-    for grads in ((None, None), (rows, rows)):
-        backend.exp_product(e, rows, rows, *inputs, *grads)
+    sums, inputs = torch.zeros(3, 16), (hidden, weight, torch.empty(V).bfloat16(), rows.long(), transform)
+    backend.exp_product(e, rows, rows, sums, *inputs)
+    backend.exp_product_grad(e, sums, rows, *inputs, rows, rows)
     backend.scale_in_place(e, torch.tensor(2.0))
-    assert len(kernels) == 15, sorted(kernels)
+    assert len(kernels) == 16, sorted(kernels)
 
     def fits(kernel):
         used = 32 * kernel.metadata.num_warps * registers(kernel, tmp_path)
@@ -411,13 +413,10 @@ def test_head_kernels_compile_without_spills_and_with_accesses_of_16_bytes(kerne
     e, bias = torch.empty(16, V, dtype=torch.float32 if dtype == torch.float16 else dtype), torch.empty(V, dtype=dtype)
     rows, sums = torch.zeros(16), torch.zeros(3, 16)
     for transform in (rf.LossConfig().transform, rf.LossConfig(softcap=30.0).transform):
-        for out, entropy, added, grads in (
-            (None, rows, None, (None, None)),
-            (e, rows, bias, (None, None)),
-            (e, rows, None, (None, None)),
-            (e, None, None, (rows, rows)),
-        ):
-            backend.exp_product(out, rows, entropy, sums, hidden, weight, added, targets, transform, *grads)
+        for out, added in ((None, None), (e, bias), (e, None)):
+            backend.exp_product(out, rows, rows, sums, hidden, weight, added, targets, transform)
+        for h in (None, rows):
+            backend.exp_product_grad(e, sums, rows, hidden, weight, None, targets, transform, rows, h)
     assert len(kernels["_tile_kernel"]) == 8  # sums; sums and E, with and without the bias; E alone; times softcap
     for found in kernels.values():
         for kernel in found:
@@ -436,7 +435,7 @@ def test_other_numbers_of_rows_and_hyper_parameters_compile_nothing_more(kernels
         backend.token_logp(rows, None, sums, logits, targets, LogitTransform(1 + n / 100))
         backend.token_logp_grad(logits, logits, targets, sums, rows, None, None, LogitTransform(1 + n / 100))
         config = rf.LossConfig(epsilon_low=0.1 + n / 1000, delta=2.0 + n)
-        backend.token_loss(scalar(0.0), rows, rows, logits, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
+        backend.token_loss(rows[0], rows, rows, logits, logits, targets, *[rows] * 5, config, torch.tensor(1.0))
         seen.append({name: len(found) for name, found in kernels.items()})
     once, twice = ("_grad_kernel", "_total_kernel"), ("_logp_kernel", "_loss_kernel", "_lanes_kernel")
     assert seen[-1] == dict.fromkeys(once, 1) | dict.fromkeys(twice, 2), seen  # few rows and many; with entropy

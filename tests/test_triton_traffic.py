@@ -144,11 +144,11 @@ def test_the_head_reads_a_tile_once_and_writes_e_once(accesses, dtype):
     e = torch.empty(rows, vocabulary, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     numbers = torch.empty(rows), torch.empty(rows), torch.empty(3, rows)
     inputs = hidden, weight, None, torch.randint(vocabulary, (rows,)), rf.LossConfig().transform
-    triton.exp_product(e, *numbers, *inputs, None, None)
+    triton.exp_product(e, *numbers, *inputs)
     assert moved(accesses)[:2] == (rows * vocabulary * 4, rows * vocabulary * e.element_size())
     accesses.clear()
-    triton.exp_product(e, *numbers, *inputs, torch.ones(rows), torch.ones(rows))
-    assert moved(accesses)[:2] == (2 * rows * vocabulary * 4, rows * vocabulary * e.element_size())
+    triton.exp_product_grad(e, numbers[2], numbers[1], *inputs, torch.ones(rows), torch.ones(rows))
+    assert moved(accesses)[:2] == (rows * vocabulary * 4, rows * vocabulary * e.element_size())
 
 
 @pytest.mark.parametrize(
@@ -211,8 +211,8 @@ def test_no_program_touches_what_another_writes(accesses):
     triton.token_loss(torch.empty(()), *one, row, row, target, *rows, rf.LossConfig(), None)
     e, numbers = torch.empty(7, 1300), (torch.empty(7), torch.empty(7), torch.empty(3, 7))
     hidden, weight, transform = torch.randn(7, 8), torch.randn(1300, 8), rf.LossConfig().transform
-    triton.exp_product(e, *numbers, hidden, weight, None, targets, transform, None, None)
-    triton.exp_product(e, *numbers, hidden, weight, None, targets, transform, logp, entropy)
+    triton.exp_product(e, *numbers, hidden, weight, None, targets, transform)
+    triton.exp_product_grad(e, numbers[2], numbers[1], hidden, weight, None, targets, transform, logp, entropy)
     sizes = [9, 3000, 17]
     p, masters, g, m, v, steps = adamw_state(torch.bfloat16, sizes)
     triton.adamw(p, masters, g, m, v, steps, scalar(1.0), torch.tensor(True), 1e-2, 0.9, 0.999, 1e-8, 0.1)

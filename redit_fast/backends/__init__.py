@@ -25,6 +25,7 @@ PRIMITIVES = (
     "token_loss",
     "scale_in_place",
     "exp_product",
+    "exp_product_grad",
     "addmm",
     "squared_norm",
     "perturb",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.lists import check_like, check_pairs, check_steps, contiguous, finish
+from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, contiguous, finish
 from redit_fast.loss_config import LossConfig
 from redit_fast.transforms import LogitTransform
 
@@ -36,12 +36,22 @@ _OPS = (
     "token_loss",
     "scale_in_place",
     "exp_product",
+    "exp_product_grad",
     "addmm",
     "squared_norm",
     "perturb",
     "combine",
     "adamw",
 )
+_CODES = {  # Dtype of csrc/formats.h
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.int64: 4,
+    torch.bool: 5,
+}
+_LEVEL = -1  # instruction set: 0 baseline, 1 AVX2, 2 AVX-512; -1: the best that the processor has
 
 
 def why_not(op: str, device: torch.device) -> str | None:
@@ -50,6 +60,20 @@ def why_not(op: str, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"computes on CPU tensors only, got {device}"
     return _missing
+
+
+def _tensor(tensor: Tensor | None) -> tuple[int, int, int, int, int, int]:
+    """Address, dtype, rows, columns and their strides, for csrc/bindings.h to check; 0s for None; one row for a vector
+    or a number."""
+    if tensor is None:
+        return (0, 0, 0, 0, 0, 0)
+    if tensor.device.type != "cpu" or tensor.ndim > 2:
+        raise ValueError(
+            f"the cpu backend needs tensors of at most two dimensions on the CPU, got {tuple(tensor.shape)} on "
+            f"{tensor.device}"
+        )
+    shape, strides = (1, 1, *tensor.shape), (1, 1, *tensor.stride())
+    return (tensor.data_ptr(), _CODES.get(tensor.dtype, -1), *shape[-2:], *strides[-2:])
 
 
 def group_advantages(
@@ -81,9 +105,7 @@ def group_advantages(
     groups = samples // group_size if groups is None else groups
     sample_ids = samples if sample_ids is None else sample_ids
     _cpu.group_advantages(
-        *(tensor.data_ptr() for tensor in (*outputs, rewards, groups, sample_ids, weights)),
-        0 if half_range is None else half_range.data_ptr(),
-        *rewards.shape,
+        *map(_tensor, (*outputs, rewards, groups, sample_ids, weights, half_range)),
         distribution,
         seed,
         step,
@@ -98,23 +120,11 @@ def group_advantages(
     increment_version(outputs)
 
 
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEVEL = -1  # instruction set: 0 baseline, 1 AVX2, 2 AVX-512; -1: the best that the processor has
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _matrix(tensor: Tensor | None) -> tuple[int, int, int, int, int]:
-    return (0, 0, 0, 1, 1) if tensor is None else (tensor.data_ptr(), *tensor.shape, *tensor.stride())
-
-
-def _setting(x: Tensor, transform: LogitTransform) -> tuple[int, float, float, float, bool, int, int]:
+def _setting(transform: LogitTransform) -> tuple[float, float, float, bool, int, int]:
     temperature, scale, softcap = transform
     inner, outer = (1.0, scale) if softcap is None else (scale / softcap, softcap)
     factors = (scale / temperature, inner, outer / temperature / math.log(2))  # the kernels exponentiate to base 2
-    return (_TYPES.index(x.dtype), *factors, softcap is not None, torch.get_num_threads(), _LEVEL)
+    return (*factors, softcap is not None, torch.get_num_threads(), _LEVEL)
 
 
 def token_logp(
@@ -122,15 +132,7 @@ def token_logp(
 ) -> None:
     """As `reference.token_logp`; logp and entropy contiguous, so are the rows of sums."""
     targets = targets.contiguous()
-    _cpu.token_logp(
-        logp.data_ptr(),
-        _address(entropy),
-        sums.data_ptr(),
-        sums.stride(0),
-        _matrix(logits),
-        targets.data_ptr(),
-        _setting(logits, transform),
-    )
+    _cpu.token_logp(*map(_tensor, (logp, entropy, sums, logits, targets)), _setting(transform))
     increment_version((logp, sums) if entropy is None else (logp, entropy, sums))
 
 
@@ -146,17 +148,8 @@ def token_logp_grad(
 ) -> None:
     """As `reference.token_logp_grad`; grad_logp, grad_entropy and entropy contiguous, so are the rows of sums."""
     targets = targets.contiguous()
-    _cpu.token_logp_grad(
-        _matrix(grad_logits),
-        _matrix(logits),
-        targets.data_ptr(),
-        sums.data_ptr(),
-        sums.stride(0),
-        grad_logp.data_ptr(),
-        _address(grad_entropy),
-        _address(entropy),
-        _setting(logits, transform),
-    )
+    rows = targets, sums, grad_logp, grad_entropy, entropy
+    _cpu.token_logp_grad(*map(_tensor, (grad_logits, logits, *rows)), _setting(transform))
     increment_version((grad_logits,))
 
 
@@ -203,15 +196,10 @@ def token_loss(
     rows = (targets, weights, advantages, old_logp, ref_logp, sampling_logp)
     inputs = [None if x is None else x.contiguous() for x in rows]
     _cpu.token_loss(
-        loss.data_ptr(),
-        logp.data_ptr(),
-        entropy.data_ptr(),
-        _matrix(grad_logits),
-        _matrix(logits),
-        *map(_address, inputs),
+        *map(_tensor, (loss, logp, entropy, grad_logits, logits, *inputs)),
         _policy(config),
         1.0 if grad_scale is None else grad_scale.item(),
-        _setting(logits, config.transform),
+        _setting(config.transform),
     )
     increment_version((loss, logp, entropy) if grad_logits is None else (loss, logp, entropy, grad_logits))
 
@@ -221,7 +209,7 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     matrix = x.view(1, -1) if x.is_contiguous() else x.unsqueeze(0) if x.ndim == 1 else x
     if matrix.stride(0) == 1:
         matrix = matrix.t()
-    _cpu.scale_in_place(_matrix(matrix), factor.item(), _setting(x, LogitTransform()))
+    _cpu.scale_in_place(_tensor(matrix), factor.item(), _setting(LogitTransform()))
     increment_version((x,))
 
 
@@ -235,7 +223,7 @@ _PAIRS = _missing is None and _cpu.has_product()  # bfloat16 products with float
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     if a.dtype == torch.bfloat16:
-        _cpu.product(out.data_ptr(), out.stride(0), add, _matrix(a), _matrix(b), torch.get_num_threads())
+        _cpu.product(_tensor(out), add, _tensor(a), _tensor(b), torch.get_num_threads())
     elif add:
         out.addmm_(a, b)
     else:
@@ -251,6 +239,34 @@ def addmm(out: Tensor, a: Tensor, b: Tensor) -> None:
     increment_version(out)
 
 
+class _Head:
+    """A chunk of rows, its product tiles, and `HeadRows` of csrc/linear_loss.h around them."""
+
+    def __init__(self, hidden, weight, bias, targets, transform: LogitTransform):
+        self.weight, self.bias, self.setting = weight, None if bias is None else bias.contiguous(), _setting(transform)
+        pairs = hidden.dtype == torch.bfloat16 and _PAIRS
+        self.x = x = hidden if pairs else hidden.float()  # torch's 16-bit products round their result
+        columns, self.tile_rows = min(TILE_COLUMNS, len(weight)), TILE_ROWS * torch.get_num_threads()
+        self.blocks = range(0, len(x), self.tile_rows)
+        self.tile = x.new_empty(min(self.tile_rows, len(x)) * columns, dtype=torch.float32)
+        self.widened = None if weight.dtype == x.dtype else x.new_empty(columns, weight.shape[1])
+        targets = targets.contiguous()  # held until HeadRows has copied them
+        self.rows = _cpu.HeadRows(_tensor(targets), len(weight))
+        self.rows.anchor_at_targets(_tensor(hidden), _tensor(weight), _tensor(self.bias), self.setting)
+
+    def add_tiles(self, e: Tensor | None, blocks: Iterable[int]) -> None:
+        for column in range(0, len(self.weight), TILE_COLUMNS):
+            columns = self.weight[column : column + TILE_COLUMNS]
+            columns = (columns if self.widened is None else self.widened[: len(columns)].copy_(columns)).t()
+            for row in blocks:
+                part = self.x[row : row + self.tile_rows]
+                z = self.tile[: len(part) * columns.shape[1]].view(len(part), -1)
+                _multiply(z, part, columns, add=False)
+                if self.bias is not None:  # after the product: sums that start at a large bias lose their bits
+                    z += self.bias[column : column + TILE_COLUMNS]
+                self.rows.add(_tensor(e), _tensor(z), row, column, self.setting)
+
+
 @torch.no_grad()
 def exp_product(
     e: Tensor | None,
@@ -262,73 +278,65 @@ def exp_product(
     bias: Tensor | None,
     targets: Tensor,
     transform: LogitTransform,
-    grad_logp: Tensor | None,
+) -> None:
+    """As `reference.exp_product`; logp and entropy contiguous, so are the rows of sums and of e."""
+    head = _Head(hidden, weight, bias, targets, transform)
+    head.add_tiles(e, head.blocks)
+    broken = head.rows.repair(head.tile_rows)
+    if broken:
+        head.add_tiles(e, broken)
+    head.rows.finish(_tensor(logp), _tensor(entropy), _tensor(sums), head.setting)
+    if e is not None:
+        head.rows.store_targets(_tensor(e), head.setting)
+    increment_version([x for x in (e, logp, entropy, sums) if x is not None])
+
+
+@torch.no_grad()
+def exp_product_grad(
+    e: Tensor,
+    sums: Tensor,
+    entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    grad_logp: Tensor,
     grad_entropy: Tensor | None,
 ) -> None:
-    """As `reference.exp_product`; logp, entropy and their gradients contiguous, so are the rows of sums and of e."""
-    count, vocabulary = len(hidden), len(weight)
-    targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
-    pairs = hidden.dtype == torch.bfloat16 and _PAIRS
-    x = hidden if pairs else hidden.float()  # torch's 16-bit products round their result
-    tile_rows = TILE_ROWS * torch.get_num_threads()
-    tile = x.new_empty(min(tile_rows, count) * min(TILE_COLUMNS, vocabulary), dtype=torch.float32)
-    widened = None if weight.dtype == x.dtype else x.new_empty(min(TILE_COLUMNS, vocabulary), weight.shape[1])
-    setting = _setting(hidden, transform)
-    rows = _cpu.HeadRows(targets.data_ptr(), count, vocabulary)
-    rows.anchor_at_targets(_matrix(hidden), _matrix(weight), _address(bias), setting)
-
-    def add_tiles(e: Tensor | None, blocks: Iterable[int]) -> None:
-        for column in range(0, vocabulary, TILE_COLUMNS):
-            columns = weight[column : column + TILE_COLUMNS]
-            columns = (columns if widened is None else widened[: len(columns)].copy_(columns)).t()
-            for row in blocks:
-                part = x[row : row + tile_rows]
-                z = tile[: len(part) * columns.shape[1]].view(len(part), -1)
-                _multiply(z, part, columns, add=False)
-                if bias is not None:  # after the product: sums that start at a large bias lose their bits
-                    z += bias[column : column + TILE_COLUMNS]
-                rows.add(_matrix(e), _matrix(z), row, column, setting if e is None else _setting(e, transform))
-
-    blocks, with_entropy = range(0, count, tile_rows), grad_entropy is not None
-    add_tiles(None if with_entropy else e, blocks)
-    broken = rows.repair(tile_rows)
-    if broken:
-        add_tiles(None if with_entropy else e, broken)
-    gradients = (grad_logp, grad_entropy) if with_entropy else (None, None)
-    rows.finish(logp.data_ptr(), _address(entropy), sums.data_ptr(), sums.stride(0), *map(_address, gradients), setting)
-    written = [logp, sums] if entropy is None else [logp, entropy, sums]
-    if e is not None:
-        if with_entropy:
-            add_tiles(e, blocks)
-        rows.store_targets(_matrix(e), _setting(e, transform))
-        written.append(e)
-    increment_version(written)
+    """As `reference.exp_product_grad`, but for rows without a number above 0 as their sum; entropy and the gradients
+    contiguous, so are the rows of sums and of e."""
+    head = _Head(hidden, weight, bias, targets, transform)
+    head.rows.resume(*map(_tensor, (sums, entropy, grad_logp, grad_entropy)), head.setting)
+    head.add_tiles(e, head.blocks)
+    head.rows.store_targets(_tensor(e), head.setting)
+    increment_version(e)
 
 
-# Passes over parameters: tables of (address, dtype) in, one call a pass.
+# Passes over parameters: tables of (address, dtype, elements) in, one call a pass.
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # Dtype of csrc/formats.h
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _table(name: str, tensors: list[Tensor | None]) -> list[tuple[int, int]]:
+def _table(name: str, tensors: list[Tensor | None]) -> list[tuple[int, int, int]]:
     for tensor in tensors:
         if tensor is None:
             continue
         if tensor.device.type != "cpu":
             raise ValueError(f"{name} must lie on the CPU as the others do, got a tensor on {tensor.device}")
-        if tensor.dtype not in _CODES:
+        if tensor.dtype not in _FLOATS:
             raise NotImplementedError(
                 f"{name} of {tensor.dtype}: the cpu backend has float32, bfloat16, float16 and float64; "
                 "use_backend('reference') has every dtype"
             )
-    return [(0, 0) if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype]) for tensor in tensors]
+    return [(0, 0, 0) if x is None else (x.data_ptr(), _CODES[x.dtype], x.numel()) for x in tensors]
 
 
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     """As `reference.squared_norm`, to 2.4e-7."""
-    tensors = contiguous(tensors)
-    numels = [tensor.numel() for tensor in tensors]
-    _cpu.squared_norm(out.data_ptr(), _table("tensors", tensors), numels, torch.get_num_threads(), _LEVEL)
+    check_lists(tensors=tensors)
+    tensors = contiguous(tensors)  # held until the call returns
+    _cpu.squared_norm(_tensor(out), _table("tensors", tensors), torch.get_num_threads(), _LEVEL)
     increment_version(out)
 
 
@@ -346,15 +354,15 @@ def perturb(
     compute_dtype: torch.dtype | None,
 ) -> None:
     """As `reference.perturb`: the parameters bit for bit, the sums to 2.4e-7."""
+    check_lists(params=params, grads=grads, offsets=offsets)
     check_like("grads", grads, params, wide=False)
-    if compute_dtype is not None and compute_dtype not in _CODES:
+    if compute_dtype is not None and compute_dtype not in _FLOATS:
         raise NotImplementedError(f"compute_dtype {compute_dtype} has no C++ version; use_backend('reference') has it")
     moved, slopes = contiguous(params), contiguous(grads)
     _cpu.perturb(
-        sums.data_ptr(),
+        _tensor(sums),
         _table("params", moved),
         _table("grads", slopes),
-        [param.numel() for param in params],
         offsets,
         scale.item(),
         grad_factor,
@@ -374,13 +382,13 @@ def perturb(
 @torch.no_grad()
 def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: float) -> None:
     """As `reference.combine`: the gradients bit for bit, the sums to 2.4e-7; both of one dtype."""
+    check_lists(grads=grads, firsts=firsts)
     check_pairs(firsts, grads)
     firsts, combined = contiguous(firsts), contiguous(grads)
     _cpu.combine(
-        sums.data_ptr(),
+        _tensor(sums),
         _table("firsts", firsts),
         _table("grads", combined),
-        [grad.numel() for grad in grads],
         ratio,
         torch.get_num_threads(),
         _LEVEL,
@@ -406,9 +414,11 @@ def adamw(
     weight_decay: float,
 ) -> None:
     """As `reference.adamw`, to the last bit or two of float32."""
+    state = {"masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    check_lists(optional="masters", params=params, grads=grads, steps=steps, **state)
     check_like("grads", grads, params, wide=False)
-    for name, state in (("masters", masters), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        check_like(name, state, params, wide=True)
+    for name, tensors in state.items():
+        check_like(name, tensors, params, wide=True)
     check_steps(steps, params, masters)
     written = (params, masters, exp_avgs, exp_avg_sqs)
     work = [contiguous(tensors) for tensors in written]
@@ -420,8 +430,7 @@ def adamw(
         _table("grads", grads),
         m,
         v,
-        [step.data_ptr() for step in steps],
-        [param.numel() for param in params],
+        _table("steps", steps),
         factor.item(),
         bool(finite),
         lr,

@@ -20,6 +20,24 @@ def finish(originals: list[Tensor | None], written: list[Tensor | None]) -> None
     increment_version([original for original in originals if original is not None])
 
 
+def check_lists(optional: str = "", **lists: list[Tensor | int | None]) -> None:
+    """Lists of one length, None only in the one named `optional`."""
+    first, length = next((name, len(entries)) for name, entries in lists.items())
+    for name, entries in lists.items():
+        if len(entries) != length:
+            raise ValueError(f"{name} must be as long as {first}, {length}, got {len(entries)}")
+        if name != optional and any(entry is None for entry in entries):
+            raise ValueError(f"{name} must hold no None, got one at index {entries.index(None)}")
+
+
+def check_sums(name: str, sums: Tensor, count: int) -> None:
+    if sums.dtype != torch.float64 or sums.numel() != count or not sums.is_contiguous():
+        raise ValueError(
+            f"{name} must be {count} contiguous torch.float64, got {sums.dtype} {tuple(sums.shape)} with strides "
+            f"{sums.stride()}"
+        )
+
+
 def check_like(name: str, tensors: list[Tensor | None], params: list[Tensor], wide: bool) -> None:
     for tensor, param in zip(tensors, params, strict=True):
         if tensor is None:

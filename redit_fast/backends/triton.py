@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.lists import check_like, check_pairs, check_steps, contiguous, finish
+from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, check_sums, contiguous, finish
+from redit_fast.backends.rows import check_head, check_logits, check_matrix, check_rows, require, require_loss_rows
 from redit_fast.loss_config import LossConfig
 from redit_fast.transforms import LogitTransform
 
@@ -84,6 +85,8 @@ def token_logp(
     logp: Tensor, entropy: Tensor | None, sums: Tensor, logits: Tensor, targets: Tensor, transform: LogitTransform
 ) -> None:
     """As `reference.token_logp`; logp and entropy contiguous, so are the rows of sums."""
+    check_logits(sums, None, logits, targets)
+    check_rows(len(logits), logits, logp=logp, entropy=entropy)
     numbers = rows.transform_numbers(*transform)
     tokens.token_logp(logp, entropy, sums, logits, targets.contiguous(), numbers, transform.softcap is not None)
     increment_version((logp, sums) if entropy is None else (logp, entropy, sums))
@@ -100,6 +103,9 @@ def token_logp_grad(
     transform: LogitTransform,
 ) -> None:
     """As `reference.token_logp_grad`; grad_logp, grad_entropy and entropy contiguous, so are the rows of sums."""
+    require("grad_entropy", grad_entropy is not None, entropy=entropy)
+    check_logits(sums, grad_logits, logits, targets)
+    check_rows(len(logits), logits, grad_logp=grad_logp, grad_entropy=grad_entropy, entropy=entropy)
     numbers = rows.transform_numbers(*transform)
     inputs = logits, targets.contiguous(), sums, grad_logp, grad_entropy, entropy
     tokens.token_logp_grad(grad_logits, *inputs, numbers, transform.softcap is not None)
@@ -125,7 +131,14 @@ def token_loss(
     grad_scale: Tensor | None,
 ) -> None:
     """As `reference.token_loss`; the rows' numbers (R,) float32."""
-    inputs = (targets, weights, advantages, old_logp, ref_logp, sampling_logp)
+    require_loss_rows(config, ref_logp, sampling_logp)
+    check_logits(None, grad_logits, logits, targets)
+    inputs = [x if x is None else x.contiguous() for x in (weights, advantages, old_logp, ref_logp, sampling_logp)]
+    names = ("weights", "advantages", "old_logp", "ref_logp", "sampling_logp")
+    check_rows(len(logits), logits, logp=logp, entropy=entropy, **dict(zip(names, inputs, strict=True)))
+    check_matrix("loss", loss, (), logits)
+    if grad_scale is not None:
+        check_matrix("grad_scale", grad_scale, (), logits, grad_scale.dtype)
     numbers = (
         *rows.transform_numbers(*config.transform),
         *config.clip_range,
@@ -143,7 +156,8 @@ def token_loss(
         entropy,
         grad_logits,
         logits,
-        *(None if x is None else x.contiguous() for x in inputs),
+        targets.contiguous(),
+        *inputs,
         grad_scale,
         numbers,
         _FORMS.get(config.loss_type, "clipped"),
@@ -157,6 +171,7 @@ def token_loss(
 
 def scale_in_place(x: Tensor, factor: Tensor) -> None:
     """As `reference.scale_in_place`; x of at most two dimensions."""
+    check_matrix("factor", factor, (), x, factor.dtype)
     tokens.scale_in_place(x.view(1, -1) if x.is_contiguous() else torch.atleast_2d(x), factor)
     increment_version(x)
 
@@ -171,14 +186,35 @@ def exp_product(
     bias: Tensor | None,
     targets: Tensor,
     transform: LogitTransform,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
 ) -> None:
-    """As `reference.exp_product`; logp, entropy and their gradients contiguous, so are the rows of sums."""
-    outputs = e, logp, entropy, sums
-    inputs = hidden, weight, bias, targets.contiguous(), grad_logp, grad_entropy
+    """As `reference.exp_product`; logp and entropy contiguous, so are the rows of sums."""
+    check_head(e, sums, hidden, weight, bias, targets)
+    check_rows(len(hidden), hidden, logp=logp, entropy=entropy)
+    outputs, inputs = (e, logp, entropy, sums), (hidden, weight, bias, targets.contiguous())
     head.exp_product(*outputs, *inputs, rows.transform_numbers(*transform), transform.softcap is not None)
     increment_version([x for x in outputs if x is not None])
+
+
+def exp_product_grad(
+    e: Tensor,
+    sums: Tensor,
+    entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    """As `reference.exp_product_grad`; entropy and the gradients contiguous, so are the rows of sums."""
+    require("grad_entropy", grad_entropy is not None, entropy=entropy)
+    check_head(e, sums, hidden, weight, bias, targets)
+    check_rows(len(hidden), hidden, entropy=entropy, grad_logp=grad_logp, grad_entropy=grad_entropy)
+    inputs = hidden, weight, bias, targets.contiguous(), grad_logp, grad_entropy
+    numbers = rows.transform_numbers(*transform)
+    head.exp_product_grad(e, sums, entropy, *inputs, numbers, transform.softcap is not None)
+    increment_version(e)
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -205,6 +241,8 @@ def _check_tensors(name: str, tensors: list[Tensor | None], device: torch.device
 
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     """As `reference.squared_norm`, to 2.4e-7: 8 squares at a time are added in float32."""
+    check_lists(tensors=tensors)
+    check_sums("out", out, 1)
     _check_tensors("tensors", tensors, out.device)
     passes.squared_norm(out, contiguous(tensors))
     increment_version(out)
@@ -224,6 +262,8 @@ def perturb(
     compute_dtype: torch.dtype | None,
 ) -> None:
     """As `reference.perturb`: the parameters bit for bit, the sums to 2.4e-7 as in squared_norm."""
+    check_lists(params=params, grads=grads, offsets=offsets)
+    check_sums("sums", sums, 4)
     check_like("grads", grads, params, wide=False)
     _check_tensors("params", params, sums.device)
     _check_tensors("grads", grads, sums.device)
@@ -241,6 +281,8 @@ def perturb(
 @torch.no_grad()
 def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: float) -> None:
     """As `reference.combine`: the gradients bit for bit, the sums to 2.4e-7; both of one dtype."""
+    check_lists(grads=grads, firsts=firsts)
+    check_sums("sums", sums, 3)
     check_pairs(firsts, grads)
     _check_tensors("grads", firsts + grads, sums.device)
     combined = contiguous(grads)
@@ -266,12 +308,14 @@ def adamw(
     weight_decay: float,
 ) -> None:
     """As `reference.adamw`, to the last bit or two of float32."""
+    state = {"masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    check_lists(optional="masters", params=params, grads=grads, steps=steps, **state)
     check_like("grads", grads, params, wide=False)
     written = (params, masters, exp_avgs, exp_avg_sqs)
-    for name, state in zip(("params", "masters", "exp_avgs", "exp_avg_sqs"), written, strict=True):
-        check_like(name, state, params, wide=name != "params")
-        _check_tensors(name, state, factor.device)
-    _check_tensors("grads", grads, factor.device)
+    for name, tensors in state.items():
+        check_like(name, tensors, params, wide=True)
+    for name, tensors in {"params": params, "grads": grads, **state}.items():
+        _check_tensors(name, tensors, factor.device)
     check_steps(steps, params, masters)
     p, w, m, v = (contiguous(tensors) for tensors in written)
     passes.adamw(p, w, contiguous(grads), m, v, steps, factor, finite, (lr, beta1, beta2, eps, weight_decay))

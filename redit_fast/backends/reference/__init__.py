@@ -3,7 +3,7 @@
 import torch
 
 from redit_fast.backends.reference.advantages import group_advantages
-from redit_fast.backends.reference.linear_loss import addmm, exp_product
+from redit_fast.backends.reference.linear_loss import addmm, exp_product, exp_product_grad
 from redit_fast.backends.reference.params import adamw, combine, perturb, squared_norm
 from redit_fast.backends.reference.token_loss import scale_in_place, token_logp, token_logp_grad, token_loss
 
@@ -12,6 +12,7 @@ __all__ = [
     "addmm",
     "combine",
     "exp_product",
+    "exp_product_grad",
     "group_advantages",
     "perturb",
     "scale_in_place",

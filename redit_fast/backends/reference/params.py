@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redit_fast.backends.lists import check_like, check_lists
 from redit_fast.dither import rounding_halves
 
 
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     """out () float64 = sum of the squares of all elements, in the order of the tensors."""
+    check_lists(tensors=tensors)
     out.zero_()
     for tensor in tensors:
         out += tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square().sum(dtype=torch.float64)
@@ -42,6 +44,8 @@ def perturb(
     the change that the forward pass sees in compute_dtype (None: the parameter's own). offsets are each tensor's first
     element in the concatenation of all trainable parameters, which places it in the counter of the stochastic rounding.
     """
+    check_lists(params=params, grads=grads, offsets=offsets)
+    check_like("grads", grads, params, wide=False)
     sums.zero_()
     factor = torch.where(scale == 0, torch.ones_like(scale), grad_factor)
     for param, grad, offset in zip(params, grads, offsets, strict=True):
@@ -70,6 +74,8 @@ def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: floa
 
     sums (3,) float64 = |old grads|^2, |old grads - firsts|^2, |grads|^2.
     """
+    check_lists(grads=grads, firsts=firsts)
+    check_like("firsts", firsts, grads, wide=False)
     sums.zero_()
     for first, grad in zip(firsts, grads, strict=True):
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -97,6 +103,10 @@ def adamw(
     """One AdamW step (torch.optim.AdamW's order of operations) with gradients factor * grads, on the float32 master
     where there is one; params = nearest(master). Where `finite` () is false nothing changes but params, which become
     the master again."""
+    lists = {"grads": grads, "masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    check_lists(optional="masters", params=params, steps=steps, **lists)
+    for name, tensors in lists.items():
+        check_like(name, tensors, params, wide=False)
     for param, master, grad, m, v, step in zip(params, masters, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         weights = param if master is None else master
         g = grad.to(weights.dtype) * factor.to(weights.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redit_fast.backends.rows import require, require_loss_rows
 from redit_fast.loss_config import LossConfig
 from redit_fast.loss_terms import token_coefficients
 from redit_fast.transforms import LogitTransform
@@ -113,6 +114,7 @@ def token_logp_grad(
     transform: LogitTransform,
 ) -> None:
     """grad_logits (R, V), which may be logits itself: g (1{j = t} - p_j) - h p_j (log p_j + H), times dz/dx_j."""
+    require("grad_entropy", grad_entropy is not None, entropy=entropy)
     vocabulary = logits.shape[1]
     grad_logits[targets == IGNORE] = 0
     for rows in _blocks(targets, vocabulary):
@@ -143,6 +145,7 @@ def token_loss(
 ) -> None:
     """loss () = sum over rows of weights * l(logp); grad_logits (R, V), which may be logits itself, times grad_scale
     ()."""
+    require_loss_rows(config, ref_logp, sampling_logp)
     sums = logits.new_empty(3, len(targets), dtype=torch.float32)
     token_logp(logp, entropy, sums, logits, targets, config.transform)
     row_loss, slope = token_coefficients(config, logp, advantages, old_logp, ref_logp, sampling_logp)

@@ -1,0 +1,376 @@
+"""Every entry point of redit_fast._cpu believes nothing: with an argument left out, without an address, of another
+type, length or stride it works or raises a ValueError that names the argument, and never faults. `make sanitize` runs
+these calls on a build that checks every access."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from redit_fast.backends import cpu
+from redit_fast.loss_config import LossConfig
+from redit_fast.transforms import LogitTransform
+
+refusal = cpu.why_not("token_loss", torch.device("cpu"))
+pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")
+ROWS, VOCABULARY, WIDTH = 5, 9, 4
+NONE = (0, 0, 0, 0, 0, 0)
+DTYPES = 6
+
+
+def setting(threads=1, level=-1):
+    return (*cpu._setting(LogitTransform())[:-2], threads, level)
+
+
+def rows():
+    return torch.rand(ROWS)
+
+
+def sums():
+    return torch.rand(3, ROWS) + 1
+
+
+def logits():
+    return torch.randn(ROWS, VOCABULARY)
+
+
+def targets():
+    return torch.arange(ROWS)
+
+
+LOSS = LossConfig(beta=0.1, correction="token_mask")
+NAMES = ("uniform", 5, 1, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1, 1)
+
+
+HELD = rows(), sums(), torch.randn(ROWS, WIDTH), torch.randn(VOCABULARY, WIDTH), targets()
+SETTING = setting()
+
+
+def head_rows():
+    chunk = cpu._cpu.HeadRows(cpu._tensor(HELD[4]), VOCABULARY)
+    chunk.anchor_at_targets(cpu._tensor(HELD[2]), cpu._tensor(HELD[3]), NONE, SETTING)
+    return chunk
+
+
+def finished_rows():
+    chunk = head_rows()
+    chunk.finish(cpu._tensor(HELD[0]), NONE, cpu._tensor(HELD[1]), SETTING)
+    return chunk
+
+
+# name: the call, of descriptions by name; makers of right tensors; those that may be left out, each with the others
+# that it then asks for; (name, axis) of sizes that nothing else tells.
+ENTRIES = {
+    "group_advantages": (
+        lambda **given: cpu._cpu.group_advantages(*given.values(), *NAMES),
+        {
+            **dict.fromkeys(("values", "group_mean", "group_std"), rows),
+            "dead": lambda: torch.empty(ROWS, dtype=torch.bool),
+            **dict.fromkeys(("dithered_mean", "dithered_std"), rows),
+            "rewards": lambda: torch.rand(ROWS, 2, dtype=torch.float64),
+            "groups": lambda: torch.tensor([0, 1, 1, 2, 0]),
+            "sample_ids": targets,
+            "weights": lambda: torch.ones(2, dtype=torch.float64),
+            "half_range": lambda: torch.ones(2, dtype=torch.float64),
+        },
+        {"half_range": ()},
+        (),
+    ),
+    "token_logp": (
+        lambda **given: cpu._cpu.token_logp(*given.values(), SETTING),
+        {"logp": rows, "entropy": rows, "sums": sums, "logits": logits, "targets": targets},
+        {"entropy": ()},
+        (("logits", 1),),
+    ),
+    "token_logp_grad": (
+        lambda **given: cpu._cpu.token_logp_grad(*given.values(), SETTING),
+        {"grad_logits": logits, "logits": logits, "targets": targets, "sums": sums,
+         **dict.fromkeys(("grad_logp", "grad_entropy", "entropy"), rows)},
+        {"grad_entropy": (), "entropy": ("grad_entropy",)},
+        (),
+    ),
+    "token_loss": (
+        lambda **given: cpu._cpu.token_loss(*given.values(), cpu._policy(LossConfig()), 1.0, SETTING),
+        {"loss": lambda: torch.zeros(()), "logp": rows, "entropy": rows, "grad_logits": logits, "logits": logits,
+         "targets": targets,
+         **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows)},
+        dict.fromkeys(("grad_logits", "old_logp", "ref_logp", "sampling_logp"), ()),
+        (),
+    ),
+    "token_loss with KL and correction": (
+        lambda **given: cpu._cpu.token_loss(*given.values(), cpu._policy(LOSS), 1.0, SETTING),
+        {"loss": lambda: torch.zeros(()), "logp": rows, "entropy": rows, "grad_logits": logits, "logits": logits,
+         "targets": targets,
+         **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows)},
+        dict.fromkeys(("grad_logits", "old_logp"), ()),
+        (),
+    ),
+    "scale_in_place": (
+        lambda x: cpu._cpu.scale_in_place(x, 0.5, SETTING),
+        {"x": logits},
+        {},
+        (("x", 0), ("x", 1)),
+    ),
+    "HeadRows": (lambda targets: cpu._cpu.HeadRows(targets, VOCABULARY), {"targets": targets}, {}, (("targets", 1),)),
+    "anchor_at_targets": (
+        lambda **given: head_rows().anchor_at_targets(*given.values(), SETTING),
+        {"hidden": lambda: torch.randn(ROWS, WIDTH), "weight": lambda: torch.randn(VOCABULARY, WIDTH),
+         "bias": lambda: torch.randn(VOCABULARY)},
+        {"bias": ()},
+        (),
+    ),
+    "add": (
+        lambda e, tile: head_rows().add(e, tile, 1, 2, SETTING),
+        {"e": logits, "tile": lambda: torch.randn(ROWS - 1, VOCABULARY - 2)},
+        {"e": ()},
+        (("tile", 0), ("tile", 1)),
+    ),
+    "finish": (
+        lambda **given: head_rows().finish(*given.values(), SETTING),
+        {"logp": rows, "entropy": rows, "sums": sums},
+        {"entropy": ()},
+        (),
+    ),
+    "resume": (
+        lambda **given: head_rows().resume(*given.values(), SETTING),
+        {"sums": sums, **dict.fromkeys(("entropy", "grad_logp", "grad_entropy"), rows)},
+        {"grad_entropy": (), "entropy": ("grad_entropy",)},
+        (),
+    ),
+    "store_targets": (lambda e: finished_rows().store_targets(e, SETTING), {"e": logits}, {}, ()),
+    "squared_norm": (
+        lambda out: cpu._cpu.squared_norm(out, table(HELD[0]), 1, -1),
+        {"out": lambda: torch.zeros((), dtype=torch.float64)}, {}, (),
+    ),
+}  # fmt: skip
+if cpu._PAIRS:
+    ENTRIES["product"] = (
+        lambda c, a, b: cpu._cpu.product(c, False, a, b, 1),
+        {"c": lambda: torch.zeros(ROWS, VOCABULARY), "a": lambda: torch.randn(ROWS, WIDTH).bfloat16(),
+         "b": lambda: torch.randn(WIDTH, VOCABULARY).bfloat16()},
+        {},
+        (),
+    )  # fmt: skip
+ANY_STRIDES = ("logits", "grad_logits", "x", "hidden", "weight", "a", "b")
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_combination_of_missing_arguments_works_or_is_refused_by_name(name):
+    call, makers, optional, _ = ENTRIES[name]
+    worked = 0
+    for count in range(len(makers) + 1):
+        for missing in combinations(makers, count):
+            kept = {key: make() for key, make in makers.items()}
+            given = {key: NONE if key in missing else cpu._tensor(kept[key]) for key in makers}
+            wrong = [key for key in missing if key not in optional]
+            wrong += [key for key in missing for other in optional.get(key, ()) if other not in missing]
+            if wrong:
+                with pytest.raises(ValueError, match="|".join(wrong)):
+                    call(**given)
+            else:
+                call(**given)
+                worked += 1
+    assert worked == 2 ** len(optional) - sum(map(bool, optional.values()))
+
+
+def damages(name, given, unknown, any_strides):
+    """What is wrong, and a description that is."""
+    address, dtype, *sizes = given
+    yield "no address", (0, dtype, *sizes)
+    if (name, 0) not in unknown:
+        yield "no shape", (address, dtype, 0, 0, 1, 1)
+    for other in (-1, *range(DTYPES + 1)):
+        if other != dtype:
+            yield f"dtype {other}", (address, other, *sizes)
+    for axis in (0, 1):
+        for change in (-1, 1):
+            if (name, axis) not in unknown:
+                yield (
+                    f"axis {axis} by {change}",
+                    (address, dtype, *(s + change * (i == axis) for i, s in enumerate(sizes))),
+                )
+        yield "a negative size", (address, dtype, *(-s if i == axis else s for i, s in enumerate(sizes)))
+    if sizes[1] > 1:
+        yield "a negative stride", (address, dtype, *sizes[:3], -1)
+        if not any_strides:
+            yield "columns apart", (address, dtype, *sizes[:3], 2)
+    if sizes[0] > 1:
+        yield "a negative row stride", (address, dtype, *sizes[:2], -1, 1)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_description_that_does_not_fit_is_refused_by_name(name):
+    call, makers, _, unknown = ENTRIES[name]
+    kept = {key: make() for key, make in makers.items()}
+    given = {key: cpu._tensor(tensor) for key, tensor in kept.items()}
+    call(**given)
+    for key in makers:
+        for damage, description in damages(key, given[key], unknown, key in ANY_STRIDES):
+            if damage.startswith("dtype") and key in ("logits", "x", "e", "hidden") and description[1] in (0, 1, 2):
+                continue  # the one that says which type
+            try:
+                call(**{**given, key: description})
+            except ValueError as error:
+                assert "\n" not in str(error) and any(argument in str(error) for argument in makers), error
+            else:
+                raise AssertionError(f"{name} took {key} with {damage}")
+
+
+def test_an_output_whose_elements_overlap_is_refused():
+    x = torch.zeros(1).expand(ROWS, VOCABULARY)
+    with pytest.raises(ValueError, match="x is written, so its elements must not overlap"):
+        cpu._cpu.scale_in_place(cpu._tensor(x), 0.5, SETTING)
+    step, t = logits(), targets()
+    with pytest.raises(ValueError, match="grad_logits must have the strides of the logits that it overwrites"):
+        transposed = torch.as_strided(step, (ROWS, VOCABULARY), (1, ROWS))
+        cpu.token_logp_grad(transposed, step, t, sums(), rows(), None, None, LogitTransform())
+
+
+def table(*tensors):
+    """Entries of the passes over parameters; the tensors must be held by the caller."""
+    return [(0, 0, 0) if x is None else (x.data_ptr(), cpu._CODES[x.dtype], x.numel()) for x in tensors]
+
+
+def parameter_passes():
+    """name: the call, of lists by name; makers of lists; what may be None in them."""
+    out = torch.zeros(4, dtype=torch.float64)
+    four, three, one = (cpu._tensor(out[:n]) for n in (4, 3, 1))
+    state = {"params": rows, "masters": rows, "grads": rows, "exp_avgs": rows, "exp_avg_sqs": rows,
+             "steps": lambda: torch.zeros(())}  # fmt: skip
+    return out, {
+        "squared_norm": (lambda tensors: cpu._cpu.squared_norm(one, tensors, 1, -1), {"tensors": rows}, ()),
+        "perturb": (
+            lambda params, grads: cpu._cpu.perturb(four, params, grads, [0, 7], 0.5, 0.5, True, 3, 1, -1, 1, -1),
+            {"params": rows, "grads": rows}, (),
+        ),
+        "combine": (lambda firsts, grads: cpu._cpu.combine(three, firsts, grads, 0.5, 1, -1),
+                    {"firsts": rows, "grads": rows}, ()),
+        "adamw": (
+            lambda **given: cpu._cpu.adamw(*given.values(), 1.0, True, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, -1),
+            state, ("masters",),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["squared_norm", "perturb", "combine", "adamw"])
+def test_lists_that_do_not_fit_are_refused_by_name(name):
+    """A missing tensor, its address, its size, another dtype, an entry too few, too many or beside its parameter."""
+    held, passes = parameter_passes()
+    call, makers, optional = passes[name]
+    kept = {key: [make(), make()] for key, make in makers.items()}
+    given = {key: table(*tensors) for key, tensors in kept.items()}
+    call(**given)
+    assert held.sum() != 0 or name == "adamw"
+    for key in makers:
+        (address, dtype, numel), second = given[key]
+        wrong = {
+            "None": [(0, 0, 0), second],
+            "no address": [(0, dtype, numel), second],
+            "too long": [(address, dtype, numel + 1), second],
+            "too short": [(address, dtype, numel - 1), second],
+            "negative": [(address, dtype, -numel), second],
+            "of integers": [(address, 4, numel), second],
+            "dtype -1": [(address, -1, numel), second],
+            "dtype 99": [(address, 99, numel), second],
+            "one": [second],
+            "three": [second] * 3,
+            "none": [],
+        }
+        if name == "squared_norm":  # of sizes nothing else tells
+            wrong = {
+                what: wrong[what]
+                for what in wrong
+                if what not in ("None", "too long", "too short", "one", "three", "none")
+            }
+        for what, entries in wrong.items():
+            if what == "None" and key in optional:
+                call(**{**given, key: entries})
+                continue
+            with pytest.raises(ValueError, match=f"^({'|'.join(makers)})"):
+                call(**{**given, key: entries})
+                pytest.fail(f"{name} took {key} with {what}")
+
+
+def test_numbers_that_do_not_fit_are_refused_by_name():
+    p, g, v = rows(), rows(), torch.zeros(4, dtype=torch.float64)
+    four, params, grads = cpu._tensor(v), table(p), table(g)
+    x, t, kept_sums = logits(), targets(), sums()
+
+    def perturb(offsets=(0,), compute_dtype=-1, threads=1, level=-1):
+        cpu._cpu.perturb(four, params, grads, list(offsets), 0.5, 1.0, True, 3, 1, compute_dtype, threads, level)
+
+    wide = [torch.zeros(ROWS, dtype=torch.float64) for _ in range(2)]
+
+    def adamw(params=(p,), masters=(None,), state=(g,)):
+        lists = [table(*x) for x in (params, masters, (g,), state, state)]
+        step = torch.zeros(())
+        cpu._cpu.adamw(*lists, table(step), 1.0, True, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, -1)
+
+    chunk = cpu._cpu.HeadRows(cpu._tensor(t), VOCABULARY)
+    tile, anchored, done = cpu._tensor(x), head_rows(), finished_rows()
+    results = cpu._tensor(g), NONE, cpu._tensor(kept_sums), SETTING
+    policy, outputs = cpu._policy(LossConfig()), (torch.zeros(()), rows(), rows(), None)
+    loss = [cpu._tensor(tensor) for tensor in (*outputs, x, t, p, g, None, None, None)]
+    fields = [make() for make in ENTRIES["group_advantages"][1].values()]
+    group, ids = [cpu._tensor(field) for field in fields], torch.tensor([[0, 1, 1, 2, ROWS], [0, 1, -1, 2, 0]])
+
+    refused = {
+        "offsets": [lambda: perturb([-1]), lambda: perturb([2**63 - 2]), lambda: perturb([]), lambda: perturb([0, 1])],
+        "compute_dtype": [lambda: perturb(compute_dtype=-2), lambda: perturb(compute_dtype=4)],
+        "threads": [lambda: perturb(threads=0), lambda: cpu._cpu.scale_in_place(tile, 0.5, setting(threads=-3))],
+        "level": [lambda: perturb(level=-2), lambda: perturb(level=99),
+                  lambda: cpu._cpu.scale_in_place(tile, 0.5, setting(level=3))],
+        "masters": [lambda: adamw(params=(rows().bfloat16(),)), lambda: adamw(masters=(wide[0],))],
+        "exp_avgs": [lambda: adamw(state=(wide[0],)), lambda: adamw(params=(wide[0],))],
+        "firsts": [lambda: cpu._cpu.combine(cpu._tensor(v[:3]), table(wide[0]), grads, 0.5, 1, -1)],
+        "vocabulary": [lambda: cpu._cpu.HeadRows(cpu._tensor(t), 0), lambda: cpu._cpu.HeadRows(cpu._tensor(t), -5)],
+        "add must": [lambda: chunk.add(NONE, tile, 0, 0, SETTING)],
+        "repair must": [lambda: chunk.repair(16), lambda: done.repair(16)],
+        "finish must": [lambda: chunk.finish(*results), lambda: done.finish(*results)],
+        "resume must": [lambda: chunk.resume(NONE, NONE, NONE, NONE, SETTING),
+                        lambda: done.resume(NONE, NONE, NONE, NONE, SETTING)],
+        "store_targets must": [
+            lambda: chunk.store_targets(tile, SETTING), lambda: anchored.store_targets(tile, SETTING)
+        ],
+        "block": [lambda: anchored.repair(0), lambda: anchored.repair(-16)],
+        "first_row": [lambda: anchored.add(NONE, tile, 1, 0, SETTING), lambda: anchored.add(NONE, tile, -1, 0, SETTING),
+                      lambda: anchored.add(NONE, tile, 2**63 - 1, 0, SETTING)],
+        "first_column": [lambda: anchored.add(NONE, tile, 0, 1, SETTING),
+                         lambda: anchored.add(NONE, tile, 0, -1, SETTING)],
+        "policy": [lambda i=i, value=value: cpu._cpu.token_loss(
+            *loss, (*policy[:i], value, *policy[i + 1:]), 1.0, SETTING
+        ) for i in range(3) for value in (-1, 7)],
+        "groups": [lambda i=i: cpu._cpu.group_advantages(*group[:7], cpu._tensor(ids[i]), *group[8:], *NAMES)
+                   for i in range(2)],
+    }  # fmt: skip
+    for name, calls in refused.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=name):
+                call()
+    adamw(masters=(None,))
+    adamw(params=(wide[0],), state=(wide[1],))
+
+
+def test_no_rows_and_no_tensors_are_fine():
+    """Their addresses are 0."""
+    none, vocabulary = torch.empty(0), torch.empty(0, VOCABULARY)
+    ids = none.long()
+    cpu.token_logp(none, none, torch.empty(3, 0), vocabulary, ids, LogitTransform())
+    loss = torch.ones(())
+    rows = none, none, None, None, None
+    cpu.token_loss(loss, none, none, vocabulary.clone(), vocabulary, ids, *rows, LossConfig(), None)
+    assert loss == 0
+    cpu.scale_in_place(vocabulary, torch.tensor(2.0))
+    head = torch.empty(0, WIDTH), torch.randn(VOCABULARY, WIDTH), None, ids, LogitTransform()
+    cpu.exp_product(vocabulary, none, None, torch.empty(3, 0), *head)
+    norm = torch.ones((), dtype=torch.float64)
+    cpu.squared_norm(norm, [])
+    assert norm == 0
+    cpu.squared_norm(norm, [none, torch.ones(4)])
+    assert norm == 4
+
+
+def test_a_tensor_elsewhere_or_of_three_dimensions_is_refused():
+    for x in (torch.empty(3, 4, device="meta"), torch.empty(2, 2, 2)):
+        with pytest.raises(ValueError, match="at most two dimensions on the CPU, got"):
+            cpu.token_logp(rows(), None, sums(), x, targets(), LogitTransform())
