@@ -61,7 +61,7 @@ class Dither:
         seed: in [0, 2**64).
 
     Raises:
-        ValueError, TypeError: a field outside its range, naming it.
+        ValueError, TypeError: a field of another type or outside its range, naming it.
     """
 
     distribution: Distribution = "gaussian"
@@ -226,7 +226,7 @@ def per_reward(name: str, value: float | Sequence[float] | Tensor, count: int | 
     if count is None:
         return numbers
     if numbers.ndim == 1 and len(numbers) != count:
-        raise ValueError(f"{name} must have one entry for each of the {count} rewards, got {len(numbers)} entries")
+        raise ValueError(f"{name} has {len(numbers)} entries; rewards have {count} columns")
     return numbers.expand(count).contiguous()
 
 

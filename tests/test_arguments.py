@@ -14,6 +14,9 @@ import torch
 from torch import nn
 
 import redit_fast as rf
+from redit_fast.integrations.dither_options import DitherOptions
+from redit_fast.integrations.openrlhf import PolicyLoss
+from redit_fast.integrations.second_pass import GRSettings
 from redit_fast.training.rollout import generate
 
 ANYTHING = {
@@ -471,6 +474,35 @@ CALLS = {
         },
     ),
 }  # fmt: skip
+CALLS["PolicyLoss"] = Call(
+    PolicyLoss,
+    {},
+    {
+        "clip_eps_low": number(0.1, least=0),
+        "clip_eps_high": number(0.1, least=0),
+        "dual_clip": may_be_none(number(3.0, above=1)),
+        "token_level_loss": flag(False),
+        "policy_loss_type": choice("gspo"),
+        "is_correction_level": choice("token"),
+        "is_correction_mode": choice("clip"),
+        "is_correction_gating": choice("tv"),
+        "is_correction_threshold": anything_but(
+            (0.5, 2.0), strings=("0.5", "2"), three=(1, 2, 3), negative=(-1.0, 2.0)
+        ),
+    },
+)
+CALLS["DitherOptions"] = Call(
+    lambda **options: DitherOptions(**options).dither(seed=0),
+    {"dither_level": 0.5},
+    {f"dither_{name}": argument for name, argument in CALLS["Dither"].arguments.items()}
+    | {"dither_seed": may_be_none(whole(5, bits=64))},
+)
+CALLS["GRSettings"] = Call(
+    GRSettings,
+    {},
+    {name: REGULARIZER[name] for name in ("gamma", "epsilon", "perturb_max_norm", "normalized", "every_k_steps")}
+    | {"optimizer": may_be_none(choice("regularized_adamw"))},
+)
 RESULTS = {"Advantages", "LogpEntropy", "LossOutput"}  # what the functions return: nobody else makes them
 OF_TORCH = {"step", "zero_grad", "state_dict", "load_state_dict"}  # torch.optim.Optimizer's own verbs
 WITHOUT_A_VALID_CALL = {"generate", "GradientRegularizer.two_pass"}  # which tests/test_rollout.py and others make
@@ -488,7 +520,8 @@ def public():
                 method = getattr(method, "__func__", method)
                 if inspect.isfunction(method) and len(inspect.signature(method).parameters) > 1:
                     yield f"{name}.{verb}", method
-    yield "generate", generate
+    for thing in (generate, PolicyLoss, DitherOptions, GRSettings):
+        yield thing.__name__, thing
 
 
 def test_every_argument_of_every_public_function_has_an_entry():
@@ -529,7 +562,7 @@ def test_a_value_that_does_not_fit_gets_one_sentence_that_names_the_argument(nam
     with pytest.raises((TypeError, ValueError)) as caught:
         call.function(**call.base | call.arguments[argument].given | {argument: value})
     message = str(caught.value)
-    assert re.search(rf"(?<!\w){argument}\b", message), message
+    assert re.search(rf"(?<![a-z_])(gr_)?{argument}\b", message), message
     assert "\n" not in message and ". " not in message and len(message) < 300, message
     assert any(part in message for part in what(value)), message
     assert "pybind" not in message and "invoked with" not in message
@@ -569,9 +602,22 @@ def test_the_value_that_fits_is_taken_and_numpys_is_the_same(name, argument):
     arguments = call.base | entry.given
     expected = call.function(**arguments | {argument: entry.good})
     for value in entry.numpy:
-        if argument == "reward_scale":  # kept as it came
+        if "reward_scale" in argument or name == "GRSettings":  # kept as it came
             call.function(**arguments | {argument: value})
         else:
             exact = np.array_equal(np.float64(value), np.float64(entry.good))
             found = call.function(**arguments | {argument: value})
             assert same(found, expected) or not exact, (found, expected)
+
+
+@pytest.mark.parametrize("value", [np.ones(2), torch.ones(2), [0.1], object()])
+def test_an_override_of_a_preset_is_a_number_a_string_or_a_bool(value):
+    for field in ("epsilon_low", "kl", "kl_ratio_correction", "softcap"):
+        with pytest.raises(TypeError, match=f"^{field} must be a number, a string or a bool, got "):
+            rf.LossConfig.like("trl", loss_type="grpo", **{field: value})
+
+
+def test_a_parameter_group_has_its_own_numbers_checked():
+    for option, value in (("lr", "0.1"), ("lr", torch.tensor(0.1)), ("betas", 0.9), ("eps", -1.0)):
+        with pytest.raises((TypeError, ValueError), match=f"^{option} must be "):
+            rf.RegularizedAdamW([{"params": weights(), option: value}])

@@ -197,6 +197,20 @@ def test_the_default_backend_of_torch_compile_gives_the_same_gradients():
             assert relative(value, expected) < 1e-6
 
 
+def test_numbers_may_be_arguments_of_the_graph():
+    def calls(x, w, t, count, number):
+        logp = rf.linear_logp(x, w, t, temperature=number, chunk_rows=count)
+        advantages = rf.group_advantages(x.detach()[:, 0], group_size=count, step=count, eps=number)
+        return rf.policy_loss(logp, advantages.values, config=rf_config, normalizer=number).loss + number
+
+    rf_config = rf.LossConfig()
+    torch._dynamo.reset()
+    compiled = torch.compile(calls, fullgraph=True, backend="aot_eager")
+    for count, number in ((2, 0.5), (4, 0.7), (8, 0.9), (16, 1.1)):
+        inputs = batch(16)
+        assert torch.equal(compiled(*inputs, count, number), calls(*inputs, count, number))
+
+
 def test_in_place_is_refused():
     for name, op in {
         "inplace_backward": lambda x, t: rf.token_logp(x, t, inplace_backward=True),

@@ -135,8 +135,8 @@ def test_clip_cov_draws_its_tokens_from_torchs_generator():
         ("dppo_tv", {}, NotImplementedError, r"loss_mode='redit_dppo_tv' needs actor\.clip_ratio_c=20, got 3\.0"),
         ("vanilla", {"clip_ratio_c": 1.0}, ValueError, r"^actor\.clip_ratio_c must be above 1, got 1\.0"),
         ("dro", {}, ValueError, r"^actor\.policy_loss\.dro_beta is required"),
-        ("sapo", {"tau_pos": 0.0}, ValueError, r"^actor\.tau_pos must be above 0, got 0\.0"),
-        ("gspo", {"clip_ratio_low": -0.1}, ValueError, r"^actor\.clip_ratio_low must be at least 0"),
+        ("sapo", {"tau_pos": 0.0}, ValueError, r"^actor\.tau_pos must be finite and above 0, got 0\.0"),
+        ("gspo", {"clip_ratio_low": -0.1}, ValueError, r"^actor\.clip_ratio_low must be finite and at least 0"),
     ],
 )
 def test_what_a_loss_cannot_take_is_named_as_verl_names_it(name, options, error, message):

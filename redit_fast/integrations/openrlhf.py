@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from redit_fast.dither import check_choice
+from redit_fast.dither import check_choice, check_flag, described, real_number
 from redit_fast.integrations.versions import check_version
 from redit_fast.loss_config import LossConfig
 from redit_fast.losses import policy_loss
@@ -40,8 +40,8 @@ class PolicyLoss(nn.Module):
             log-probs by the sampler's.
 
     Raises:
-        ValueError: an argument out of range, naming it. RuntimeError: an OpenRLHF older than the supported one is
-            installed.
+        ValueError, TypeError: an argument that does not fit, naming it. RuntimeError: an OpenRLHF older than the
+            supported one is installed.
     """
 
     def __init__(
@@ -61,6 +61,9 @@ class PolicyLoss(nn.Module):
             check_version("openrlhf", "openrlhf", metadata.version("openrlhf"), SUPPORTED)
         except metadata.PackageNotFoundError:  # the class needs nothing of it
             pass
+        for name, value in (("clip_eps_low", clip_eps_low), ("clip_eps_high", clip_eps_high)):
+            real_number(name, value, least=0)
+        check_flag("token_level_loss", token_level_loss)
         check_choice("policy_loss_type", policy_loss_type, get_args(LossType))
         check_choice("is_correction_level", is_correction_level, get_args(Level))
         check_choice("is_correction_mode", is_correction_mode, get_args(Mode))
@@ -69,7 +72,14 @@ class PolicyLoss(nn.Module):
             raise ValueError(
                 "is_correction_mode='clip' needs is_correction_level='token', is_correction_gating='ratio'"
             )
-        low, high = is_correction_threshold
+        if isinstance(is_correction_threshold, str) or not isinstance(is_correction_threshold, Sequence):
+            raise TypeError(f"is_correction_threshold must be two numbers, got {described(is_correction_threshold)}")
+        if len(is_correction_threshold) != 2:
+            raise ValueError(f"is_correction_threshold must be two numbers, got {len(is_correction_threshold)} entries")
+        low, high = (
+            real_number(f"is_correction_threshold[{k}]", each, least=0, finite=k == 0)
+            for k, each in enumerate(is_correction_threshold)
+        )
         if is_correction_gating != "ratio" and is_correction_level != "off" and low > 0:
             raise ValueError(
                 f"is_correction_threshold must be (0, high) with is_correction_gating={is_correction_gating!r}, "

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from redit_fast.dither import check_choice
+from redit_fast.dither import check_choice, whole_number
 from redit_fast.integrations.kept_batches import KeptBatches, Versions, same_tensors
 from redit_fast.optim import RegularizedAdamW, parameter_groups
 from redit_fast.regularize import GradientRegularizer
@@ -48,8 +48,7 @@ class GRSettings:
     optimizer: str | None = None
 
     def __post_init__(self) -> None:
-        if self.every_k_steps < 1:
-            raise ValueError(f"gr_every_k_steps must be at least 1, got {self.every_k_steps}")
+        whole_number("gr_every_k_steps", self.every_k_steps, 1)
         check_choice("gr_optimizer", self.optimizer, (None, "regularized_adamw"))
         if isinstance(self.epsilon, str):
             raise ValueError(f"gr_epsilon must be a number, got {self.epsilon!r}")
