@@ -58,8 +58,9 @@ class AppliedHead(SwappedForward):
     def __init__(self, model: PreTrainedModel, eval_logits: bool = True):
         _check_head(model)
         _check_loss(model)
-        if any(isinstance(getattr(hook, "__self__", None), AppliedHead) for hook in model.base_model._forward_hooks.values()):
-            raise ValueError(f"apply_to has been called on this {type(model).__name__} already: remove() that one first")
+        hooks = model.base_model._forward_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), AppliedHead) for hook in hooks):
+            raise ValueError(f"apply_to was called on this {type(model).__name__} before: remove() that handle first")
         self._transforms = logit_transforms(model.config)
         self._eval_logits = eval_logits
         self._signature = inspect.signature(type(model).forward)
