@@ -147,8 +147,8 @@ class AppliedHead(SwappedForward):
 
 
 class LabelHead(ScoringHead):
-    """An LM head that gives the log-probs of a call's labels, (B, T, 1) in the place of the logits, and the loss function
-    that makes a loss of them."""
+    """An LM head that gives the log-probs of a call's labels, (B, T, 1) in the place of the logits, and the loss
+    function that makes a loss of them."""
 
     def __init__(self, head: nn.Linear, arguments: dict, transforms: dict, visible: bool):
         self._labels, self._shifted = arguments["labels"], arguments.get("shift_labels")
@@ -165,8 +165,8 @@ class LabelHead(ScoringHead):
         (hidden,) = args
         if self._logp is not None or hidden.shape[:-1] != self._targets.shape:
             raise ValueError(
-                f"the LM head must be called once, with a hidden state for each of the labels {tuple(self._targets.shape)}"
-                f", got {tuple(hidden.shape)}{'' if self._logp is None else ' in a second call'}"
+                f"the LM head must be called once, with hidden states for labels {tuple(self._targets.shape)}, got "
+                f"{tuple(hidden.shape)}{'' if self._logp is None else ' in a second call'}"
             )
         self._targets = self._targets.to(hidden.device)
         # FSDP2 hangs its hook on the tensor that is returned, so the loss must come from that one.
