@@ -67,3 +67,13 @@ def test_make_asks_pytorchs_cpu_index_where_there_is_no_nvidia_driver():
     assert "from PyTorch's CPU index" in README
     assert install("").startswith("torch==2.13.0 --no-deps ") and install("").endswith("pytorch.org/whl/cpu")
     assert install("/usr/bin/nvidia-smi") == "torch"
+
+
+def test_the_modes_of_apply_to_are_the_measured_ones():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "apply_hosts.json").read_text())
+    rows = [(title, row) for title, table in measured["tables"].items() for row in table[1:]]
+    lines = [f"| {title}: {row['name']} | {row['ms']:.0f} | {row['peak_mb']:.0f} |" for title, row in rows]
+    table = "\n".join(["| | CPU ms | MB |", "|---|---|---|", *lines])
+    assert len(rows) == 5 and measured["machine"]["threads"] == 2 and measured["machine"]["clock"] == "process_time"
+    page = (ROOT / "docs" / "apply_to.md").read_text()
+    assert f"<!-- apply table -->\n{table}\n<!-- end of apply table -->" in page, table
