@@ -1,5 +1,5 @@
-"""Where a host calls the model under `apply_to`: evaluation with and without logits, and a step of TRL's SFTTrainer, whose
-own fused head ours replaces: python -m benchmarks.bench_apply_hosts
+"""Where a host calls the model under `apply_to`: evaluation with and without logits, and a step of TRL's SFTTrainer,
+whose own fused head ours replaces: python -m benchmarks.bench_apply_hosts
 
 The model and the batch of `bench_apply`: 8 sequences of 128 tokens (small: 32), vocabulary 50257 (small: 2000). Every
 loss is compared with that of float64. The step of SFTTrainer is its `compute_loss`, with its metrics, and the backward

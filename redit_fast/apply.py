@@ -58,8 +58,9 @@ class AppliedHead(SwappedForward):
     def __init__(self, model: PreTrainedModel, eval_logits: bool = True):
         _check_head(model)
         _check_loss(model)
-        if any(isinstance(getattr(hook, "__self__", None), AppliedHead) for hook in model.base_model._forward_hooks.values()):
-            raise ValueError(f"apply_to has been called on this {type(model).__name__} already: remove() that one first")
+        hooks = model.base_model._forward_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), AppliedHead) for hook in hooks):
+            raise ValueError(f"apply_to was called on this {type(model).__name__} before: remove() that handle first")
         self._transforms = logit_transforms(model.config)
         self._eval_logits = eval_logits
         self._signature = inspect.signature(type(model).forward)
@@ -146,8 +147,8 @@ class AppliedHead(SwappedForward):
 
 
 class LabelHead(ScoringHead):
-    """An LM head that gives the log-probs of a call's labels, (B, T, 1) in the place of the logits, and the loss function
-    that makes a loss of them."""
+    """An LM head that gives the log-probs of a call's labels, (B, T, 1) in the place of the logits, and the loss
+    function that makes a loss of them."""
 
     def __init__(self, head: nn.Linear, arguments: dict, transforms: dict, visible: bool):
         self._labels, self._shifted = arguments["labels"], arguments.get("shift_labels")
@@ -164,8 +165,8 @@ class LabelHead(ScoringHead):
         (hidden,) = args
         if self._logp is not None or hidden.shape[:-1] != self._targets.shape:
             raise ValueError(
-                f"the LM head must be called once, with a hidden state for each of the labels {tuple(self._targets.shape)}"
-                f", got {tuple(hidden.shape)}{'' if self._logp is None else ' in a second call'}"
+                f"the LM head must be called once, with hidden states for labels {tuple(self._targets.shape)}, got "
+                f"{tuple(hidden.shape)}{'' if self._logp is None else ' in a second call'}"
             )
         self._targets = self._targets.to(hidden.device)
         # FSDP2 hangs its hook on the tensor that is returned, so the loss must come from that one.

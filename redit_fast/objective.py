@@ -31,7 +31,7 @@ def can_run(model: nn.Module) -> bool:
 def check_objective(model: PreTrainedModel, own: Callable, ours: Callable[[dict], object], taken: list[str]) -> None:
     """Compares the losses of `own(**arguments)` and `ours(arguments)`, with labels alone and with shift_labels and
     num_items_in_batch; `taken` are the names that the model takes of these and use_cache. The tolerance is 1e-5 of the
-    loss and what one rounding of the largest logit to the logits' dtype makes.
+    loss and what one rounding of the largest logit makes, in the dtype that the head computes in.
 
     Raises:
         ValueError: they differ, or one of them cannot be had.
@@ -45,10 +45,16 @@ def check_objective(model: PreTrainedModel, own: Callable, ours: Callable[[dict]
         arguments["return_dict"] = True
     further = {"shift_labels": arguments["labels"].flip(0), "num_items_in_batch": SEQUENCES * LENGTH}
     layout = [key for key in further if key in taken]
+    epsilons = []  # of the dtypes that the head computes in: a wrapper's autocast does not show outside
+
+    def see(_, args):
+        epsilons.append(_epsilon(args[0]))
+
     for more in [[], layout] if layout else [[]]:
         batch = arguments | {key: further[key] for key in more}
         said = f"with {', '.join(['labels', *more])} of {SEQUENCES} sequences of {batch['labels'].shape[1]} tokens"
-        with untouched(model):
+        hook = model.get_output_embeddings().register_forward_pre_hook(see)
+        with hook, untouched(model):
             try:
                 output = own(**batch)
             except FORWARD_ERRORS as error:
@@ -69,12 +75,22 @@ def check_objective(model: PreTrainedModel, own: Callable, ours: Callable[[dict]
         if reads:
             options = {key: batch[key] for key in more} | {"vocab_size": logits.shape[-1]}
             found = ForCausalLMLoss(logits, batch["labels"], **options).item()
-        rounding = torch.finfo(logits.dtype).eps * max(1.0, logits.float().abs().max().item())
+        rounding = max([torch.finfo(logits.dtype).eps, *epsilons]) * max(1.0, logits.float().abs().max().item())
         if reads or not abs(found - loss) <= 1e-5 * max(1.0, abs(loss)) + rounding:
             raise ValueError(
                 f"apply_to would not compute the loss of {name}, which {said} is {loss:.6g}, next-token cross-entropy "
                 f"being {found:.6g}{why}"
             ) from cause
+
+
+def _epsilon(hidden: Tensor) -> float:
+    """Of the dtype in which a linear layer computes from `hidden`."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.finfo(torch.get_autocast_dtype(kind)).eps
+    if kind == "cuda" and hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return 2.0**-10  # TF32
+    return torch.finfo(hidden.dtype).eps
 
 
 def _a_batch(model: PreTrainedModel) -> dict:

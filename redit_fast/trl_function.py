@@ -64,8 +64,8 @@ class LinearLogpFunction:
         if "is_top1" not in outputs:
             return logp, entropy, None, None, None
         with torch.no_grad():
-            # p > 1/2 is the largest, and the largest is at least exp(-entropy): only rows between the two, with room for
-            # rounding, take TRL's product over the vocabulary.
+            # A p above 1/2 is the largest, and the largest is at least exp(-entropy), or 1/V: only the rows between,
+            # with room for rounding, take TRL's product over the vocabulary.
             lowest = -math.log(len(weight)) if entropy is None else -entropy
             top1 = logp > -0.68
             between = ~top1 & (logp > lowest - 0.01)

@@ -307,7 +307,8 @@ def refusals(rank):
 
 
 def swapped_heads(rank):
-    """The gradients of a language model whose head is FSDP2's root's, or a unit of its own; and without ranks."""
+    """The gradients of a language model whose head is FSDP2's root's, or a unit of its own, `apply_to` before the
+    sharding or after it; and without ranks."""
     from torch.distributed.fsdp import fully_shard
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -320,14 +321,17 @@ def swapped_heads(rank):
     torch.manual_seed(4)
     rows, results = torch.randint(33, (2, 9)), {}
     start = Qwen2ForCausalLM(config).state_dict()
-    for kind in ("alone", "root", "unit"):
+    for kind in ("alone", "root", "unit", "root, sharded first", "unit, sharded first"):
         model = Qwen2ForCausalLM(config)
         model.load_state_dict(start)
         if kind != "alone":
-            rf.apply_to(model)
-            if kind == "unit":
+            if not kind.endswith("first"):
+                rf.apply_to(model)
+            if kind.startswith("unit"):
                 fully_shard(model.lm_head)
             fully_shard(model)
+            if kind.endswith("first"):
+                rf.apply_to(model)  # compares the losses in the first call
         (loss(model, rows[rank : rank + 1]) if kind != "alone" else loss(model, rows)).backward()
         grads = {name: p.grad for name, p in model.named_parameters()}
         results[kind] = {name: grad if kind == "alone" else grad.full_tensor() for name, grad in grads.items()}

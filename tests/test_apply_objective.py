@@ -28,7 +28,8 @@ LATENT = {"num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok"
           "qk_nope_head_dim": 4, "first_k_dense_replace": 1}  # fmt: skip
 ARCHITECTURES = {
     "llama": {}, "mistral": {}, "qwen3": {"head_dim": 8}, "gemma": {"head_dim": 8}, "gemma3_text": {"head_dim": 8},
-    "phi": {"num_key_value_heads": 2}, "olmo2": {}, "glm4": {"head_dim": 8}, "nemotron": {}, "gpt_neox": {}, "mamba": {},
+    "phi": {"num_key_value_heads": 2}, "olmo2": {}, "glm4": {"head_dim": 8}, "nemotron": {}, "gpt_neox": {},
+    "mamba": {},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": None, "eos_token_id": None},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16, "init_std": 0.2}, "bloom": {"n_head": 2}, "deepseek_v3": LATENT,
     "mixtral": EXPERTS, "qwen2_moe": EXPERTS, "qwen3_moe": EXPERTS | {"head_dim": 8}, "olmoe": EXPERTS,
@@ -135,13 +136,15 @@ class Weighted(Qwen2ForCausalLM):
         return output
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [Smoothed, ZLoss, Shifted, Inline, Scaled])
+# A factor of 1.01 on the logits is within what bfloat16 rounds them by.
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(Scaled, torch.float32)]
+    + [(kind, dtype) for kind in (Smoothed, ZLoss, Shifted, Inline) for dtype in (torch.float32, torch.bfloat16)],
+)
 def test_another_objective_is_refused_with_both_numbers(kind, dtype):
-    if kind is Scaled and dtype == torch.bfloat16:
-        pytest.skip("a factor of 1.01 is within what bfloat16 logits are rounded by")
     model = kind(Qwen2Config(**SIZES)).to(dtype)
-    with pytest.raises(ValueError, match=rf"apply_to would not compute the loss of {kind.__name__}, .* is \d.*being \d"):
+    with pytest.raises(ValueError, match=rf"not compute the loss of {kind.__name__}, .* is \d.*being \d"):
         rf.apply_to(model)
     assert "forward" not in model.__dict__ and "_loss_function" not in model.__dict__
     assert not model.model._forward_hooks
@@ -237,7 +240,7 @@ def test_tokens_of_the_comparison_are_no_special_ones():
 
 def test_a_second_apply_to_is_refused_until_the_first_is_removed():
     model = MODELS["Qwen2"]()
-    with rf.apply_to(model), pytest.raises(ValueError, match="called on this Qwen2ForCausalLM already"):
+    with rf.apply_to(model), pytest.raises(ValueError, match="called on this Qwen2ForCausalLM before"):
         rf.apply_to(model)
     rf.apply_to(model).remove()
 
@@ -323,7 +326,8 @@ def test_a_keyword_that_apply_to_does_not_know_reaches_the_models_forward_or_rai
 def test_labels_that_the_model_changes_before_its_loss_are_refused():
     class Changing(Qwen2ForCausalLM):
         def forward(self, input_ids, labels=None, masked=False, **kwargs):
-            return super().forward(input_ids, labels=labels.masked_fill(labels > 30, -100) if masked else labels, **kwargs)
+            labels = labels.masked_fill(labels > 30, -100) if masked else labels
+            return super().forward(input_ids, labels=labels, **kwargs)
 
     model = Changing(Qwen2Config(**SIZES))
     ids, labels = a_batch()

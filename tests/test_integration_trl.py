@@ -20,7 +20,7 @@ import trl.trainer.utils as utils  # noqa: E402
 from transformers import HfArgumentParser, Qwen2ForCausalLM  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer, TrlParser  # noqa: E402
 
-from redit_fast import integrations  # noqa: E402
+from redit_fast import integrations, trl_function  # noqa: E402
 from redit_fast.integrations import trl_head  # noqa: E402
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer, ReditOptions, patch  # noqa: E402
 from tests.tolerance import relative  # noqa: E402
@@ -107,7 +107,7 @@ def test_patch_on_a_trainer_is_the_subclass_and_leaves_every_attribute_as_it_was
 
 def count_calls(monkeypatch):
     """What our two heads are called for: an entropy mode, or a loss type."""
-    calls, linear_logp, linear_grpo_loss = [], trl_head.linear_logp, trl_head.linear_grpo_loss
+    calls, linear_logp, linear_grpo_loss = [], trl_function.linear_logp, trl_head.linear_grpo_loss
 
     def logp(*args, **options):
         calls.append(options["entropy"])
@@ -117,7 +117,7 @@ def count_calls(monkeypatch):
         calls.append(options["config"].loss_type)
         return linear_grpo_loss(*args, **options)
 
-    monkeypatch.setattr(trl_head, "linear_logp", logp)
+    monkeypatch.setattr(trl_function, "linear_logp", logp)
     monkeypatch.setattr(trl_head, "linear_grpo_loss", loss)
     return calls
 

@@ -112,3 +112,13 @@ def test_the_lock_leaves_triton_to_torchs_cuda_build():
     plan = planned("test", "NVIDIA=yes")
     assert {words.split()[1] for _, words in installs(plan)} == {"build/lock.txt"}
     assert 'grep -v "^triton==" tests/lock.txt > build/lock.txt' in plan
+
+
+def test_the_modes_of_apply_to_are_the_measured_ones():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "apply_hosts.json").read_text())
+    rows = [(title, row) for title, table in measured["tables"].items() for row in table[1:]]
+    lines = [f"| {title}: {row['name']} | {row['ms']:.0f} | {row['peak_mb']:.0f} |" for title, row in rows]
+    table = "\n".join(["| | CPU ms | MB |", "|---|---|---|", *lines])
+    assert len(rows) == 5 and measured["machine"]["threads"] == 2 and measured["machine"]["clock"] == "process_time"
+    page = (ROOT / "docs" / "apply_to.md").read_text()
+    assert f"<!-- apply table -->\n{table}\n<!-- end of apply table -->" in page, table

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 import trl.trainer.utils as utils
 from torch import Tensor, nn
 

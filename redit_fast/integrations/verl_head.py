@@ -54,7 +54,7 @@ class FusedHead(SwappedForward):
                 f"{tuple(temperature.shape)}: set use_fused_kernels=False for a temperature per sample"
             )
         head = self._model.get_output_embeddings()
-        if type(head).forward is not nn.Linear.forward:  # FSDP2 makes a subclass, an adapter or a quantised head has its own
+        if type(head).forward is not nn.Linear.forward:  # FSDP2 makes a subclass; an adapter's forward does more
             raise TypeError(f"impl_backend={BACKEND} needs an nn.Linear as the LM head, got {type(head).__name__}")
         entropy = "grad" if torch.is_grad_enabled() else "metric"
         with ScoringHead(head, input_ids, {"temperature": temperature, "entropy": entropy, **self._transforms}):
