@@ -7,16 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from redit_fast.foreign import Foreign
 from redit_fast.logprob import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SEQUENCES, LENGTH = 2, 8
-# What a model's forward raises where it does not run on token ids and labels, or not without logits.
-FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
 def can_run(model: nn.Module) -> bool:
@@ -54,24 +53,19 @@ def check_objective(model: PreTrainedModel, own: Callable, ours: Callable[[dict]
         batch = arguments | {key: further[key] for key in more}
         said = f"with {', '.join(['labels', *more])} of {SEQUENCES} sequences of {batch['labels'].shape[1]} tokens"
         hook = model.get_output_embeddings().register_forward_pre_hook(see)
-        with hook, untouched(model):
-            try:
-                output = own(**batch)
-            except FORWARD_ERRORS as error:
-                raise ValueError(
-                    f"apply_to compares its loss with that of {name} {said}, and there its forward ends in "
-                    f"{type(error).__name__}: {_first(error)}"
-                ) from error
+        fails = f"apply_to compares its loss with that of {name} {said}, and there its forward fails"
+        with hook, untouched(model), Foreign(fails):
+            output = own(**batch)
         if output.loss is None or output.logits is None:
             raise ValueError(f"{name} must give a loss and logits {said}, got {', '.join(output)}")
         cause, loss, logits = None, output.loss.item(), output.logits
         try:
-            with untouched(model):
+            with untouched(model), Foreign("its forward fails"):
                 found = ours(dict(batch)).loss.item()
             reads = found != found
             why = ": its forward makes the loss from more than model.loss_function" if reads else ""
-        except FORWARD_ERRORS as error:
-            cause, reads, why = error, True, f": {type(error).__name__}: {_first(error)}"
+        except ValueError as error:
+            cause, reads, why = error, True, f": {error}"
         if reads:
             options = {key: batch[key] for key in more} | {"vocab_size": logits.shape[-1]}
             found = ForCausalLMLoss(logits, batch["labels"], **options).item()
@@ -145,8 +139,3 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for buffer, version, values in buffers:
                 if buffer._version != version:
                     buffer.copy_(values)
-
-
-def _first(error: BaseException) -> str:
-    """The first line of the message."""
-    return str(error).strip().split("\n")[0]

@@ -234,7 +234,7 @@ def test_tokens_of_the_comparison_are_no_special_ones():
 
     config = Qwen2Config(**SIZES, image_token_id=5, stop_token_ids=list(range(60)))
     rf.apply_to(NoImages(config)).remove()
-    with pytest.raises(ValueError, match="its forward ends in AssertionError: image tokens"):
+    with pytest.raises(ValueError, match="its forward fails: AssertionError: image tokens"):
         rf.apply_to(NoImages(Qwen2Config(**SIZES)))
 
 

@@ -49,6 +49,7 @@ FLOORS = {
     "redit_fast.dither": 0,
     "redit_fast.transforms": 0.05,
     "redit_fast.operators": 0,
+    "redit_fast.foreign": 0,
     "redit_fast.kernels": 0,
     "redit_fast._cpu": 0,
     "redit_fast._cuda": 0,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from redit_fast.training.foreign import Foreign
+from redit_fast.foreign import Foreign
 
 
 @pytest.mark.parametrize(

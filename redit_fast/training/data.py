@@ -17,9 +17,9 @@ from pathlib import Path
 import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from redit_fast.foreign import Foreign
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import distinct
-from redit_fast.training.foreign import Foreign
 
 Prompt = str | list[dict[str, str]]
 RESERVED = ("prompts", "completions")  # what reward functions call their other two arguments

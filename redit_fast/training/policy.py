@@ -24,8 +24,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
+from redit_fast.foreign import Foreign
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.foreign import Foreign
 from redit_fast.training.rollout import Rollout
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # neither Python code nor pickled weights

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
+from redit_fast.foreign import Foreign
 from redit_fast.training import data, policy, rewards
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.foreign import Foreign
 from redit_fast.training.rollout import generate
 
 PROMPT, COMPLETION, GROUP = 16, 4, 2  # tokens, tokens, samples
