@@ -177,7 +177,8 @@ def test_patch_on_trls_module_serves_every_trainer_inside_the_block(folders, mon
         (out.loss - 0.1 * out.entropy.sum()).backward()
         return out, [p.grad for p in model.parameters()]
 
-    for outputs, expected in ((("log_probs", "entropy"), ["grad"]), (("log_probs", "entropy", "is_top1"), [])):
+    for further, expected in (((), ["grad"]), (("is_top1",), ["grad"]), (("mean_logits",), [])):
+        outputs = ("log_probs", "entropy", *further)
         calls.clear()
         own, gradients = run(outputs)
         assert calls == []
@@ -187,7 +188,8 @@ def test_patch_on_trls_module_serves_every_trainer_inside_the_block(folders, mon
         assert torch.allclose(ours.log_probs, own.log_probs, atol=1e-5) and own.log_probs.abs().max() > 1
         assert torch.allclose(ours.entropy, own.entropy, atol=1e-5)
         assert all(relative(a, b) < 1e-5 for a, b in zip(found, gradients))
-        assert (ours.is_top1 is None) == ("is_top1" not in outputs)
+        assert [name for name in ("is_top1", "mean_logits") if getattr(ours, name) is not None] == list(further)
+        assert all(torch.equal(getattr(ours, name), getattr(own, name)) for name in further)
     with pytest.raises(TypeError, match="patch.trl.trainer.utils. takes no options, got dither_level"):
         with patch(utils, dither_level=0.1):
             pass
