@@ -1,5 +1,5 @@
-# Every command here does all the set-up itself, once: .venv, torch, this package, its C++ module. What is installed is
-# in tests/lock.txt, which `make lock` writes again; torch and what it is installed with stand here.
+# Every command here does all the set-up itself, once: .venv, torch, this package, its C++ module. tests/lock.txt
+# has the release of everything that is installed, and `make lock` writes it again; torch's stands here.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ NVIDIA := $(wildcard /proc/driver/nvidia)$(shell command -v nvidia-smi 2>/dev/nu
 # network pip tries that index once, for 0.5 s: with them 50 warnings take 75 s.
 CPU_TORCH := torch==2.13.0 --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 TORCH ?= $(if $(NVIDIA),torch==2.13.0,$(CPU_TORCH))
-# The CUDA build needs one release of Triton, which it brings: that one may differ from the lock's.
+# torch's CUDA build needs one certain release of Triton, 2.14.1's is 3.8.0: it brings that, and the lock has no say.
 LOCK := $(if $(NVIDIA),build/lock.txt,tests/lock.txt)
 
 # Triton has wheels for Linux only.
@@ -25,16 +25,16 @@ PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist works
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
 
-# The tests build this package where pip has no other way to read the lock.
+# Some tests build this package in environments of their own: from the variable pip takes the lock there too.
 test: $(TESTS) $(TRITON36)
 	PIP_CONSTRAINT=$(abspath $(LOCK)) $(PYTEST)
 
-# The same with the newest releases of the day, in an environment of its own; with the torch above, or TORCH=torch.
+# The same with the newest releases of the day, in an environment of its own; torch as above, or TORCH=torch.
 test-newest:
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest LOCK= TRITON36=
 
-# With the oldest Python, so that no release in it needs a newer one.
+# With the oldest Python that is supported, so that no release in it needs a newer one.
 lock:
 	rm -rf .venv-lock
 	$(MAKE) .venv-lock/.tests VENV=.venv-lock LOCK= NVIDIA= PYTHON=python3.11
@@ -80,7 +80,7 @@ $(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*)
 
 $(TESTS): $(READY) tests/packages.txt
 	$(PIP) -r tests/packages.txt
-	$(PIP) --no-deps verl TransferQueue
+	$(PIP) --no-deps "verl; python_version < '3.13'" TransferQueue
 	touch $@
 
 build/lock.txt: tests/lock.txt
