@@ -14,6 +14,7 @@ namespace {
 void call_product(const Tensor& c, bool add, const Tensor& a, const Tensor& b, int threads) {
   require(has_product(), "this processor has no bfloat16 products (AVX512_BF16)");
   const int64_t rows = std::get<2>(a), depth = std::get<3>(a), columns = std::get<3>(b);
+  require(add || depth >= 1, "a must have at least one column where nothing is added to, got " + describe(a));
   const Matrix left = matrix("a", a, Dtype::bfloat16, rows, depth);
   const Matrix right = matrix("b", b, Dtype::bfloat16, depth, columns);
   const Matrix out = output("c", dense("c", c, Dtype::float32, rows, columns));

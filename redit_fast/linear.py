@@ -116,7 +116,8 @@ def linear_logp(
     validate: bool = False,
 ) -> Tensor | LogpEntropy:
     """`token_logp` of the logits hidden @ weight.T + bias, which are never held: one product forward, three backward (a
-    frozen head: two in all). Rows whose upstream gradients are 0 skip those of the backward pass.
+    frozen head: two in all; where gradients are off: one). Rows whose upstream gradients are 0 skip those of the
+    backward pass.
 
     Args:
         hidden: (..., D); weight: (V, D); bias: (V,) of one dtype, float32, bfloat16 or float16; autocast casts them. A
@@ -202,7 +203,8 @@ def linear_grpo_loss(
     """`grpo_loss` from hidden states (..., D) and the head's weight (V, D), without logits.
 
     Token-level losses take route "fused": three products, both gradients inside the forward chunk loop. The others go
-    through `linear_logp` (route "logp", four products). Arguments as in `linear_logp` and `policy_loss`; a target of
+    through `linear_logp` (route "logp", four products). Where gradients are off there is one product and no buffer for
+    them. Arguments as in `linear_logp` and `policy_loss`; a target of
     -100 counts as masked; logp and entropy of the result are detached. A second backward through the fused route
     raises. On route "fused" the metric head/frac_rows_skipped is the share of the scored rows with a coefficient of 0,
     which skip the gradient products; on route "logp" it is absent, the coefficients come with the backward pass.

@@ -55,6 +55,15 @@ def test_an_elements_bits_depend_on_its_row_and_column_alone(threads, count):  #
 
 
 @pairs
+def test_a_product_of_no_columns_adds_nothing_and_is_refused_where_it_would_write():
+    a, b, out = torch.empty(4, 0).bfloat16(), torch.empty(0, 5).bfloat16(), torch.ones(4, 5)
+    cpu.addmm(out, a, b)
+    assert (out == 1).all()
+    with pytest.raises(ValueError, match="a must have at least one column"):
+        cpu._cpu.product(cpu._tensor(out), False, cpu._tensor(a), cpu._tensor(b), 1)
+
+
+@pairs
 def test_nan_and_infinity_stay_in_their_rows():
     a, b, out = torch.ones(9, 40).bfloat16(), torch.ones(40, 70).bfloat16(), torch.zeros(9, 70)
     a[4, 39], a[5, 0] = torch.nan, torch.inf
