@@ -7,43 +7,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from redit_fast.advantages import Advantages, group_advantages
-    from redit_fast.apply import apply_to
     from redit_fast.backends import use_backend
     from redit_fast.dither import Dither
-    from redit_fast.linear import estimate_memory, linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp
-    from redit_fast.logprob import LogpEntropy, grpo_loss, token_logp
-    from redit_fast.loss_config import LossConfig
-    from redit_fast.losses import LossOutput, policy_loss
-    from redit_fast.optim import RegularizedAdamW, parameter_groups, reset_reference, unwrap
-    from redit_fast.presets import advantage_options
-    from redit_fast.regularize import GradientRegularizer
-    from redit_fast.transforms import logit_transforms
+    from redit_fast.gr.adamw import RegularizedAdamW, unwrap
+    from redit_fast.gr.groups import parameter_groups
+    from redit_fast.gr.regularizer import GradientRegularizer
+    from redit_fast.gr.reset import reset_reference
+    from redit_fast.integrations.apply import apply_to
+    from redit_fast.losses.config import LossConfig
+    from redit_fast.losses.peers import advantage_options
+    from redit_fast.losses.policy import LossOutput, policy_loss
+    from redit_fast.losses.transforms import logit_transforms
+    from redit_fast.ops.advantages import Advantages, group_advantages
+    from redit_fast.ops.linear_loss import estimate_memory, linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp
+    from redit_fast.ops.token_loss import LogpEntropy, grpo_loss, token_logp
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Advantages": "advantages",
+    "Advantages": "ops.advantages",
     "Dither": "dither",
-    "GradientRegularizer": "regularize",
-    "LogpEntropy": "logprob",
-    "LossConfig": "loss_config",
-    "LossOutput": "losses",
-    "RegularizedAdamW": "optim",
-    "advantage_options": "presets",
-    "apply_to": "apply",
-    "estimate_memory": "linear",
-    "group_advantages": "advantages",
-    "grpo_loss": "logprob",
-    "linear_grpo_loss": "linear",
-    "linear_grpo_loss_and_grad_": "linear",
-    "linear_logp": "linear",
-    "logit_transforms": "transforms",
-    "parameter_groups": "optim",
-    "policy_loss": "losses",
-    "reset_reference": "optim",
-    "token_logp": "logprob",
-    "unwrap": "optim",
+    "GradientRegularizer": "gr.regularizer",
+    "LogpEntropy": "ops.token_loss",
+    "LossConfig": "losses.config",
+    "LossOutput": "losses.policy",
+    "RegularizedAdamW": "gr.adamw",
+    "advantage_options": "losses.peers",
+    "apply_to": "integrations.apply",
+    "estimate_memory": "ops.linear_loss",
+    "group_advantages": "ops.advantages",
+    "grpo_loss": "ops.token_loss",
+    "linear_grpo_loss": "ops.linear_loss",
+    "linear_grpo_loss_and_grad_": "ops.linear_loss",
+    "linear_logp": "ops.linear_loss",
+    "logit_transforms": "losses.transforms",
+    "parameter_groups": "gr.groups",
+    "policy_loss": "losses.policy",
+    "reset_reference": "gr.reset",
+    "token_logp": "ops.token_loss",
+    "unwrap": "gr.adamw",
     "use_backend": "backends",
 }
 __all__ = list(_HOME)

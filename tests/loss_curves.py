@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 import redit_fast as rf
-from redit_fast.loss_terms import dppo_trusts
+from redit_fast.losses.terms import dppo_trusts
 from redit_fast.training.report import BLUE, ORANGE, STYLE
 
 OLD_P = 0.2

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from redit_fast.dither import counter_uniform
+from redit_fast.noise import counter_uniform
 
 
 def exp(x):

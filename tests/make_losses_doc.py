@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import redit_fast as rf
-from redit_fast.loss_config import _DEFAULTS, _SPECIAL, _USED, LossType
+from redit_fast.losses.config import _DEFAULTS, _SPECIAL, _USED, LossType
 from tests import loss_curves
 from tests.kl_estimators import ESTIMATORS, REFERENCES, REVERSE, exact, spread
 from tests.loss_curves import OLD_P, OTHER_P, PANELS, SIGNS, TOKENS, point

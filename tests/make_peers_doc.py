@@ -3,8 +3,8 @@
 from dataclasses import fields
 from pathlib import Path
 
-from redit_fast.loss_config import LossConfig
-from redit_fast.presets import NOTES, PRESETS
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.peers import NOTES, PRESETS
 
 PAGE = Path(__file__).parent.parent / "docs" / "peers.md"
 MARKER = "<!-- presets -->\n"

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils
 
 import redit_fast as rf
-from redit_fast import trl_function
+from redit_fast.integrations import trl_function
 from redit_fast.training import builtin
 
 METRICS = ("loss", "entropy", "mean_token_accuracy", "grad_norm")

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import redit_fast as rf
-from redit_fast.integrations.dither_options import DitherOptions
 from redit_fast.integrations.openrlhf import PolicyLoss
+from redit_fast.integrations.options import DitherOptions
 from redit_fast.integrations.second_pass import GRSettings
 from redit_fast.training.rollout import generate
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from redit_fast.backends import cpu
-from redit_fast.loss_config import LossConfig
-from redit_fast.transforms import LogitTransform
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.transforms import LogitTransform
 
 refusal = cpu.why_not("token_loss", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import redit_fast as rf
-from redit_fast.logprob import token_logp_
+from redit_fast.ops.token_loss import token_logp_
 from tests.test_linear_loss import leaves
 from tests.tolerance import relative
 

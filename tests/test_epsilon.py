@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from redit_fast.auto_epsilon import candidates, choose
+from redit_fast.gr.epsilon import candidates, choose
 from tests.test_regularize import LOW, adamw, sgd
 
 

@@ -20,9 +20,10 @@ import trl.trainer.utils as utils  # noqa: E402
 from transformers import HfArgumentParser, Qwen2ForCausalLM  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer, TrlParser  # noqa: E402
 
-from redit_fast import integrations, trl_function  # noqa: E402
-from redit_fast.integrations import trl_head  # noqa: E402
+from redit_fast import integrations  # noqa: E402
+from redit_fast.integrations import trl_function  # noqa: E402
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer, ReditOptions, patch  # noqa: E402
+from redit_fast.integrations.trl import head as trl_head  # noqa: E402
 from tests.tolerance import relative  # noqa: E402
 from tests.trl_trainers import clipped_inputs, logged, logs  # noqa: E402
 

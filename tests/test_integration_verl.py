@@ -34,8 +34,8 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 import redit_fast as rf
 import redit_fast.integrations.verl as plugin
-from redit_fast.integrations import verl_advantages
-from redit_fast.integrations.dither_options import DitherOptions
+from redit_fast.integrations.options import DitherOptions
+from redit_fast.integrations.verl import advantages as verl_advantages
 
 ROOT = Path(__file__).parent.parent
 WEAK = {"dither_level": 0.05}
@@ -311,7 +311,7 @@ def test_an_installed_entry_point_registers_at_import_verl_and_import_redit_fast
     environment.pop("VERL_USE_EXTERNAL_PLUGINS", None)
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["redit_fast.integrations.verl_advantages", "redit_fast.integrations.verl_loss"]
+    assert done.stdout.split() == ["redit_fast.integrations.verl.advantages", "redit_fast.integrations.verl.loss"]
 
 
 def test_registering_twice_wraps_nothing_twice():
@@ -335,8 +335,8 @@ def test_a_verl_with_other_hooks_is_refused_by_version_with_one_warning(owner, n
 
 
 def test_a_verl_without_a_module_that_is_hooked_is_refused_by_version(monkeypatch):
-    monkeypatch.delattr("redit_fast.integrations.verl_advantages")
-    monkeypatch.delitem(sys.modules, "redit_fast.integrations.verl_advantages")
+    monkeypatch.delattr("redit_fast.integrations.verl.advantages")
+    monkeypatch.delitem(sys.modules, "redit_fast.integrations.verl.advantages")
     monkeypatch.setitem(sys.modules, "verl.utils.skip", None)
     with pytest.raises(RuntimeError, match=r"got verl .*, in which it does not find its hooks \(.*verl\.utils\.skip"):
         plugin.register()

@@ -28,8 +28,12 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # no
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
 from redit_fast.integrations import verl as ours  # noqa: E402
-from redit_fast.integrations import verl_advantages, verl_config, verl_engine, verl_head, verl_loss  # noqa: E402
-from redit_fast.loss_terms import _kl_cov_tokens, loss_terms  # noqa: E402
+from redit_fast.integrations.verl import advantages as verl_advantages  # noqa: E402
+from redit_fast.integrations.verl import config as verl_config  # noqa: E402
+from redit_fast.integrations.verl import engine as verl_engine  # noqa: E402
+from redit_fast.integrations.verl import head as verl_head  # noqa: E402
+from redit_fast.integrations.verl import loss as verl_loss  # noqa: E402
+from redit_fast.losses.terms import _kl_cov_tokens, loss_terms  # noqa: E402
 from tests.test_floors import ROOT  # noqa: E402
 from tests.verl_rank import (  # noqa: E402
     CLIP,

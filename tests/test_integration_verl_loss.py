@@ -17,8 +17,8 @@ from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 import redit_fast.integrations.verl  # noqa: F401
-from redit_fast.integrations.verl_loss import NAMES
-from redit_fast.presets import PRESETS
+from redit_fast.integrations.verl.loss import NAMES
+from redit_fast.losses.peers import PRESETS
 from tests.test_parity_peers import assert_same, rollouts
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]

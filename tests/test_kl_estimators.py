@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import redit_fast as rf
-from redit_fast.dither import counter_uniform
-from redit_fast.loss_config import KL
+from redit_fast.losses.config import KL
+from redit_fast.noise import counter_uniform
 from tests.kl_estimators import ESTIMATORS, EXPECTATIONS, LOGITS, OLD, REFERENCES, REVERSE, exact, spread
 
 BATCHES, SIZE = 100, 10_000

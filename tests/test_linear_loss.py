@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import redit_fast as rf
-from redit_fast.loss_config import LossType
+from redit_fast.losses.config import LossType
 from tests.conftest import few
 from tests.test_loss_config import REQUIRED
 from tests.test_token_loss import LOSSES, oracle

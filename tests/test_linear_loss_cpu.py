@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from redit_fast.backends import cpu, reference
-from redit_fast.transforms import LogitTransform
+from redit_fast.losses.transforms import LogitTransform
 from tests.test_linear_rows import LargestTensor
 from tests.test_token_loss_cpu import assert_near_bits, assert_same_bits, threads  # noqa: F401
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import redit_fast as rf
 from redit_fast.backends import cpu
-from redit_fast.head import rows_per_chunk
+from redit_fast.ops.chunks import rows_per_chunk
 
 refusal = cpu.why_not("exp_product", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")

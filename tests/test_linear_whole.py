@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
 from redit_fast import backends
-from redit_fast import head as chunks
+from redit_fast.ops import chunks
 from tests.test_linear_loss import LIMITS, exact_logp, head, leaves
 from tests.test_linear_rows import flops
 from tests.tolerance import relative

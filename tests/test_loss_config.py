@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import redit_fast as rf
-from redit_fast.loss_config import LossType
+from redit_fast.losses.config import LossType
 
 OPS = ("token_logp", "token_logp_grad", "token_loss", "scale_in_place", "exp_product")
 TYPES = get_args(LossType)

@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
-from redit_fast.loss_config import LossType
-from redit_fast.loss_rows import Rows
-from redit_fast.loss_terms import token_coefficients
+from redit_fast.losses.coefficients import token_coefficients
+from redit_fast.losses.config import LossType
+from redit_fast.losses.rows import Rows
 from tests.loss_oracle import loss_by_hand
 from tests.test_floors import ROOT
 
@@ -343,7 +343,7 @@ def test_a_normalizer_that_is_not_above_0_is_refused_beside_scored_tokens(monkey
     for normalizer in (0, -1, math.nan, math.inf, torch.tensor(0), torch.tensor(-1.0), torch.tensor(math.nan)):
         with pytest.raises(ValueError, match="^normalizer must be finite and above 0 where tokens are scored, got "):
             loss_and_grad(rf.LossConfig(), batch, normalizer=normalizer)
-    monkeypatch.setattr("redit_fast.loss_rows._readable", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr("redit_fast.losses.rows._readable", lambda tensor: False)  # as on a GPU
     for normalizer in (0, torch.tensor(0.0)):
         assert not loss_and_grad(rf.LossConfig(), batch, normalizer=normalizer)[0].loss.isfinite()
     assert loss_and_grad(rf.LossConfig(), batch, normalizer=-1)[0].loss != 0
@@ -478,7 +478,7 @@ class NoSynchronisation(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nothing_waits_for_the_device(name, monkeypatch):
-    monkeypatch.setattr("redit_fast.loss_rows._readable", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr("redit_fast.losses.rows._readable", lambda tensor: False)  # as on a GPU
     batch = new_batch()
     with NoSynchronisation():
         loss_and_grad(CONFIGS[name], batch, normalizer=torch.tensor(5.0))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import redit_fast as rf
-from redit_fast.loss_config import LossType
+from redit_fast.losses.config import LossType
 from tests import loss_curves
 from tests.loss_curves import PANELS, SIGNS, point
 from tests.make_losses_doc import FIELDS, PAGE, PICTURE, REQUIRED, docstring, render, switches

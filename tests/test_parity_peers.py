@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import redit_fast as rf
-from redit_fast.loss_config import LossConfig
-from redit_fast.presets import PRESETS
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.peers import PRESETS
 
 ROWS, LENGTH = 6, 8
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import redit_fast as rf
-from redit_fast.loss_config import LossConfig
-from redit_fast.presets import PRESETS
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.peers import PRESETS
 
 pytest.importorskip("trl", reason="TRL is not installed: its parity tests need it")
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
 
 import redit_fast as rf
-from redit_fast import head
+from redit_fast.ops import chunks as head
 from redit_fast.training import builtin, config, policy
 from redit_fast.training.rollout import generate
 

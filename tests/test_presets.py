@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import redit_fast as rf
-from redit_fast.loss_config import LossConfig
-from redit_fast.presets import NOTES, PRESETS, _fields
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.peers import NOTES, PRESETS, _fields
 from tests.make_peers_doc import MARKER, PAGE, render
 
 ROWS = [(peer, loss_type) for peer, preset in PRESETS.items() for loss_type in preset.losses]

@@ -8,8 +8,8 @@ import torch
 
 from redit_fast import backends
 from redit_fast.backends import reference
-from redit_fast.loss_config import LossConfig
-from redit_fast.transforms import LogitTransform
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.transforms import LogitTransform
 
 OPS = ("token_logp", "token_logp_grad", "token_loss", "exp_product", "exp_product_grad", "perturb")
 ROWS, VOCABULARY, WIDTH = 5, 9, 4

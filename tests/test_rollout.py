@@ -31,7 +31,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import generic
 
-from redit_fast.dither import STREAM_SAMPLING, counter_uniform
+from redit_fast.noise import STREAM_SAMPLING, counter_uniform
 from redit_fast.training.rollout import generate
 
 V = 31

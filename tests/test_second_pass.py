@@ -1,5 +1,4 @@
-"""The second pass of gradient regularisation replays the first: its rollouts, its masks, its old log-probs or its own.
-"""
+"""The second pass of gradient regularisation replays the first: its rollouts, its masks, its old log-probs."""
 
 import json
 from dataclasses import replace

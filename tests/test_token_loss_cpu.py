@@ -5,8 +5,8 @@ import torch
 
 import redit_fast as rf
 from redit_fast.backends import cpu
-from redit_fast.loss_terms import token_coefficients
-from redit_fast.transforms import LogitTransform
+from redit_fast.losses.coefficients import token_coefficients
+from redit_fast.losses.transforms import LogitTransform
 
 refusal = cpu.why_not("token_loss", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")

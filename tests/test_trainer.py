@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import redit_fast as rf
 from redit_fast.cli import main
-from redit_fast.loss_config import LossType
+from redit_fast.losses.config import LossType
 from redit_fast.training import config
 from redit_fast.training.trainer import train
 from tests.jobs import flags, lines_of

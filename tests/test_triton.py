@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import redit_fast as rf
 from redit_fast import backends
 from redit_fast.backends import triton as backend
-from redit_fast.transforms import LogitTransform
+from redit_fast.losses.transforms import LogitTransform
 from tests.test_floors import ROOT
 from tests.test_params import adamw_state, scalar, tensors
 from tests.test_token_loss import LOSSES
@@ -296,6 +296,8 @@ def test_advantages_of_consecutive_groups_are_one_launch(kernels, monkeypatch):
 
 
 V = 151_936
+
+
 def assert_limited_by_memory(kernel, width, most_registers):
     """In a pass over the logits, instructions (4 warps of 32 lanes a clock) and exponentials (16 a clock) take less
     than 70 % of the time of its bytes, 2 or 4 read an element or as many written; a step has 32 KB on the way."""

@@ -26,7 +26,8 @@ from verl.workers.config import (
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 
-from redit_fast.integrations import verl_engine, verl_head
+from redit_fast.integrations.verl import engine as verl_engine
+from redit_fast.integrations.verl import head as verl_head
 
 V = 64
 PROMPTS, RESPONSES = (3, 4, 5, 3), (4, 6, 2, 5)

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from redit_fast.dither import check_choice
+from redit_fast.checks import check_choice
 
 PRIMITIVES = (
     "group_advantages",

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, contiguous, finish
-from redit_fast.loss_config import LossConfig
-from redit_fast.transforms import LogitTransform
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.transforms import LogitTransform
 
 try:
     import redit_fast._cpu as _cpu

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redit_fast.loss_config import LossConfig
+from redit_fast.losses.config import LossConfig
 
 
 def require(of: str, needed: bool, **tensors: Tensor | None) -> None:

@@ -11,8 +11,8 @@ from torch.autograd.graph import increment_version
 
 from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, check_sums, contiguous, finish
 from redit_fast.backends.rows import check_head, check_logits, check_matrix, check_rows, require, require_loss_rows
-from redit_fast.loss_config import LossConfig
-from redit_fast.transforms import LogitTransform
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.transforms import LogitTransform
 
 try:
     from redit_fast.kernels import advantages, launch, rows

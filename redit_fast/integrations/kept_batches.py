@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 
 from torch import Tensor
 
-from redit_fast import gradients
+from redit_fast.gr import gradients
 
 
 class KeptBatches:

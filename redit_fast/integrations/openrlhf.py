@@ -12,10 +12,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from redit_fast.dither import check_choice, check_flag, described, real_number
+from redit_fast.checks import check_choice, check_flag, described, real_number
 from redit_fast.integrations.versions import check_version
-from redit_fast.loss_config import LossConfig
-from redit_fast.losses import policy_loss
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.policy import policy_loss
 
 SUPPORTED = "0.11.2"  # of OpenRLHF, whose formulas the tests spell out
 LossType = Literal["ppo", "gspo"]

@@ -16,10 +16,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from redit_fast.dither import check_choice, whole_number
+from redit_fast.checks import check_choice, whole_number
+from redit_fast.gr.adamw import RegularizedAdamW
+from redit_fast.gr.groups import parameter_groups
+from redit_fast.gr.regularizer import GradientRegularizer
 from redit_fast.integrations.kept_batches import KeptBatches, Versions, same_tensors
-from redit_fast.optim import RegularizedAdamW, parameter_groups
-from redit_fast.regularize import GradientRegularizer
 
 SUPPORTED = "5.6..5.24"  # of transformers, by running the tests
 HOOKS = {

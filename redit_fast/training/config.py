@@ -20,9 +20,10 @@ from typing import Annotated, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from redit_fast.advantages import Scale
-from redit_fast.dither import DeadGroups, Distribution, Schedule
-from redit_fast.loss_config import CLIPPED, LossType
+from redit_fast.dither import DeadGroups, Schedule
+from redit_fast.losses.config import CLIPPED, LossType
+from redit_fast.noise import Distribution
+from redit_fast.ops.advantages import Scale
 from redit_fast.training import config_file
 from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 

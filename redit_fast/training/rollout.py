@@ -12,16 +12,8 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from redit_fast.dither import (
-    STREAM_SAMPLING,
-    check_module,
-    check_seed,
-    check_step,
-    counter_uniform,
-    described,
-    real_number,
-    whole_number,
-)
+from redit_fast.checks import check_module, check_seed, check_step, described, real_number, whole_number
+from redit_fast.noise import STREAM_SAMPLING, counter_uniform
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redit_fast.dither import exact_sqrt, noise
+from redit_fast.noise import exact_sqrt, noise
 
 DEAD_SPREAD = 1e-6
 BATCH_BLOCK = 1024  # groups per partial sum of a batch-wide sum

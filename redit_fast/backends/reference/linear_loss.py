@@ -9,7 +9,7 @@ from torch import Tensor
 
 from redit_fast.backends.reference.token_loss import finish, gap, is_target, needs_repair, slope, times_or_zero
 from redit_fast.backends.rows import require
-from redit_fast.transforms import LogitTransform
+from redit_fast.losses.transforms import LogitTransform
 
 TILE_V = 4096  # vocabulary columns per product tile
 

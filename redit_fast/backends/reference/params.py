@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from redit_fast.backends.lists import check_like, check_lists
-from redit_fast.dither import rounding_halves
+from redit_fast.noise import rounding_halves
 
 
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from redit_fast.backends.rows import require, require_loss_rows
-from redit_fast.loss_config import LossConfig
-from redit_fast.loss_terms import token_coefficients
-from redit_fast.transforms import LogitTransform
+from redit_fast.losses.coefficients import token_coefficients
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.transforms import LogitTransform
 
 IGNORE = -100
 REPAIR = 2.353852668370200e17  # e^40

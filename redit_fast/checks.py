@@ -1,0 +1,104 @@
+"""Questions that every public function asks of its arguments, each with one sentence for an answer."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+LARGEST = sys.float_info.max
+_A = {"real": "a real", "floating-point": "a floating-point", "integer": "an integer"}
+
+
+def described(value: object) -> str:
+    """A value that does not fit in a few words: what a message says that it got."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} with shape {tuple(value.shape)} on {value.device}"
+    if value is None or isinstance(value, int | float | complex | str | torch.dtype):
+        text = repr(value)
+        return text if len(text) < 80 else f"{text[:80]}..."
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def whole_number(name: str, value: object, least: int = 0, bits: int = 63) -> int:
+    """An int, Python's or numpy's, in [least, 2**bits), as Python's."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an int, got {described(value)}")
+        value = int(value)
+    if not least <= value < 1 << bits:
+        wanted = f"at least {least}" if value < least and bits == 63 else f"in [{least}, 2**{bits})"
+        raise ValueError(f"{name} must be {wanted}, got {described(value)}")
+    return value
+
+
+def real_number(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    finite: bool = True,
+) -> float:
+    """A number, Python's or numpy's, in its range, as Python's float. NaN is in none."""
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {described(value)}")
+        value = float(value)
+    size = abs(value)
+    if (
+        not (size <= LARGEST or (size == math.inf and not finite))
+        or (least is not None and value < least)
+        or (above is not None and value <= above)
+        or (most is not None and value > most)
+    ):
+        bounds = (("finite", finite or None), ("at least {}", least), ("above {}", above), ("at most {}", most))
+        wanted = " and ".join(text.format(bound) for text, bound in bounds if bound is not None)
+        raise ValueError(f"{name} must be {wanted}, got {described(value)}")
+    return float(value)
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {described(value)}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
+    if value is not None and not isinstance(value, str):  # an array would be compared element by element
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}; got {described(value)}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_tensor(name: str, value: object, kind: Literal["real", "floating-point", "integer"]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {_A[kind]} tensor, got {described(value)}")
+    dtype = value.dtype
+    if kind == "floating-point":
+        fits = dtype.is_floating_point
+    else:
+        fits = not dtype.is_complex and (kind == "real" or not (dtype.is_floating_point or dtype == torch.bool))
+    if not fits:
+        raise TypeError(f"{name} must be {_A[kind]} tensor, got {described(value)}")
+    if value.device.type == "meta":
+        raise TypeError(f"{name} must be on a device that holds its values, got {described(value)}")
+
+
+def check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {described(value)}")
+
+
+def check_seed(seed: object) -> int:
+    return whole_number("seed", seed, bits=64)
+
+
+def check_step(step: object) -> int:
+    return whole_number("step", step, bits=32)

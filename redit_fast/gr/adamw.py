@@ -1,0 +1,239 @@
+"""AdamW with gradient regularisation built in: float32 masters for low-precision parameters, and no other copy of
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from redit_fast.backends import primitive
+from redit_fast.checks import described, real_number
+from redit_fast.gr import shards
+from redit_fast.gr.perturbation import LOW_PRECISION
+from redit_fast.gr.regularizer import GradientRegularizer, Rounding
+from redit_fast.gr.shards import local
+
+_NUMBERS = ("lr", "eps", "weight_decay")
+
+
+class _MasterAdamW(torch.optim.Optimizer):
+    """State of torch.optim.AdamW, in float32, and a float32 `master` for each bfloat16 or float16 parameter."""
+
+    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        defaults = _checked({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(_checked_params(params), defaults)
+        self.versions: dict[Tensor, tuple] = {}  # shards.version(p) when its master, or copy, was last equal to it
+
+    def add_param_group(self, param_group: dict) -> None:
+        param_group |= _checked(param_group)
+        super().add_param_group(param_group)
+
+    def state_of(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of `p`, made at first use; its master refreshed if `p` was changed by others since the last
+        step."""
+        state = self.state[p]
+        if "step" not in state:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if p.dtype in LOW_PRECISION:
+            if "master" not in state:
+                state["master"] = p.detach().float()
+            elif self.versions.get(p) != shards.version(p):
+                master, weights = local(state["master"]), local(p)
+                master.copy_(torch.where(master.to(p.dtype) == weights, master, weights))
+            self.versions[p] = shards.version(p)
+        return state
+
+    def step(self, closure: None = None) -> None:
+        """Makes the state of every parameter with a gradient, and nothing else."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state_of(p)
+
+    def update(self, params: list[Tensor], factor: Tensor, finite: Tensor, copies: dict[Tensor, Tensor]) -> None:
+        """One step from the masters, or from the `copies` of parameters without one, which take the step too."""
+        wanted = set(params)
+        for group in self.param_groups:
+            chosen = [p for p in group["params"] if p in wanted]
+            if not chosen:
+                continue
+            states = [self.state_of(p) for p in chosen]
+            pairs = list(zip(chosen, states, strict=True))
+            beta1, beta2 = group["betas"]
+            primitive("adamw", factor.device)(
+                [local(p) for p in chosen],
+                [local(state["master"]) if "master" in state else copies.get(p) for p, state in pairs],
+                [local(p.grad) for p in chosen],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
+                [state["step"] for state in states],
+                factor,
+                finite,
+                group["lr"],
+                beta1,
+                beta2,
+                group["eps"],
+                group["weight_decay"],
+            )
+            self.versions |= {p: shards.version(p) for p in chosen if p.dtype in LOW_PRECISION or p in copies}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch.optim.Optimizer, but shapes are checked and float32 state stays float32 beside low-precision
+        parameters."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        state = dict(zip(ids, params, strict=False))  # unequal numbers are refused below
+        for i, values in state_dict["state"].items():
+            for name, value in values.items():
+                if i not in state or name == "step":
+                    continue
+                if value.shape != state[i].shape:
+                    raise ValueError(
+                        f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(state[i].shape)}"
+                    )
+                if shards.is_shard(value) != shards.is_shard(state[i]):
+                    raise ValueError(
+                        f"{name} of parameter {i} is {'a shard' if shards.is_shard(value) else 'whole'}, the parameter "
+                        "is not: load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                    )
+        super().load_state_dict({**state_dict, "state": {}})
+        for i, values in state_dict["state"].items():
+            p = state[i]
+            wide = torch.promote_types(p.dtype, torch.float32)
+            self.state[p] = {
+                name: torch.as_tensor(value).to(p.device, torch.float32 if name == "step" else wide, copy=True)
+                for name, value in values.items()
+                if name in ("step", "exp_avg", "exp_avg_sq", "master")
+            }
+            if p.dtype not in LOW_PRECISION:
+                self.state[p].pop("master", None)
+        self.versions = {}
+
+
+def _checked(options: dict) -> dict:
+    """The numbers among the options of the optimizer, or of a parameter group."""
+    numbers = {name: real_number(name, options[name], least=0) for name in _NUMBERS if name in options}
+    if "betas" in options:
+        betas = options["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {described(betas)}")
+        numbers["betas"] = tuple(real_number(f"betas[{k}]", beta, least=0) for k, beta in enumerate(betas))
+        if max(numbers["betas"]) >= 1:
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
+    return numbers
+
+
+def _checked_params(params: object) -> list:
+    if isinstance(params, Tensor | str | dict) or not isinstance(params, Iterable):
+        raise TypeError(f"params must be parameters or parameter groups, got {described(params)}")
+    params = list(params)
+    for each in params:
+        if not isinstance(each, Tensor | dict | tuple):  # tuple: named parameters
+            raise TypeError(f"params must hold tensors or dicts, got {described(each)} among them")
+    if not params:
+        raise ValueError("params must hold at least one parameter, got none")
+    return params
+
+
+class RegularizedAdamW(GradientRegularizer):
+    """AdamW with gradient regularisation; the verbs and the GR arguments are `GradientRegularizer`'s.
+
+    bfloat16 and float16 parameters have a float32 master, from which the step restores them, so that GR holds nothing
+    beside AdamW's own state. float32 and float64 parameters have a copy, which the step writes with them, so that it is
+    neither made nor put back in passes of its own. Masters and copies follow a parameter that others change in place
+    (`load_state_dict`, `p.copy_` under no_grad), but not what is written through `p.data`, which torch does not count.
+    With gamma 0 and max_norm None the step is AdamW's; max_norm 1, the default, clips whatever gamma is.
+
+    Args:
+        params: parameters or parameter groups (`parameter_groups`).
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW, but weight_decay 0 by default and lr a number, not a
+            tensor.
+
+    `state_dict` is in torch.optim.AdamW's layout with `master` and the counters beside it; `load_state_dict` takes a
+    plain torch.optim.AdamW state too.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        gamma: float = 1e-3,
+        epsilon: float | Literal["auto"] = 1e-3,
+        max_norm: float | None = 1.0,
+        perturb_max_norm: float = 10.0,
+        normalized: bool = False,
+        rounding: Rounding = "stochastic",
+        keep_first_grad: bool | None = None,
+        gamma_warmup_steps: int = 0,
+        every_k_steps: int = 1,
+        compute_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(
+            _MasterAdamW(params, lr, betas, eps, weight_decay),
+            gamma=gamma,
+            epsilon=epsilon,
+            max_norm=max_norm,
+            perturb_max_norm=perturb_max_norm,
+            normalized=normalized,
+            rounding=rounding,
+            keep_first_grad=keep_first_grad,
+            gamma_warmup_steps=gamma_warmup_steps,
+            every_k_steps=every_k_steps,
+            compute_dtype=compute_dtype,
+            seed=seed,
+        )
+
+    def _keep(self, params: list[Tensor]) -> None:
+        """Copies what has no master, unless AdamW wrote the copy with the parameter and nobody changed it since."""
+        for p in params:
+            self.optimizer.state_of(p)
+        versions = self.optimizer.versions
+        without_master = [p for p in params if p.dtype not in LOW_PRECISION]
+        stale = [p for p in without_master if p not in self._copies or versions.get(p) != shards.version(p)]
+        if stale:
+            super()._keep(stale)
+
+    def _restore_parameters(self, before_step: bool = False) -> None:
+        for p in self._moved:
+            if not before_step or p.grad is None:  # AdamW writes the others from their masters and copies
+                kept = self._copies[p] if p in self._copies else local(self.optimizer.state[p]["master"])
+                local(p).copy_(kept)
+        self._changed(self._moved)
+
+    def _changed(self, params: list[Tensor]) -> None:
+        super()._changed(params)
+        self.optimizer.versions |= {p: shards.version(p) for p in params}
+
+    def _take_step(self, params: list[Tensor], factor: Tensor, finite: Tensor) -> None:
+        moved = self._moved if self._perturbed else []
+        self.optimizer.update(params, factor, finite, {p: self._copies[p] for p in moved if p in self._copies})
+
+
+def unwrap(optimizer: object) -> GradientRegularizer:
+    """The `RegularizedAdamW` or `GradientRegularizer` in what accelerate's `prepare`, or another host, made of it, and
+    keeps in an attribute `optimizer`; itself when it is one.
+
+    Raises:
+        TypeError: there is none.
+    """
+    chain = [optimizer]
+    while not isinstance(chain[-1], GradientRegularizer):
+        inner = getattr(chain[-1], "optimizer", None)
+        if inner is None or any(inner is outer for outer in chain):
+            found = ", which holds ".join(type(outer).__name__ for outer in chain)
+            raise TypeError(
+                f"optimizer must be a RegularizedAdamW or GradientRegularizer, or hold one as .optimizer, got {found}"
+            )
+        chain.append(inner)
+    return chain[-1]

@@ -1,0 +1,52 @@
+"""The `dither_*` options of every integration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from redit_fast.dither import DeadGroups, Dither, Schedule
+from redit_fast.noise import Distribution
+
+
+def described(default: object, text: str) -> object:
+    """A dataclass field with the help text that command lines show."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DitherOptions:
+    """The fields of `Dither`; seed None: the host's. Off by default."""
+
+    dither_level: float = described(
+        0.0, "Half-range of the noise that is added to each reward, relative to dither_reward_scale. 0 switches it off."
+    )
+    dither_distribution: Distribution = described(
+        "gaussian", "Of the noise, with the same variance: 'gaussian' with deviation level / sqrt(3), or 'uniform'."
+    )
+    dither_reward_scale: float = described(1.0, "The full scale of the rewards.")
+    dither_schedule: Schedule = described(
+        "constant", "How dither_level changes over the optimizer steps, see docs/noise.md."
+    )
+    dither_total_steps: int | None = described(
+        None, "Optimizer steps of the run, from which the _reverse schedules count back; they need it."
+    )
+    dither_dead_groups: DeadGroups = described(
+        "apply",
+        "What becomes of a group whose clean rewards are equal: 'apply' dithers it like any other, 'skip' gives it "
+        "advantage 0, 'center_only' divides by 1 instead of the standard deviation, 'only' dithers such groups alone.",
+    )
+    dither_seed: int | None = described(None, "Seed of the noise. Default: the seed of the run.")
+
+    def dither(self, seed: int) -> Dither | None:
+        """`seed` where dither_seed is None; None where dither_level is 0.
+
+        Raises:
+            ValueError, TypeError: an option out of range, naming it.
+        """
+        values = {field.name.removeprefix("dither_"): getattr(self, field.name) for field in fields(DitherOptions)}
+        values["seed"] = seed if self.dither_seed is None else self.dither_seed
+        try:
+            dither = Dither(**values)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"dither_{error}") from None
+        return dither if dither.level > 0 else None

@@ -1,0 +1,259 @@
+"""GR in verl's FSDP engine: before its optimizer_step clips and steps, the mini-batch runs once more at theta +
+epsilon g1, and the combined gradient is left in .grad for whatever optimizer verl has built.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import NamedTuple
+
+import verl
+from tensordict import TensorDict
+from torch import nn
+from verl.workers.config import FSDPEngineConfig
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from redit_fast.gr.groups import parameter_groups
+from redit_fast.gr.regularizer import GradientRegularizer
+from redit_fast.gr.replay import Replay
+from redit_fast.gr.shards import local
+from redit_fast.integrations.second_pass import GRSettings
+from redit_fast.integrations.verl.loss import SUPPORTED, FirstPass
+from redit_fast.integrations.versions import check_hooks
+
+HOOKS = {
+    "__init__": ["self", "model_config", "engine_config", "optimizer_config", "checkpoint_config"],
+    "_build_optimizer": ["self", "module"],
+    "train_batch": ["self", "data", "loss_function"],
+    "forward_backward_batch": ["self", "data", "loss_function", "forward_only"],
+    "optimizer_zero_grad": ["self"],
+    "optimizer_step": ["self"],
+}
+SECTION = "override_optimizer_config"
+KINDS = {f"gr_{option.name}": option.type for option in fields(GRSettings) if option.name != "optimizer"}
+COUNTERS = "gradient_regularizer"  # in the optimizer's first parameter group: verl's checkpoints save and load it
+
+
+def read_settings(options: Mapping[str, object] | None) -> tuple[GRSettings | None, dict[str, object]]:
+    """From optim.override_optimizer_config: the settings of its gr_* options, None where they switch GR off; and the
+    others, which are the optimizer's.
+
+    Raises:
+        ValueError, TypeError: an unknown gr_ option, with the closest one, or a value out of range, naming it.
+    """
+    ours, others = {}, {}
+    for name, value in (options or {}).items():
+        if not name.startswith("gr_"):
+            others[name] = value
+            continue
+        if name not in KINDS:
+            close = get_close_matches(name, KINDS, 1)
+            known = f"did you mean {close[0]}?" if close else f"the options are {', '.join(KINDS)}"
+            raise ValueError(f"optim.{SECTION}.{name} is not an option; {known}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = {"float": number, "int": number and isinstance(value, int), "bool": isinstance(value, bool)}
+        if not fits[KINDS[name]]:
+            raise TypeError(f"optim.{SECTION}.{name} must be of type {KINDS[name]}, got {value!r}")
+        ours[name.removeprefix("gr_")] = value
+    settings = GRSettings(**ours)
+    return settings if settings.gamma > 0 else None, others
+
+
+def _check_engine(settings: GRSettings, config: FSDPEngineConfig) -> None:
+    if config.strategy != "fsdp2":
+        raise ValueError(
+            f"gr_gamma={settings.gamma} needs FSDP2, got strategy={config.strategy}, whose flat parameters do not say "
+            "which rank holds what: set actor_rollout_ref.actor.strategy=fsdp2"
+        )
+    if config.qat.enable:
+        raise ValueError(
+            f"gr_gamma={settings.gamma} does not work with qat.enable=True, whose scales of the weights are kept until "
+            "the step: switch one of them off"
+        )
+
+
+class _Batch(NamedTuple):
+    data: TensorDict
+    loss_function: Callable
+    replay: Replay
+    first: FirstPass
+
+
+@dataclass
+class SecondPass:
+    """What an engine with GR keeps: the batches of the step under way. Between steps nothing is held on the device,
+    where verl puts the rollout engine."""
+
+    settings: GRSettings
+    batches: list[_Batch] = field(default_factory=list)
+    failed: bool = False  # a pass raised after its first loss
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def recorded(self, module: nn.Module, data: TensorDict, loss_function: Callable) -> Iterator[None]:
+        """Inside, the first pass over `data`, which is kept when its backward passes returned."""
+        self.refuse_what_is_left()
+        tensors = [*module.parameters(), *module.buffers()]  # whose devices are those that draw dropout
+        batch = _Batch(data.copy(), loss_function, Replay(tensors, module), FirstPass())
+        with batch.first.recorded():
+            yield
+        self.failed = False
+        self.batches.append(batch)
+
+    def watched(self, loss_function: Callable) -> Callable:
+        """FSDP2 holds the gradients of all micro-batches but the last where zero_grad does not reach them: after an
+        exception it adds them to the next step's first pass, and the second would not have them."""
+
+        def watched(*args, **kwargs) -> object:
+            output = loss_function(*args, **kwargs)
+            self.failed = True  # until the pass has ended
+            return output
+
+        return watched
+
+    def refuse_what_is_left(self) -> None:
+        if self.failed:
+            raise RuntimeError(
+                "gr_gamma above 0 got a step after one whose backward passes were cut short by an exception, of which "
+                "FSDP2 keeps a part that the second pass would not have: build the worker anew from a checkpoint"
+            )
+
+    def run(self, engine: FSDPEngineWithLMHead) -> None:
+        """From g1 in .grad to the combined gradient in .grad; theta as it was, also after an exception."""
+        self.refuse_what_is_left()
+        batches, self.batches, self.metrics = self.batches, [], {}
+        if not batches:
+            return
+        begin, group = time.perf_counter(), engine.optimizer.param_groups[0]
+        counters = group.get(COUNTERS, {"attempts": 0, "completed": 0, "skipped": 0})
+        if counters["attempts"] % self.settings.every_k_steps:
+            group[COUNTERS] = {name: n + (name != "skipped") for name, n in counters.items()}
+            return
+        scale = 1.0 if engine.scaler is None else engine.scaler.get_scale()
+        regularizer = self._regularizer(engine, scale, counters)
+        with regularizer.perturb():
+            for data, loss_function, replay, first in batches:
+                with replay.again(), first.again():  # verl's own, not ours, which would remember the batch
+                    FSDPEngineWithLMHead.forward_backward_batch(engine, data, self.watched(loss_function))
+        self.failed = False
+        regularizer.step()
+        group[COUNTERS] = _counters_of(regularizer.state_dict())
+        if not regularizer.optimizer.reached:
+            for p in engine.module.parameters():
+                if p.grad is not None:
+                    local(p.grad).fill_(math.nan)  # where verl, or its GradScaler, looks before it steps
+        regularizer.epsilon = self.settings.epsilon  # as it was set, in metrics and warnings
+        self._read(regularizer.metrics(), scale)
+        self.metrics["time/gr_pass2"] = time.perf_counter() - begin
+
+    def _regularizer(self, engine: FSDPEngineWithLMHead, scale: float, counters: dict) -> GradientRegularizer:
+        """Under a GradScaler of this scale both passes leave so many times the gradient, and so does what is combined,
+        which verl unscales as ever: only the perturbation epsilon g1 needs the scale."""
+        settings = self.settings
+        if not settings.normalized:
+            settings = replace(
+                settings,
+                gamma=settings.gamma / scale,
+                epsilon=settings.epsilon / scale,
+                perturb_max_norm=settings.perturb_max_norm * scale,
+            )
+        regularizer = settings.regularizer(
+            parameter_groups(engine.module), compute_dtype=engine._autocast_dtype, seed=engine.engine_config.seed
+        )
+        state = regularizer.state_dict()
+        _counters_of(state).update(counters)
+        regularizer.load_state_dict(state)
+        return regularizer
+
+    def _read(self, values: Mapping[str, float], scale: float) -> None:
+        scales = {"gr/g1_norm": scale, "gr/g2_norm": scale}
+        self.metrics = {
+            name: value / scales.get(name, 1.0)
+            for name, value in values.items()
+            if math.isfinite(value) and name != "grad_norm"  # verl's own
+        }
+
+
+def _counters_of(state: dict) -> dict[str, int]:
+    return state["param_groups"][0][COUNTERS]
+
+
+class ReditFSDPEngine(FSDPEngineWithLMHead):
+    """verl's engine of strategy fsdp2 with GR, whose settings stand in optim.override_optimizer_config: gr_gamma (0:
+    off, the engine is then verl's own), gr_epsilon, gr_perturb_max_norm, gr_normalized, gr_every_k_steps, as in
+    `redit_fast.integrations.transformers.GRTrainerMixin`.
+
+    The second pass takes the same mini-batch (its old log-probs too), the same micro-batches, dropout and buffers, and
+    the tokens that redit_clip_cov and redit_kl_cov chose in the first.
+    Losses and metrics are the first pass's, grad_norm is the combined gradient's before clipping; gr/* and
+    time/gr_pass2 (seconds) come beside them. A step with a gradient that is not finite, in either pass, is skipped by
+    verl.
+
+    Raises:
+        ValueError, TypeError: an option out of range, naming it; another strategy, quantization-aware training.
+    """
+
+    _gr: SecondPass | None = None
+
+    def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
+        options = getattr(optimizer_config, SECTION, None)
+        settings, others = read_settings(options)
+        if others != (options or {}):
+            optimizer_config = replace(optimizer_config, **{SECTION: others})
+        if settings is not None and not engine_config.forward_only:
+            _check_engine(settings, engine_config)
+            self._gr = SecondPass(settings)
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+
+    def _build_optimizer(self, module):
+        if self._gr is not None:
+            parameter_groups(module)  # raises where the model has no decoder layers
+        return super()._build_optimizer(module)
+
+    def train_batch(self, data, loss_function):
+        outputs = super().train_batch(data, loss_function)
+        if self._gr is not None and self.is_mp_src_rank_with_outputs():
+            # As lists of one, like a micro-batch's metrics: verl chains those of all ranks.
+            outputs["metrics"].update({name: [value] for name, value in self._gr.metrics.items()})
+        return outputs
+
+    def forward_backward_batch(self, data, loss_function, forward_only=False):
+        if self._gr is None or forward_only:
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        with self._gr.recorded(self.module, data, loss_function):
+            return super().forward_backward_batch(data, self._gr.watched(loss_function), forward_only)
+
+    def optimizer_zero_grad(self):
+        if self._gr is not None:
+            self._gr.batches.clear()
+        super().optimizer_zero_grad()
+
+    def optimizer_step(self):
+        if self._gr is not None:
+            self._gr.run(self)
+        return super().optimizer_step()
+
+
+def register() -> None:
+    """Every TrainingWorker that would have built verl's FSDP engine of a language model builds ours; twice is once.
+
+    Raises:
+        RuntimeError: a verl whose engine has other methods, naming the supported one.
+    """
+    check_hooks("verl", verl, HOOKS, FSDPEngineWithLMHead, SUPPORTED)
+    _swap(FSDPEngineWithLMHead, ReditFSDPEngine)
+
+
+def unregister() -> None:
+    _swap(ReditFSDPEngine, FSDPEngineWithLMHead)
+
+
+def _swap(old: type, new: type) -> None:
+    for engines in EngineRegistry._engines["language_model"].values():
+        engines.update({device: new for device, engine in engines.items() if engine is old})

@@ -1,0 +1,1 @@
+"""Policy losses: the one definition, in plain PyTorch, without dispatch."""

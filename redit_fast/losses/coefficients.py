@@ -1,0 +1,73 @@
+"""The closed forms of `terms`: a token's loss and its derivative, for the fused losses, where autograd does not run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.terms import DPPO_MAX_RATIO, MAX_LOG_RATIO, clamp_exponent, correction_weight, dppo_trusts
+
+
+def token_coefficients(
+    config: LossConfig,
+    logp: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A token's loss l and its closed-form derivative dl/dlogp, for the configs of route "fused"; all (R,) float32."""
+    A, old = advantages, logp if old_logp is None else old_logp
+    low, high = config.clip_range
+    log_ratio = logp - old
+    inside = log_ratio.abs() <= MAX_LOG_RATIO
+    ratio = torch.exp(clamp_exponent(log_ratio))
+    if config.loss_type in ("gpg", "reinforce"):
+        slope = -A
+        loss = slope * logp
+    elif config.loss_type == "dro":
+        loss, slope = -A * logp + 0.5 * config.dro_beta * log_ratio.square(), config.dro_beta * log_ratio - A
+    elif config.loss_type == "cispo":
+        slope = -ratio.clamp(low, high) * A
+        loss = slope * logp
+    elif config.loss_type in ("dppo_tv", "dppo_kl"):
+        slope = -A * ratio.clamp(max=DPPO_MAX_RATIO) * dppo_trusts(config, logp, old, A)
+        loss = slope * logp
+    elif config.loss_type == "sapo":
+        temperature = torch.where(A > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+        x = temperature * (ratio - 1)
+        gate = torch.sigmoid(x)
+        loss, slope = -(4 / temperature) * gate * A, -4 * A * gate * torch.sigmoid(-x) * ratio * inside
+    else:
+        bound = torch.inf if config.delta is None else config.delta
+        unclipped, clipped = ratio.clamp(max=bound) * A, ratio.clamp(low, high) * A
+        share = (unclipped < clipped) + 0.5 * (unclipped == clipped)
+        passed = share * (ratio <= bound) + (1 - share) * ((low <= ratio) & (ratio <= high))
+        loss, slope = -torch.minimum(unclipped, clipped), -A * ratio * inside * passed
+        if config.dual_clip is not None:
+            most = torch.where(A < 0, -config.dual_clip * A, torch.inf)
+            slope = slope * ((loss < most) + 0.5 * (loss == most))
+            loss = torch.minimum(loss, most)
+    if config.correction != "none":
+        weight = correction_weight(config, old - sampling_logp)
+        loss, slope = loss * weight, slope * weight
+    if config.beta != 0:
+        kl, kl_slope = _kl_coefficients(config, ref_logp - logp)
+        if config.kl_ratio_correction:
+            kl, kl_slope = kl * ratio, ratio * (kl_slope + kl * inside)
+        loss, slope = loss + config.beta * kl, slope + config.beta * kl_slope
+    return loss, slope
+
+
+def _kl_coefficients(config: LossConfig, difference: Tensor) -> tuple[Tensor, Tensor]:
+    """The KL term and its derivative by logp; difference = ref - logp."""
+    if config.kl == "k1":
+        return -difference, torch.ones_like(difference)
+    if config.kl == "k2":
+        return 0.5 * difference.square(), -difference
+    if config.kl == "abs":
+        return difference.abs(), -difference.sign()
+    limited = clamp_exponent(difference)
+    growth = torch.expm1(limited)
+    return growth - limited, -growth * (difference.abs() <= MAX_LOG_RATIO)
