@@ -1,5 +1,5 @@
-// The per-token policy loss and its derivative; redit_fast/loss_terms.py::token_coefficients is the definition, float32
-// and with its order of operations.
+// The per-token policy loss and its derivative; redit_fast/losses/coefficients.py::token_coefficients is the definition,
+// float32 and with its order of operations.
 #pragma once
 
 #include <cmath>

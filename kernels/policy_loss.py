@@ -1,4 +1,4 @@
-"""The per-token policy loss and its derivative, the twin of csrc/policy_loss.h; redit_fast/loss_terms.py::
+"""The per-token policy loss and its derivative, the twin of csrc/policy_loss.h; redit_fast/losses/coefficients.py::
 token_coefficients is the definition, float32 and with its order of operations."""
 
 import triton

@@ -1,4 +1,4 @@
-"""python -m tests.philox_twin: the Triton twin of Philox, in Triton's interpreter, against redit_fast.dither.
+"""python -m tests.philox_twin: the Triton twin of Philox, in Triton's interpreter, against redit_fast.noise.
 
 A program of its own because TRITON_INTERPRET must be set before Triton is imported.
 """
