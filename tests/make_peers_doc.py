@@ -1,4 +1,4 @@
-"""The tables of docs/peers.md, from redit_fast/losses/peers.py. Run `python -m tests.make_peers_doc` after changing that."""
+"""The tables of docs/peers.md, from redit_fast/losses/peers.py. Run `python -m tests.make_peers_doc` after changes."""
 
 from dataclasses import fields
 from pathlib import Path

@@ -150,6 +150,62 @@ def test_another_objective_is_refused_with_both_numbers(kind, dtype):
     assert not model.model._forward_hooks
 
 
+def trained_otherwise(term):
+    """A model whose loss has another term in training mode alone."""
+
+    class InTraining(Qwen2ForCausalLM):
+        def forward(self, input_ids, labels=None, **kwargs):
+            output = super().forward(input_ids, labels=labels, **kwargs)
+            if self.training and labels is not None:
+                output.loss = term(output, labels)
+            return output
+
+    return InTraining(Qwen2Config(**SIZES))
+
+
+def halved_in_training():
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    model.lm_head.register_forward_hook(lambda module, _, logits: 0.5 * logits if module.training else logits)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: trained_otherwise(lambda out, _: out.loss + 0.1 * out.logits.float().logsumexp(-1).square().mean()),
+        lambda: trained_otherwise(
+            lambda out, labels: nn.functional.cross_entropy(
+                out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1
+            )
+        ),
+        halved_in_training,
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_an_objective_of_training_mode_alone_is_refused_with_both_numbers(make, training):
+    with pytest.raises(ValueError, match=r"in training mode with labels .* is \d.*being \d"):
+        rf.apply_to(make().train(training))
+
+
+class Sometimes(Qwen2ForCausalLM):
+    """A z-loss where there is an attention mask, or more tokens than the comparison has."""
+
+    def forward(self, input_ids, labels=None, attention_mask=None, **kwargs):
+        output = super().forward(input_ids, labels=labels, attention_mask=attention_mask, **kwargs)
+        if labels is not None and (attention_mask is not None or labels.shape[1] > 8):
+            output.loss = output.loss + 0.1 * output.logits.float().logsumexp(-1).square().mean()
+        return output
+
+
+def test_what_reads_the_logits_after_the_comparison_gets_nan_and_the_first_call_of_a_mode_says_so():
+    model, ids = Sometimes(Qwen2Config(**SIZES)).train(), torch.randint(3, 60, (2, 12))
+    with rf.apply_to(model):
+        with pytest.raises(ValueError, match="the loss of Sometimes is NaN under apply_to: its forward reads the log"):
+            model(ids, labels=ids)
+        assert model(ids[:, :8], labels=ids[:, :8]).loss.isfinite()
+        assert model(ids[:, :8], labels=ids[:, :8], attention_mask=torch.ones(2, 8)).loss.isnan()
+
+
 def test_the_whisper_decoder_which_does_not_shift_is_refused_with_both_numbers():
     config = WhisperConfig(vocab_size=67, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24,
                            encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24, init_std=0.3,
@@ -287,7 +343,7 @@ def test_what_else_the_model_returns_is_there_in_training():
     ids, labels = a_batch()
     asked = {"output_hidden_states": True, "use_cache": True}
     own = model(ids, labels=labels, **asked)
-    with rf.apply_to(model):
+    with rf.apply_to(model, eval_logits=False):
         ours = model(ids, labels=labels, **asked)
         pair = model(ids, labels=labels, return_dict=False)
     assert set(own) - set(ours) == {"logits"} and len(ours.hidden_states) == 3

@@ -29,15 +29,16 @@ def apply_to(model: PreTrainedModel, *, eval_logits: bool = True) -> AppliedHead
     labels that are all -100 is exactly 0. The key-value cache is off unless use_cache asks for it. TRL's trainers call
     a forward of their own (fused_lm_head=True): there our head stands in the place of theirs, whichever came first.
 
-    The loss is compared once with the model's own, on 2 sequences of 8 tokens, in eval mode and without gradients;
-    nothing of the model and no random generator changes. Parameters that are not whole here (meta, FSDP2, ZeRO-3) are
+    The loss is compared once with the model's own, on 2 sequences of 8 tokens, in both modes and without gradients;
+    nothing of the model and no random generator changes. A forward that reads the logits later gets NaN: the first call
+    in each mode refuses then. Parameters that are not whole here (meta, FSDP2, ZeRO-3) are
     waited for: the comparison is then part of the first call of the model, on every rank.
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one. Only this instance changes.
-        eval_logits: in eval mode the original forward runs, so that logits are there (`compute_metrics`,
-            `preprocess_logits_for_metrics`); False: logits are None there too, and evaluation takes no more memory
-            than training.
+        eval_logits: in eval mode, and where output_hidden_states are asked for, the original forward runs, so that
+            logits are there (`compute_metrics`, `preprocess_logits_for_metrics`); False: logits are None there too, and
+            evaluation takes no more memory than training.
 
     Returns:
         A handle: `handle.remove()` puts the model's own forward back, and so does leaving `with apply_to(model):`.
@@ -65,6 +66,7 @@ class AppliedHead(SwappedForward):
         self._eval_logits = eval_logits
         self._signature = inspect.signature(type(model).forward)
         self._compared = False
+        self._modes: set[bool] = set()  # model.training of the calls whose loss has been looked at
         if can_run(model):
             self._compare(model, model.forward)
         super().__init__(model)
@@ -90,9 +92,13 @@ class AppliedHead(SwappedForward):
             if shifted is None:
                 return before(*args, **kwargs)
             arguments["labels"] = shifted  # a model computes its loss where it is given labels
-        if not model.training and self._eval_logits:
+        wants_states = arguments.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
+        if self._eval_logits and (wants_states or not model.training):
             return before(**arguments)
-        return self._loss(model, before, arguments)
+        output = self._loss(model, before, arguments)
+        if model.training not in self._modes:
+            self._look_at_loss(model, output[0])
+        return output
 
     def _named(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> dict:
         """The arguments of a call by their names; keywords that the model does not name are there too."""
@@ -103,8 +109,8 @@ class AppliedHead(SwappedForward):
             arguments |= arguments.pop(named[-1].name, {})
         return arguments
 
-    def _loss(self, model: PreTrainedModel, before: Callable, arguments: dict, visible: bool = False) -> object:
-        """The model's own forward, its head and its loss being ours. `visible`: what reads the logits gets NaN."""
+    def _loss(self, model: PreTrainedModel, before: Callable, arguments: dict) -> object:
+        """The model's own forward, its head and its loss being ours."""
         as_tuple = arguments.get("return_dict", model.config.return_dict) is False
         if as_tuple:
             arguments["return_dict"] = True
@@ -112,7 +118,7 @@ class AppliedHead(SwappedForward):
             arguments.setdefault("use_cache", False)
         _check_loss(model)
         own = model.__dict__.get("_loss_function")
-        with LabelHead(model.get_output_embeddings(), arguments, self._transforms, visible) as head:
+        with LabelHead(model.get_output_embeddings(), arguments, self._transforms) as head:
             model.loss_function = head.loss
             try:
                 output = before(**arguments)
@@ -133,8 +139,18 @@ class AppliedHead(SwappedForward):
     @torch.compiler.disable
     def _compare(self, model: PreTrainedModel, before: Callable) -> None:
         taken = [name for name in ("use_cache", "shift_labels", "num_items_in_batch") if self._takes(name)]
-        check_objective(model, before, lambda arguments: self._loss(model, before, arguments, visible=True), taken)
+        check_objective(model, before, lambda arguments: self._loss(model, before, arguments), taken)
         self._compared = True
+
+    @torch.compiler.disable
+    def _look_at_loss(self, model: PreTrainedModel, loss: Tensor) -> None:
+        """Of the first call in a mode: arguments or lengths that the comparison had not may lead to the logits."""
+        if loss.isnan():
+            raise ValueError(
+                f"the loss of {type(model).__name__} is NaN under apply_to: its forward reads the logits, which are "
+                "not computed there, or its hidden states are NaN"
+            )
+        self._modes.add(model.training)
 
     def _meet_trl(self, backbone: nn.Module, args: tuple, output: object) -> None:
         """After the backbone: TRL's trainers put a forward of their own over this one, which does not call it."""
@@ -147,10 +163,10 @@ class AppliedHead(SwappedForward):
 
 
 class LabelHead(ScoringHead):
-    """An LM head that gives the log-probs of a call's labels, (B, T, 1) in the place of the logits, and the loss
-    function that makes a loss of them."""
+    """An LM head that computes the log-probs of a call's labels, and the loss function that makes a loss of them. In
+    the place of the logits stand (B, T, 1) NaN: a forward that makes more of them gets NaN, and no other loss."""
 
-    def __init__(self, head: nn.Linear, arguments: dict, transforms: dict, visible: bool):
+    def __init__(self, head: nn.Linear, arguments: dict, transforms: dict):
         self._labels, self._shifted = arguments["labels"], arguments.get("shift_labels")
         self._ignore, self._keep = arguments.get("ignore_index", IGNORE), arguments.get("logits_to_keep", 0)
         if not isinstance(self._keep, int) or self._keep != 0:
@@ -158,7 +174,7 @@ class LabelHead(ScoringHead):
         targets = self._shifted
         if targets is None:
             targets = nn.functional.pad(self._labels[..., 1:], (0, 1), value=IGNORE)
-        self._visible, self._logp, self.asked = visible, None, False
+        self._logp, self._in_place_of_logits, self.asked = None, None, False
         super().__init__(head, targets.masked_fill(targets == self._ignore, IGNORE), transforms)
 
     def call(self, head: nn.Linear, before: Callable, args: tuple, kwargs: dict) -> Tensor:
@@ -169,9 +185,9 @@ class LabelHead(ScoringHead):
                 f"{tuple(hidden.shape)}{'' if self._logp is None else ' in a second call'}"
             )
         self._targets = self._targets.to(hidden.device)
-        # FSDP2 hangs its hook on the tensor that is returned, so the loss must come from that one.
-        self._logp = super().call(head, before, args, kwargs)[..., None].clone()
-        return torch.full_like(self._logp, torch.nan) if self._visible else self._logp
+        logp = super().call(head, before, args, kwargs)[..., None]
+        self._logp, self._in_place_of_logits = logp.detach(), _Hidden.apply(logp)
+        return self._in_place_of_logits
 
     def loss(
         self,
@@ -191,7 +207,32 @@ class LabelHead(ScoringHead):
         items = (self._targets != IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if isinstance(items, Tensor):
             items = items.to(self._logp.device)
-        return -self._logp.sum() / items
+        # FSDP2 hangs its hook on the tensor that the head returns, so the loss must come from that one.
+        return -_Revealed.apply(self._in_place_of_logits, self._logp).sum() / items
+
+
+class _Hidden(torch.autograd.Function):
+    """NaN in the place of the values, whose gradient it has."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return torch.full_like(values, torch.nan)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _Revealed(torch.autograd.Function):
+    """The values in the place of `hidden`, which gets their gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 def _equal(found: Tensor, given: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,18 +50,19 @@ def check_objective(model: PreTrainedModel, own: Callable, ours: Callable[[dict]
     def see(_, args):
         epsilons.append(_epsilon(args[0]))
 
-    for more in [[], layout] if layout else [[]]:
+    for training, more in product((False, True), [[], layout] if layout else [[]]):
         batch = arguments | {key: further[key] for key in more}
-        said = f"with {', '.join(['labels', *more])} of {SEQUENCES} sequences of {batch['labels'].shape[1]} tokens"
+        said = f"in {'training' if training else 'evaluation'} mode with {', '.join(['labels', *more])} of {SEQUENCES} "
+        said += f"sequences of {batch['labels'].shape[1]} tokens"
         hook = model.get_output_embeddings().register_forward_pre_hook(see)
         fails = f"apply_to compares its loss with that of {name} {said}, and there its forward fails"
-        with hook, untouched(model), Foreign(fails):
+        with hook, untouched(model, training), Foreign(fails):
             output = own(**batch)
         if output.loss is None or output.logits is None:
             raise ValueError(f"{name} must give a loss and logits {said}, got {', '.join(output)}")
         cause, loss, logits = None, output.loss.item(), output.logits
         try:
-            with untouched(model), Foreign("its forward fails"):
+            with untouched(model, training), Foreign("its forward fails"):
                 found = ours(dict(batch)).loss.item()
             reads = found != found
             why = ": its forward makes the loss from more than model.loss_function" if reads else ""
@@ -112,9 +114,10 @@ def _special_tokens(config: dict) -> Iterator[int]:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside the block. After it the attributes and buffers of every module and the random
-    generators are as before; parameters are left to those who shard them."""
+def untouched(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or eval mode, without gradients, inside the block; dropout draws alike in every block. After it the
+    attributes and buffers of every module and the random generators are as before; parameters are left to those who
+    shard them."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     tables = [
@@ -126,7 +129,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     kind = next(iter(devices)).type if devices else "cuda"
     with torch.no_grad(), torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
         for module in modules:
-            module.training = False
+            module.training = training
         try:
             yield
         finally:
