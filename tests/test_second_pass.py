@@ -44,8 +44,8 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("ratio", ["fresh", "pass1"])
 def test_pass_2_takes_its_own_log_probs_as_the_old_ones_or_those_of_pass_1(job, calls, tmp_path, ratio):
     train(config.load(overrides={**job, "gr_pass2_ratio": ratio, "eval_problems": 0}))
-    assert len(calls) == 4  # two steps of two passes
-    for first, second in zip(calls[::2], calls[1::2]):
+    assert len(calls) == 5  # the trial's pass, then two steps of two passes
+    for first, second in zip(calls[1::2], calls[2::2]):
         assert first["old_logp"] is None and first["masks_of"] is None
         assert not torch.equal(first["logp"], second["logp"])  # theta + epsilon g1
         if ratio == "fresh":
@@ -54,7 +54,7 @@ def test_pass_2_takes_its_own_log_probs_as_the_old_ones_or_those_of_pass_1(job, 
             assert torch.equal(second["old_logp"], first["logp"])
         for mine, passed in zip((first["logp"], first["entropy"]), second["masks_of"]):
             assert torch.equal(mine, passed)
-    assert (tmp_path / "calls").read_text() == "12\n" * 2  # the rewards are asked once a step
+    assert (tmp_path / "calls").read_text() == "2\n" + "12\n" * 2  # by the trial, then once a step
 
 
 def test_a_fresh_ratio_is_1_and_pass_1s_weighs_the_tokens(model_folder):

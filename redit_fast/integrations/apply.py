@@ -65,6 +65,8 @@ class AppliedHead(SwappedForward):
         self._transforms = logit_transforms(model.config)
         self._eval_logits = eval_logits
         self._signature = inspect.signature(type(model).forward)
+        # Not in a graph. Here, as the decorator would make `import redit_fast` load torch._dynamo, and that Triton.
+        self._compare, self._look_at_loss = map(torch.compiler.disable, (self._compare, self._look_at_loss))
         self._compared = False
         self._modes: set[bool] = set()  # model.training of the calls whose loss has been looked at
         if can_run(model):
@@ -136,13 +138,11 @@ class AppliedHead(SwappedForward):
         *_, last = self._signature.parameters.values()
         return name in self._signature.parameters or last.kind is inspect.Parameter.VAR_KEYWORD
 
-    @torch.compiler.disable
     def _compare(self, model: PreTrainedModel, before: Callable) -> None:
         taken = [name for name in ("use_cache", "shift_labels", "num_items_in_batch") if self._takes(name)]
         check_objective(model, before, lambda arguments: self._loss(model, before, arguments), taken)
         self._compared = True
 
-    @torch.compiler.disable
     def _look_at_loss(self, model: PreTrainedModel, loss: Tensor) -> None:
         """Of the first call in a mode: arguments or lengths that the comparison had not may lead to the logits."""
         if loss.isnan():
