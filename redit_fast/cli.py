@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, get_args
 
+from redit_fast.signals import in_this_process
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse with its errors on one line."""
@@ -41,6 +43,7 @@ def _terminable() -> Iterator[None]:
     def stop(number: int, _: object) -> None:
         raise _Terminated(number)
 
+    stop = in_this_process(stop)
     main_thread = threading.current_thread() is threading.main_thread()  # no other may set a handler
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if main_thread and hasattr(signal, name)]
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores SIGHUP

@@ -31,6 +31,7 @@ FLOORS = {
     "redit_fast.checks": 0,
     "redit_fast.foreign": 0,
     "redit_fast.noise": 0,
+    "redit_fast.signals": 0,
     "redit_fast.kernels": 0,
     "redit_fast._cpu": 0,
     "redit_fast._cuda": 0,

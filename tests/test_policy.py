@@ -197,6 +197,7 @@ def test_an_adapter_on_the_head_is_refused_before_training(model_folder):
         ([3, [4]], 5, None, r"generation_config.json says that eos_token_id is \[3, \[4\]\]"),
         ([True], 5, None, r"generation_config.json says that eos_token_id is \[True\]"),
         (None, 99999, None, r"its config.json says that eos_token_id is \[99999\]"),
+        (2.5, None, None, r"its generation_config.json says that eos_token_id is \[2.5\]"),
         (3, None, "<beyond>", r"its tokenizer says that eos_token_id is \[413\]"),
         (None, None, None, "has no end-of-sequence token"),
     ],

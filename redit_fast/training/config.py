@@ -234,7 +234,12 @@ class TrainConfig(BaseModel):
                 words.append(flag(name) if value else flag(f"no_{name}"))
             else:
                 items = value if isinstance(value, list) else ["none" if value is None else value]
-                words += [flag(name), *map(str, items)]
+                words += _words(name, *map(str, items))
+        return shlex.join(words)
+
+    def resume_command(self) -> str:
+        """The shell command that goes on with the run of this config's name."""
+        words = ["redit-fast", "train", "--resume", *_words("name", self.name), *_words("out_dir", self.out_dir)]
         return shlex.join(words)
 
     def to_yaml(self, unset: Collection[str] = ()) -> str:
@@ -249,6 +254,13 @@ class TrainConfig(BaseModel):
 
 def _is_component(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) <= 200
+
+
+def _words(name: str, *values: str) -> list[str]:
+    """A flag and its values; one that begins with a dash would be taken for another flag."""
+    if len(values) == 1 and values[0].startswith("-"):
+        return [f"{flag(name)}={values[0]}"]
+    return [flag(name), *values]
 
 
 def _defaults_of(demo: bool, preset: object) -> dict:

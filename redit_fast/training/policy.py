@@ -197,7 +197,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
         "config.json": getattr(model.config.get_text_config(), "eos_token_id", None),
         "tokenizer": tokenizer.eos_token_id,
     }
-    found = {place: [end] if isinstance(end, int | str) else list(end or ()) for place, end in found.items()}
+    found = {place: [] if end is None else list(end) if isinstance(end, list | tuple) else [end]
+             for place, end in found.items()}  # fmt: skip
     if found["generation_config.json"]:
         del found["config.json"]
     for place, ends in found.items():

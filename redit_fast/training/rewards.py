@@ -30,6 +30,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from redit_fast.signals import remembered
 from redit_fast.training import answers, data
 from redit_fast.training.config import module_file
 from redit_fast.training.data import Prompt, text_of
@@ -94,7 +95,9 @@ def score(
     """
     scores = torch.empty(len(completions), len(functions), dtype=torch.float64)
     for k, function in enumerate(functions):
-        scores[:, k] = torch.tensor(_rewards(function, prompts, completions, columns), dtype=torch.float64)
+        with remembered():
+            values = _rewards(function, prompts, completions, columns)
+        scores[:, k] = torch.tensor(values, dtype=torch.float64)
         unscored = int(scores[:, k].isnan().sum())
         if unscored and not function.warned:
             function.warned = True

@@ -7,20 +7,19 @@ import math
 import os
 import platform
 import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from redit_fast.signals import handled
 from redit_fast.training import report
 
 SCHEMA = 1  # of the lines in metrics.jsonl and completions.jsonl: docs/metrics.md
 LOCK = ".lock"
 OF_A_START = {LOCK, "inputs.json", ".inputs.json", ".config.json"}  # what one that was killed may leave
-STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C; Slurm, Kubernetes and kill; a terminal that was closed
 
 
 class TakenError(ValueError):
@@ -28,8 +27,11 @@ class TakenError(ValueError):
 
 
 @contextmanager
-def claimed(run: Path, *, new: bool) -> Iterator[None]:
+def claimed(run: Path, *, new: bool) -> Iterator[Callable[[], None]]:
     """Holds a run's folder, which a `new` run makes, for this process alone: until the block ends or the process does.
+
+    What it gives is called before the run writes: a folder that was removed or moved since, and may be another run's
+    now, is left alone.
 
     Raises:
         TakenError: another process holds it, or the folder of a new run has files in it.
@@ -59,13 +61,24 @@ def claimed(run: Path, *, new: bool) -> Iterator[None]:
             ) from None
         if new:
             refuse_taken(run)  # now that nobody else can change it
-        if not (run / LOCK).exists() or not os.path.samestat(os.fstat(lock.fileno()), os.stat(run / LOCK)):
+
+        def is_here() -> bool:
+            try:
+                return os.path.samestat(os.fstat(lock.fileno()), os.stat(run / LOCK))
+            except FileNotFoundError:
+                return False
+
+        def check() -> None:
+            if not is_here():
+                raise TakenError(f"{run} was removed or moved while the run was at work in it: nothing more is written")
+
+        if not is_here():
             raise TakenError(f"{run} was removed by the process that made it: start again")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}".encode())
         # A process that a reward function has forked may outlive this one, and must not hold the folder then.
         os.register_at_fork(after_in_child=lock.close)
-        yield
+        yield check
 
 
 def refuse_taken(run: Path) -> None:
@@ -142,23 +155,12 @@ class Clock:
 
 @contextmanager
 def uninterrupted(*, last: bool = False) -> Iterator[None]:
-    """Holds STOPS back until the block is done: parameters, optimizer and files change together or not at all.
+    """Holds a stop back until the block is done: parameters, optimizer and files change together or not at all.
 
     With `last`, of a run that is stopping already, what came is dropped.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     came = []
-    numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    handlers = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not Python's
-    for number in handlers:
-        signal.signal(number, lambda number, _: came.append(number))
-    try:
+    with handled(lambda before: lambda number, _: came.append(number)):
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if came and not last:
         signal.raise_signal(came[0])

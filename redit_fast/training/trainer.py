@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shlex
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     if resume:
         if not (run / "config.json").is_file():
             raise ValueError(f"{run} holds no run to resume")
-        held.enter_context(runs.claimed(run, new=False))
+        check_folder = held.enter_context(runs.claimed(run, new=False))
         config, saved = _checkpoint_to_resume(config, run)
     elif config.name is not None:
         runs.refuse_taken(run)  # before the model is loaded; _claim decides
@@ -128,7 +128,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         checkpoint.load_optimizer(saved, optimizer)
         done = checkpoint.step_of(saved)
     if not resume:
-        config, run = _claim(config, held)
+        config, run, check_folder = _claim(config, held)
     checkpoint.remove_drafts(run / "checkpoints")
     (run / "summary.json").unlink(missing_ok=True)  # of the steps before
     runs.replace(run / "inputs.json", json.dumps(read, indent=1) + "\n")
@@ -136,6 +136,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     runs.keep_lines_until(run, done)
 
     def draft() -> Path:
+        check_folder()
         reset = config.reference_reset_every and done >= config.reference_reset_every
         return checkpoint.write(
             run / "checkpoints", done, model, tokenizer, optimizer, reference=reference if reset else None
@@ -143,6 +144,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
 
     def record(save: bool) -> None:
         """The lines of the step that is done between its checkpoint's draft and its name."""
+        check_folder()
         with clock("checkpoint"):
             written = draft() if save else None
         runs.append(run / "completions.jsonl", samples)
@@ -182,6 +184,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
             if not lines or (evaluates(done) and dataset.held_out and "accuracy/held_out" not in lines[-1]):
                 with clock("eval"):
                     metrics = evaluate()
+                check_folder()
                 runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
                 shown.update(bar, advance=0, numbers="", held_out=metrics.get("accuracy/held_out"))
 
@@ -265,6 +268,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 elif done >= 0:
                     publish(draft())
                 else:
+                    check_folder()
                     runs.remove(run)
                 shown.stop()
             if isinstance(stop, rewards.RewardError):
@@ -272,12 +276,13 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
             if done < 0:
                 words = f"stopped in the warm start, nothing is saved; to start again: {config.command()}"
             else:
-                command = ["redit-fast", "train", "--resume", "--name", config.name, "--out-dir", config.out_dir]
-                words = f"stopped after step {done} of {config.steps}, saved in {run}; to go on: {shlex.join(command)}"
+                left = f"stopped after step {done} of {config.steps}, saved in {run}"
+                words = f"{left}; to go on: {config.resume_command()}"
             stop.args = (words,)
             raise
 
     with runs.uninterrupted():
+        check_folder()
         summary = _summary(run, dataset, config)
         runs.replace(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         report.write(run)
@@ -285,14 +290,14 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     return summary
 
 
-def _claim(config: TrainConfig, held: ExitStack) -> tuple[TrainConfig, Path]:
-    """The config with a name and its folder, held; where it has no name, with the first that no other start takes."""
+def _claim(config: TrainConfig, held: ExitStack) -> tuple[TrainConfig, Path, Callable[[], None]]:
+    """The config with a name, its folder, held, and the check that it still is; where the config has no name, with the
+    first that no other start takes."""
     while True:
         named = config.with_name()
         run = Path(named.out_dir) / named.name
         try:
-            held.enter_context(runs.claimed(run, new=True))
-            return named, run
+            return named, run, held.enter_context(runs.claimed(run, new=True))
         except runs.TakenError:
             if config.name is not None:
                 raise
