@@ -146,9 +146,10 @@ SEVENS = [
     "1/\n7", "3 *\n7", "x = -\n7", "\\sqrt\n7", r"\sqrt { 7 }", r"{\sqrt 7}", r"$\sqrt 7$",
     "3 ⋅ 7", "3 • 7", "3 ∙ 7", "3 ∗ 7", "3 ⁄ 7", "3 ∕ 7", "3 – 7", "3 ‑ 7", "3 － 7", "3 : 7", "3 ＋ 7", "3 ✖ 7",
     "x | 7", "x % 7", "—7", "–7", "−\n7", "(3, 7)", "[3, 7]", "(x, 7)", "1, ..., 7", "1, …, 7", "C(10, 7)",
-    "max(3, 7)", "gcd(14, 7)", "3, 7", "3; 7", "3 or 7", "3 to 7", "minus 7", "minus\n7", "negative 7", "sqrt 7",
-    "sqrt (7)", "square root of 7", "log 7", "exp 7", "f (7)", "1 over 7", "2 plus 7", "3 mod 7", "base 7", "half of 7",
-    "50% of 7", "10 to the 7", "to the power of 7", "twice 7", "three hundred 7", "5 feet 7 inches", "1 hour 7 minutes",
+    "max(3, 7)", "gcd(14, 7)", "3, 7", "3,\n7", "3; 7", "3 or 7", "3 to 7", "minus 7", "minus\n7", "negative 7",
+    "sqrt 7", "sqrt (7)", "square root of 7", "log 7", "exp 7", "f (7)", "1 over 7", "2 plus 7", "3 mod 7", "base 7",
+    "half of 7", "50% of 7", "10 to the 7", "to the power of 7", "twice 7", "three hundred 7", "5 feet 7 inches",
+    "1 hour 7 minutes",
     "1 hour, 7 minutes", "2 dollars and 7 cents", "5 square feet and 7 inches", "12 r 7", "3 million 7",
 ]  # fmt: skip
 

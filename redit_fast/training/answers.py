@@ -152,7 +152,7 @@ def _needs_it(before: list[str]) -> bool:
     if "\\" in word or _is_symbol(word) or re.search(r"\\[dtc]?(?:frac|binom)", before[0]):
         return True
     if word[-1] in ":.,;!?":
-        return word.endswith(("..", ",,"))
+        return re.search(r"\.\.$|[0-9][,;]$", word) is not None
     parts = _parts(word)
     if any(map(str.isalnum, word)) and (_is_symbol(word[-1]) and word[-2:-1] != ":" or word[-1] == "_" != word[0]):
         return True
