@@ -123,7 +123,6 @@ def test_what_is_no_number_is_not_read_in_part(text):
         ("The answer: 72", 72),
         ("Answer:72", 72),
         ("first 3, then 18 dollars", 18),
-        ("10, 20", 20),
         ("3/4 of it", F(3, 4)),
         ("He eats 5 a day", 5),
         ("She has 2 1/2 cups left.", F(5, 2)),
@@ -139,6 +138,53 @@ def test_what_is_no_number_is_not_read_in_part(text):
 def test_the_last_number_of_a_completion(text, value):
     assert last_number(text) == (value, False)
     assert the_number(text) is None or text.startswith(("3/4 of", "####", "答案"))
+
+
+# Its last digits are a 7 that is a part of something else.
+SEVENS = [
+    r"\frac {1} {7}", r"\frac{ 1 }{ 7 }", "\\frac{1}\n{7}", "\\frac\n1\n7", "\\frac 1\n{7}", "10^{ 7 }", "10^\n7",
+    "1/\n7", "3 *\n7", "x = -\n7", "\\sqrt\n7", r"\sqrt { 7 }", r"{\sqrt 7}", r"$\sqrt 7$",
+    "3 ⋅ 7", "3 • 7", "3 ∙ 7", "3 ∗ 7", "3 ⁄ 7", "3 ∕ 7", "3 – 7", "3 ‑ 7", "3 － 7", "3 : 7", "3 ＋ 7", "3 ✖ 7",
+    "x | 7", "x % 7", "—7", "–7", "−\n7", "(3, 7)", "[3, 7]", "(x, 7)", "1, ..., 7", "1, …, 7", "C(10, 7)",
+    "max(3, 7)", "gcd(14, 7)", "3, 7", "3,\n7", "3; 7", "3 or 7", "3 to 7", "minus 7", "minus\n7", "negative 7",
+    "sqrt 7", "sqrt (7)", "square root of 7", "log 7", "exp 7", "f (7)", "1 over 7", "2 plus 7", "3 mod 7", "base 7",
+    "half of 7", "50% of 7", "10 to the 7", "to the power of 7", "twice 7", "three hundred 7", "5 feet 7 inches",
+    "1 hour 7 minutes",
+    "1 hour, 7 minutes", "2 dollars and 7 cents", "5 square feet and 7 inches", "12 r 7", "3 million 7",
+]  # fmt: skip
+
+# Neither is what is behind a 7, in a completion or in an answer.
+BEHIND = [
+    "7 ⋅ x", "7 • x", "7 | x", "7 ✖ x", "7 !", "7 ‰", "(7) million", "( 7 ) million", "*7* million", "`7` million",
+    "[7] million", "$7$ million", "7 $million$", "7\nmillion", "7\n/ x", "(7) / x", "(7) squared", "(7) !", "(7, x)",
+    "[7, inf)", "(7) and a half", "7, and a half", "7 feet and a half", "7 and three quarters", "7 - one", "7 less one",
+    "7 out of ten", "7 choose three", "7 modulo five", "7 remainder three", "7 degrees below zero", "7 per mille",
+    "7 basis points", *(f"7 {word}" for word in "bn lakh crore score gross fold seventh seventy sevenths".split()),
+    *(f"7 {word}" for word in "ninths twelfths sixteenths twentieths quarters thousandth dozen half".split()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SEVENS + BEHIND)
+def test_a_number_beside_what_changes_it_is_not_read(text):
+    for completion in (text, f"The answer is {text}", f"1. First this.\n2. Then {text}", f"So it is\n{text}."):
+        assert numeric_answer(["q"], [completion], ["7"]) == [0.0]
+    assert the_number(text) is None or the_number(text).value != 7
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is 7.", "so she has 7 apples left", "#### 7", "= 7", "x = 7", "first 3, then 7", "So, 7.",
+        "She ate 3, leaving 7.", "So 3+4=7\n\n\\boxed{7}", "So 3 + 4\n7", "*Answer:* 7", "**Answer:** 7", "Answer : 7",
+        "Answer:\n7", "a total of 7 apples", "a distance of 7 km", "7 apples in one day", "The answer is 7 ✅",
+        "7\n\n---\n", "7\nI hope this helps!", "7\n- as shown", "7—that is it", "Remainder: 7", "2 + 5 is 7",
+        "$$\n7\n$$", "\\[\n7\n\\]", "7 of them", "He pays $7 a day", "(3 + 4 = 7)", "It is 7 (as shown)",
+        "\\begin{aligned} x &= 7 \\end{aligned}", "7 is one more than six", "7 (that is all)", "7 = x",
+        "7 and that is it", "On day 3 she had 7", "10 minus 3 equals 7",
+    ],
+)  # fmt: skip
+def test_a_number_in_a_plain_sentence_is_read(text):
+    assert last_number(text) == (7, False)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +263,16 @@ def test_no_completion_takes_long():
         "° ",
         "m2",
         "5 -",
+        "\n",
+        " ",
+        " \n",
+        "{ ",
+        "—",
+        "minus ",
+        "of ",
+        "5 x ",
+        "^ ",
+        "\\a",
     ):
         for text in (part * 10000, "5" + part * 10000 + "x", part * 10000 + "5"):
             last_number(text), the_number(text)
