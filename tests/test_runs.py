@@ -7,11 +7,13 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from redit_fast.cli import main
-from redit_fast.training import checkpoint, config, inputs, runs
+from redit_fast.training import checkpoint, config, inputs, rewards, runs
+from redit_fast.training.config import module_file
 from redit_fast.training.trainer import train
 from tests.jobs import flags, launch, lines_of
 
@@ -181,6 +183,7 @@ def test_a_resume_on_other_inputs_is_refused_by_name_and_accepted_where_that_is_
     train(config.load(overrides=own))
     run = tmp_path / "run"
     before = files_of(run)
+    capsys.readouterr()  # the bars of a model that is loaded
     for name, (change, what) in CHANGES.items():
         file = tmp_path / name
         content = file.read_bytes() if file.exists() else None
@@ -264,11 +267,62 @@ def test_reward_modules_count_wherever_they_are_found(tmp_path, monkeypatch):
     (tmp_path / "lib" / "package_of_judges" / "mine.py").write_text(JUDGE)
     names = ["package_of_judges.mine:judge", "exact_answer", "redit_fast.training.builtin:correct_answer"]
     read = inputs.of(config.load(overrides={"rewards": names}))
-    assert read["reward module"].keys() == {"package_of_judges.mine", "exact_answer", "redit_fast.training.builtin"}
+    assert read["reward module"].keys() == {
+        "package_of_judges", "package_of_judges.mine", "exact_answer", "redit_fast.training.answers",
+        "redit_fast.training.builtin",
+    }  # fmt: skip
     (tmp_path / "lib" / "package_of_judges" / "mine.py").write_text(JUDGE + "\n")
     again = inputs.of(config.load(overrides={"rewards": names}))
     differ = [name for name, digest in read["reward module"].items() if again["reward module"][name] != digest]
     assert differ == ["package_of_judges.mine"] and again["the demo"] == read["the demo"]
+
+
+def test_what_a_reward_module_imports_from_its_folder_or_package_counts(tmp_path, monkeypatch):
+    files = {
+        "plain": "import json, torch, helper\ndef judge(prompts, completions, **columns):\n    import late\n",
+        "helper": "from graders.deep import grade as g\n", "late": "", "unused": "",
+        "graders/__init__": "from .base import *\n", "graders/base": "", "graders/unused": "",
+        "graders/deep/__init__": "", "graders/deep/grade": "from .. import shared\nfrom ..other.one import x\n",
+        "graders/shared": "import redit_fast\n", "graders/other/one": "import helper\n", "broken": "def",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
+
+    def read(*names):
+        return inputs.of(config.load(overrides={"rewards": [f"{tmp_path}/{name}:judge" for name in names]}))
+
+    graders = {"graders", "graders.base", "graders.deep", "graders.deep.grade", "graders.shared", "graders.other.one"}
+    for name in ("plain", "graders.deep.grade"):
+        before = read(name)["reward module"]
+        expected = graders | {"helper"} | ({"plain", "late"} if name == "plain" else set())
+        assert before.keys() == {f"{tmp_path}/{module}" for module in expected}
+        for module in expected:
+            file = module_file(tmp_path, module)
+            text = file.read_text()
+            file.write_text(text + "# other")
+            after = read(name)["reward module"]
+            assert [key for key in before if after[key] != before[key]] == [f"{tmp_path}/{module}"]
+            file.write_text(text)
+    assert read("broken")["reward module"].keys() == {f"{tmp_path}/broken"}
+    monkeypatch.setattr(rewards, "INSTALLED", (str(tmp_path),))  # beside a judge are all packages there
+    assert read("plain")["reward module"].keys() == {f"{tmp_path}/plain"}
+    monkeypatch.chdir(tmp_path)
+    found = inputs.of(config.load(overrides={"rewards": ["graders.deep.grade:judge"]}))
+    assert found["reward module"].keys() == graders
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["additional_chat_templates/tools.jinja", "qwen.tiktoken", "tekken.json", "bpe.codes", "spm.vocab",
+     "adapter_config.json"],
+)  # fmt: skip
+def test_every_file_that_a_tokenizer_or_an_adapter_is_read_from_counts(own, name):
+    before = inputs.of(config.load(overrides=own))["model"]
+    file = Path(own["model"], name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    assert inputs.of(config.load(overrides=own))["model"].keys() - before.keys() == {str(file)}
 
 
 BEST_AT_1 = """

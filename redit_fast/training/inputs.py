@@ -5,23 +5,26 @@ The settings name these files; a run that goes on with the same settings on othe
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from redit_fast.training import builtin, rewards
-from redit_fast.training.config import TrainConfig
+from redit_fast.training import answers, builtin, rewards
+from redit_fast.training.config import TrainConfig, module_file
 
 Inputs = dict[str, dict[str, str]]  # {kind: {file: its content in short}}
 END = 2**20  # bytes at either end of a weights file
 # What transformers reads of a model's folder besides the weights.
 DESCRIPTIONS = (
     "config.json", "generation_config.json", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat_template.json",
+    "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat_template.json", "*.vocab", "*.tiktoken",
+    "tekken.json", "bpe.codes", "additional_chat_templates/*.jinja", "adapter_config.json",
 )  # fmt: skip
 
 
@@ -29,8 +32,8 @@ def of(config: TrainConfig) -> Inputs:
     """Of every file that the run reads; a model that is not at hand has none."""
     modules = {}
     for name in config.rewards:
-        if file := rewards.source_of(name):  # else loading it will say so
-            modules[name.rpartition(":")[0] or name] = _digest(file, f"reward module {file}")
+        for module, file in _sources(name).items():
+            modules[module] = _digest(file, f"reward module {file}")
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
         return {"reward module": modules, "the demo": {builtin.__name__: demo}}
@@ -69,6 +72,57 @@ def checked(now: Inputs, run: Path, *, accept_changed: bool) -> Inputs:
                     "--accept-changed-inputs"
                 )
     return now
+
+
+def _sources(reward: str) -> dict[str, Path]:
+    """{module: its file}: that of a reward function, the packages that it is in, and what their import statements name
+    of its own folder or, where that is of installed packages, of its own package; none where loading it will say so."""
+    file = rewards.source_of(reward)
+    if file is None:
+        return {}
+    if ":" not in reward:
+        return {reward: file, answers.__name__: Path(answers.__file__)}
+    path = reward.rpartition(":")[0].removesuffix(".py")
+    module = path.rpartition("/")[2]
+    here, own = path.removesuffix(module), module.partition(".")[0]
+    found = {path: file}
+    if own == "redit_fast":
+        return found
+    root = file.parents[module.count(".") + (file.name == "__init__.py")]
+    installed = str(root).startswith(rewards.INSTALLED)
+    seen, ahead = set(), [module]
+    while ahead:
+        name = ahead.pop()
+        if name in seen or name.partition(".")[0] == "redit_fast" or (installed and name.partition(".")[0] != own):
+            continue
+        seen.add(name)
+        if source := file if name == module else module_file(root, name):
+            found[here + name] = source
+            ahead += _imported(source, name)
+        if "." in name:
+            ahead.append(name.rpartition(".")[0])
+    return found
+
+
+def _imported(file: Path, module: str) -> Iterator[str]:
+    """The modules, and names that may be modules, in the import statements of a file."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        RecursionError,
+    ):  # loading it will say so, where it is no extension module
+        return
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = [*above, *filter(None, [node.module])]
+            yield from (".".join([*base, name.name]) for name in node.names)
 
 
 def _model(name: str) -> dict[str, str]:

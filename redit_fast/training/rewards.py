@@ -156,7 +156,7 @@ def _number(function: RewardFunction, sample: int, value: object) -> float:
 
 
 _OURS = (str(Path(__file__).parent.parent), str(Path(importlib.__file__).parent), "<frozen ")
-_INSTALLED = (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages())
+INSTALLED = (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages())
 
 
 class _UserCode:
@@ -177,7 +177,7 @@ class _UserCode:
 def _place(trace) -> str:
     """Of the user's own files, or of the installed package that the function is from: " (file:line: source)"."""
     frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith(_OURS)]
-    own = [frame for frame in frames if not frame.filename.startswith(_INSTALLED)]
+    own = [frame for frame in frames if not frame.filename.startswith(INSTALLED)]
     return "".join(f" ({frame.filename}:{frame.lineno}: {frame.line})" for frame in (own[-1:] or frames[:1]))
 
 
