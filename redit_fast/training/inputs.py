@@ -108,12 +108,7 @@ def _imported(file: Path, module: str) -> Iterator[str]:
     """The modules, and names that may be modules, in the import statements of a file."""
     try:
         nodes = list(ast.walk(ast.parse(file.read_bytes())))
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        RecursionError,
-    ):  # loading it will say so, where it is no extension module
+    except (OSError, SyntaxError, ValueError, RecursionError):  # loading it will say so
         return
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for node in nodes:
