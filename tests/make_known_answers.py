@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from redit_fast import dither
+from redit_fast import noise
 
 CASES = [
     # seed, sample id, stream, step
@@ -24,8 +24,8 @@ CASES = [
     (2**64 - 1, 2**63 - 1, 65535, 2**32 - 1),
     (0xA4093822 | 0x299F31D0 << 32, -0x7A5CF72BDBC09578, 0x13198A2E & 0xFFFF, 0x03707344),
     (42, 123456789012345, 3, 777),
-    (42, 7, dither.STREAM_ROUNDING, 5),
-    (42, 7 + (11 << 32), dither.STREAM_SAMPLING, 5),
+    (42, 7, noise.STREAM_ROUNDING, 5),
+    (42, 7 + (11 << 32), noise.STREAM_SAMPLING, 5),
 ]
 
 
@@ -47,7 +47,7 @@ def normal(x0, x1):
 def answers():
     for seed, sample, stream, step in CASES:
         words = philox(seed, sample, stream, step)
-        z = dither.counter_normal(seed, torch.tensor([sample]), stream, step).item()
+        z = noise.counter_normal(seed, torch.tensor([sample]), stream, step).item()
         assert abs(z - normal(*words[:2])) < 1e-6 * max(1, abs(z))
         uniform = ((words[0] >> 8) + 0.5) * 2.0**-24
         yield {

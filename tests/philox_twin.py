@@ -11,7 +11,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from redit_fast import dither  # noqa: E402
+from redit_fast import noise  # noqa: E402
 from redit_fast.kernels.element import philox4x32  # noqa: E402
 
 
@@ -28,10 +28,10 @@ if __name__ == "__main__":
     for seed in (0, 1, 2**32, 2**63, 2**64 - 1, 0x123456789ABCDEF0):
         bits = torch.tensor([seed - 2**64 if seed >= 2**63 else seed])
         for step in (0, 1, 2**31, 2**32 - 1):
-            for stream in (0, 1, 65535, dither.STREAM_ROUNDING, dither.STREAM_SAMPLING):
+            for stream in (0, 1, 65535, noise.STREAM_ROUNDING, noise.STREAM_SAMPLING):
                 words = torch.zeros(len(ids), 4, dtype=torch.int64)
                 philox_kernel[(1,)](words, ids, bits, torch.tensor([step]), len(ids), stream, 64)
-                assert torch.equal(words, torch.stack(dither.philox4x32(seed, ids, stream, step), 1)), (
+                assert torch.equal(words, torch.stack(noise.philox4x32(seed, ids, stream, step), 1)), (
                     seed,
                     step,
                     stream,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import redit_fast as rf
-from redit_fast import dither as noise_of
+from redit_fast.dither import per_reward
+from redit_fast.noise import noise
 
 OPS = ("group_advantages",)
 NAN = math.nan
@@ -44,8 +45,8 @@ def oracle(rewards, ids, weights, dither, step, baseline, scale, combine, eps, d
     scored = [any(map(math.isfinite, row)) for row in rows]
 
     def noisy(i, k):
-        a = level * noise_of.per_reward("", dither.reward_scale, K)[k].item()
-        xi = noise_of.noise(dither.distribution, a, dither.seed, torch.tensor([i]), k, step).item()
+        a = level * per_reward("", dither.reward_scale, K)[k].item()
+        xi = noise(dither.distribution, a, dither.seed, torch.tensor([i]), k, step).item()
         return rows[i][k] + xi
 
     def policy(dead):

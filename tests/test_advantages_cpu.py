@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import redit_fast as rf
-from redit_fast import dither
+from redit_fast import noise
 from redit_fast.backends import cpu
 from tests.test_floors import ROOT
 
@@ -140,7 +140,7 @@ int main() {
 
 
 def box_muller(x0, x1):
-    """`dither.box_muller` in Python floats, which are IEEE to the last bit."""
+    """`noise.box_muller` in Python floats, which are IEEE to the last bit."""
 
     def horner(coefficients, x):
         total = coefficients[0]
@@ -153,10 +153,10 @@ def box_muller(x0, x1):
     if mantissa > math.sqrt(2):
         mantissa, exponent = mantissa * 0.5, exponent + 1
     t = (mantissa - 1) / (mantissa + 1)
-    radius = math.sqrt(-2 * (2 * t * horner(dither._LOG_SERIES, t * t) + (exponent - 33) * math.log(2)))
+    radius = math.sqrt(-2 * (2 * t * horner(noise._LOG_SERIES, t * t) + (exponent - 33) * math.log(2)))
     quadrant, phase = x1 >> 30, (((x1 & 0x3FFFFFFF) + 0.5) * 2.0**-30 - 0.5) * (math.pi / 2)
     h = phase * phase
-    sin, cos = phase * horner(dither._SIN_SERIES, h), horner(dither._COS_SERIES, h)
+    sin, cos = phase * horner(noise._SIN_SERIES, h), horner(noise._COS_SERIES, h)
     value = (cos + sin if quadrant % 2 else cos - sin) / math.sqrt(2)
     return radius * (-value if quadrant in (1, 2) else value)
 

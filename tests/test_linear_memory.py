@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import redit_fast as rf
 from redit_fast.backends import cpu
+from redit_fast.ops import linear_loss
 from redit_fast.ops.chunks import rows_per_chunk
 
 refusal = cpu.why_not("exp_product", torch.device("cpu"))
@@ -80,14 +81,14 @@ def test_the_extra_memory_is_the_chunk_whatever_the_rows():
 
 def test_the_gradients_are_handed_over_and_not_copied(monkeypatch):
     """Autograd copies a gradient that somebody else still holds."""
-    given, outgoing = [], rf.linear.outgoing
+    given, outgoing = [], linear_loss.outgoing
 
     def recorded(*args):
         grads = outgoing(*args)
         given.extend(grad.data_ptr() for grad in grads if grad is not None)
         return grads
 
-    monkeypatch.setattr(rf.linear, "outgoing", recorded)
+    monkeypatch.setattr(linear_loss, "outgoing", recorded)
     run, hidden, weight = loss(64, 16, 300, torch.float32, True, None)
     run()
     assert {hidden.grad.data_ptr(), weight.grad.data_ptr()} <= set(given)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from redit_fast import Dither, dither
+from redit_fast import Dither, noise
 from tests.make_known_answers import answers
 
 KNOWN = json.loads(Path(__file__).with_name("known_answers.json").read_text())
@@ -17,13 +17,13 @@ def test_known_answers_are_what_the_independent_philox_and_the_library_give():
     assert list(answers()) == KNOWN
     for case in KNOWN:
         counter = case["seed"], torch.tensor([case["sample_id"]]), case["stream"], case["step"]
-        assert [f"{int(word):08x}" for word in dither.philox4x32(*counter)] == case["words"]
-        assert dither.counter_uniform(*counter).item().hex() == case["uniform"]
-        assert float(dither.counter_normal(*counter)).hex() == case["normal_float32"]
+        assert [f"{int(word):08x}" for word in noise.philox4x32(*counter)] == case["words"]
+        assert noise.counter_uniform(*counter).item().hex() == case["uniform"]
+        assert float(noise.counter_normal(*counter)).hex() == case["normal_float32"]
 
 
 def test_random123_known_answer():
-    words = dither.philox4x32(0, torch.zeros(1, dtype=torch.int64), 0, 0)
+    words = noise.philox4x32(0, torch.zeros(1, dtype=torch.int64), 0, 0)
     assert [f"{int(word):08x}" for word in words] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 
 
@@ -33,7 +33,7 @@ def test_box_muller_follows_libm_to_1e_12_on_extreme_words():
     expected = torch.sqrt(-2 * torch.log((2 * x0 + 1).double() / 2**33)) * torch.cos(
         2 * math.pi * (x1.double() + 0.5) / 2**32
     )
-    assert (dither.box_muller(x0, x1) - expected).abs().max() < 1e-12
+    assert (noise.box_muller(x0, x1) - expected).abs().max() < 1e-12
 
 
 def test_square_roots_are_correctly_rounded():
@@ -41,14 +41,14 @@ def test_square_roots_are_correctly_rounded():
     x = torch.cat(
         [torch.rand(100_000).double() * 70, torch.rand(100_000).double() * 1e-9, torch.tensor([0.0, 4.0]).double()]
     )
-    assert dither.exact_sqrt(x).tolist() == [math.sqrt(value) for value in x.tolist()]
-    assert dither.exact_sqrt(torch.tensor([math.inf, math.nan]).double())[0] == math.inf
+    assert noise.exact_sqrt(x).tolist() == [math.sqrt(value) for value in x.tolist()]
+    assert noise.exact_sqrt(torch.tensor([math.inf, math.nan]).double())[0] == math.inf
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "uniform"])
 def test_noise_has_zero_mean_the_uniform_variance_and_its_own_kurtosis(distribution):
     n, a = 1_000_000, 0.3
-    xi = dither.noise(distribution, a, 7, torch.arange(n), 2, 5)
+    xi = noise.noise(distribution, a, 7, torch.arange(n), 2, 5)
     sigma = a / math.sqrt(3)
     assert abs(xi.mean()) < 4 * sigma / math.sqrt(n)
     assert abs(xi.var() / sigma**2 - 1) < 4 * math.sqrt(2 / n)
@@ -61,14 +61,14 @@ def test_noise_has_zero_mean_the_uniform_variance_and_its_own_kurtosis(distribut
 def test_noise_is_uncorrelated_between_samples_rewards_steps_and_seeds():
     n = 200_000
     ids = torch.arange(n)
-    base = dither.counter_normal(0, ids, 0, 0).double()
+    base = noise.counter_normal(0, ids, 0, 0).double()
     others = {
-        "sample": dither.counter_normal(0, ids + n, 0, 0),
-        "high word": dither.counter_normal(0, ids + (1 << 32), 0, 0),
-        "reward": dither.counter_normal(0, ids, 1, 0),
-        "step": dither.counter_normal(0, ids, 0, 1),
-        "seed low": dither.counter_normal(1, ids, 0, 0),
-        "seed high": dither.counter_normal(1 << 32, ids, 0, 0),
+        "sample": noise.counter_normal(0, ids + n, 0, 0),
+        "high word": noise.counter_normal(0, ids + (1 << 32), 0, 0),
+        "reward": noise.counter_normal(0, ids, 1, 0),
+        "step": noise.counter_normal(0, ids, 0, 1),
+        "seed low": noise.counter_normal(1, ids, 0, 0),
+        "seed high": noise.counter_normal(1 << 32, ids, 0, 0),
     }
     for name, other in others.items():
         assert abs(torch.corrcoef(torch.stack([base, other.double()]))[0, 1]) < 3 / math.sqrt(n), name

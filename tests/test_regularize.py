@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
-from redit_fast import dither
+from redit_fast import noise
 from tests.conftest import skip_float64
 
 OPS = ("squared_norm", "perturb", "combine", "adamw")
@@ -300,7 +300,7 @@ def test_stochastic_rounding_uses_the_documented_counter(backend, dtype):
     bits = 16 if dtype == torch.bfloat16 else 13
     for i in range(21):
         offset = 13 + i
-        words = dither.philox4x32(77, torch.tensor([offset // 8]), dither.STREAM_ROUNDING, 0)
+        words = noise.philox4x32(77, torch.tensor([offset // 8]), noise.STREAM_ROUNDING, 0)
         half = int(words[offset % 8 // 2]) >> (16 * (offset % 2)) & 0xFFFF
         exact = (start[i] + grad[i].float()).view(torch.int32).item()
         rounded = (exact + (half & ((1 << bits) - 1))) & -(1 << bits)
