@@ -1,15 +1,11 @@
 """Stops around a reward's own code: its forked workers end as ever, and what it swallows comes again."""
 
-import multiprocessing
 import os
 import shlex
 import shutil
-import signal
-import time
 
 import pytest
 
-from redit_fast import signals
 from redit_fast.cli import main
 from redit_fast.training import config
 from redit_fast.training.trainer import train
@@ -52,20 +48,6 @@ def test_a_stop_that_a_reward_swallows_stops_the_run(settings, tmp_path, name, c
     process = launch(with_reward(settings, tmp_path, SWALLOWS.format(name=name)))
     _, errors = process.communicate(timeout=240)
     assert process.returncode == code and "stopped after step 0 of 2, saved in" in errors
-
-
-def test_a_child_gets_the_default_of_a_signal(monkeypatch):
-    came = []
-    before = signal.signal(signal.SIGTERM, signals.in_this_process(lambda number, frame: came.append(number)))
-    try:
-        signal.raise_signal(signal.SIGTERM)
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        child.start()
-        child.terminate()
-        child.join(20)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert came == [signal.SIGTERM] and child.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("again", [False, True])
