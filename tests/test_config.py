@@ -1,7 +1,10 @@
 """Config files and flags: what is accepted, and the one sentence that everything else gets."""
 
+import math
 import re
 import shlex
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -51,9 +54,39 @@ def test_a_number_may_be_written_in_any_way(tmp_path, text):
     assert load(write(tmp_path / "c.yaml", text)).learning_rate == 5e-6
 
 
+LAX = {
+    "group_size": [8.0, "8.0", b"8", "1_0", " 8", "8e0", "\uff18", Decimal(8), Fraction(8), True],
+    "micro_batch_size": [8.0, "1_0", Decimal(8)],
+    "temperature": ["1_0", b"1", Decimal(1), Fraction(1), True, "inf", math.nan, "1e400", 10**400],
+    "gr_epsilon": ["1_0", b"1", Decimal(1), True],
+    "gr_normalized": [1, 0, "t", "true", "yes", 1.0, None],
+    "reward_weights": [["1_0", 1, 1], (1, 1, Decimal(1)), [1, True, 1]],
+    "name": [b"x", 5, True],
+    "rewards": [[b"exact_answer"]],
+    "data": ["a\0b.jsonl"],
+    "model": ["a\0b"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in LAX for value in LAX[field]])
+def test_a_value_of_another_kind_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"^{field}(\[0\])?: got .* needs ") as error:
+        load(None, {field: value})
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=field):
+        TrainConfig(**{field: value})
+
+
+def test_a_value_is_taken_as_it_is_written():
+    read = load(None, {"group_size": "+8", "seed": "007", "temperature": "5e-1", "learning_rate": 1, "name": "1_0"})
+    assert (read.group_size, read.seed, read.temperature, read.learning_rate, read.name) == (8, 7, 0.5, 1.0, "1_0")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
+        ('data: "a\\0b.jsonl"', "c.yaml:1: data: got 'a\\x00b.jsonl', needs text without null characters"),
+        ("gr_normalized: 1", "c.yaml:1: gr_normalized: got 1, needs true or false"),
         ("stepz: 3", "c.yaml:1: unknown key 'stepz', the closest valid one is 'steps'"),
         ("seed: 1\n\nlearning-rate: 1e-5", "c.yaml:3: unknown key 'learning-rate', the closest valid one is"),
         ("seed: 1\nsteps: many", "c.yaml:2: steps: got 'many', needs a valid integer"),
@@ -231,6 +264,8 @@ def test_the_command_of_a_config_gives_it_back(tmp_path):
 
     own = {"model": "gpt2", "data": "my data.jsonl", "rewards": ["exact_answer", "xml_format", "gsm8k_int"]}
     for settings in ({}, {**HARD, "reward_weights": None}, {**own, "steps": 3}, {**own, **HARD},
+                     {"name": "-x", "out_dir": "-o", "system_prompt": "-s"},
+                     {**own, "reward_weights": [1.0, -1e-9, -2.5e20], "model": "-m", "data": "--d"},
                      {**NEW, "clip_low": 0.1, "clip_high": 0.3}, {"clip_high": 0.0},
                      {**own, "preset": "kl", "gr_gamma": 1e-3, "advantage_scale": "none",
                       "gr_epsilon": "auto"}):  # fmt: skip

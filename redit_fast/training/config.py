@@ -13,6 +13,7 @@ import shlex
 import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
@@ -165,11 +166,27 @@ class TrainConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_values(cls, value: object, info) -> object:
-        # pydantic reads true as 1, and YAML reads `no` and `on` as truth values.
-        items = value if isinstance(value, list) else [value]
-        if info.field_name != "gr_normalized" and any(isinstance(item, bool) for item in items):
-            raise ValueError("needs a number or quoted text, not a truth value")
+    def _as_meant(cls, value: object, info) -> object:
+        # pydantic reads 8.0, b"8" and "1_0" as integers, 1 and "t" as true, true as 1; YAML reads `no` as false.
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if bool in kinds:
+                if not isinstance(item, bool):
+                    raise ValueError("needs true or false")
+            elif isinstance(item, bool):
+                raise ValueError("needs a number or quoted text, not a truth value")
+            elif isinstance(item, bytes):
+                raise ValueError("needs a number or text, not bytes")
+            elif int in kinds and not (
+                re.fullmatch("[+-]?[0-9]+", item) if isinstance(item, str) else isinstance(item, int | NoneType)
+            ):
+                raise ValueError("needs a valid integer")
+            elif float in kinds and not (
+                "_" not in item if isinstance(item, str) else isinstance(item, int | float | NoneType)
+            ):
+                raise ValueError("needs a valid number")
+            elif isinstance(item, str) and "\0" in item:
+                raise ValueError("needs text without null characters")
         return value
 
     @field_validator("name")
@@ -233,14 +250,13 @@ class TrainConfig(BaseModel):
             if isinstance(value, bool):
                 words.append(flag(name) if value else flag(f"no_{name}"))
             else:
-                items = value if isinstance(value, list) else ["none" if value is None else value]
-                words += _words(name, *map(str, items))
+                words += flag_words(name, value)
         return shlex.join(words)
 
     def resume_command(self) -> str:
         """The shell command that goes on with the run of this config's name."""
-        words = ["redit-fast", "train", "--resume", *_words("name", self.name), *_words("out_dir", self.out_dir)]
-        return shlex.join(words)
+        place = [*flag_words("name", self.name), *flag_words("out_dir", self.out_dir)]
+        return shlex.join(["redit-fast", "train", "--resume", *place])
 
     def to_yaml(self, unset: Collection[str] = ()) -> str:
         """A commented YAML file that loads back to this config; the settings `unset` are comments to fill in."""
@@ -252,15 +268,24 @@ class TrainConfig(BaseModel):
         return "\n".join(blocks)
 
 
+def flag_words(name: str, value: object) -> list[str]:
+    """A field and its value as words of the command line, where a word that begins with a dash would be a flag."""
+    items = value if isinstance(value, list) else ["none" if value is None else value]
+    items = [f"{Decimal(repr(item)):f}" if isinstance(item, float) and item < 0 else str(item) for item in items]
+    if len(items) == 1 and items[0].startswith("-"):
+        return [f"{flag(name)}={items[0]}"]
+    return [flag(name), *items]
+
+
+def _kinds(annotation: object) -> set[object]:
+    """The types that a field's values have, or its items'."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    return {kind for part in get_args(annotation) for kind in _kinds(part)} or {annotation}
+
+
 def _is_component(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) <= 200
-
-
-def _words(name: str, *values: str) -> list[str]:
-    """A flag and its values; one that begins with a dash would be taken for another flag."""
-    if len(values) == 1 and values[0].startswith("-"):
-        return [f"{flag(name)}={values[0]}"]
-    return [flag(name), *values]
 
 
 def _defaults_of(demo: bool, preset: object) -> dict:
