@@ -7,6 +7,12 @@ Loaders of weights and tokenizers, the hub, chat templates, a model's own forwar
 from __future__ import annotations
 
 import re
+import traceback
+
+
+def text_of_error(error: BaseException) -> str:
+    """Its text, or that it has none: a `__str__` may raise too."""
+    return str(traceback.TracebackException(type(error), error, None))
 
 
 class Foreign:
@@ -24,6 +30,6 @@ class Foreign:
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if error is None or isinstance(error, KeyboardInterrupt):
             return
-        first = re.split(r"\.\s", " ".join(str(error).split()))[0]
+        first = re.split(r"\.\s", " ".join(text_of_error(error).split()))[0]
         name = [] if first and isinstance(error, self.plain) else [kind.__name__]
         raise ValueError(": ".join([self.what, *name, *filter(None, [first])])) from error

@@ -214,6 +214,21 @@ def test_a_damaged_line_in_the_middle_is_named(run):
         report.write(run)
 
 
+@pytest.mark.parametrize("line", ["[]", "{}", "null", '{"step": "1"}', '{"step": true}'])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
+def test_a_line_that_is_of_no_step_is_named(run, name, line):
+    (run / name).write_text(line + "\n")
+    with pytest.raises(ValueError, match=rf"{name}:1: malformed line: needs an object with the number of its step"):
+        report.write(run)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{"])
+def test_a_damaged_summary_is_named(run, text):
+    (run / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"summary.json: malformed"):
+        report.write(run)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nothing here holds no run: it has no config.json"):
         report.write(tmp_path / "nothing here")

@@ -11,8 +11,9 @@ import numpy
 import pytest
 import torch
 
+from redit_fast.foreign import Foreign
 from redit_fast.training import builtin, config, data
-from redit_fast.training.rewards import SHIPPED, RewardError, RewardFunction, resolve, score
+from redit_fast.training.rewards import SHIPPED, RewardError, RewardFunction, resolve, score, source_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -186,19 +187,34 @@ def test_a_module_is_run_once_for_all_its_functions(tmp_path):
         ("broken:f", "raised SyntaxError"),
         ("mine:wants", "'mine:wants': missing a required argument: 'level'; the data has the columns answer"),
         ("mine:narrow", "'mine:narrow': got an unexpected keyword argument 'answer'; the data has the columns answer"),
+        (":f", "':f' lacks a name, needs package.module:function"),
+        ("mine:", "'mine:' lacks a name, needs package.module:function"),
+        ("sub/:f", "'sub/:f' lacks a name, needs package.module:function"),
+        ("a..b:f", "'a..b:f': no module"),
+        ("folder_of_nothing:f", "folder_of_nothing has no function 'f'"),
+        ("math:hypot", "'math:hypot' does not say which arguments it takes, needs a function"),
+        ("collections:OrderedDict", "'collections:OrderedDict' does not say which arguments it takes"),
+        ("mine:large", "reward_scale of 'mine:large' is 1000000"),
+        ("mine:larger", "reward_scale of 'mine:larger' raised ValueError: Exceeds the limit"),
         ("mine:huge", "reward_scale of 'mine:huge' is inf, needs a positive number"),
     ],
 )
-def test_a_function_that_cannot_be_had_is_named_before_anything_runs(tmp_path, name, sentence):
+def test_a_function_that_cannot_be_had_is_named_before_anything_runs(tmp_path, monkeypatch, name, sentence):
     text = "number = 3\ndef f(prompts, completions, **columns): ...\n"
     text += "def wants(prompts, completions, level, **columns): ...\ndef narrow(prompts, completions): ...\n"
     text += "def huge(prompts, completions, **columns): ...\nhuge.reward_scale = float('inf')\n"
+    text += "def large(prompts, completions, **columns): ...\nlarge.reward_scale = 10**400\n"
+    text += "def larger(prompts, completions, **columns): ...\nlarger.reward_scale = 10**5000\n"
+    (tmp_path / "folder_of_nothing").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
     module(tmp_path / "mine.py", text)
     module(tmp_path / "needy.py", "import not_installed_anywhere\n")
     module(tmp_path / "broken.py", "def f(:\n")
     with pytest.raises(RewardError) as error:
         resolve([name], ["answer"])
     assert sentence in str(error.value)
+    config.load(None, {"rewards": [name]})  # neither reading the settings nor looking for the files fails otherwise
+    source_of(name)
 
 
 def test_two_functions_of_one_name_are_refused(tmp_path):
@@ -268,6 +284,53 @@ def test_what_is_no_reward_is_named_with_its_sample(values, sentence):
     with pytest.raises(RewardError) as error:
         scored(lambda **_: values)
     assert sentence in str(error.value)
+
+
+class Hostile(float):
+    def __abs__(self):
+        raise OSError("no size")
+
+    def tolist(self):
+        raise OSError("no list")
+
+
+class HostileList(list):
+    def __iter__(self):
+        raise OSError("no items")
+
+
+class Unprintable:
+    def __repr__(self):
+        raise OSError("no words")
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([1.0, Hostile(1.0), 1.0], "'fn': reading what it returned for sample 1 raised OSError: no size"),
+        ([1.0, 1.0, Unprintable()], "'fn': reading what it returned for sample 2 raised OSError: no words"),
+        (Hostile(1.0), "'fn': reading what it returned raised OSError: no list"),
+        (HostileList([1.0] * 3), "'fn': reading what it returned raised OSError: no items"),
+    ],
+)
+def test_a_result_whose_own_code_raises_is_told_with_its_function(values, sentence):
+    with pytest.raises(RewardError) as error:
+        scored(lambda **_: values)
+    assert sentence in str(error.value)
+
+
+def test_an_exception_without_words_is_told_by_its_type():
+    class Mute(Exception):
+        def __str__(self):
+            raise self
+
+    def mute(**_):
+        raise Mute
+
+    with pytest.raises(RewardError, match="reward function 'fn', sample 0 raised Mute: <"):
+        scored(mute)
+    with pytest.raises(ValueError, match="the model: Mute"), Foreign("the model"):
+        mute()
 
 
 def test_an_exception_is_chained_and_names_function_and_sample():

@@ -221,6 +221,30 @@ def test_a_run_without_inputs_or_without_its_start_model_goes_on_with_a_warning(
         train(config.load(overrides=own), resume=True)
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{", "{}", '{"model": []}', '{"the demo": {}}'])
+def test_damaged_inputs_are_named(tmp_path, text):
+    (tmp_path / "inputs.json").write_text(text)
+    now = {"reward module": {}, "data": {}, "model": {}}
+    with pytest.raises(ValueError, match=r"inputs.json: malformed: "):
+        inputs.checked(now, tmp_path, accept_changed=False)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_lock_that_is_a_folder_is_named(tmp_path, new):
+    (tmp_path / "run" / runs.LOCK).mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"run/{runs.LOCK}: Is a directory: needs a file"):
+        with runs.claimed(tmp_path / "run", new=new):
+            pass
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_damaged_settings_of_a_run_are_named(settings, tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run/config.json"):
+        train(config.load(overrides=settings), resume=True)
+
+
 def test_weights_are_known_by_their_size_header_and_ends_without_being_read(tmp_path):
     file = tmp_path / "model.safetensors"
     header = b"{" + b" " * (3 * inputs.END) + b"}"

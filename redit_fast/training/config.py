@@ -409,6 +409,8 @@ def _needs(match: re.Match) -> str:
 
 def module_file(folder: Path, module: str) -> Path | None:
     """The file of `package.module` below `folder`, or None."""
+    if not all(module.split(".")):
+        return None
     base = folder.joinpath(*module.split("."))
     return next((file for file in (base.with_name(base.name + ".py"), base / "__init__.py") if file.is_file()), None)
 

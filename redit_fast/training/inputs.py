@@ -56,6 +56,10 @@ def checked(now: Inputs, run: Path, *, accept_changed: bool) -> Inputs:
         return now
     except ValueError as error:
         raise ValueError(f"{run / 'inputs.json'}: malformed: {error}") from None
+    if not isinstance(before, dict) or not all(isinstance(files, dict) for files in before.values()):
+        raise ValueError(f"{run / 'inputs.json'}: malformed: needs objects of files in an object")
+    if before.keys() != now.keys():
+        raise ValueError(f"{run / 'inputs.json'}: malformed: needs the kinds of input {', '.join(now)}")
     if before.get("model") and not now["model"]:
         warnings.warn(
             f"the start model of {run} is not at hand, so whether it has changed is not known; the run goes on from "

@@ -74,6 +74,10 @@ def write(run_dir: str | Path) -> None:
         summary = json.loads((run / "summary.json").read_text("utf-8"))
     except FileNotFoundError:
         summary = {}
+    except ValueError as error:
+        raise ValueError(f"{run / 'summary.json'}: malformed: {error}") from None
+    if not isinstance(summary, dict):
+        raise ValueError(f"{run / 'summary.json'}: malformed: needs an object")
     picture = io.BytesIO()
     with rc_context(STYLE):
         curves(config, metrics).savefig(picture, format="png", dpi=150)
@@ -96,6 +100,8 @@ def rows(path: Path) -> list[dict]:
             found.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: malformed line: {error}") from None
+        if not isinstance(found[-1], dict) or type(found[-1].get("step")) is not int:
+            raise ValueError(f"{path}:{number}: malformed line: needs an object with the number of its step")
     return found
 
 

@@ -30,6 +30,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from redit_fast.foreign import text_of_error
 from redit_fast.signals import remembered
 from redit_fast.training import answers, data
 from redit_fast.training.config import module_file
@@ -66,14 +67,18 @@ def resolve(names: Sequence[str], columns: Iterable[str]) -> list[RewardFunction
             raise RewardError(
                 f"rewards: {name!r} is neither package.module:function nor a shipped function ({', '.join(SHIPPED)})"
             )
-        scale = getattr(fn, "reward_scale", 1.0)
-        if not isinstance(scale, Real) or not 0 < scale < math.inf:
-            raise RewardError(f"rewards: reward_scale of {name!r} is {scale!r}, needs a positive number")
+        with _UserCode(f"rewards: reward_scale of {name!r}"):
+            scale = getattr(fn, "reward_scale", 1.0)
+            fits, told = isinstance(scale, Real) and 0 < scale <= sys.float_info.max, f"{scale!r:.80}"
+        if not fits:
+            raise RewardError(f"rewards: reward_scale of {name!r} is {told}, needs a positive number")
         columns = list(columns)
         try:
             inspect.signature(fn).bind(prompts=[], completions=[], **dict.fromkeys(columns, []))
         except TypeError as error:
             raise RewardError(f"rewards: {name!r}: {error}; the data has the columns {', '.join(columns)}") from None
+        except ValueError:  # of builtins
+            raise RewardError(f"rewards: {name!r} does not say which arguments it takes, needs a function") from None
         functions.append(RewardFunction(name.rpartition(":")[2], fn, float(scale)))
     twice = {f.name for f in functions if sum(f.name == other.name for other in functions) > 1}
     if twice:
@@ -133,8 +138,9 @@ def _rewards(function: RewardFunction, prompts, completions, columns) -> list[fl
     if inspect.isawaitable(values):
         getattr(values, "close", lambda: None)()  # a coroutine that is only dropped says so on the terminal
         raise RewardError(f"reward function {function.name!r} is asynchronous, needs one that returns a list")
-    if hasattr(values, "tolist"):  # a tensor or an array
-        values = values.tolist()
+    with _UserCode(f"reward function {function.name!r}: reading what it returned"):
+        values = values.tolist() if hasattr(values, "tolist") else values  # of a tensor or an array
+        values = list(values) if isinstance(values, (list, tuple)) else values
     if not isinstance(values, (list, tuple)):
         raise RewardError(f"reward function {function.name!r} returned {type(values).__name__}, needs a list")
     if len(values) != len(completions):
@@ -145,13 +151,15 @@ def _rewards(function: RewardFunction, prompts, completions, columns) -> list[fl
 
 
 def _number(function: RewardFunction, sample: int, value: object) -> float:
-    value = value.item() if getattr(value, "ndim", None) == 0 else value  # of a tensor or an array
-    if value is None:
-        return math.nan
-    if isinstance(value, Real) and not abs(value) > sys.float_info.max:  # NaN passes
-        return float(value)
+    with _UserCode(f"reward function {function.name!r}: reading what it returned for sample {sample}"):
+        value = value.item() if getattr(value, "ndim", None) == 0 else value  # of a tensor or an array
+        if value is None:
+            return math.nan
+        if isinstance(value, Real) and not abs(value) > sys.float_info.max:  # NaN passes
+            return float(value)
+        told = repr(value)
     raise RewardError(
-        f"reward function {function.name!r} returned {value!r} for sample {sample}, needs a finite number, None or NaN"
+        f"reward function {function.name!r} returned {told} for sample {sample}, needs a finite number, None or NaN"
     )
 
 
@@ -171,7 +179,7 @@ class _UserCode:
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if error is not None and not isinstance(error, KeyboardInterrupt):
-            raise RewardError(f"{self.where} raised {type(error).__name__}: {error}{_place(trace)}") from error
+            raise RewardError(f"{self.where} raised {kind.__name__}: {text_of_error(error)}{_place(trace)}") from error
 
 
 def _place(trace) -> str:
@@ -184,10 +192,12 @@ def _place(trace) -> str:
 def _user_function(name: str) -> Callable:
     path, _, function = name.rpartition(":")
     folder, _, module_name = path.rpartition("/")
+    if not module_name or not function:
+        raise RewardError(f"rewards: {name!r} lacks a name, needs package.module:function")
     module = _module(Path(folder).resolve(), module_name.removesuffix(".py"), name)
     fn = getattr(module, function, None)
     if not callable(fn):
-        raise RewardError(f"rewards: {name!r}: {module.__file__} has no function {function!r}")
+        raise RewardError(f"rewards: {name!r}: {module.__file__ or module.__path__[0]} has no function {function!r}")
     return fn
 
 

@@ -46,7 +46,11 @@ def claimed(run: Path, *, new: bool) -> Iterator[Callable[[], None]]:
     if new:
         refuse_taken(run)
         run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("a+b", buffering=0) as lock:
+    try:
+        lock = (run / LOCK).open("a+b", buffering=0)
+    except OSError as error:
+        raise ValueError(f"{run / LOCK}: {error.strerror}: needs a file, which locks the run's folder") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -31,6 +31,7 @@ import redit_fast as rf
 from redit_fast.training import (
     builtin,
     checkpoint,
+    config_file,
     data,
     inputs,
     policy,
@@ -309,7 +310,7 @@ def _checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, 
     A run of version 0.1 kept all checkpoints, and does so still unless it is told otherwise.
     """
     before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
-    before |= (stored := under_new_names(json.loads((run / "config.json").read_text("utf-8"))))
+    before |= (stored := under_new_names(config_file.read(run / "config.json")[0]))
     for name, value in config:
         if name not in MAY_CHANGE and value != before[name]:
             raise ValueError(f"{name} was {before[name]!r} in {run} and cannot become {value!r} on --resume")
