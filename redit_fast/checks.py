@@ -91,6 +91,26 @@ def check_tensor(name: str, value: object, kind: Literal["real", "floating-point
         raise TypeError(f"{name} must be on a device that holds its values, got {described(value)}")
 
 
+def check_apart(name: str, written: Tensor) -> None:
+    """No two elements of what is written share memory."""
+    if torch.compiler.is_compiling() or written.numel() < 2:  # a graph has no addresses
+        return
+    dims = sorted((stride, size) for stride, size in zip(written.stride(), written.shape, strict=True) if size > 1)
+    apart, extent = True, 1
+    for stride, size in dims:
+        apart &= stride >= extent
+        extent += stride * (size - 1)
+    if not apart and dims[0][0] > 0:  # strides may interleave without meeting: one mark for each address tells
+        marks = torch.zeros(extent, dtype=torch.bool)
+        marks.as_strided(written.shape, written.stride()).fill_(True)
+        apart = int(marks.sum()) == written.numel()
+    if not apart:
+        raise ValueError(
+            f"{name} is written, so its elements must not share memory, got {described(written)} and strides "
+            f"{written.stride()}"
+        )
+
+
 def check_module(name: str, value: object) -> None:
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {described(value)}")
