@@ -90,6 +90,9 @@ def per_reward(good, **given):
     wrong = {
         "list": ["1", 2.0],
         "ragged": [[1.0, 2.0], 1.0],
+        "empty": [],
+        "empty tensor": torch.ones(0),
+        "empty array": np.ones(0),
         "nan": [1.0, math.nan],
         "too many": [1.0, 2.0, 3.0],
         "strings": np.array(["a", "b"]),
