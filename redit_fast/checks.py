@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 LARGEST = sys.float_info.max
+FLOAT32 = torch.finfo(torch.float32)
 _A = {"real": "a real", "floating-point": "a floating-point", "integer": "an integer"}
 
 
@@ -19,6 +20,8 @@ def described(value: object) -> str:
     """A value that does not fit in a few words: what a message says that it got."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} with shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, int) and value.bit_length() > 256:  # Python prints no int of more than 4300 digits
+        return f"an int of {value.bit_length()} bits"
     if value is None or isinstance(value, int | float | complex | str | torch.dtype):
         text = repr(value)
         return text if len(text) < 80 else f"{text[:80]}..."
@@ -38,6 +41,21 @@ def whole_number(name: str, value: object, least: int = 0, bits: int = 63) -> in
     return value
 
 
+def as_float(value: Real) -> float:
+    """NaN where the number, an int or a fraction, is beyond the largest float: it is in no range."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def in_float32(value: float) -> float:
+    """What kernels make of a number: infinity beyond the largest float32, 0 below the smallest that none flushes."""
+    if abs(value) > FLOAT32.max:
+        return math.copysign(math.inf, value)
+    return 0.0 if abs(value) < FLOAT32.smallest_normal else value
+
+
 def real_number(
     name: str,
     value: object,
@@ -46,23 +64,31 @@ def real_number(
     above: float | None = None,
     most: float | None = None,
     finite: bool = True,
+    float32: bool = False,
 ) -> float:
-    """A number, Python's or numpy's, in its range, as Python's float. NaN is in none."""
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {described(value)}")
-        value = float(value)
-    size = abs(value)
+    """A number, Python's or numpy's, in its range, as Python's float. NaN is in none. `float32`: in its range as a
+    float32 too."""
+    if isinstance(value, bool) or not (isinstance(value, float | int) or isinstance(value, Real)):
+        raise TypeError(f"{name} must be a number, got {described(value)}")
+    exact = as_float(value)
+    number = in_float32(exact) if float32 else exact
+    size = abs(number)
     if (
         not (size <= LARGEST or (size == math.inf and not finite))
-        or (least is not None and value < least)
-        or (above is not None and value <= above)
-        or (most is not None and value > most)
+        or (least is not None and number < least)
+        or (above is not None and number <= above)
+        or (most is not None and number > most)
     ):
         bounds = (("finite", finite or None), ("at least {}", least), ("above {}", above), ("at most {}", most))
         wanted = " and ".join(text.format(bound) for text, bound in bounds if bound is not None)
-        raise ValueError(f"{name} must be {wanted}, got {described(value)}")
-    return float(value)
+        where = " in float32, which the kernels compute in" if number != exact == exact else ""
+        raise ValueError(f"{name} must be {wanted}{where}, got {described(value)}")
+    return exact
+
+
+def positive(name: str, value: object) -> float:
+    """For kernels that divide or multiply by it."""
+    return real_number(name, value, above=0, float32=True)
 
 
 def check_flag(name: str, value: object) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ ANYTHING = {
 }
 
 
+LONG = 10**5000  # which Python refuses to print
+
+
 class Argument(NamedTuple):
     good: object
     wrong: dict[str, object]
@@ -50,12 +54,18 @@ def may_be_none(argument, *also):
 
 
 def whole(good, least=0, bits=63, **given):
-    wrong = {"numpy float": np.float64(2.0), "int tensor": torch.tensor(1), "least": least - 1, "most": 2**bits}
+    wrong = {
+        "numpy float": np.float64(2.0),
+        "int tensor": torch.tensor(1),
+        "least": least - 1,
+        "most": 2**bits,
+        "longer": LONG,
+    }
     return Argument(good, ANYTHING | wrong, given, (np.int64(good), np.uint8(good)))
 
 
 def number(good, least=None, above=None, most=None, finite=True, **given):
-    ranges = {"nan": math.nan, "-inf": -math.inf, "huge": 10**400}
+    ranges = {"nan": math.nan, "-inf": -math.inf, "huge": 10**400, "longer": LONG, "fraction": Fraction(10**400)}
     if finite:
         ranges["inf"] = math.inf
     if least is not None:
@@ -91,6 +101,8 @@ def per_reward(good, **given):
         "list": ["1", 2.0],
         "ragged": [[1.0, 2.0], 1.0],
         "empty": [],
+        "longer": LONG,
+        "fraction": Fraction(10**400),
         "empty tensor": torch.ones(0),
         "empty array": np.ones(0),
         "nan": [1.0, math.nan],
@@ -146,6 +158,8 @@ def rows(**packed):
             2.0,
             without("none", "float", "tensor")
             | {"zero": 0, "negative": -1.0, "nan": math.nan, "inf": math.inf, "zero tensor": torch.tensor(0)}
+            | {"huge": 10**400, "longer": LONG, "fraction": Fraction(10**400), "tiny": 1e-50, "large": 1e39}
+            | {"tiny tensor": torch.tensor(1e-50, dtype=torch.float64), "tiny fraction": Fraction(1, 10**400)}
             | {"vector": torch.ones(2), "flag tensor": torch.tensor(True), "meta": torch.ones((), device="meta")}
             | {"nan tensor": torch.tensor(math.nan), "complex tensor": torch.tensor(1j)},
             {},
@@ -542,6 +556,8 @@ def what(value):
         return ["Tensor", str(value.dtype), *shapes, *([] if value.is_meta else [str(value.tolist())])]
     if isinstance(value, torch.optim.Optimizer):
         return what(value.param_groups[0]["perturb"])
+    if value is LONG:
+        return ["an int of 16610 bits"]
     parts = [repr(value)[:60], str(value), type(value).__name__]
     if isinstance(value, list | tuple | dict | np.ndarray):
         for part in value.values() if isinstance(value, dict) else list(value):

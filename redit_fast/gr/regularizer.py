@@ -21,7 +21,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from redit_fast.checks import check_choice, check_flag, check_module, check_seed, described, real_number, whole_number
+from redit_fast.checks import (
+    check_choice,
+    check_flag,
+    check_module,
+    check_seed,
+    described,
+    positive,
+    real_number,
+    whole_number,
+)
 from redit_fast.gr import epsilon as auto_epsilon
 from redit_fast.gr import gradients, perturbation, shards
 from redit_fast.gr.grad_scaler import forget, leave_a_mark, loss_scale, scale_in_step
@@ -99,10 +108,10 @@ class GradientRegularizer(torch.optim.Optimizer):
         if isinstance(epsilon, str) and epsilon != "auto":
             raise ValueError(f"epsilon must be a number above 0 or 'auto', got {epsilon!r}")
         self._epsilon_is_searched = isinstance(epsilon, str)
-        epsilon = auto_epsilon.PUBLISHED if self._epsilon_is_searched else real_number("epsilon", epsilon, above=0)
-        gamma = real_number("gamma", gamma, least=0)
-        max_norm = None if max_norm is None else real_number("max_norm", max_norm, above=0)
-        perturb_max_norm = real_number("perturb_max_norm", perturb_max_norm, above=0)
+        epsilon = auto_epsilon.PUBLISHED if self._epsilon_is_searched else positive("epsilon", epsilon)
+        gamma = real_number("gamma", gamma, least=0, float32=True)
+        max_norm = None if max_norm is None else positive("max_norm", max_norm)
+        perturb_max_norm = positive("perturb_max_norm", perturb_max_norm)
         check_flag("normalized", normalized)
         check_choice("rounding", rounding, get_args(Rounding))
         if keep_first_grad is not None:
