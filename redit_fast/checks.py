@@ -19,7 +19,10 @@ _A = {"real": "a real", "floating-point": "a floating-point", "integer": "an int
 def described(value: object) -> str:
     """A value that does not fit in a few words: what a message says that it got."""
     if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} with shape {tuple(value.shape)} on {value.device}"
+        if value.is_nested:  # without a shape
+            return f"a nested tensor of {value.dtype} on {value.device}"
+        layout = "" if value.layout == torch.strided else f"{value.layout} "
+        return f"a {layout}tensor of {value.dtype} with shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, int) and value.bit_length() > 256:  # Python prints no int of more than 4300 digits
         return f"an int of {value.bit_length()} bits"
     if value is None or isinstance(value, int | float | complex | str | torch.dtype):
@@ -106,6 +109,7 @@ def check_choice(name: str, value: object, choices: Sequence[str | None]) -> Non
 def check_tensor(name: str, value: object, kind: Literal["real", "floating-point", "integer"]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be {_A[kind]} tensor, got {described(value)}")
+    check_dense(name, value)
     dtype = value.dtype
     if kind == "floating-point":
         fits = dtype.is_floating_point
@@ -115,6 +119,12 @@ def check_tensor(name: str, value: object, kind: Literal["real", "floating-point
         raise TypeError(f"{name} must be {_A[kind]} tensor, got {described(value)}")
     if value.device.type == "meta":
         raise TypeError(f"{name} must be on a device that holds its values, got {described(value)}")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Not sparse, nested, of MKL-DNN, or quantized: kernels read addresses and strides."""
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        raise TypeError(f"{name} must be a dense tensor, got {described(value)}")
 
 
 def check_apart(name: str, written: Tensor) -> None:

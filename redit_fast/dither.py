@@ -16,6 +16,7 @@ from torch import Tensor
 from redit_fast.checks import (
     LARGEST,
     check_choice,
+    check_dense,
     check_seed,
     check_step,
     described,
@@ -115,6 +116,7 @@ def per_reward(name: str, value: float | Sequence[float] | Tensor, count: int | 
     """`value` (a number, sequence, array or tensor of finite entries) as (count,) float64 on the CPU."""
     wanted = f"{name} must be a finite number or one finite number per reward, got"
     if isinstance(value, Tensor):
+        check_dense(name, value)
         if value.dtype.is_complex or value.dtype == torch.bool or value.device.type == "meta":
             raise TypeError(f"{wanted} {described(value)}")
         if value.numel() == 0:

@@ -85,10 +85,23 @@ def choice(good, **given):
     return Argument(good, without("str") | {"unknown": "nonsense"}, given)
 
 
+def of_other_layouts(good):
+    """Of the same dtype where there is one, as an argument would be if nobody asked."""
+    others = {"sparse": good.detach().to_sparse(), "nested": torch.nested.nested_tensor([good.detach()])}
+    if good.ndim == 2:
+        others["sparse rows"] = good.detach().to_sparse_csr()
+    if good.ndim:
+        others["jagged"] = torch.nested.nested_tensor([good.detach()], layout=torch.jagged)
+    if good.is_floating_point() and good.ndim:
+        others["mkldnn"] = good.detach().float().to_mkldnn()
+    others["quantized"] = torch.quantize_per_tensor(good.detach().float(), 0.1, 0, torch.qint32)
+    return others
+
+
 def tensor(good, *wrong, dtypes=(torch.complex64,), **given):
     """Of `good` also what lies on another device, and of other `dtypes`; and the tensors `wrong`."""
     others = {"meta": good.detach().to("meta")} | {f"{dtype}": good.detach().to(dtype) for dtype in dtypes}
-    others |= {f"shape {tuple(other.shape)}": other for other in wrong}
+    others |= {f"shape {tuple(other.shape)}": other for other in wrong} | of_other_layouts(good)
     return Argument(good, ANYTHING | others, given)
 
 
@@ -111,6 +124,7 @@ def per_reward(good, **given):
         "flags": torch.tensor([True, False]),
         "imaginary": torch.ones(2, dtype=torch.complex64),
         "meta": torch.ones(2, device="meta"),
+        **of_other_layouts(torch.ones(2)),
         "infinite tensor": torch.tensor([1.0, math.inf]),
         "matrix": torch.ones(1, 2),
     }
@@ -552,6 +566,10 @@ def test_every_argument_of_every_public_function_has_an_entry():
 def what(value):
     """What a message may say of a value."""
     if isinstance(value, torch.Tensor):
+        if value.is_nested:
+            return ["a nested tensor of "]
+        if value.layout != torch.strided or value.is_quantized:
+            return [f"{value.dtype} with shape {tuple(value.shape)}"]
         shapes = [str(tuple(value.shape)), str(tuple(value.shape[:-1]))]
         return ["Tensor", str(value.dtype), *shapes, *([] if value.is_meta else [str(value.tolist())])]
     if isinstance(value, torch.optim.Optimizer):
