@@ -654,6 +654,55 @@ def test_an_override_of_a_preset_is_a_number_a_string_or_a_bool(value):
             rf.LossConfig.like("trl", loss_type="grpo", **{field: value})
 
 
+@pytest.mark.parametrize("make", [rf.RegularizedAdamW, lambda p: rf.GradientRegularizer(torch.optim.SGD(p, 0.1))])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        None,
+        [],
+        "state",
+        {"state": {}},
+        {"state": {}, "param_groups": None},
+        {"state": {}, "param_groups": []},
+        {"state": {}, "param_groups": [{}]},
+        {"state": {}, "param_groups": [{"params": None}]},
+        {"state": None, "param_groups": [{"params": [0]}]},
+        {"state": {0: None}, "param_groups": [{"params": [0]}]},
+    ],
+)
+def test_what_is_no_state_dict_is_refused_and_changes_nothing(make, state):
+    optimizer = make(weights())
+    before = repr(optimizer.state_dict())
+    with pytest.raises((TypeError, ValueError), match="^state_dict must be what an optimizer's state_dict.. gave"):
+        optimizer.load_state_dict(state)
+    assert repr(optimizer.state_dict()) == before
+
+
+def test_a_state_of_adamw_holds_tensors():
+    optimizer = rf.RegularizedAdamW(weights())
+    saved = optimizer.state_dict() | {"state": {0: {"step": 1, "exp_avg": 0.5}}}
+    with pytest.raises(TypeError, match="^exp_avg of parameter 0 in state_dict must be a tensor, got 0.5"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_group_has_its_parameters():
+    with pytest.raises(
+        ValueError, match="^each group of params must hold its parameters as 'params', got a dict of "
+    ):
+        rf.RegularizedAdamW([{"lr": 1.0}])
+    for optimizer in (rf.RegularizedAdamW(weights()), regularized()):
+        with pytest.raises(
+            ValueError, match="^param_group must hold its parameters as 'params', got a dict of nothing"
+        ):
+            optimizer.add_param_group({})
+
+
+def test_a_regular_expression_of_bytes_is_refused():
+    with pytest.raises(TypeError, match=r"^perturb must be .* regular expression of str, got re.compile\(b'w'\)"):
+        rf.parameter_groups(nn.Linear(2, 2), re.compile(b"w"))
+
+
 def test_a_parameter_group_has_its_own_numbers_checked():
     for option, value in (("lr", "0.1"), ("lr", torch.tensor(0.1)), ("betas", 0.9), ("eps", -1.0)):
         with pytest.raises((TypeError, ValueError), match=f"^{option} must be "):

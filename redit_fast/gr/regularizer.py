@@ -34,6 +34,7 @@ from redit_fast.checks import (
 from redit_fast.gr import epsilon as auto_epsilon
 from redit_fast.gr import gradients, perturbation, shards
 from redit_fast.gr.grad_scaler import forget, leave_a_mark, loss_scale, scale_in_step
+from redit_fast.gr.groups import check_group, check_state
 from redit_fast.gr.perturbation import LOW_PRECISION, Perturbation
 from redit_fast.gr.replay import Replay
 from redit_fast.gr.shards import local
@@ -409,6 +410,7 @@ class GradientRegularizer(torch.optim.Optimizer):
         self._refuse_while_perturbed("add_param_group")
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {described(param_group)}")
+        check_group("param_group", param_group)
         check_flag("perturb of param_group", param_group.get("perturb", True))
         self.optimizer.add_param_group(param_group)
 
@@ -424,8 +426,13 @@ class GradientRegularizer(torch.optim.Optimizer):
         return {**state, "param_groups": [{**first, "gradient_regularizer": counters}, *others]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes what `state_dict` gave, or a state of the wrapped optimizer alone."""
+        """Takes what `state_dict` gave, or a state of the wrapped optimizer alone.
+
+        Raises:
+            ValueError, TypeError: what is neither, naming what does not fit.
+        """
         self._refuse_while_perturbed("load_state_dict")
+        check_state(state_dict)
         self.optimizer.load_state_dict(state_dict)
         counters = self.param_groups[0].pop("gradient_regularizer", {})
         self._attempts = counters.get("attempts", 0)
