@@ -687,9 +687,7 @@ def test_a_state_of_adamw_holds_tensors():
 
 
 def test_a_group_has_its_parameters():
-    with pytest.raises(
-        ValueError, match="^each group of params must hold its parameters as 'params', got a dict of "
-    ):
+    with pytest.raises(ValueError, match="^each group of params must hold its parameters as 'params', got a dict of "):
         rf.RegularizedAdamW([{"lr": 1.0}])
     for optimizer in (rf.RegularizedAdamW(weights()), regularized()):
         with pytest.raises(
