@@ -12,13 +12,19 @@ import torch
 from torch import Tensor, nn
 
 LARGEST = sys.float_info.max
+FLOAT32 = torch.finfo(torch.float32)
 _A = {"real": "a real", "floating-point": "a floating-point", "integer": "an integer"}
 
 
 def described(value: object) -> str:
     """A value that does not fit in a few words: what a message says that it got."""
     if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} with shape {tuple(value.shape)} on {value.device}"
+        if value.is_nested:  # without a shape
+            return f"a nested tensor of {value.dtype} on {value.device}"
+        layout = "" if value.layout == torch.strided else f"{value.layout} "
+        return f"a {layout}tensor of {value.dtype} with shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, int) and value.bit_length() > 256:  # Python prints no int of more than 4300 digits
+        return f"an int of {value.bit_length()} bits"
     if value is None or isinstance(value, int | float | complex | str | torch.dtype):
         text = repr(value)
         return text if len(text) < 80 else f"{text[:80]}..."
@@ -38,6 +44,21 @@ def whole_number(name: str, value: object, least: int = 0, bits: int = 63) -> in
     return value
 
 
+def as_float(value: Real) -> float:
+    """NaN where the number, an int or a fraction, is beyond the largest float: it is in no range."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def in_float32(value: float) -> float:
+    """What kernels make of a number: infinity beyond the largest float32, 0 below the smallest that none flushes."""
+    if abs(value) > FLOAT32.max:
+        return math.copysign(math.inf, value)
+    return 0.0 if abs(value) < FLOAT32.smallest_normal else value
+
+
 def real_number(
     name: str,
     value: object,
@@ -46,23 +67,31 @@ def real_number(
     above: float | None = None,
     most: float | None = None,
     finite: bool = True,
+    float32: bool = False,
 ) -> float:
-    """A number, Python's or numpy's, in its range, as Python's float. NaN is in none."""
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {described(value)}")
-        value = float(value)
-    size = abs(value)
+    """A number, Python's or numpy's, in its range, as Python's float. NaN is in none. `float32`: in its range as a
+    float32 too."""
+    if isinstance(value, bool) or not (isinstance(value, float | int) or isinstance(value, Real)):
+        raise TypeError(f"{name} must be a number, got {described(value)}")
+    exact = as_float(value)
+    number = in_float32(exact) if float32 else exact
+    size = abs(number)
     if (
         not (size <= LARGEST or (size == math.inf and not finite))
-        or (least is not None and value < least)
-        or (above is not None and value <= above)
-        or (most is not None and value > most)
+        or (least is not None and number < least)
+        or (above is not None and number <= above)
+        or (most is not None and number > most)
     ):
         bounds = (("finite", finite or None), ("at least {}", least), ("above {}", above), ("at most {}", most))
         wanted = " and ".join(text.format(bound) for text, bound in bounds if bound is not None)
-        raise ValueError(f"{name} must be {wanted}, got {described(value)}")
-    return float(value)
+        where = " in float32, which the kernels compute in" if number != exact == exact else ""
+        raise ValueError(f"{name} must be {wanted}{where}, got {described(value)}")
+    return exact
+
+
+def positive(name: str, value: object) -> float:
+    """For kernels that divide or multiply by it."""
+    return real_number(name, value, above=0, float32=True)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -80,6 +109,7 @@ def check_choice(name: str, value: object, choices: Sequence[str | None]) -> Non
 def check_tensor(name: str, value: object, kind: Literal["real", "floating-point", "integer"]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be {_A[kind]} tensor, got {described(value)}")
+    check_dense(name, value)
     dtype = value.dtype
     if kind == "floating-point":
         fits = dtype.is_floating_point
@@ -89,6 +119,32 @@ def check_tensor(name: str, value: object, kind: Literal["real", "floating-point
         raise TypeError(f"{name} must be {_A[kind]} tensor, got {described(value)}")
     if value.device.type == "meta":
         raise TypeError(f"{name} must be on a device that holds its values, got {described(value)}")
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Not sparse, nested, of MKL-DNN, or quantized: kernels read addresses and strides."""
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        raise TypeError(f"{name} must be a dense tensor, got {described(value)}")
+
+
+def check_apart(name: str, written: Tensor) -> None:
+    """No two elements of what is written share memory."""
+    if torch.compiler.is_compiling() or written.numel() < 2:  # a graph has no addresses
+        return
+    dims = sorted((stride, size) for stride, size in zip(written.stride(), written.shape, strict=True) if size > 1)
+    apart, extent = True, 1
+    for stride, size in dims:
+        apart &= stride >= extent
+        extent += stride * (size - 1)
+    if not apart and dims[0][0] > 0:  # strides may interleave without meeting: one mark for each address tells
+        marks = torch.zeros(extent, dtype=torch.bool)
+        marks.as_strided(written.shape, written.stride()).fill_(True)
+        apart = int(marks.sum()) == written.numel()
+    if not apart:
+        raise ValueError(
+            f"{name} is written, so its elements must not share memory, got {described(written)} and strides "
+            f"{written.stride()}"
+        )
 
 
 def check_module(name: str, value: object) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from redit_fast.checks import (
     LARGEST,
     check_choice,
+    check_dense,
     check_seed,
     check_step,
     described,
@@ -115,8 +116,11 @@ def per_reward(name: str, value: float | Sequence[float] | Tensor, count: int | 
     """`value` (a number, sequence, array or tensor of finite entries) as (count,) float64 on the CPU."""
     wanted = f"{name} must be a finite number or one finite number per reward, got"
     if isinstance(value, Tensor):
+        check_dense(name, value)
         if value.dtype.is_complex or value.dtype == torch.bool or value.device.type == "meta":
             raise TypeError(f"{wanted} {described(value)}")
+        if value.numel() == 0:
+            raise ValueError(f"{wanted} {described(value)}")
         numbers = value.detach().to("cpu", torch.float64)
         readable = not torch.compiler.is_compiling()  # a graph cannot ask
         if numbers.ndim > 1 or (readable and not torch.isfinite(numbers).all()):
@@ -124,6 +128,8 @@ def per_reward(name: str, value: float | Sequence[float] | Tensor, count: int | 
     else:
         plain = value.tolist() if hasattr(value, "tolist") else value  # of numpy
         many = isinstance(plain, Sequence) and not isinstance(plain, str | bytes)
+        if many and not plain:
+            raise ValueError(f"{wanted} none")
         for each in plain if many else (plain,):
             if isinstance(each, bool) or not isinstance(each, Real):
                 raise TypeError(f"{wanted} {described(each)}{' among them' if many else ''}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,9 @@ ANYTHING = {
 }
 
 
+LONG = 10**5000  # which Python refuses to print
+
+
 class Argument(NamedTuple):
     good: object
     wrong: dict[str, object]
@@ -50,12 +54,18 @@ def may_be_none(argument, *also):
 
 
 def whole(good, least=0, bits=63, **given):
-    wrong = {"numpy float": np.float64(2.0), "int tensor": torch.tensor(1), "least": least - 1, "most": 2**bits}
+    wrong = {
+        "numpy float": np.float64(2.0),
+        "int tensor": torch.tensor(1),
+        "least": least - 1,
+        "most": 2**bits,
+        "longer": LONG,
+    }
     return Argument(good, ANYTHING | wrong, given, (np.int64(good), np.uint8(good)))
 
 
 def number(good, least=None, above=None, most=None, finite=True, **given):
-    ranges = {"nan": math.nan, "-inf": -math.inf, "huge": 10**400}
+    ranges = {"nan": math.nan, "-inf": -math.inf, "huge": 10**400, "longer": LONG, "fraction": Fraction(10**400)}
     if finite:
         ranges["inf"] = math.inf
     if least is not None:
@@ -75,10 +85,23 @@ def choice(good, **given):
     return Argument(good, without("str") | {"unknown": "nonsense"}, given)
 
 
+def of_other_layouts(good):
+    """Of the same dtype where there is one, as an argument would be if nobody asked."""
+    others = {"sparse": good.detach().to_sparse(), "nested": torch.nested.nested_tensor([good.detach()])}
+    if good.ndim == 2:
+        others["sparse rows"] = good.detach().to_sparse_csr()
+    if good.ndim:
+        others["jagged"] = torch.nested.nested_tensor([good.detach()], layout=torch.jagged)
+    if good.is_floating_point() and good.ndim:
+        others["mkldnn"] = good.detach().float().to_mkldnn()
+    others["quantized"] = torch.quantize_per_tensor(good.detach().float(), 0.1, 0, torch.qint32)
+    return others
+
+
 def tensor(good, *wrong, dtypes=(torch.complex64,), **given):
     """Of `good` also what lies on another device, and of other `dtypes`; and the tensors `wrong`."""
     others = {"meta": good.detach().to("meta")} | {f"{dtype}": good.detach().to(dtype) for dtype in dtypes}
-    others |= {f"shape {tuple(other.shape)}": other for other in wrong}
+    others |= {f"shape {tuple(other.shape)}": other for other in wrong} | of_other_layouts(good)
     return Argument(good, ANYTHING | others, given)
 
 
@@ -90,12 +113,18 @@ def per_reward(good, **given):
     wrong = {
         "list": ["1", 2.0],
         "ragged": [[1.0, 2.0], 1.0],
+        "empty": [],
+        "longer": LONG,
+        "fraction": Fraction(10**400),
+        "empty tensor": torch.ones(0),
+        "empty array": np.ones(0),
         "nan": [1.0, math.nan],
         "too many": [1.0, 2.0, 3.0],
         "strings": np.array(["a", "b"]),
         "flags": torch.tensor([True, False]),
         "imaginary": torch.ones(2, dtype=torch.complex64),
         "meta": torch.ones(2, device="meta"),
+        **of_other_layouts(torch.ones(2)),
         "infinite tensor": torch.tensor([1.0, math.inf]),
         "matrix": torch.ones(1, 2),
     }
@@ -143,6 +172,8 @@ def rows(**packed):
             2.0,
             without("none", "float", "tensor")
             | {"zero": 0, "negative": -1.0, "nan": math.nan, "inf": math.inf, "zero tensor": torch.tensor(0)}
+            | {"huge": 10**400, "longer": LONG, "fraction": Fraction(10**400), "tiny": 1e-50, "large": 1e39}
+            | {"tiny tensor": torch.tensor(1e-50, dtype=torch.float64), "tiny fraction": Fraction(1, 10**400)}
             | {"vector": torch.ones(2), "flag tensor": torch.tensor(True), "meta": torch.ones((), device="meta")}
             | {"nan tensor": torch.tensor(math.nan), "complex tensor": torch.tensor(1j)},
             {},
@@ -535,10 +566,16 @@ def test_every_argument_of_every_public_function_has_an_entry():
 def what(value):
     """What a message may say of a value."""
     if isinstance(value, torch.Tensor):
+        if value.is_nested:
+            return ["a nested tensor of "]
+        if value.layout != torch.strided or value.is_quantized:
+            return [f"{value.dtype} with shape {tuple(value.shape)}"]
         shapes = [str(tuple(value.shape)), str(tuple(value.shape[:-1]))]
         return ["Tensor", str(value.dtype), *shapes, *([] if value.is_meta else [str(value.tolist())])]
     if isinstance(value, torch.optim.Optimizer):
         return what(value.param_groups[0]["perturb"])
+    if value is LONG:
+        return ["an int of 16610 bits"]
     parts = [repr(value)[:60], str(value), type(value).__name__]
     if isinstance(value, list | tuple | dict | np.ndarray):
         for part in value.values() if isinstance(value, dict) else list(value):
@@ -615,6 +652,53 @@ def test_an_override_of_a_preset_is_a_number_a_string_or_a_bool(value):
     for field in ("epsilon_low", "kl", "kl_ratio_correction", "softcap"):
         with pytest.raises(TypeError, match=f"^{field} must be a number, a string or a bool, got "):
             rf.LossConfig.like("trl", loss_type="grpo", **{field: value})
+
+
+@pytest.mark.parametrize("make", [rf.RegularizedAdamW, lambda p: rf.GradientRegularizer(torch.optim.SGD(p, 0.1))])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        None,
+        [],
+        "state",
+        {"state": {}},
+        {"state": {}, "param_groups": None},
+        {"state": {}, "param_groups": []},
+        {"state": {}, "param_groups": [{}]},
+        {"state": {}, "param_groups": [{"params": None}]},
+        {"state": None, "param_groups": [{"params": [0]}]},
+        {"state": {0: None}, "param_groups": [{"params": [0]}]},
+    ],
+)
+def test_what_is_no_state_dict_is_refused_and_changes_nothing(make, state):
+    optimizer = make(weights())
+    before = repr(optimizer.state_dict())
+    with pytest.raises((TypeError, ValueError), match="^state_dict must be what an optimizer's state_dict.. gave"):
+        optimizer.load_state_dict(state)
+    assert repr(optimizer.state_dict()) == before
+
+
+def test_a_state_of_adamw_holds_tensors():
+    optimizer = rf.RegularizedAdamW(weights())
+    saved = optimizer.state_dict() | {"state": {0: {"step": 1, "exp_avg": 0.5}}}
+    with pytest.raises(TypeError, match="^exp_avg of parameter 0 in state_dict must be a tensor, got 0.5"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_group_has_its_parameters():
+    with pytest.raises(ValueError, match="^each group of params must hold its parameters as 'params', got a dict of "):
+        rf.RegularizedAdamW([{"lr": 1.0}])
+    for optimizer in (rf.RegularizedAdamW(weights()), regularized()):
+        with pytest.raises(
+            ValueError, match="^param_group must hold its parameters as 'params', got a dict of nothing"
+        ):
+            optimizer.add_param_group({})
+
+
+def test_a_regular_expression_of_bytes_is_refused():
+    with pytest.raises(TypeError, match=r"^perturb must be .* regular expression of str, got re.compile\(b'w'\)"):
+        rf.parameter_groups(nn.Linear(2, 2), re.compile(b"w"))
 
 
 def test_a_parameter_group_has_its_own_numbers_checked():

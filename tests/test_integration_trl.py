@@ -204,6 +204,7 @@ def test_patch_on_trls_module_serves_every_trainer_inside_the_block(folders, mon
         ({"dither_schedule": "cosine_reverse"}, "dither_schedule='cosine_reverse' counts back .* needs total_steps"),
         ({"dither_dead_groups": "drop"}, "dither_dead_groups must be one of 'apply', "),
         ({"dither_reward_scale": math.nan}, "dither_reward_scale must be a finite number"),
+        ({"dither_reward_scale": []}, "dither_reward_scale must be .* one finite number per reward, got none"),
         ({"dither_seed": -1}, "dither_seed must be in"),
         ({"gr_gamma": math.inf}, "gr_gamma must be finite and at least 0, got inf"),
         ({"gr_epsilon": 0.0}, "gr_epsilon must be finite and above 0, got 0.0"),
@@ -215,6 +216,17 @@ def test_patch_on_trls_module_serves_every_trainer_inside_the_block(folders, mon
 def test_a_field_out_of_range_is_refused_naming_it(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         ReditGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **fields)
+
+
+@pytest.mark.parametrize("value", ["no", "", 1, 0, None, [True]])
+def test_a_flag_is_a_bool(tmp_path, value):
+    flags = [field.name for field in dataclasses.fields(ReditOptions) if isinstance(field.default, bool)]
+    assert {"fused_head", "gr_normalized"} <= set(flags)
+    for name in flags:
+        with pytest.raises(TypeError, match=f"^{name} must be a bool, got "):
+            ReditOptions(**{name: value})
+        with pytest.raises(TypeError, match=f"^{name} must be a bool, got "):
+            ReditGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{name: value})
 
 
 def test_what_does_not_fit_the_trainer_is_refused_naming_it(a_trainer, monkeypatch):

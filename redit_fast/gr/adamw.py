@@ -12,6 +12,7 @@ from torch import Tensor
 from redit_fast.backends import primitive
 from redit_fast.checks import described, real_number
 from redit_fast.gr import shards
+from redit_fast.gr.groups import check_group
 from redit_fast.gr.perturbation import LOW_PRECISION
 from redit_fast.gr.regularizer import GradientRegularizer, Rounding
 from redit_fast.gr.shards import local
@@ -93,6 +94,8 @@ class _MasterAdamW(torch.optim.Optimizer):
             for name, value in values.items():
                 if i not in state or name == "step":
                     continue
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} of parameter {i} in state_dict must be a tensor, got {described(value)}")
                 if value.shape != state[i].shape:
                     raise ValueError(
                         f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(state[i].shape)}"
@@ -136,6 +139,8 @@ def _checked_params(params: object) -> list:
     for each in params:
         if not isinstance(each, Tensor | dict | tuple):  # tuple: named parameters
             raise TypeError(f"params must hold tensors or dicts, got {described(each)} among them")
+        if isinstance(each, dict):
+            check_group("each group of params", each)
     if not params:
         raise ValueError("params must hold at least one parameter, got none")
     return params

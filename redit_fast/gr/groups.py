@@ -1,4 +1,4 @@
-"""Which parameters gradient regularisation perturbs."""
+"""Parameter groups: which of them gradient regularisation perturbs, what a group and a saved state must hold."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def parameter_groups(model: nn.Module, perturb: str | re.Pattern = "decoder_laye
         ValueError, TypeError: no trainable parameter matches, or an argument that does not fit, naming it.
     """
     check_module("model", model)
-    if not isinstance(perturb, str | re.Pattern):
-        raise TypeError(f"perturb must be 'decoder_layers' or a regular expression, got {described(perturb)}")
+    of_str = isinstance(perturb, re.Pattern) and isinstance(perturb.pattern, str)
+    if not (isinstance(perturb, str) or of_str):
+        got = repr(perturb) if isinstance(perturb, re.Pattern) else described(perturb)
+        raise TypeError(f"perturb must be 'decoder_layers' or a regular expression of str, got {got}")
     if perturb == "decoder_layers":
         lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
 
@@ -43,3 +45,27 @@ def parameter_groups(model: nn.Module, perturb: str | re.Pattern = "decoder_laye
     others = [p for name, p in trainable if not matches(name)]
     groups = [{"params": chosen, "perturb": True}, {"params": others, "perturb": False}]
     return [group for group in groups if group["params"]]
+
+
+def check_group(name: str, group: dict) -> None:
+    if "params" not in group:
+        raise ValueError(f"{name} must hold its parameters as 'params', got a dict of {_keys(group)}")
+
+
+def check_state(state_dict: object) -> None:
+    """An optimizer's state_dict: its groups and the state of each parameter."""
+    wanted = "state_dict must be what an optimizer's state_dict() gave"
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"{wanted}, got {described(state_dict)}")
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, list) or not isinstance(state, dict):
+        raise ValueError(f"{wanted}, with a list 'param_groups' and a dict 'state', got a dict of {_keys(state_dict)}")
+    if not groups or not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
+        raise ValueError(f"{wanted}, but not each of its {len(groups)} 'param_groups' is a dict with a list 'params'")
+    for i, values in state.items():
+        if not isinstance(values, dict):
+            raise TypeError(f"{wanted}, but its state of parameter {i} is no dict, got {described(values)}")
+
+
+def _keys(found: dict) -> str:
+    return ", ".join(map(repr, found)) or "nothing"

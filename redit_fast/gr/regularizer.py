@@ -21,10 +21,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from redit_fast.checks import check_choice, check_flag, check_module, check_seed, described, real_number, whole_number
+from redit_fast.checks import (
+    check_choice,
+    check_flag,
+    check_module,
+    check_seed,
+    described,
+    positive,
+    real_number,
+    whole_number,
+)
 from redit_fast.gr import epsilon as auto_epsilon
 from redit_fast.gr import gradients, perturbation, shards
 from redit_fast.gr.grad_scaler import forget, leave_a_mark, loss_scale, scale_in_step
+from redit_fast.gr.groups import check_group, check_state
 from redit_fast.gr.perturbation import LOW_PRECISION, Perturbation
 from redit_fast.gr.replay import Replay
 from redit_fast.gr.shards import local
@@ -99,10 +109,10 @@ class GradientRegularizer(torch.optim.Optimizer):
         if isinstance(epsilon, str) and epsilon != "auto":
             raise ValueError(f"epsilon must be a number above 0 or 'auto', got {epsilon!r}")
         self._epsilon_is_searched = isinstance(epsilon, str)
-        epsilon = auto_epsilon.PUBLISHED if self._epsilon_is_searched else real_number("epsilon", epsilon, above=0)
-        gamma = real_number("gamma", gamma, least=0)
-        max_norm = None if max_norm is None else real_number("max_norm", max_norm, above=0)
-        perturb_max_norm = real_number("perturb_max_norm", perturb_max_norm, above=0)
+        epsilon = auto_epsilon.PUBLISHED if self._epsilon_is_searched else positive("epsilon", epsilon)
+        gamma = real_number("gamma", gamma, least=0, float32=True)
+        max_norm = None if max_norm is None else positive("max_norm", max_norm)
+        perturb_max_norm = positive("perturb_max_norm", perturb_max_norm)
         check_flag("normalized", normalized)
         check_choice("rounding", rounding, get_args(Rounding))
         if keep_first_grad is not None:
@@ -400,6 +410,7 @@ class GradientRegularizer(torch.optim.Optimizer):
         self._refuse_while_perturbed("add_param_group")
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {described(param_group)}")
+        check_group("param_group", param_group)
         check_flag("perturb of param_group", param_group.get("perturb", True))
         self.optimizer.add_param_group(param_group)
 
@@ -415,8 +426,13 @@ class GradientRegularizer(torch.optim.Optimizer):
         return {**state, "param_groups": [{**first, "gradient_regularizer": counters}, *others]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes what `state_dict` gave, or a state of the wrapped optimizer alone."""
+        """Takes what `state_dict` gave, or a state of the wrapped optimizer alone.
+
+        Raises:
+            ValueError, TypeError: what is neither, naming what does not fit.
+        """
         self._refuse_while_perturbed("load_state_dict")
+        check_state(state_dict)
         self.optimizer.load_state_dict(state_dict)
         counters = self.param_groups[0].pop("gradient_regularizer", {})
         self._attempts = counters.get("attempts", 0)

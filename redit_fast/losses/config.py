@@ -207,6 +207,7 @@ class LossConfig:
         check_choice("correction", self.correction, get_args(Correction))
         check_flag("kl_ratio_correction", self.kl_ratio_correction)
         self._check_numbers()
+        self.transform.check()
         for name in sorted(_SPECIAL - _USED[self.loss_type]):
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ValueError(f"{name} is not used by loss_type={self.loss_type!r}; leave it at its default")
@@ -238,6 +239,7 @@ class LossConfig:
                 least=0 if name in _NOT_NEGATIVE else None,
                 most=1 if name in _AT_MOST_1 else None,
                 finite=name != "correction_cap",
+                float32=True,
             )
             object.__setattr__(self, name, value)  # numpy's own would not be read back from `text`
         if self.max_completion_length is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 from numbers import Real
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from redit_fast.checks import check_seed, check_step, check_tensor, described
+from redit_fast.checks import as_float, check_seed, check_step, check_tensor, described, in_float32
 from redit_fast.losses.config import LossConfig
 
 
@@ -159,7 +158,7 @@ class Rows(NamedTuple):
             weights = weights / self.layout.spread(self.layout.sum(weights).clamp(min=1))
         if normalizer is None:
             return weights / default
-        normalizer = normalizer if isinstance(normalizer, Tensor) else float(normalizer)
+        normalizer = normalizer if isinstance(normalizer, Tensor) else as_float(normalizer)
         return torch.where(self.mask, weights / normalizer, 0.0)  # without scored tokens a normalizer may be 0
 
     def mean(self, values: Tensor) -> Tensor:
@@ -196,6 +195,11 @@ def _check_normalizer(normalizer: float | Tensor | None, scored: Tensor) -> None
             raise ValueError(f"normalizer must be on {scored.device} or the CPU, got {described(normalizer)}")
     elif isinstance(normalizer, bool) or not isinstance(normalizer, Real):
         raise TypeError(f"normalizer must be a number or a 0-d tensor, got {described(normalizer)}")
-    if _readable(scored) and not 0 < normalizer <= sys.float_info.max and scored.any():
+    if _readable(scored):
         value = normalizer.item() if isinstance(normalizer, Tensor) else normalizer
-        raise ValueError(f"normalizer must be finite and above 0 where tokens are scored, got {value}")
+        number = in_float32(as_float(value))
+        if not 0 < number < math.inf and scored.any():
+            raise ValueError(
+                f"normalizer must be finite and above 0 where tokens are scored, got {described(value)}, "
+                f"in float32 {number}"
+            )

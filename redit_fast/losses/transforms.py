@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from redit_fast.checks import described, real_number
+from redit_fast.checks import described, positive, real_number
 
 
 class LogitTransform(NamedTuple):
@@ -18,11 +18,13 @@ class LogitTransform(NamedTuple):
     softcap: float | None = None
 
     def check(self) -> LogitTransform:
-        return LogitTransform(
-            real_number("temperature", self.temperature, above=0),
-            real_number("logit_scale", self.logit_scale, above=0),
-            None if self.softcap is None else real_number("softcap", self.softcap, above=0),
-        )
+        temperature, scale = positive("temperature", self.temperature), positive("logit_scale", self.logit_scale)
+        softcap = None if self.softcap is None else positive("softcap", self.softcap)
+        positive("logit_scale / temperature", scale / temperature)
+        if softcap is not None:
+            positive("logit_scale / softcap", scale / softcap)
+            positive("softcap / temperature", softcap / temperature)
+        return LogitTransform(temperature, scale, softcap)
 
 
 _SCALE_KEYS = ("logit_scale", "output_multiplier", "lm_head_multiplier")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from redit_fast.backends import primitive
-from redit_fast.checks import check_choice, check_step, check_tensor, described, real_number, whole_number
+from redit_fast.checks import check_choice, check_dense, check_step, check_tensor, described, real_number, whole_number
 from redit_fast.dither import Dither, per_reward
 from redit_fast.noise import MAX_REWARDS
 from redit_fast.ops.autograd import operator
@@ -183,6 +183,7 @@ def _check(rewards, group_ids, sample_ids, dither, baseline, scale, combine) -> 
             continue
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
             raise TypeError(f"{name} must be an int64 tensor, got {described(ids)}")
+        check_dense(name, ids)
         if ids.shape != rewards.shape[:1] or ids.device != rewards.device:
             raise ValueError(f"{name} must have shape ({len(rewards)},) on {rewards.device}, got {described(ids)}")
     if dither is not None and not isinstance(dither, Dither):

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from redit_fast.checks import check_flag
+from redit_fast.checks import check_apart
 
 
 def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -37,10 +38,11 @@ def refuse_double_backward() -> None:
         )
 
 
-def refuse_in_place(name: str, in_place: bool) -> None:
-    check_flag(name, in_place)
+def refuse_in_place(name: str, in_place: bool, logits: Tensor) -> None:
     if in_place and torch.compiler.is_compiling():
         raise ValueError(f"{name}=True does not work under torch.compile, which plans the memory itself; leave it out")
+    if in_place:
+        check_apart("logits", logits)
 
 
 def refuse_second_backward(ctx) -> None:

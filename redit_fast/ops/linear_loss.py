@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from redit_fast.checks import check_choice, check_flag, check_tensor, described, whole_number
+from redit_fast.checks import check_apart, check_choice, check_flag, check_tensor, described, whole_number
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.policy import LossOutput, fused_metrics, rows_loss
 from redit_fast.losses.rows import Rows
@@ -313,6 +313,7 @@ def linear_grpo_loss_and_grad_(
         if of is None or grad.dtype != torch.float32 or grad.shape != of.shape or grad.device != of.device:
             shape = "no bias" if of is None else f"float32 {tuple(of.shape)} on {of.device}"
             raise ValueError(f"{name} must match {shape}, got {described(grad)}")
+        check_apart(name, grad)
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
                       step, seed, masks_of)  # fmt: skip

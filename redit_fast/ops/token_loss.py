@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from redit_fast.backends import primitive
-from redit_fast.checks import check_choice, check_tensor, described
+from redit_fast.checks import check_choice, check_flag, check_tensor, described
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.policy import LossOutput, fused_metrics, rows_loss
 from redit_fast.losses.rows import Rows
@@ -44,7 +44,8 @@ def token_logp(
         targets: (...) integers in [0, V). -100 gives 0 and no gradient; any other value outside gives NaN in its row.
         mask: (...) nonzero where scored; elsewhere logits and target are not read and the result is 0.
         entropy: "metric" also returns the entropy without graph, "grad" with.
-        inplace_backward: the gradient overwrites `logits`; a second backward then raises.
+        inplace_backward: the gradient overwrites `logits`, whose elements must not share memory.
+            A second backward then raises.
         validate: raise on a target outside [0, V), with its position; waits for the device.
 
     Returns:
@@ -55,8 +56,9 @@ def token_logp(
     """
     transform = LogitTransform(temperature, logit_scale, softcap).check()
     check_choice("entropy", entropy, get_args(EntropyMode))
-    refuse_in_place("inplace_backward", inplace_backward)
+    check_flag("inplace_backward", inplace_backward)
     flat = check_targets("logits", logits, targets, mask, None, validate)
+    refuse_in_place("inplace_backward", inplace_backward, logits)
     logp, entropies = _TokenLogp.apply(logits.reshape(-1, logits.shape[-1]), flat, transform, entropy, inplace_backward)
     logp = logp.view(targets.shape)
     return logp if entropy == "none" else LogpEntropy(logp, entropies.view(targets.shape))
@@ -204,7 +206,7 @@ def grpo_loss(
             counts as masked.
         advantages, old_logp, ref_logp, sampling_logp, cu_seqlens, normalizer, masks_of, step, seed: as in
             `policy_loss`.
-        inplace: the gradient overwrites `logits`, in the forward pass already.
+        inplace: the gradient overwrites `logits`, whose elements must not share memory, in the forward pass already.
         grad_scale: 0-d, the upstream gradient that backward will receive, for instance GradScaler's scale: the stored
             gradient is multiplied by it before it is rounded, the returned loss is not.
 
@@ -215,8 +217,9 @@ def grpo_loss(
     Raises:
         ValueError, TypeError: an argument that does not fit, naming it.
     """
-    refuse_in_place("inplace", inplace)
+    check_flag("inplace", inplace)
     flat = check_targets("logits", logits, targets, mask, None, validate=False)
+    refuse_in_place("inplace", inplace, logits)
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
                       step, seed, masks_of)  # fmt: skip

@@ -12,7 +12,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from redit_fast.checks import check_module, check_seed, check_step, described, real_number, whole_number
+from redit_fast.checks import check_dense, check_module, check_seed, check_step, described, real_number, whole_number
 from redit_fast.noise import STREAM_SAMPLING, counter_uniform
 
 
@@ -171,6 +171,7 @@ def _checked_ids(prompts: object, group_size: int, sample_ids: object) -> Tensor
         return torch.arange(samples)
     if not isinstance(sample_ids, Tensor) or sample_ids.device.type == "meta":
         raise TypeError(f"sample_ids must be an int64 tensor, got {described(sample_ids)}")
+    check_dense("sample_ids", sample_ids)
     ids = sample_ids.cpu()
     if ids.shape != (samples,) or ids.dtype != torch.int64 or ids.min() < 0 or ids.max() >= 2**32:
         raise ValueError(f"sample_ids must be {samples} int64 numbers in [0, 2**32), got {described(sample_ids)}")

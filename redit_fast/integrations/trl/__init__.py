@@ -34,7 +34,7 @@ check_version("trl", "trl", trl.__version__, SUPPORTED)
 import trl.trainer.utils as utils
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
-from redit_fast.checks import check_choice
+from redit_fast.checks import check_choice, check_flag
 from redit_fast.dither import Dither, per_reward
 from redit_fast.integrations import second_pass
 from redit_fast.integrations.options import DitherOptions, described
@@ -103,6 +103,7 @@ class ReditOptions(DitherOptions):
             super().__post_init__()
         if isinstance(self.dither_reward_scale, list | tuple) and len(self.dither_reward_scale) == 1:
             (self.dither_reward_scale,) = self.dither_reward_scale
+        check_flag("fused_head", self.fused_head)
         self.dither(seed=0)
         self.gr()
 
