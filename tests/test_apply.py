@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -150,7 +151,9 @@ def test_a_forward_that_others_set_on_the_instance_is_kept_below_and_above_ours(
 
 def test_mixed_precision_that_accelerate_put_around_forward_stays():
     model, ids, dtypes = MODELS["Qwen2"](), a_batch()[0], []
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in this process
     model = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
     expected = model(ids, labels=ids)
     with rf.apply_to(model):
         model.model.layers[0].mlp.register_forward_hook(lambda *call: dtypes.append(call[-1].dtype))
