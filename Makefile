@@ -17,7 +17,7 @@ LOCK := $(if $(NVIDIA),build/lock.txt,tests/lock.txt)
 # Triton has wheels for Linux only.
 TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # Two processes share the cores, so a thread that waits must sleep. Spinning, OpenMP's default, took 102 CPU seconds for
-# tests/test_linear_loss.py beside other work on two cores, and this 13.
+# tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-newest lock lint sanitize kernel-gates gpu-check
@@ -44,7 +44,7 @@ lock:
 # What Triton and Triton 3.6 compile, for every architecture, and all of the interpreted tests; `make test` looks at sm_90
 # and bfloat16.
 kernel-gates: $(TESTS) $(TRITON36)
-	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/test_triton.py tests/test_triton36.py
+	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/backends/test_triton.py tests/backends/test_triton36.py
 
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
 OUT ?= gpu-check
@@ -67,7 +67,7 @@ sanitize: $(TESTS)
 	PYTHONPATH=build/sanitize/lib:$(CURDIR) ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -x -n 2 --dist worksteal --import-mode=append --capture=sys \
-		-k "cpu and not fifty and not 151936" tests/sanitize.py $(filter-out tests/test_triton% tests/test_integration%,$(wildcard tests/test_*.py))
+		-k "cpu and not fifty and not 151936" tests/project/sanitize.py $(filter-out tests/integrations/% tests/backends/test_triton%,$(wildcard tests/*/test_*.py))
 
 # A torch that is already in .venv stays.
 PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)

@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.common import Candidate, clock, main, measure, show
 from redit_fast.integrations.verl import head as verl_head
-from tests import verl_rank
+from tests.integrations import verl_rank
 
 SAMPLES, WIDTH = 4, 128
 

@@ -21,7 +21,7 @@ import torch
 from benchmarks.common import machine
 
 ROOT = Path(__file__).parent.parent
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/ops/test_gpu.py")
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel")
 
 

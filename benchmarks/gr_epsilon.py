@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 import redit_fast as rf
 from benchmarks.common import machine
 from redit_fast.training import builtin
-from redit_fast.training.report import BLUE, GREEN, GREY, ORANGE, STYLE
+from redit_fast.training.report.curves import BLUE, GREEN, GREY, ORANGE, STYLE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "gr_epsilon.json"

@@ -16,8 +16,8 @@ from redit_fast.backends import cpu
 
 REWARDS = [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps", "answer_format")]
 
-# Kernels are interpreted where TRITON_INTERPRET is set before they are imported: tests/test_triton.py runs the test
-# bodies of every backend in such a process.
+# Kernels are interpreted where TRITON_INTERPRET is set before they are imported: tests/backends/test_triton.py runs the
+# test bodies of every backend in such a process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import triton.language as tl

@@ -15,8 +15,10 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from redit_fast.training import answers, builtin, rewards
+from redit_fast.training import builtin
 from redit_fast.training.config import TrainConfig, module_file
+from redit_fast.training.rewards import answers
+from redit_fast.training.rewards.user_code import INSTALLED, source_of
 
 Inputs = dict[str, dict[str, str]]  # {kind: {file: its content in short}}
 END = 2**20  # bytes at either end of a weights file
@@ -81,7 +83,7 @@ def checked(now: Inputs, run: Path, *, accept_changed: bool) -> Inputs:
 def _sources(reward: str) -> dict[str, Path]:
     """{module: its file}: that of a reward function, the packages that it is in, and what their import statements name
     of its own folder or, where that is of installed packages, of its own package; none where loading it will say so."""
-    file = rewards.source_of(reward)
+    file = source_of(reward)
     if file is None:
         return {}
     if ":" not in reward:
@@ -93,7 +95,7 @@ def _sources(reward: str) -> dict[str, Path]:
     if own == "redit_fast":
         return found
     root = file.parents[module.count(".") + (file.name == "__init__.py")]
-    installed = str(root).startswith(rewards.INSTALLED)
+    installed = str(root).startswith(INSTALLED)
     seen, ahead = set(), [module]
     while ahead:
         name = ahead.pop()

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import redit_fast as rf
 from redit_fast.foreign import Foreign
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.rollout import Rollout
+from redit_fast.training.rollout.local import Rollout
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # neither Python code nor pickled weights
 HUB_EXTRAS = ["*/*", "consolidated*"]  # other formats of the same weights

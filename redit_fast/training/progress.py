@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from redit_fast.training import report
+from redit_fast.training.report.summary import closing_rows
 
 EVERY = 10.0  # seconds between two lines
 
@@ -97,7 +97,7 @@ def numbers(metrics: dict[str, float]) -> str:
 
 def print_table(console: Console, run: Path, summary: dict) -> None:
     table = Table(show_header=False, title=str(run), title_justify="left")
-    for row in report.closing_rows(summary):
+    for row in closing_rows(summary):
         table.add_row(*row)
     total = sum(summary["time"].values())
     for phase, seconds in summary["time"].items():

@@ -44,7 +44,9 @@ from redit_fast.training import (
 )
 from redit_fast.training.config import TrainConfig, default_of
 from redit_fast.training.known_names import under_new_names
-from redit_fast.training.rollout import Rollout, generate
+from redit_fast.training.report.summary import environment, phases
+from redit_fast.training.rewards.user_code import RewardError
+from redit_fast.training.rollout.local import Rollout, generate
 
 EVAL_BATCH = 256  # held-out prompts decoded together
 MAY_CHANGE = {"steps", "eval_every", "sharpness_every", "checkpoint_every", "keep_checkpoints", "name", "out_dir"}
@@ -261,7 +263,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     samples = []
                 held_out = metrics.get("accuracy/held_out")
                 shown.update(bar, advance=1, numbers=progress.numbers(metrics), held_out=held_out)
-        except (KeyboardInterrupt, rewards.RewardError) as stop:
+        except (KeyboardInterrupt, RewardError) as stop:
             with runs.uninterrupted(last=True):
                 optimizer.restore()
                 if samples:
@@ -272,7 +274,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     check_folder()
                     runs.remove(run)
                 shown.stop()
-            if isinstance(stop, rewards.RewardError):
+            if isinstance(stop, RewardError):
                 raise
             if done < 0:
                 words = f"stopped in the warm start, nothing is saved; to start again: {config.command()}"
@@ -427,7 +429,7 @@ def _summary(run: Path, dataset: data.Dataset, config: TrainConfig) -> dict:
     """The whole run's numbers, from its metrics: a resumed run sums over all its parts."""
     lines = report.rows(run / "metrics.jsonl")
     accuracy = [line["accuracy/held_out"] for line in lines if "accuracy/held_out" in line]
-    times = dict(report.phases(lines, {}))
+    times = dict(phases(lines, {}))
     tokens = sum(line.get("tokens/generated", 0) for line in lines)
     return {
         "accuracy_before": accuracy[0] if accuracy else None,
@@ -438,5 +440,5 @@ def _summary(run: Path, dataset: data.Dataset, config: TrainConfig) -> dict:
         "tokens_per_second": tokens / times["rollout"],
         "seconds": sum(times.values()),
         "time": times,
-        **report.environment(),
+        **environment(),
     }

@@ -15,7 +15,8 @@ import redit_fast as rf
 from redit_fast.foreign import Foreign
 from redit_fast.training import data, policy, rewards
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.rollout import generate
+from redit_fast.training.rewards.functions import SHIPPED
+from redit_fast.training.rollout.local import generate
 
 PROMPT, COMPLETION, GROUP = 16, 4, 2  # tokens, tokens, samples
 ALIKE = 1e4  # a temperature at which all tokens are as likely, so that the samples of a prompt differ
@@ -52,7 +53,7 @@ def _check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction
     """The column `answer` of every record, by the shipped functions that read it: their `check_column(value)` raises a
     ValueError of the reason."""
     for function in functions:
-        if function.fn not in rewards.SHIPPED.values() or not hasattr(function.fn, "check_column"):
+        if function.fn not in SHIPPED.values() or not hasattr(function.fn, "check_column"):
             continue
         for line, record in dataset.numbered:
             try:

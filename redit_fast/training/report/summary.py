@@ -1,0 +1,69 @@
+"""A run in numbers: its closing table, the time of its phases, what it was made with."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from redit_fast import __version__
+
+
+def closing_rows(summary: dict) -> list[tuple[str, str]]:
+    """The closing table of a run, (what, value), from its summary; what the summary lacks is left out."""
+
+    def known(*names: str) -> bool:
+        return all(summary.get(name) is not None for name in names)
+
+    table = []
+    if known("accuracy_before"):
+        table.append(("Held-out accuracy before RL", f"{summary['accuracy_before']:.1%}"))
+    if known("accuracy_after"):
+        table.append(("Held-out accuracy after RL", f"{summary['accuracy_after']:.1%}"))
+    if known("accuracy_before", "accuracy_after"):
+        table.append(("Gain", f"{100 * (summary['accuracy_after'] - summary['accuracy_before']):+.1f} points"))
+    if known("eval_problems"):
+        table.append(("Held-out problems, answered greedily", f"{summary['eval_problems']:,}"))
+    if known("steps"):
+        table.append(("RL steps", f"{summary['steps']:,}"))
+    if known("tokens_generated", "tokens_per_second"):
+        tokens, rate = summary["tokens_generated"], summary["tokens_per_second"]
+        table.append(("Tokens generated", f"{tokens:,.0f} ({rate:,.0f}/s of rollout)"))
+    if known("seconds"):
+        table.append(("Time", duration(summary["seconds"])))
+    return table
+
+
+def phases(metrics: Sequence[dict], summary: dict) -> list[tuple[str, float]]:
+    """(phase, seconds) of the whole run, the longest first: of its summary, else summed over its metrics."""
+    if summary.get("time"):
+        return list(summary["time"].items())
+    names = dict.fromkeys(key for row in metrics for key in row if key.startswith("time/") and key != "time/step")
+    total = [(name.removeprefix("time/"), sum(row.get(name) or 0.0 for row in metrics)) for name in names]
+    return sorted(total, key=lambda phase: -phase[1])
+
+
+def environment() -> dict:
+    """{"commit": of the checkout that this package runs from or None, "versions": {package: version}}."""
+    here, commit = Path(__file__).resolve().parents[3], None
+    if (here / ".git").exists():
+        git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or a repository without a commit
+            pass
+    versions = {"redit-fast": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return {"commit": commit, "versions": versions}
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,150 @@
+"""Reward functions: loading and scoring. The shipped ones are in `functions`.
+
+A reward function is `fn(prompts, completions, **columns) -> list[float | None]`, TRL's convention: prompts and
+completions are texts, or chat messages where the data has chat messages; every other column of the data comes as a list
+under its name; None or NaN leaves a sample unscored. Its optional attribute `reward_scale` is the full scale of its
+rewards (1.0 without), which the dither level is relative to. Reward functions run as they are: there is no sandbox, but
+each gets a deep copy of its own of everything, so that what it changes reaches no other and not the data.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from redit_fast.signals import remembered
+from redit_fast.training import data
+from redit_fast.training.data import Prompt
+from redit_fast.training.rewards.functions import SHIPPED
+from redit_fast.training.rewards.user_code import RewardError, UserCode, user_function
+
+
+@dataclass
+class RewardFunction:
+    """A function under its name in the metrics, with the full scale of its rewards (`Dither.reward_scale`)."""
+
+    name: str
+    fn: Callable[..., Sequence[float | None]]
+    scale: float = 1.0
+    warned: bool = False  # of unscored samples
+
+
+def resolve(names: Sequence[str], columns: Iterable[str]) -> list[RewardFunction]:
+    """The functions behind `names`, each a shipped one or `package.module:function`, also with `FOLDER/` in front.
+
+    A module is looked up in its folder (the current one where none is given), then on sys.path. `columns` are those of
+    the data besides `prompt`; a function that does not take exactly these is refused here, before anything runs.
+
+    Raises:
+        RewardError: one sentence naming the function, and the module that was looked for.
+    """
+    functions = []
+    for name in names:
+        fn = user_function(name) if ":" in name else SHIPPED.get(name)
+        if fn is None:
+            raise RewardError(
+                f"rewards: {name!r} is neither package.module:function nor a shipped function ({', '.join(SHIPPED)})"
+            )
+        with UserCode(f"rewards: reward_scale of {name!r}"):
+            scale = getattr(fn, "reward_scale", 1.0)
+            fits, told = isinstance(scale, Real) and 0 < scale <= sys.float_info.max, f"{scale!r:.80}"
+        if not fits:
+            raise RewardError(f"rewards: reward_scale of {name!r} is {told}, needs a positive number")
+        columns = list(columns)
+        try:
+            inspect.signature(fn).bind(prompts=[], completions=[], **dict.fromkeys(columns, []))
+        except TypeError as error:
+            raise RewardError(f"rewards: {name!r}: {error}; the data has the columns {', '.join(columns)}") from None
+        except ValueError:  # of builtins
+            raise RewardError(f"rewards: {name!r} does not say which arguments it takes, needs a function") from None
+        functions.append(RewardFunction(name.rpartition(":")[2], fn, float(scale)))
+    twice = {f.name for f in functions if sum(f.name == other.name for other in functions) > 1}
+    if twice:
+        raise RewardError(f"rewards: more than one function is named {min(twice)!r}, the metrics need distinct names")
+    return functions
+
+
+def score(
+    functions: Sequence[RewardFunction],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Prompt],
+    columns: Mapping[str, Sequence],
+) -> Tensor:
+    """The rewards of N completions by K functions: (N, K) float64 on the CPU, NaN where a sample is unscored.
+
+    Raises:
+        RewardError: a function raised, or returned anything but one number, None or NaN for each completion; the
+            message names the function and the sample.
+    """
+    scores = torch.empty(len(completions), len(functions), dtype=torch.float64)
+    for k, function in enumerate(functions):
+        with remembered():
+            values = _rewards(function, prompts, completions, columns)
+        scores[:, k] = torch.tensor(values, dtype=torch.float64)
+        unscored = int(scores[:, k].isnan().sum())
+        if unscored and not function.warned:
+            function.warned = True
+            warnings.warn(
+                f"reward function {function.name!r} left {unscored} of {len(scores)} samples unscored (None or NaN); "
+                f"rewards/{function.name}/nan_frac counts them from here on",
+                stacklevel=2,
+            )
+    return scores
+
+
+def score_texts(functions: Sequence[RewardFunction], records: Sequence[dict], texts: Sequence[str]) -> Tensor:
+    """The rewards of completions given as text, one to each record of the data: `score`."""
+    prompts = [record["prompt"] for record in records]
+    completions = [data.completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return score(functions, prompts, completions, data.columns_of(records))
+
+
+def _rewards(function: RewardFunction, prompts, completions, columns) -> list[float]:
+    def call(rows: slice) -> object:
+        # Value by value: the completions of a prompt share its objects, and a copy of the whole list keeps that.
+        arguments = {"prompts": prompts, "completions": completions, **columns}
+        return function.fn(**{name: [copy.deepcopy(v) for v in values[rows]] for name, values in arguments.items()})
+
+    try:
+        with UserCode(f"reward function {function.name!r}"):
+            values = call(slice(None))
+    except RewardError:
+        for i in range(len(completions)):  # which sample it was: one at a time
+            with UserCode(f"reward function {function.name!r}, sample {i}"):
+                call(slice(i, i + 1))
+        raise
+    if inspect.isawaitable(values):
+        getattr(values, "close", lambda: None)()  # a coroutine that is only dropped says so on the terminal
+        raise RewardError(f"reward function {function.name!r} is asynchronous, needs one that returns a list")
+    with UserCode(f"reward function {function.name!r}: reading what it returned"):
+        values = values.tolist() if hasattr(values, "tolist") else values  # of a tensor or an array
+        values = list(values) if isinstance(values, (list, tuple)) else values
+    if not isinstance(values, (list, tuple)):
+        raise RewardError(f"reward function {function.name!r} returned {type(values).__name__}, needs a list")
+    if len(values) != len(completions):
+        raise RewardError(
+            f"reward function {function.name!r} returned {len(values)} rewards for {len(completions)} samples"
+        )
+    return [_number(function, i, value) for i, value in enumerate(values)]
+
+
+def _number(function: RewardFunction, sample: int, value: object) -> float:
+    with UserCode(f"reward function {function.name!r}: reading what it returned for sample {sample}"):
+        value = value.item() if getattr(value, "ndim", None) == 0 else value  # of a tensor or an array
+        if value is None:
+            return math.nan
+        if isinstance(value, Real) and not abs(value) > sys.float_info.max:  # NaN passes
+            return float(value)
+        told = repr(value)
+    raise RewardError(
+        f"reward function {function.name!r} returned {told} for sample {sample}, needs a finite number, None or NaN"
+    )

@@ -1,0 +1,25 @@
+"""What Triton 3.6 compiles, which GPU machines have: the gates of tests/backends/test_triton.py in an environment that
+`make` sets up, with numpy < 2.4 and the torch of these tests."""
+
+import os
+import subprocess
+
+import pytest
+
+from tests import ROOT
+
+PYTHON = ROOT / ".venv-triton36" / "bin" / "python"
+SCRIPT = "import sys, pytest, triton; print(triton.__version__, flush=True); sys.exit(pytest.main(sys.argv[1:]))"
+
+# `make test` takes what ships as default: float32 and bfloat16 without softcap, for sm_90.
+CASES = "sm_" if "KERNEL_ARCHS" in os.environ else "sm_90 and not dtype2 and not 30.0"
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-triton36: make test sets it up on Linux")
+@pytest.mark.parametrize("gates", ["token_kernels", "advantages", "not token_kernels and not advantages"])
+def test_the_gates_hold_for_triton_3_6(gates):
+    options = ("-q", "-p", "no:cacheprovider", "-k", f"{CASES} and {gates}", "tests/backends/test_triton.py")
+    done = subprocess.run([PYTHON, "-c", SCRIPT, *options], cwd=ROOT, capture_output=True, text=True)
+    version, _, report = done.stdout.partition("\n")
+    assert done.returncode == 0 and " passed" in report, report + done.stderr
+    assert version == "3.6.0"

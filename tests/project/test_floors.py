@@ -1,0 +1,211 @@
+"""Imports only go down: the floors of the house, read from the source with `ast`, imports inside functions included."""
+
+import ast
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+# Module or package -> floor; an import must reach a smaller number, or a sibling in the same package of PACKAGES.
+FLOORS = {
+    "redit_fast.__main__": 7,
+    "redit_fast.cli": 6,
+    "redit_fast.selftest": 5,
+    "redit_fast.training": 5,
+    "redit_fast.integrations": 5,
+    "redit_fast.gr": 4,
+    "redit_fast.ops": 4,
+    "redit_fast.backends": 3,
+    "redit_fast.backends.reference": 2,
+    "redit_fast.backends.cpu": 2,
+    "redit_fast.backends.triton": 2,
+    "redit_fast.backends.cuda": 2,
+    "redit_fast.backends.lists": 2,
+    "redit_fast.backends.rows": 2,
+    "redit_fast.dither": 1,
+    "redit_fast.losses": 1,
+    "redit_fast.checks": 0,
+    "redit_fast.foreign": 0,
+    "redit_fast.noise": 0,
+    "redit_fast.signals": 0,
+    "redit_fast.kernels": 0,
+    "redit_fast._cpu": 0,
+    "redit_fast._cuda": 0,
+}
+FLOORS["redit_fast"] = 6  # the public names: they lead to anything below, and floors 5 and up use them
+LEAST_FOR_PUBLIC_NAMES = 5
+COMPILED = ("redit_fast.kernels", "redit_fast._cpu", "redit_fast._cuda")  # for floor 2 alone
+PACKAGES = (
+    "redit_fast.training",
+    "redit_fast.integrations",
+    "redit_fast.gr",
+    "redit_fast.ops",
+    "redit_fast.losses",
+    "redit_fast.kernels",
+    "redit_fast.backends.reference",
+)  # import their own siblings
+OF_BACKENDS = ("redit_fast.backends.lists", "redit_fast.backends.rows")  # what the backends share
+OUTSIDE = ("tests", "benchmarks", "tools")
+KERNEL_IMPORTS = ("torch", "triton")
+
+
+def entry(module):
+    """The key of FLOORS that `module` belongs to, or None."""
+    if module in FLOORS:
+        return module
+    return next((package for package in PACKAGES if module.startswith(package + ".")), None)
+
+
+def imports(module, source, is_package, modules):
+    """(line, absolute name) of every import in `source`; `from package import module` counts as the module."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1] if node.level else [])
+            base = ".".join(filter(None, (base, node.module)))
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield node.lineno, name if name in modules or name in FLOORS else base
+
+
+def violations(sources):
+    """One sentence per broken rule. `sources`: module name -> (source, whether it is a package)."""
+    found, graph = [], {}
+    for module, (source, is_package) in sources.items():
+        home = entry(module)
+        if home is None:
+            found.append(f"{module} has no floor: add it to FLOORS in {Path(__file__).name}")
+            continue
+        for line, name in imports(module, source, is_package, sources):
+            top, where = name.split(".")[0], f"{module}:{line}"
+            if top in OUTSIDE:
+                found.append(f"{where} imports {name}: nothing imports tests or benchmarks")
+            if home == "redit_fast.kernels" and top not in KERNEL_IMPORTS and entry(name) != home:
+                found.append(f"{where} imports {name}: kernels/ imports torch, triton and itself only")
+            if top != "redit_fast":
+                continue
+            target = entry(name)
+            if target is None:
+                found.append(f"{where} imports {name}, which has no floor")
+                continue
+            graph.setdefault(module, {})[name] = where
+            if target in COMPILED and home != target and FLOORS[home] != 2:
+                found.append(f"{where} imports {name}: only a backend reaches compiled code")
+                continue
+            allowed = (
+                FLOORS[target] < FLOORS[home]
+                or (target == home and home in PACKAGES)
+                or (target in OF_BACKENDS and FLOORS[home] == FLOORS[target])
+                or (target == "redit_fast" and FLOORS[home] >= LEAST_FOR_PUBLIC_NAMES)
+            )
+            if not allowed:
+                found.append(f"{where} imports {name}: floor {FLOORS[home]} reaches up or sideways to {FLOORS[target]}")
+    return found + cycles(graph)
+
+
+def cycles(graph):
+    found, done = [], set()
+
+    def visit(module, path):
+        if module in path:
+            found.append("imports go in a circle: " + " -> ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for name in graph.get(module, {}):
+                visit(name, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+    return found
+
+
+def package_sources():
+    sources = {}
+    for folder, name in ((ROOT / "redit_fast", "redit_fast"), (ROOT / "kernels", "redit_fast.kernels")):
+        for current, _, files in os.walk(folder):  # does not follow the link redit_fast/kernels
+            for file in filter(lambda file: file.endswith(".py"), files):
+                path = Path(current, file)
+                parts = [name, *path.relative_to(folder).with_suffix("").parts]
+                is_package = parts[-1] == "__init__"
+                sources[".".join(parts[:-1] if is_package else parts)] = (path.read_text(), is_package)
+    return sources
+
+
+def test_the_package_keeps_its_floors():
+    sources = package_sources()
+    assert {"redit_fast", "redit_fast.dither", "redit_fast.backends.cpu", "redit_fast.kernels.element"} <= set(sources)
+    assert violations(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "message"),
+    [
+        ("redit_fast.dither", "from redit_fast.losses.policy import policy_loss", "sideways"),
+        ("redit_fast.dither", "import redit_fast.backends", "reaches up"),
+        ("redit_fast.losses.policy", "def f():\n    from redit_fast.ops import linear_loss", "reaches up"),
+        ("redit_fast.losses.policy", "from ..ops import chunks", "reaches up"),
+        ("redit_fast.losses.policy", "import redit_fast as rf", "reaches up"),
+        ("redit_fast.backends.cpu", "from .reference import why_not", "sideways"),
+        ("redit_fast.ops.token_loss", "from redit_fast.gr import shards", "sideways"),
+        ("redit_fast.ops.advantages", "from redit_fast.integrations.apply import apply_to", "reaches up"),
+        ("redit_fast.gr.adamw", "import redit_fast as rf", "reaches up"),
+        ("redit_fast.ops.linear_loss", "import redit_fast._cpu", "only a backend"),
+        ("redit_fast.training.trainer", "from redit_fast.kernels import element", "only a backend"),
+        ("redit_fast.training.trainer", "from redit_fast.cli import main", "reaches up"),
+        ("redit_fast.training.trainer", "from redit_fast.integrations import trl", "sideways"),
+        ("redit_fast.training.trainer", "import tests.conftest", "nothing imports tests"),
+        ("redit_fast.cli", "from benchmarks.common import timed", "nothing imports tests"),
+        ("redit_fast.kernels.element", "import numpy", "kernels/ imports"),
+        ("redit_fast.kernels.element", "from redit_fast import dither", "kernels/ imports"),
+        ("redit_fast.novelty", "import torch", "has no floor"),
+        ("redit_fast.backends.novelty", "import torch", "has no floor"),
+        ("redit_fast.training.a", "from redit_fast.training import a", "circle"),
+    ],
+)
+def test_the_checker_finds_a_broken_rule(module, source, message):
+    found = violations({module: (source, False)})
+    assert any(message in sentence for sentence in found), found
+
+
+def test_the_checker_finds_a_circle_and_allows_what_the_floors_allow():
+    circle = {
+        "redit_fast.training.a": ("from . import b", False),
+        "redit_fast.training.b": ("from redit_fast.training.a import x", False),
+    }
+    assert len(violations(circle)) == 1 and "circle" in violations(circle)[0]
+    allowed = {
+        "redit_fast": ("from redit_fast.gr.adamw import RegularizedAdamW", True),
+        "redit_fast.gr.adamw": ("from redit_fast.gr.regularizer import x\nfrom redit_fast import dither", False),
+        "redit_fast.backends.cpu": ("import redit_fast._cpu as _cpu\nfrom ..dither import noise", False),
+        "redit_fast.training.trainer": ("import redit_fast as rf\nfrom redit_fast.training import data, config", False),
+        "redit_fast.training.data": ("from redit_fast.dither import counter_uniform", False),
+        "redit_fast.training.config": ("import yaml", False),
+        "redit_fast.cli": ("from redit_fast.training import config\nimport redit_fast", False),
+        "redit_fast.kernels.launch": ("import torch\nfrom redit_fast.kernels import element", False),
+        "redit_fast.kernels.element": ("import triton.language as tl", False),
+    }
+    assert violations(allowed) == []
+
+
+def third_party(source):
+    names = {name.split(".")[0] for _, name in imports("redit_fast.x", source, False, {})}
+    return names - set(sys.stdlib_module_names) - {"redit_fast"}
+
+
+def test_runtime_dependencies_are_what_the_package_imports():
+    names = {"pyyaml": "yaml"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {names.get(line.split(">")[0], line.split(">")[0]) for line in project["dependencies"]}
+    sources = package_sources()
+    outside_kernels = [text for name, (text, _) in sources.items() if entry(name) != "redit_fast.kernels"]
+    used = set().union(*map(third_party, outside_kernels))
+    optional = {"trl", "verl", "openrlhf", "tensordict"}  # host libraries, and verl's tensors
+    assert used - optional == declared

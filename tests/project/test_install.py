@@ -1,0 +1,298 @@
+"""What an installation promises, on real builds of a clean copy of the sources (pip reads its index for setuptools)."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from email.parser import Parser
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests import ROOT
+
+GENERATED = (".git", ".venv*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".benchmarks")
+PYTHON = (sys.executable, "-S")  # without the import hooks of .pth files, an editable install's among them
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+WHERE = """
+import importlib.util, redit_fast
+print(redit_fast.__file__, importlib.util.find_spec("redit_fast.kernels.element").origin)
+"""
+SENTENCE = "redit_fast._cpu was not built; install a C++17 compiler (g++)"
+
+
+def run(*command, cwd, **env):
+    """Standard output; both streams in the failure when the command fails."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "REDIT_FAST_BACKEND")}
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=clean | env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def python(script, cwd, **env):
+    return run(*PYTHON, "-c", script, cwd=cwd, **env).split()
+
+
+def beside(folder):
+    """The package in `folder` and the libraries of this environment, without its editable install of the package."""
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{sysconfig.get_path('purelib')}"}
+
+
+def checkout(folder):
+    return Path(shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*GENERATED)))
+
+
+def only(folder, pattern):
+    (path,) = folder.glob(pattern)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return checkout(tmp_path_factory.mktemp("clean") / "source")
+
+
+@pytest.fixture(scope="module")
+def dist(source):
+    """An sdist, and the wheel that an isolated environment without torch builds from that sdist."""
+    run(sys.executable, "-m", "build", "--outdir", source.parent / "dist", cwd=source)
+    return source.parent / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist):
+    return only(dist, "*.whl")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The wheel alone in an empty folder, for PYTHONPATH beside the torch that runs these tests."""
+    folder = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, wheel, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory):
+    """The same without a compiler, built beside a `torch` that raises when it is imported."""
+    folder = tmp_path_factory.mktemp("pure")
+    (folder / "poison" / "torch").mkdir(parents=True)
+    (folder / "poison" / "torch" / "__init__.py").write_text("raise RuntimeError('the build imported torch')\n")
+    poison = NO_COMPILER | {"PYTHONPATH": str(folder / "poison")}
+    assert python("try: import torch\nexcept RuntimeError as e: print(e)", folder, **poison)[-1] == "torch"
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder)
+    run(*build, cwd=checkout(folder / "source"), **poison)
+    wheel = only(folder, "*.whl")
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder / "target", wheel, cwd=folder)
+    return wheel, folder / "target"
+
+
+def modules(root):
+    return {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
+
+
+def test_the_wheel_holds_the_package_the_kernels_and_the_compiled_module(wheel, source):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        kernel = archive.read("redit_fast/kernels/element.py")
+    expected = {f"redit_fast/{name}" for name in modules(source / "redit_fast")}
+    expected |= {f"redit_fast/kernels/{name}" for name in modules(source / "kernels")}
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert kernel == (source / "kernels" / "element.py").read_bytes()
+    assert "redit_fast/py.typed" in names
+    assert any(name.startswith("redit_fast/_cpu.") for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"redit_fast"}
+
+
+def test_the_sdist_holds_what_a_build_needs(dist, source):
+    with tarfile.open(only(dist, "*.tar.gz")) as archive:
+        names = {member.name.split("/", 1)[-1] for member in archive.getmembers() if member.isfile()}
+    needed = {path.relative_to(source).as_posix() for path in (source / "csrc").rglob("*") if path.is_file()}
+    needed |= {f"kernels/{name}" for name in modules(source / "kernels")}
+    needed |= {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "redit_fast/py.typed"}
+    assert needed <= names
+
+
+def test_the_wheel_runs_beside_the_torch_that_is_there(installed, tmp_path):
+    script = f"""{WHERE}
+import torch
+if importlib.util.find_spec("triton"): import redit_fast.kernels.element
+with redit_fast.use_backend("cpu"): redit_fast.group_advantages(torch.rand(8), group_size=4)
+"""
+    package, kernel = python(script, tmp_path, **beside(installed))
+    assert Path(package).is_relative_to(installed) and Path(kernel).is_relative_to(installed)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files and /proc")
+def test_the_compiled_module_links_no_torch_and_no_openmp_and_keeps_denormals(installed, tmp_path):
+    module = only(installed / "redit_fast", "_cpu.*.so")
+    libraries = run("readelf", "-d", module, cwd=tmp_path)
+    assert "NEEDED" in libraries and not re.search(r"NEEDED.*lib(torch|c10|gomp|omp|iomp|cudart)", libraries)
+    script = """
+import re, torch, redit_fast._cpu
+x = float("1e-308")
+print(redit_fast._cpu.__file__, x / 16 > 0)
+paths = set(re.findall(r"/\\S+", open("/proc/self/maps").read()))
+print(*[path for path in paths if re.search(r"lib(gomp|omp|iomp5)[-.\\w]*\\.so", path)])
+"""
+    loaded, denormals, *openmp = python(script, tmp_path, **beside(installed))
+    assert loaded == str(module) and denormals == "True"
+    assert len(openmp) == 1 and "/torch" in openmp[0]
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86-64 registers")
+def test_the_compiled_module_needs_no_more_than_x86_64_outside_dispatched_functions(installed, tmp_path):
+    """AVX (any v... instruction: also on xmm it ends a process without AVX) only in symbols that say so; a clone
+    (.constprop, .isra, ._omp_fn) keeps the name, and in a stripped file everything would stand under .text and fail."""
+    code = run("objdump", "-d", "--no-show-raw-insn", only(installed / "redit_fast", "_cpu.*.so"), cwd=tmp_path)
+    assert stray_avx(code) == {}
+    uses = {level: 0 for level in ("_avx2", "_avx512")}
+    for symbol, body in functions(code):
+        for level, register in (("_avx2", "%ymm"), ("_avx512", "%zmm")):
+            uses[level] += level in symbol and register in body
+    assert all(uses.values())
+
+
+def functions(code):
+    return re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", code, re.M)
+
+
+def stray_avx(code):
+    """{symbol: first AVX instruction} of the functions that may not hold it."""
+    found = {}
+    for symbol, body in functions(code):
+        forbidden = (
+            r"%zmm|%[xy]mm(?:1[6-9]|2\d|3[01])\b|%k[0-7]" if "_avx2" in symbol else r"\sv[a-z]\w+\s|%[yz]mm|%k[0-7]"
+        )
+        if "_avx512" not in symbol and (match := re.search(f".*(?:{forbidden}).*", body)):
+            found[symbol] = match.group().strip()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("symbol", "instruction"),
+    [("sum", "vaddps %xmm0,%xmm1,%xmm2"), (".text", "vzeroupper "), ("f_avx2", "vaddps %zmm0,%zmm1,%zmm2"),
+     ("f_avx2.constprop.0", "kmovw  %k1,%eax"), ("f_avx2", "vaddps %ymm16,%ymm1,%ymm2")],
+)  # fmt: skip
+def test_the_search_for_avx_finds_each(symbol, instruction):
+    line = f"    10:\t{instruction}\n"
+    assert set(stray_avx(f"0000000000000010 <{symbol}>:\n{line}")) == {symbol}
+    assert stray_avx(f"0000000000000010 <f_avx512.isra.0>:\n{line}") == {}
+
+
+def test_a_build_without_compiler_and_torch_gives_a_package_that_says_so(pure, tmp_path):
+    wheel, target = pure
+    with zipfile.ZipFile(wheel) as archive:
+        assert not any("_cpu." in name for name in archive.namelist())
+    env = beside(target) | {"COLUMNS": "400"}
+    assert SENTENCE in run(*PYTHON, "-m", "redit_fast", "info", cwd=tmp_path, **env)
+    script = """
+import redit_fast, torch
+print(redit_fast.__file__, len(redit_fast.group_advantages(torch.rand(8), group_size=4).values))
+try:
+    with redit_fast.use_backend("cpu"): redit_fast.group_advantages(torch.rand(8), group_size=4)
+except NotImplementedError as error: print(error)
+"""
+    package, count, *error = python(script, tmp_path, **env)
+    assert Path(package).is_relative_to(target) and count == "8"
+    assert SENTENCE in " ".join(error)
+
+
+def test_an_editable_install_works_without_a_compiler(tmp_path):
+    source = checkout(tmp_path / "source")
+    venv.create(tmp_path / "venv", with_pip=True)
+    bin = tmp_path / "venv" / "bin"
+    run(bin / "pip", "install", "-q", "--no-deps", "-e", source, cwd=tmp_path, **NO_COMPILER)
+    # The dependencies come from the environment of these tests; a .pth file in it would not be read from here.
+    site = run(bin / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    package, kernel = run(bin / "python", "-c", WHERE, cwd=tmp_path).split()
+    assert package == str(source / "redit_fast" / "__init__.py")
+    assert os.path.samefile(kernel, source / "kernels" / "element.py")
+    assert SENTENCE in run(bin / "redit-fast", "info", cwd=tmp_path, COLUMNS="400")
+
+
+def test_a_bare_checkout_imports(source):
+    package, kernel = python(WHERE, source)
+    assert package == str(source / "redit_fast" / "__init__.py")
+    assert os.path.samefile(kernel, source / "kernels" / "element.py")
+
+
+def test_requirements_have_lower_bounds_only_and_installing_replaces_nothing(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    requirements = [line.split(";")[0].strip() for line in metadata.get_all("Requires-Dist")]
+    assert "torch>=2.8" in requirements and not re.search(r"<|==|~=|!=", "\n".join(requirements))
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
+    versions = (ROOT / "redit_fast" / "__init__.py").read_text()
+    assert f'__version__ = "{metadata["Version"]}"' in versions
+    plan = ("-m", "pip", "install", "--dry-run", "--no-index", "--no-cache-dir", wheel)
+    would_install = re.findall(r"Would install (.*)", run(sys.executable, *plan, cwd=tmp_path))
+    assert set(" ".join(would_install).split()) <= {f"redit-fast-{metadata['Version']}"}
+
+
+def test_importing_loads_nothing_heavy_and_starts_no_gpu(tmp_path):
+    script = """
+import sys, torch
+before = set(sys.modules)
+import redit_fast
+for name in redit_fast.__all__: getattr(redit_fast, name)
+heavy = ("triton", "transformers", "matplotlib", "pydantic", "rich", "yaml", "numpy", "safetensors")
+print(torch.cuda.is_initialized(), *[name for name in heavy if name in set(sys.modules) - before])
+"""
+    assert python(script, tmp_path, **beside(ROOT)) == ["False"]
+
+
+def locked():
+    lines = (ROOT / "tests" / "lock.txt").read_text().split()
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def wanted():
+    """What `make` installs, by tests/packages.txt and pyproject.toml, and with --no-deps."""
+    listed = (ROOT / "tests" / "packages.txt").read_text().splitlines()
+    needs = [Requirement(line) for line in listed if line and not line.startswith("#")]
+    (own,) = re.findall(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    needs += map(Requirement, re.findall(r'"(.*)"', own))
+    return needs, ("setuptools", "pybind11", "verl", "transferqueue")
+
+
+def test_the_lock_has_one_release_of_everything_that_make_asks_for_but_torch():
+    needs, alone = wanted()
+    names = [canonicalize_name(need.name) for need in needs]
+    assert "torch" in names and "torch" not in locked() and "trl" in names and "transformers" in names
+    assert {*names, *alone} - {"torch"} <= set(locked())
+    for name, need in zip(names, needs):
+        assert name == "torch" or need.specifier.contains(locked()[name]), need
+
+
+@pytest.mark.skipif("PIP_CONSTRAINT" not in os.environ, reason="set by make test, where the releases are locked")
+def test_the_lock_holds_for_everything_that_those_need():
+    """Of the environment that `make test` made; on a CUDA machine but for what torch brings for it."""
+    needs, alone = wanted()
+    found, todo = {name: distribution(name).version for name in alone}, list(needs)
+    while todo:
+        need = todo.pop()
+        name = canonicalize_name(need.name)
+        if name in found or need.marker and not any(need.marker.evaluate({"extra": x}) for x in ("", *need.extras)):
+            continue
+        found[name] = distribution(name).version
+        for line in distribution(name).requires or ():
+            child = Requirement(line)
+            if child.marker is None or any(child.marker.evaluate({"extra": x}) for x in ("", *need.extras)):
+                todo.append(Requirement(line.split(";")[0]))
+    cuda = [r"nvidia-.*|cuda-.*|triton"] if torch.version.cuda else []
+    for name in [name for name in found if name == "torch" or any(re.fullmatch(form, name) for form in cuda)]:
+        del found[name]
+    assert len(found) > 80 and found == {name: locked().get(name) for name in found}
