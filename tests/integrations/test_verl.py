@@ -21,18 +21,21 @@ pytest.importorskip("verl", reason="verl 0.9.1 is not installed")
 import hydra
 import numpy as np
 import verl
+import verl.models.transformers.monkey_patch as monkey_patch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from transformers import HfArgumentParser
 from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
-from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, compute_advantage
 from verl.trainer.ppo.v1 import PPOTrainer, trainer_base
 from verl.utils import config as verl_config
 from verl.utils.skip import SkipManager
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 import redit_fast as rf
 import redit_fast.integrations.verl as plugin
@@ -319,6 +322,69 @@ def test_registering_twice_wraps_nothing_twice():
     before = PPOTrainer._compute_advantage, verl_config.validate_config, ADV_ESTIMATOR_REGISTRY["redit_grpo"]
     plugin.register()
     assert before == (PPOTrainer._compute_advantage, verl_config.validate_config, ADV_ESTIMATOR_REGISTRY["redit_grpo"])
+
+
+def state_of_verl():
+    """Everything that the plugin changes, by identity: its registries, and the four things of verl's own."""
+    engines = {kind: {name: dict(devices) for name, devices in names.items()}
+               for kind, names in EngineRegistry._engines.items()}  # fmt: skip
+    functions = (PPOTrainer._compute_advantage, verl_config.validate_config, verl.utils.validate_config,
+                 monkey_patch.patch_forward_with_backends)  # fmt: skip
+    return dict(ADV_ESTIMATOR_REGISTRY), set(POLICY_LOSS_REGISTRY), engines, functions
+
+
+def test_unregister_takes_everything_back_and_register_works_again(command_line):
+    registered = state_of_verl()
+    held = verl_config.validate_config  # as verl.trainer.main_ppo holds it, which imports the name
+    try:
+        plugin.unregister()
+        plugin.unregister()
+        estimators, losses, engines, functions = state_of_verl()
+        assert "redit_grpo" not in estimators and not any(name.startswith("redit_") for name in losses)
+        assert engines["language_model"]["fsdp2"]["cuda"] is FSDPEngineWithLMHead
+        assert [f.__module__ for f in functions] == [trainer_base.__name__, *2 * [verl_config.__name__],
+                                                     monkey_patch.__name__]  # fmt: skip
+        unknown = copy.deepcopy(command_line)
+        OmegaConf.update(unknown, "algorithm.redit.dither_lvel", 0.1, force_add=True)
+        for check in (held, verl_config.validate_config):
+            check(unknown, use_reference_policy=False, use_critic=False)
+        with pytest.raises(ValueError, match="redit_grpo"):
+            estimate(batch())
+    finally:
+        plugin.register()
+    again = state_of_verl()
+    assert again[:3] == registered[:3] and all(hasattr(f, "theirs") for f in again[3])
+    with pytest.raises(ValueError, match="dither_lvel is not an option"):
+        verl_config.validate_config(unknown, use_reference_policy=False, use_critic=False)
+    assert torch.equal(estimate(batch()), estimate(batch(), "grpo"))
+
+
+def test_in_a_process_of_its_own_unregister_leaves_what_a_verl_without_plugins_has():
+    """The same list as `state_of_verl`, by name, of verl with VERL_USE_EXTERNAL_PLUGINS=none."""
+    script = (
+        "import verl, verl.utils.config as c, verl.models.transformers.monkey_patch as m\n"
+        "from verl.trainer.ppo import core_algos as a\n"
+        "from verl.trainer.ppo.v1 import PPOTrainer\n"
+        "from verl.workers.engine import EngineRegistry\n"
+        "import verl.workers.engine.fsdp.transformer_impl\n"
+        "if UNREGISTER:\n"
+        "    import redit_fast.integrations.verl as plugin\n"
+        "    assert 'redit_grpo' in a.ADV_ESTIMATOR_REGISTRY\n"
+        "    plugin.unregister()\n"
+        "functions = [PPOTrainer._compute_advantage, c.validate_config, verl.utils.validate_config,\n"
+        "             m.patch_forward_with_backends]\n"
+        "print('STATE', sorted(a.ADV_ESTIMATOR_REGISTRY), sorted(a.POLICY_LOSS_REGISTRY), EngineRegistry._engines,\n"
+        "      [(f.__module__, f.__qualname__) for f in functions])\n"
+    )
+
+    def state(unregister):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "VERL_USE_EXTERNAL_PLUGINS": "none"}
+        done = subprocess.run([sys.executable, "-c", f"UNREGISTER = {unregister}\n{script}"], env=environment,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return next(line for line in done.stdout.splitlines() if line.startswith("STATE"))
+
+    assert state(True) == state(False)
 
 
 @pytest.mark.parametrize(

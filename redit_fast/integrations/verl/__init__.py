@@ -2,17 +2,21 @@
 
 algorithm.adv_estimator=redit_grpo +algorithm.redit.dither_level=0.05
 actor_rollout_ref.actor.policy_loss.loss_mode=redit_vanilla
+
+It adds the estimator redit_grpo and the losses redit_* to verl's registries and changes four things that verl has:
+which class its FSDP engine is, what chooses a fused kernel's backend, its check of the configuration, and what the V1
+trainer does around its advantages. `unregister()` takes all of it back.
 """
 
 from __future__ import annotations
 
 import logging
+from types import ModuleType
 
 import verl
 
 
-def register() -> None:
-    """Everything into verl's registries. RuntimeError: a verl that has other hooks, naming the supported one."""
+def _modules() -> tuple[ModuleType, ...]:
     try:
         from redit_fast.integrations.verl import advantages as verl_advantages
         from redit_fast.integrations.verl import config as verl_config
@@ -24,8 +28,24 @@ def register() -> None:
             f"redit_fast.integrations.verl got verl {verl.__version__}, in which it does not find its hooks "
             f"({error}); supported: 0.9.1"
         ) from error
-    for module in (verl_loss, verl_advantages, verl_engine, verl_head, verl_config):
+    return verl_loss, verl_advantages, verl_engine, verl_head, verl_config
+
+
+def register() -> None:
+    """All of it, in this process; twice is once.
+
+    Raises:
+        RuntimeError: a verl that has other hooks, naming the supported one.
+    """
+    for module in _modules():
         module.register()
+
+
+def unregister() -> None:
+    """verl as it was, in this process; `register()` works again afterwards. What was built meanwhile, an engine or a
+    model with our head, stays as it was built, and so does what another plugin has put around a function of ours."""
+    for module in _modules():
+        module.unregister()
 
 
 try:

@@ -21,6 +21,7 @@ from redit_fast.integrations.versions import check_hooks
 from redit_fast.losses.peers import advantage_options
 from redit_fast.ops.advantages import group_advantages
 
+ESTIMATOR = "redit_grpo"
 ESTIMATED = ["adv_estimator", "gamma", "lam", "num_repeat", "norm_adv_by_std_in_grpo", "config"]
 GRPO = ["token_level_rewards", "response_mask", "index", "epsilon", "norm_adv_by_std_in_grpo", "config"]
 
@@ -161,17 +162,24 @@ def _sessions(rows: int, keys: Sequence[str] | None) -> tuple[list[int], list[in
     return [row for _, row in last.values()], [order[session] for session in names]
 
 
-def _hook_v1() -> None:
-    """V1 keeps the keys of its rows, and its metrics, from every estimator."""
+def _v1_trainer() -> type | None:
     try:
         from verl.trainer.ppo.v1.trainer_base import PPOTrainer
     except ModuleNotFoundError as error:
         if error.name != "transfer_queue":  # without which V1 does not run
             raise
+        return None
+    return PPOTrainer
+
+
+def _hook_v1() -> None:
+    """V1 keeps the keys of its rows, and its metrics, from every estimator."""
+    trainer = _v1_trainer()
+    if trainer is None:
         return
-    check_hooks("verl", verl, {"_compute_advantage": ["self", "batch", "metrics"]}, PPOTrainer, SUPPORTED)
-    theirs = PPOTrainer._compute_advantage
-    if theirs.__module__ == __name__:
+    check_hooks("verl", verl, {"_compute_advantage": ["self", "batch", "metrics"]}, trainer, SUPPORTED)
+    theirs = trainer._compute_advantage
+    if hasattr(theirs, "theirs"):
         return
 
     def _compute_advantage(self, batch, metrics):
@@ -181,7 +189,8 @@ def _hook_v1() -> None:
         finally:
             _v1_batch.reset(token)
 
-    PPOTrainer._compute_advantage = _compute_advantage
+    _compute_advantage.theirs = theirs
+    trainer._compute_advantage = _compute_advantage
 
 
 def register() -> None:
@@ -189,5 +198,13 @@ def register() -> None:
     check_hooks("verl", verl, {"compute_grpo_outcome_advantage": GRPO}, core_algos, SUPPORTED)
     check_hooks("verl", verl, {"compute_advantage": ["data", *ESTIMATED]}, ray_trainer, SUPPORTED)
     check_hooks("verl", verl, {"set_step": ["step"]}, SkipManager, SUPPORTED)
-    core_algos.register_adv_est("redit_grpo")(compute_redit_grpo_advantage)
+    core_algos.register_adv_est(ESTIMATOR)(compute_redit_grpo_advantage)
     _hook_v1()
+
+
+def unregister() -> None:
+    core_algos.ADV_ESTIMATOR_REGISTRY.pop(ESTIMATOR, None)
+    trainer = _v1_trainer()
+    theirs = getattr(getattr(trainer, "_compute_advantage", None), "theirs", None)
+    if theirs is not None:
+        trainer._compute_advantage = theirs

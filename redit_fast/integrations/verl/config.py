@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import verl.utils
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_fn
 from verl.utils import config as verl_config
 
 from redit_fast.integrations.verl import engine as verl_engine
 from redit_fast.integrations.verl import loss as verl_loss
-from redit_fast.integrations.verl.advantages import read_dither
+from redit_fast.integrations.verl.advantages import ESTIMATOR, read_dither
 from redit_fast.integrations.versions import check_hooks
 
 
@@ -23,9 +23,9 @@ def check_config(config: Mapping) -> None:
     """
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     dither = read_dither(algorithm.get("redit"))
-    if dither is not None and algorithm.adv_estimator != "redit_grpo":
+    if dither is not None and algorithm.adv_estimator != ESTIMATOR:
         raise ValueError(
-            f"algorithm.redit.dither_level={dither.level} needs algorithm.adv_estimator=redit_grpo, "
+            f"algorithm.redit.dither_level={dither.level} needs algorithm.adv_estimator={ESTIMATOR}, "
             f"got {algorithm.adv_estimator}"
         )
     verl_engine.read_settings(actor.optim.get(verl_engine.SECTION))
@@ -40,11 +40,19 @@ def register() -> None:
     arguments = ["config", "use_reference_policy", "use_critic"]
     check_hooks("verl", verl, {"validate_config": arguments}, verl_config, verl_loss.SUPPORTED)
     theirs = verl_config.validate_config
-    if theirs.__module__ == __name__:
+    if hasattr(theirs, "theirs"):
         return
 
     def validate_config(config, use_reference_policy, use_critic):
-        check_config(config)
+        if ESTIMATOR in ADV_ESTIMATOR_REGISTRY:  # main_ppo may hold this function after unregister()
+            check_config(config)
         return theirs(config, use_reference_policy, use_critic)
 
+    validate_config.theirs = theirs
     verl_config.validate_config = verl.utils.validate_config = validate_config
+
+
+def unregister() -> None:
+    theirs = getattr(verl_config.validate_config, "theirs", None)
+    if theirs is not None:
+        verl_config.validate_config = verl.utils.validate_config = theirs

@@ -53,6 +53,11 @@ def register() -> None:
     register_policy_loss("redit_bypass_mode")(compute_policy_loss_bypass_mode)
 
 
+def unregister() -> None:
+    for name in (*NAMES, "bypass_mode"):
+        core_algos.POLICY_LOSS_REGISTRY.pop(f"redit_{name}", None)
+
+
 def loss_config(name: str, actor: ActorConfig) -> LossConfig:
     """The loss that verl calls `name`, with the options of `actor`.
 
