@@ -1,7 +1,7 @@
-"""The README's table of speeds on the CPU, from benchmarks/results/cpu/*.json: python -m tools.cpu_table
+"""The table of speeds on the CPU in docs/benchmarks.md, from benchmarks/results/cpu/*.json: python -m tools.cpu_table
 
 The files come from `python -m benchmarks.bench_token_loss --json benchmarks/results/cpu/token_loss.json`, and params
-likewise, on a machine that does nothing else. A test compares the README with them.
+likewise, on a machine that does nothing else. `python -m tools.tables` writes the page, and a test compares it.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""The demo's table in the README: python -m tools.demo_table [--print]
+"""The demo's table in docs/demo.md: python -m tools.demo_table [--print]
 
 Trains the embedded demo four ways over three seeds, one run after the other, into runs/table/, and keeps the summaries
-in results/. `--print` only prints the table from those results; a test compares it with the README's.
+in results/. `--print` only prints the table from those results; `python -m tools.tables` writes the page.
 """
 
 import json
@@ -54,6 +54,17 @@ def table() -> str:
         )
         lines.append(f"| {name} | {cells} | {gain:+.1f} points | {rl:.0f} |")
     return "\n".join(lines)
+
+
+def model_table() -> str:
+    """The size of the model that the demo trains."""
+    from redit_fast.training import builtin
+
+    model, _ = builtin.build(0)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    config = model.config
+    sizes = config.num_hidden_layers, config.hidden_size, config.vocab_size, f"{count:,}"
+    return f"| layers | width | vocabulary | parameters |\n|---|---|---|---|\n| {' | '.join(map(str, sizes))} |"
 
 
 if __name__ == "__main__":

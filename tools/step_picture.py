@@ -1,0 +1,105 @@
+"""The README's picture, docs/steps.png, and the tables of a training step: python -m tools.step_picture
+
+From benchmarks/results/cpu/{trl,verl,apply,apply_hosts}.json, which `python -m benchmarks.bench_trl --json FILE`, and
+bench_verl, bench_apply and bench_apply_hosts likewise, write. A test compares picture and pages with them.
+"""
+
+import io
+import json
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
+
+from redit_fast.training.report.curves import BLUE, GREY, STYLE
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+PICTURE = ROOT / "docs" / "steps.png"
+NAMES = {  # of a row in the results -> how the pages call it
+    ("trl", "redit-fast"): "TRL, redit-fast's head",
+    ("trl", "TRL"): "TRL, its own head",
+    ("verl", "redit-fast"): "verl, redit-fast's head",
+    ("verl", "verl, torch head"): "verl, its own fused head",
+    ("verl", "verl, logits"): "verl, without a fused head",
+    ("apply", "apply_to"): "supervised step, under apply_to",
+    ("apply", "transformers"): "supervised step, transformers' own loss",
+}
+COPY = "torch copy_"
+SETTING = "A model of two layers of width 128 with a vocabulary of 50 thousand, in float32, on two CPU threads"
+
+
+def rows(name: str) -> list[dict]:
+    """The rows of one step, without the copy that speeds are compared with."""
+    (table,) = json.loads((RESULTS / f"{name}.json").read_text())["tables"].values()
+    return [{**row, "name": NAMES[name, row["name"]]} for row in table if row["name"] != COPY]
+
+
+def table(*names: str) -> str:
+    """Milliseconds and megabytes of the steps in `names`."""
+    return _table([(row["name"], row) for name in names for row in rows(name)], "ms")
+
+
+def apply_table() -> str:
+    """The modes of `apply_to`: CPU time, since other work ran beside them."""
+    tables = json.loads((RESULTS / "apply_hosts.json").read_text())["tables"]
+    named = [(f"{title}: {row['name']}", row) for title, rows in tables.items() for row in rows if row["name"] != COPY]
+    return _table(named, "CPU ms")
+
+
+def _table(named: list[tuple[str, dict]], unit: str) -> str:
+    lines = [f"| {name} | {row['ms']:.0f} | {row['peak_mb']:.0f} |" for name, row in named]
+    return "\n".join([f"| | {unit} | MB |", "|---|---|---|", *lines])
+
+
+def shown() -> list[dict]:
+    """The bars of the picture from top to bottom: name, seconds with their tenth and ninetieth percentile, MB."""
+    return [
+        {"name": row["name"], "s": row["ms"] / 1e3, "p10": row["p10"] / 1e3, "p90": row["p90"] / 1e3,
+         "mb": row["peak_mb"]}
+        for name in ("trl", "verl") for row in rows(name)
+    ]  # fmt: skip
+
+
+def figure() -> Figure:
+    bars = shown()
+    places = [i + 0.6 * bar["name"].startswith("verl") for i, bar in enumerate(bars)]  # a gap between the hosts
+    colours = [BLUE if "redit-fast" in bar["name"] else GREY for bar in bars]
+    drawn = Figure(figsize=(9, 2.9))
+    drawn.subplots_adjust(0.205, 0.255, 0.985, 0.9, wspace=0.07)
+    time, memory = drawn.subplots(1, 2, sharey=True)
+    seconds = [bar["s"] for bar in bars]
+    time.barh(places, seconds, color=colours, height=0.72)
+    reach = [[bar["s"] - bar["p10"] for bar in bars], [bar["p90"] - bar["s"] for bar in bars]]
+    time.errorbar(seconds, places, xerr=reach, fmt="none", ecolor="#1d2226", elinewidth=1, capsize=2)
+    memory.barh(places, [bar["mb"] for bar in bars], color=colours, height=0.72)
+    for place, bar in zip(places, bars, strict=True):
+        time.annotate(f"{bar['s']:.2f}", (bar["p90"], place), (5, 0), textcoords="offset points", va="center")
+        memory.annotate(f"{bar['mb']:.0f}", (bar["mb"], place), (5, 0), textcoords="offset points", va="center")
+    time.set_title("Time of one training step")
+    time.set_xlabel("seconds: median, 10th to 90th percentile")
+    memory.set_title("Peak memory of one training step")
+    memory.set_xlabel("MB, with the model")
+    time.set_yticks(places, [bar["name"] for bar in bars])
+    for axes in (time, memory):
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlim(0, axes.get_xlim()[1] * 1.1)  # room for the numbers
+    memory.xaxis.set_major_locator(MultipleLocator(1000))
+    time.invert_yaxis()
+    drawn.text(0.985, 0.03, SETTING, ha="right", color=GREY, fontsize=8.5)
+    return drawn
+
+
+def draw() -> bytes:
+    """The picture, with its numbers as its description: its bytes are matplotlib's and its fonts'."""
+    picture = io.BytesIO()
+    with rc_context(STYLE):
+        figure().savefig(picture, format="png", dpi=150, metadata={"Description": json.dumps(shown())})
+    return picture.getvalue()
+
+
+if __name__ == "__main__":
+    PICTURE.write_bytes(draw())
