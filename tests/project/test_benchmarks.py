@@ -1,4 +1,4 @@
-"""The README's command for the benchmarks, small: every case runs, and each checks what it timed."""
+"""The commands of docs/benchmarks.md, small: every case runs, and each checks what it timed."""
 
 import os
 import subprocess
