@@ -87,7 +87,7 @@ _MARKUP = [
     (r"=>|->|[=≈→⇒]|\\(?:approx|to|implies|therefore|Rightarrow)(?![a-z])", " = "),
     (rf"(?<=[{_LETTER}]):(?![*_]\s)", ": "),
 ]
-_MARKUP = [(re.compile(pattern), by) for pattern, by in _MARKUP]
+_REPLACED = [(re.compile(pattern), by) for pattern, by in _MARKUP]
 _CJK = re.compile("[\u3001-\u3003\u300a-\u3011\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af，：；！？（）]")
 _CLOSING = ")]}*_\"'”’`,;:?"
 
@@ -168,7 +168,7 @@ def _needs_it(before: list[str]) -> bool:
 
 def _is_second(before: list[str]) -> bool:
     """Whether the number behind these words is the second of a list or of 5 feet 7 inches."""
-    between = []
+    between: list[str] = []
     if re.fullmatch(r"[0-9]{1,2}\)", " ".join(before[-1:])) and len(before) == 1:
         return False  # 1) 7
     for i, word in reversed(list(enumerate(before))[-4:]):
@@ -209,7 +209,7 @@ def _goes_on(after: list[str], new_line: bool) -> bool:
 
 def _plain(text: str) -> str:
     """Without markup; of Chinese, Japanese and Korean, which have no blanks, numerals alone stay."""
-    for pattern, by in _MARKUP:
+    for pattern, by in _REPLACED:
         text = pattern.sub(by, text)
     return _CJK.sub(lambda found: found[0] if found[0].isnumeric() else " ", text)
 
