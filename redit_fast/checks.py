@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def whole_number(name: str, value: object, least: int = 0, bits: int = 63) -> in
     return value
 
 
-def as_float(value: Real) -> float:
+def as_float(value: SupportsFloat) -> float:
     """NaN where the number, an int or a fraction, is beyond the largest float: it is in no range."""
     try:
         return float(value)

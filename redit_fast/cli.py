@@ -40,10 +40,10 @@ class _Terminated(KeyboardInterrupt):
 def _terminable() -> Iterator[None]:
     """SIGTERM, and SIGHUP of a terminal that was closed, become _Terminated where nothing else is to happen then."""
 
-    def stop(number: int, _: object) -> None:
+    def terminate(number: int, _: object) -> None:
         raise _Terminated(number)
 
-    stop = in_this_process(stop)
+    stop = in_this_process(terminate)
     main_thread = threading.current_thread() is threading.main_thread()  # no other may set a handler
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if main_thread and hasattr(signal, name)]
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores SIGHUP
@@ -127,7 +127,7 @@ def _complain(message: str) -> None:
     print(f"redit-fast: {' '.join(message.split())}", file=sys.stderr)
 
 
-def _warning(message: Warning, *_: object) -> str:
+def _warning(message: Warning | str, *_: object) -> str:
     """One line, without the file and the source line where the warning was given."""
     return f"warning: {' '.join(str(message).split())}\n"
 

@@ -8,13 +8,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from redit_fast.checks import (
     LARGEST,
+    as_float,
     check_choice,
     check_dense,
     check_seed,
@@ -89,8 +90,8 @@ class Dither:
             return 0.0
         if callable(self.schedule):
             return real_number(f"what schedule returns at step {step}", self.schedule(step), least=0)
-        name, t = self.schedule, step
-        if name.endswith("_reverse"):
+        name, t = str(self.schedule), step
+        if name.endswith("_reverse") and self.total_steps is not None:
             name, t = name.removesuffix("_reverse"), max(0, self.total_steps - step)
             if name == "cosine":
                 return _half_cosine(self.level, min(t, 8000) / 8000)
@@ -126,14 +127,14 @@ def per_reward(name: str, value: float | Sequence[float] | Tensor, count: int | 
         if numbers.ndim > 1 or (readable and not torch.isfinite(numbers).all()):
             raise ValueError(f"{wanted} {described(value) if numbers.ndim > 1 else numbers.tolist()}")
     else:
-        plain = value.tolist() if hasattr(value, "tolist") else value  # of numpy
+        plain: Any = value.tolist() if hasattr(value, "tolist") else value  # of numpy
         many = isinstance(plain, Sequence) and not isinstance(plain, str | bytes)
         if many and not plain:
             raise ValueError(f"{wanted} none")
         for each in plain if many else (plain,):
             if isinstance(each, bool) or not isinstance(each, Real):
                 raise TypeError(f"{wanted} {described(each)}{' among them' if many else ''}")
-            if not abs(each) <= LARGEST:
+            if not abs(as_float(each)) <= LARGEST:
                 raise ValueError(f"{wanted} {described(each)}{' among them' if many else ''}")
         numbers = torch.tensor([float(each) for each in plain] if many else float(plain), dtype=torch.float64)
     if count is None:

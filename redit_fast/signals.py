@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C; Slurm, Kubernetes and kill; a terminal that was closed
 Handler = Callable[[int, FrameType | None], object]
@@ -29,7 +30,7 @@ def in_this_process(handler: Handler) -> Handler:
 
 
 @contextmanager
-def handled(handler_of: Callable[[Handler | signal.Handlers], Handler | None]) -> Iterator[None]:
+def handled(handler_of: Callable[[Any], Handler | None]) -> Iterator[None]:
     """Inside, each of STOPS has the handler that `handler_of` makes of the one before; None leaves that one. Outside
     the main thread, which alone may set handlers, nothing."""
     before = {}
@@ -49,14 +50,14 @@ def handled(handler_of: Callable[[Handler | signal.Handlers], Handler | None]) -
 @contextmanager
 def remembered() -> Iterator[None]:
     """A stop that the code inside swallows, as a bare `except:` does, comes again when the block is done."""
-    came = []
+    came: list[int] = []
 
-    def handler_of(before: Handler | signal.Handlers) -> Handler | None:
+    def handler_of(earlier: Any) -> Handler | None:
         def note(number: int, frame: FrameType | None) -> None:
             came.append(number)
-            before(number, frame)
+            earlier(number, frame)
 
-        return note if callable(before) else None
+        return note if callable(earlier) else None
 
     with handled(handler_of):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +66,14 @@ class AppliedHead(SwappedForward):
         self._eval_logits = eval_logits
         self._signature = inspect.signature(type(model).forward)
         # Not in a graph. Here, as the decorator would make `import redit_fast` load torch._dynamo, and that Triton.
-        self._compare, self._look_at_loss = map(torch.compiler.disable, (self._compare, self._look_at_loss))
+        for name in ("_compare", "_look_at_loss"):
+            setattr(self, name, torch.compiler.disable(getattr(self, name)))
         self._compared = False
         self._modes: set[bool] = set()  # model.training of the calls whose loss has been looked at
         if can_run(model):
             self._compare(model, model.forward)
         super().__init__(model)
-        self._trl = None  # our forward over TRL's, where TRL's came over this one
+        self._trl: SwappedForward | None = None  # our forward over TRL's, where TRL's came over this one
         self._hook = model.base_model.register_forward_hook(self._meet_trl)
 
     def remove(self) -> None:
@@ -81,7 +82,7 @@ class AppliedHead(SwappedForward):
             self._trl.remove()
         super().remove()
 
-    def call(self, model: PreTrainedModel, before: Callable, args: tuple, kwargs: dict) -> object:
+    def call(self, model: Any, before: Callable, args: tuple, kwargs: dict) -> Any:
         if not self._compared:
             self._compare(model, before)
         if kwargs.get("fused_lm_head"):  # TRL's forward, which was there first
@@ -111,7 +112,7 @@ class AppliedHead(SwappedForward):
             arguments |= arguments.pop(named[-1].name, {})
         return arguments
 
-    def _loss(self, model: PreTrainedModel, before: Callable, arguments: dict) -> object:
+    def _loss(self, model: PreTrainedModel, before: Callable, arguments: dict) -> Any:
         """The model's own forward, its head and its loss being ours."""
         as_tuple = arguments.get("return_dict", model.config.return_dict) is False
         if as_tuple:
@@ -174,10 +175,12 @@ class LabelHead(ScoringHead):
         targets = self._shifted
         if targets is None:
             targets = nn.functional.pad(self._labels[..., 1:], (0, 1), value=IGNORE)
-        self._logp, self._in_place_of_logits, self.asked = None, None, False
+        self._logp: Any = None
+        self._in_place_of_logits: Any = None
+        self.asked = False
         super().__init__(head, targets.masked_fill(targets == self._ignore, IGNORE), transforms)
 
-    def call(self, head: nn.Linear, before: Callable, args: tuple, kwargs: dict) -> Tensor:
+    def call(self, model: Any, before: Callable, args: tuple, kwargs: dict) -> Any:
         (hidden,) = args
         if self._logp is not None or hidden.shape[:-1] != self._targets.shape:
             raise ValueError(
@@ -185,7 +188,7 @@ class LabelHead(ScoringHead):
                 f"{tuple(hidden.shape)}{'' if self._logp is None else ' in a second call'}"
             )
         self._targets = self._targets.to(hidden.device)
-        logp = super().call(head, before, args, kwargs)[..., None]
+        logp = super().call(model, before, args, kwargs)[..., None]
         self._logp, self._in_place_of_logits = logp.detach(), _Hidden.apply(logp)
         return self._in_place_of_logits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def can_run(model: nn.Module) -> bool:
     )
 
 
-def check_objective(model: PreTrainedModel, own: Callable, ours: Callable[[dict], object], taken: list[str]) -> None:
+def check_objective(model: PreTrainedModel, own: Callable, ours: Callable[[dict], Any], taken: list[str]) -> None:
     """Compares the losses of `own(**arguments)` and `ours(arguments)`, with labels alone and with shift_labels and
     num_items_in_batch; `taken` are the names that the model takes of these and use_cache. The tolerance is 1e-5 of the
     loss and what one rounding of the largest logit makes, in the dtype that the head computes in.

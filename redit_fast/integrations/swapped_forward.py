@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import MethodType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ class SwappedForward:
 
         self._forward = model.forward = MethodType(forward, model)
 
-    def call(self, model: nn.Module, before: Callable, args: tuple, kwargs: dict) -> object:
+    def call(self, model: Any, before: Callable, args: tuple, kwargs: dict) -> Any:
         raise NotImplementedError
 
     def remove(self) -> None:
@@ -60,8 +60,8 @@ class ScoringHead(SwappedForward):
         self._targets, self._options = targets, options
         super().__init__(head)
 
-    def call(self, head: nn.Linear, before: Callable, args: tuple, kwargs: dict) -> Tensor | tuple[Tensor, Tensor]:
+    def call(self, model: Any, before: Callable, args: tuple, kwargs: dict) -> Any:
         (hidden,) = args
-        weight, bias = (None if p is None else p.to(hidden.dtype) for p in (head.weight, head.bias))
-        found = linear_logp(hidden, weight, self._targets, bias=bias, **self._options)
+        bias = None if model.bias is None else model.bias.to(hidden.dtype)
+        found = linear_logp(hidden, model.weight.to(hidden.dtype), self._targets, bias=bias, **self._options)
         return found.clone() if isinstance(found, Tensor) else tuple(x.clone() for x in found)  # it warns of views

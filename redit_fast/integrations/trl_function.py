@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import trl
@@ -28,7 +29,7 @@ class LinearLogpFunction:
     goes to TRL's own. `scored`, of as many elements as there are targets, says which rows TRL reads; elsewhere it sets
     0."""
 
-    def __init__(self, theirs: type, entropy: EntropyMode, scored: Tensor | None = None):
+    def __init__(self, theirs: Any, entropy: EntropyMode, scored: Tensor | None = None):
         self.theirs, self.entropy, self.scored = theirs, entropy, scored
 
     def apply(

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from redit_fast.training.rewards.functions import full_scale
+
 CHANGES = 4
 LARGEST_CHANGE = 9
 LARGEST_TOTAL = 20
@@ -50,7 +52,7 @@ FORMAT = re.compile(r"<think>[^<]*</think><answer>\d+</answer>")
 def records(count: int, *, held_out: bool, seed: int) -> list[dict]:
     """`count` problems with distinct prompts: {"prompt": text, "answer": "18", "steps": ["14+5=19", ...]}."""
     problems = _problems(random.Random(f"{seed} {held_out}"), held_out)
-    found = {}
+    found: dict[str, dict] = {}
     while len(found) < count:
         record = next(problems)
         found.setdefault(record["prompt"], record)
@@ -74,7 +76,8 @@ def is_held_out(start: int, changes: tuple[int, ...]) -> bool:
 
 def _problems(rng: random.Random, held_out: bool) -> Iterator[dict]:
     while True:
-        totals, changes = [rng.randint(0, LARGEST_TOTAL)], []
+        totals = [rng.randint(0, LARGEST_TOTAL)]
+        changes: list[int] = []
         while len(changes) < CHANGES:
             change = rng.choice([-1, 1]) * rng.randint(1, LARGEST_CHANGE)
             if 0 <= totals[-1] + change <= LARGEST_TOTAL:
@@ -99,6 +102,7 @@ def correct_answer(prompts, completions, *, answer, **columns) -> list[float]:
     return [1.0 if match and match[1] == right else 0.0 for match, right in zip(found, answer, strict=True)]
 
 
+@full_scale(0.5)
 def right_steps(prompts, completions, *, steps, **columns) -> list[float]:
     """0.5 times the share of lines that are right and in their place; lines too many count as wrong."""
     scores = []
@@ -109,13 +113,10 @@ def right_steps(prompts, completions, *, steps, **columns) -> list[float]:
     return scores
 
 
+@full_scale(0.25)
 def answer_format(prompts, completions, **columns) -> list[float]:
     """0.25 where the completion is <think>...</think> followed by <answer>N</answer> and nothing else."""
     return [0.25 if FORMAT.fullmatch(text) else 0.0 for text in completions]
-
-
-right_steps.reward_scale = 0.5  # the full scale, which the dither level is relative to
-answer_format.reward_scale = 0.25
 
 
 def build(seed: int) -> tuple[Qwen2ForCausalLM, Tokenizer]:

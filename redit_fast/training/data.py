@@ -209,7 +209,8 @@ def split(records: list[dict], eval_problems: int, seed: int) -> tuple[list[dict
         groups.setdefault(json.dumps(record["prompt"], sort_keys=True), []).append(index)
     order = list(groups.values())
     random.Random(f"{seed} split").shuffle(order)
-    room, chosen = min(eval_problems, len(records) // 5), set()
+    room = min(eval_problems, len(records) // 5)
+    chosen: set[int] = set()
     for group in order:
         if len(chosen) + len(group) <= room:
             chosen.update(group)

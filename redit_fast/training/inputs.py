@@ -39,7 +39,7 @@ def of(config: TrainConfig) -> Inputs:
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
         return {"reward module": modules, "the demo": {builtin.__name__: demo}}
-    data = {config.data: _digest(Path(config.data), f"data {config.data}")}
+    data = {str(config.data): _digest(Path(str(config.data)), f"data {config.data}")}
     return {"reward module": modules, "data": data, "model": _model(config.model)}
 
 

@@ -267,7 +267,8 @@ class Batch:
 
     def score_reference(self, reference: PreTrainedModel) -> None:
         """Sets ref_logp to the log-probs under `reference`, for every pass of the step."""
-        head, logps = head_of(reference), {}
+        head = head_of(reference)
+        logps: dict[int, Tensor] = {}
         reference.eval()
         with torch.no_grad():
             for samples, _ in self.micro_batches():
@@ -286,7 +287,8 @@ class Batch:
         torch.manual_seed((self.seed + self.step) % 2**63)
         model.train()
         head, loss, skipped = head_of(model), 0.0, 0.0
-        logps, entropies = {}, {}
+        logps: dict[int, Tensor] = {}
+        entropies: dict[int, Tensor] = {}
         for samples, graph in self.micro_batches():
             with torch.set_grad_enabled(graph):
                 hidden, targets, lengths = self.hidden(model, samples)

@@ -35,7 +35,7 @@ class Lines:
     def __init__(self):
         self._start, self._over = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)  # a step alone may take minutes
-        self._task: Task | None = None
+        self._task = Task("", 0, 0, 0, "", 0.0)
 
     def __enter__(self) -> Lines:
         self._thread.start()
@@ -64,7 +64,7 @@ class Lines:
 
     def _print(self, more: str = "") -> None:
         task, now, left = self._task, time.monotonic(), ""
-        if task is None or self._over.is_set():
+        if not task.name or self._over.is_set():
             return
         if task.done > task.first:
             seconds = (now - task.began) / (task.done - task.first) * (task.total - task.done)

@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -66,7 +67,7 @@ def _check_passes(name: str, model, tokenizer, record: dict, settings: rf.LossCo
     """The texts of a rollout that the training pass agrees with."""
     ids = data.render(tokenizer, record, config.system_prompt)[-PROMPT:]
     prompts = [ids, ids[: (len(ids) + 1) // 2]]  # of two lengths
-    sampling = {"group_size": GROUP, "max_new_tokens": min(COMPLETION, config.max_completion_length)}
+    sampling: dict[str, Any] = {"group_size": GROUP, "max_new_tokens": min(COMPLETION, config.max_completion_length)}
     sampling |= {"temperature": ALIKE, "seed": config.seed}
     with Foreign(f"{name} cannot be rolled out", plain=(NotImplementedError, FloatingPointError)):
         end = generate(model, [], prompts, **sampling).completions[0][0]

@@ -115,6 +115,10 @@ def test_what_is_no_number_is_not_read_in_part(text):
     ("text", "value"),
     [
         ("so 3 + 4 = 7", 7),
+        ("After 3 days, 7 are left", 7),
+        ("In 3 boxes, 7 apples.", 7),
+        ("Step 3: 7", 7),
+        ("1) 7", 7),
         ("3+4=7.", 7),
         ("x=7", 7),
         ("x = -7", -7),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 import verl
@@ -56,7 +56,7 @@ def read_dither(section: Mapping[str, object] | None) -> Dither | None:
         if known[name] == int | None and not (value is None or (number and isinstance(value, int))):
             raise TypeError(f"algorithm.redit.{name} must be an int, got {value!r}")
     try:
-        return DitherOptions(**section).dither(seed=0)
+        return DitherOptions(**cast(dict[str, Any], section)).dither(seed=0)
     except (ValueError, TypeError) as error:
         raise type(error)(f"algorithm.redit.{error}") from None
 
@@ -90,7 +90,7 @@ def compute_redit_grpo_advantage(
     token_level_rewards: Tensor,
     response_mask: Tensor,
     index: Sequence[object],
-    config: Mapping[str, object] | None = None,
+    config: Mapping[str, Any] | None = None,
     **other: object,
 ) -> tuple[Tensor, Tensor]:
     """verl's advantage estimator "redit_grpo": its grpo on dithered rewards (`group_advantages`, eps 1e-6).

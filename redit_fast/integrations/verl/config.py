@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import verl.utils
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_fn
@@ -14,7 +14,7 @@ from redit_fast.integrations.verl.advantages import ESTIMATOR, read_dither
 from redit_fast.integrations.versions import check_hooks
 
 
-def check_config(config: Mapping) -> None:
+def check_config(config: Any) -> None:
     """`config` is verl's whole configuration, an OmegaConf DictConfig.
 
     Raises:

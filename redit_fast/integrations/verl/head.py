@@ -6,6 +6,7 @@ import inspect
 import io
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from typing import Any
 
 import torch
 import verl
@@ -32,7 +33,7 @@ class FusedHead(SwappedForward):
         self._transforms = logit_transforms(model.config)
         super().__init__(model)
 
-    def call(self, model: PreTrainedModel, before: Callable, args: tuple, kwargs: dict) -> object:
+    def call(self, model: Any, before: Callable, args: tuple, kwargs: dict) -> Any:
         theirs = getattr(torch_functional, HEAD)
         setattr(torch_functional, HEAD, lambda impl_backend: self)  # looked up in every call of `before`
         try:
@@ -53,7 +54,8 @@ class FusedHead(SwappedForward):
                 f"impl_backend={BACKEND} needs one temperature for all tokens, got a tensor of shape "
                 f"{tuple(temperature.shape)}: set use_fused_kernels=False for a temperature per sample"
             )
-        head = self._model.get_output_embeddings()
+        model: Any = self._model
+        head = model.get_output_embeddings()
         if type(head).forward is not nn.Linear.forward:  # FSDP2 makes a subclass; an adapter's forward does more
             raise TypeError(f"impl_backend={BACKEND} needs an nn.Linear as the LM head, got {type(head).__name__}")
         entropy = "grad" if torch.is_grad_enabled() else "metric"
@@ -61,7 +63,7 @@ class FusedHead(SwappedForward):
             return head(hidden_states)
 
 
-def _choosing(theirs: Callable) -> Callable:
+def _choosing(theirs: Any) -> Any:
     def patch_forward_with_backends(
         model: PreTrainedModel, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
     ) -> None:
@@ -77,8 +79,9 @@ def _choosing(theirs: Callable) -> Callable:
         model._verl_fused_kernels_backend = BACKEND
         print(f"Using redit_fast.linear_logp for fused kernels in {type(model).__name__}")
 
-    patch_forward_with_backends.theirs = theirs
-    return patch_forward_with_backends
+    ours: Any = patch_forward_with_backends
+    ours.theirs = theirs
+    return ours
 
 
 def register() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from typing import Any, cast
 
 import torch
 import verl
@@ -75,10 +76,10 @@ def loss_config(name: str, actor: ActorConfig) -> LossConfig:
         fields = {"epsilon_low", "epsilon_high"}
     else:
         fields = OPTIONS.keys() & preset.losses[loss_type].options.keys()
-    options = {field: _option(field, actor) for field in fields}
+    options: dict[str, Any] = {field: _option(field, actor) for field in fields}
     try:
         if loss_type in DPPO:
-            return LossConfig(loss_type, **options)
+            return LossConfig(cast(Any, loss_type), **options)
         return LossConfig.like("verl", loss_type=loss_type, **options)
     except (ValueError, TypeError) as error:
         field, _, what = str(error).partition(" ")
@@ -182,16 +183,18 @@ def _metrics(name: str, rows: Rows, terms: Terms, logp: Tensor) -> dict[str, flo
     """verl's own, by one copy from the device."""
     if name == "gpg":
         return {}
-    A, log_ratio = rows.advantages, logp - rows.old_logp
+    A, old_logp = rows.advantages, cast(Tensor, rows.old_logp)  # which verl always has
+    log_ratio = logp - old_logp
     limited = name in ("vanilla", "sapo", "cispo", *DPPO)
     kl = log_ratio.abs() if name == "kl_cov" else -clamp_exponent(log_ratio) if limited else -log_ratio
-    clipped, lower = None, torch.zeros_like(A)
+    clipped: Any = None  # or a tensor, as lower
+    lower: Any = torch.zeros_like(A)
     if name in ("vanilla", "gspo"):
         clipped = terms.below | terms.above
         if name == "vanilla":
             lower = (A < 0) & (clamp_exponent(log_ratio).exp() > rows.config.dual_clip)
     elif name in DPPO:
-        trusted = dppo_trusts(rows.config, logp, rows.old_logp, A)
+        trusted = dppo_trusts(rows.config, logp, old_logp, A)
         clipped, lower = ~trusted, trusted & (clamp_exponent(log_ratio).exp() > DPPO_MAX_RATIO)
     elif name == "sapo":
         clipped = lower

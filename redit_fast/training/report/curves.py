@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import cycle
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from redit_fast.training.config import TrainConfig
 
 BLUE, ORANGE, GREEN, GREY = "#33658a", "#c8743c", "#4f8a68", "#8b929a"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",

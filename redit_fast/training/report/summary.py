@@ -49,7 +49,7 @@ def environment() -> dict:
     """{"commit": of the checkout that this package runs from or None, "versions": {package: version}}."""
     here, commit = Path(__file__).resolve().parents[3], None
     if (here / ".git").exists():
-        git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
         try:
             commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):  # no git, or a repository without a commit

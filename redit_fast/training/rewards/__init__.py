@@ -17,10 +17,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from redit_fast.checks import as_float
 from redit_fast.signals import remembered
 from redit_fast.training import data
 from redit_fast.training.data import Prompt
@@ -56,7 +58,7 @@ def resolve(names: Sequence[str], columns: Iterable[str]) -> list[RewardFunction
             )
         with UserCode(f"rewards: reward_scale of {name!r}"):
             scale = getattr(fn, "reward_scale", 1.0)
-            fits, told = isinstance(scale, Real) and 0 < scale <= sys.float_info.max, f"{scale!r:.80}"
+            fits, told = isinstance(scale, Real) and 0 < as_float(scale) <= sys.float_info.max, f"{scale!r:.80}"
         if not fits:
             raise RewardError(f"rewards: reward_scale of {name!r} is {told}, needs a positive number")
         columns = list(columns)
@@ -101,7 +103,7 @@ def score(
     return scores
 
 
-def score_texts(functions: Sequence[RewardFunction], records: Sequence[dict], texts: Sequence[str]) -> Tensor:
+def score_texts(functions: Sequence[RewardFunction], records: list[dict], texts: Sequence[str]) -> Tensor:
     """The rewards of completions given as text, one to each record of the data: `score`."""
     prompts = [record["prompt"] for record in records]
     completions = [data.completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
@@ -137,7 +139,7 @@ def _rewards(function: RewardFunction, prompts, completions, columns) -> list[fl
     return [_number(function, i, value) for i, value in enumerate(values)]
 
 
-def _number(function: RewardFunction, sample: int, value: object) -> float:
+def _number(function: RewardFunction, sample: int, value: Any) -> float:
     with UserCode(f"reward function {function.name!r}: reading what it returned for sample {sample}"):
         value = value.item() if getattr(value, "ndim", None) == 0 else value  # of a tensor or an array
         if value is None:

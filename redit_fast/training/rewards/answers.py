@@ -11,7 +11,8 @@ r"""Answers that are numbers: read from text whole, as exact fractions, or not a
 An expression (3^7, 5-3, 2 * 3, 5!), a list, a range, a date, 1,5, 1.000.000, 1 000, ½ and 0.333... are no number.
 In a completion the last number is none, too, beside a symbol other than = (3 • 7, 7 | x), behind a word that makes
 it something else (minus 7, log 7, half of 7), before one (7 squared, 7 and a half), and as the second of two without a
-verb between them (3, 7; 5 feet 7 inches; 3 to 7). Neither line breaks nor closing brackets hide such a symbol or word.
+verb between them (3, 7; 5 feet 7 inches; 3 to 7), but for a number (Step 3: 7, 1) 7) or a clause (After 3 days, 7 are
+left) ahead of it. Neither line breaks nor closing brackets hide such a symbol or word.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ _LINKS = set(  # between two numbers: the second is one of its own
     "hence therefore get gets got have has had yield yields total totals only still now which remain remains means "
     "that".split()
 )
+_OPENS = {"after", "at", "for", "from", "if", "in", "on", "since", "when"}  # a sentence whose comma ends a clause
+_LABELS = {"step", "part", "case", "question", "problem", "answer", "option", "example", "line", "day", "week"}
 _JOINS = {"and", "or", "to", "of", "the", "by", "through", "until", "square", "cubic"}
 _MARKUP = [
     (r"<<[^<>]*>>", ""),  # GSM8K's calculator
@@ -84,7 +87,7 @@ _MARKUP = [
     (r"=>|->|[=≈→⇒]|\\(?:approx|to|implies|therefore|Rightarrow)(?![a-z])", " = "),
     (rf"(?<=[{_LETTER}]):(?![*_]\s)", ": "),
 ]
-_MARKUP = [(re.compile(pattern), by) for pattern, by in _MARKUP]
+_REPLACED = [(re.compile(pattern), by) for pattern, by in _MARKUP]
 _CJK = re.compile("[\u3001-\u3003\u300a-\u3011\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af，：；！？（）]")
 _CLOSING = ")]}*_\"'”’`,;:?"
 
@@ -165,12 +168,18 @@ def _needs_it(before: list[str]) -> bool:
 
 def _is_second(before: list[str]) -> bool:
     """Whether the number behind these words is the second of a list or of 5 feet 7 inches."""
-    between = []
-    for word in reversed(before[-4:]):
+    between: list[str] = []
+    if re.fullmatch(r"[0-9]{1,2}\)", " ".join(before[-1:])) and len(before) == 1:
+        return False  # 1) 7
+    for i, word in reversed(list(enumerate(before))[-4:]):
         name = _bare(word).lower()
         if word[-1] in ".?!" or "=" in word or name in _LINKS or name.endswith("ing") or set(word) <= set("#"):
             return False
         if _has_digits(word):
+            label = not between and word[-1] == ":" and i and before[i - 1].lower() in _LABELS
+            clause = between and before[-1][-1] == "," and _bare(before[0]).lower() in _OPENS
+            if label or clause:  # Step 3: 7; After 3 days, 7 are left
+                return False
             return len(between) < 2 or not _JOINS.isdisjoint(between)
         between.append(name)
     return False
@@ -200,7 +209,7 @@ def _goes_on(after: list[str], new_line: bool) -> bool:
 
 def _plain(text: str) -> str:
     """Without markup; of Chinese, Japanese and Korean, which have no blanks, numerals alone stay."""
-    for pattern, by in _MARKUP:
+    for pattern, by in _REPLACED:
         text = pattern.sub(by, text)
     return _CJK.sub(lambda found: found[0] if found[0].isnumeric() else " ", text)
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
 from redit_fast.training.data import text_of
 from redit_fast.training.rewards import answers
@@ -21,21 +23,56 @@ def reference_answer(answer: object) -> str:
     return text.split("####")[1].replace(",", "").replace("$", "").strip() if "####" in text else text.strip()
 
 
+def _check_text(answer: object) -> None:
+    if isinstance(answer, bool) or not isinstance(answer, str | Real) or not reference_answer(answer):
+        raise ValueError(f"the column 'answer' needs text or a number, got {answer!r:.80}")
+
+
+def _number(answer: object) -> answers.Number:
+    number = answers.the_number(answer)
+    if number is None:
+        raise ValueError(
+            "the column 'answer' needs one number, such as 72, -1,234.50, 3/4, 2 1/2, 50% or 1e5, also with a unit or "
+            f"behind ####, got {answer!r:.80}"
+        )
+    return number
+
+
+def column_checked(check: Callable[[object], object]) -> Callable[[Any], Any]:
+    """`check` raises where a value of the column `answer` is unfit; it sees the whole data before a run starts."""
+
+    def mark(function: Any) -> Any:
+        function.check_column = check
+        return function
+
+    return mark
+
+
+def full_scale(reward_scale: float) -> Callable[[Any], Any]:
+    """Of the rewards, where it is not 1: the dither level is relative to it."""
+
+    def mark(function: Any) -> Any:
+        function.reward_scale = reward_scale
+        return function
+
+    return mark
+
+
+@column_checked(_check_text)
 def exact_answer(prompts, completions, answer, **columns) -> list[float]:
     """1.0 where the extracted answer equals the column `answer`, character by character."""
     found = [extract_answer(text_of(completion)) for completion in completions]
     return [float(text == reference_answer(right)) for text, right in zip(found, answer, strict=True)]
 
 
+@column_checked(_number)
 def numeric_answer(prompts, completions, answer, **columns) -> list[float]:
     """1.0 where the last number of the extracted answer equals the column `answer`, as exact fractions.
 
     Both are read whole or not at all: `redit_fast.training.rewards.answers`.
     """
-    for right in answer:
-        numeric_answer.check_column(right)
     found = [answers.last_number(extract_answer(text_of(completion))) for completion in completions]
-    return [float(answers.the_number(right).equals(number)) for number, right in zip(found, answer, strict=True)]
+    return [float(_number(right).equals(number)) for number, right in zip(found, answer, strict=True)]
 
 
 _BLOCKS = re.compile(r"<(think|reasoning)>.*?</\1>\s*<answer>.*?</answer>", re.DOTALL)
@@ -51,11 +88,14 @@ def xml_format(prompts, completions, **columns) -> list[float]:
 # format patterns run with re.MULTILINE, whose $ also accepts text below the answer; here the whole completion must fit.
 
 
+@full_scale(2.0)
+@column_checked(_check_text)
 def gsm8k_correctness(prompts, completions, answer, **columns) -> list[float]:
     """2.0 where the extracted answer equals the column `answer` as text: the scripts' clean baseline, for both arms."""
     return [2.0 * value for value in exact_answer(prompts, completions, answer)]
 
 
+@full_scale(0.5)
 def gsm8k_int(prompts, completions, **columns) -> list[float]:
     """0.5 where the extracted answer is digits alone."""
     return [0.5 if extract_answer(text_of(completion)).isdigit() else 0.0 for completion in completions]
@@ -73,6 +113,7 @@ def gsm8k_soft_format(prompts, completions, **columns) -> list[float]:
     return [float(bool(pattern.fullmatch(text_of(completion).strip()))) for completion in completions]
 
 
+@full_scale(0.5)
 def gsm8k_xmlcount(prompts, completions, **columns) -> list[float]:
     """0.125 for each of the four tags that is there once on its own line, less 0.001 per character behind the last."""
     rewards = []
@@ -84,27 +125,6 @@ def gsm8k_xmlcount(prompts, completions, **columns) -> list[float]:
         rewards.append(reward)
     return rewards
 
-
-def _check_text(answer: object) -> None:
-    if isinstance(answer, bool) or not isinstance(answer, str | Real) or not reference_answer(answer):
-        raise ValueError(f"the column 'answer' needs text or a number, got {answer!r:.80}")
-
-
-def _check_number(answer: object) -> None:
-    if answers.the_number(answer) is None:
-        raise ValueError(
-            "the column 'answer' needs one number, such as 72, -1,234.50, 3/4, 2 1/2, 50% or 1e5, also with a unit or "
-            f"behind ####, got {answer!r:.80}"
-        )
-
-
-# What a value of the column `answer` must be; looked at for the whole data before a run starts.
-exact_answer.check_column = gsm8k_correctness.check_column = _check_text
-numeric_answer.check_column = _check_number
-
-gsm8k_correctness.reward_scale = 2.0
-gsm8k_int.reward_scale = 0.5
-gsm8k_xmlcount.reward_scale = 0.5
 
 SHIPPED = {
     fn.__name__: fn

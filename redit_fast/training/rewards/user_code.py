@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from redit_fast.foreign import text_of_error
 from redit_fast.training.config import module_file
@@ -70,7 +71,8 @@ def source_of(name: str) -> Path | None:
     try:
         with UserCode(f"rewards: {name!r}: looking for {module}"):  # runs the packages that it is in
             loaded = sys.modules.get(module)
-            origin = find_spec(module).origin if loaded is None else loaded.__file__
+            found = find_spec(module) if loaded is None else loaded
+            origin = getattr(found, "origin" if loaded is None else "__file__", None)
     except RewardError:
         return None
     return Path(origin) if origin and Path(origin).is_file() else None
@@ -95,7 +97,7 @@ def _module(folder: Path, module: str, name: str) -> ModuleType:
         return sys.modules[key]
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # for its own imports
-    spec = spec_from_file_location(key, file)
+    spec: Any = spec_from_file_location(key, file)
     sys.modules[key] = module_from_spec(spec)
     try:
         with UserCode(f"rewards: {name!r}: importing {file}"):

@@ -72,10 +72,10 @@ def generate(
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     temperature = real_number("temperature", temperature, least=0)
     seed, step = check_seed(seed), check_step(step)
-    ends = _tokens("eos_token_ids", [eos_token_ids] if isinstance(eos_token_ids, Integral) else eos_token_ids)
+    end_tokens = _tokens("eos_token_ids", [eos_token_ids] if isinstance(eos_token_ids, Integral) else eos_token_ids)
     ids = _checked_ids(prompts, group_size, sample_ids)
     device = model.get_input_embeddings().weight.device
-    ends = torch.tensor(ends, dtype=torch.int64, device=device)
+    ends = torch.tensor(end_tokens, dtype=torch.int64, device=device)
     # All random numbers of the call at once: one per token costs as much as a small model's forward pass.
     u = counter_uniform(seed, ids[:, None] + (torch.arange(max_new_tokens) << 32), STREAM_SAMPLING, step).to(device)
     modes = [(module, module.training) for module in model.modules()]
