@@ -71,7 +71,7 @@ sanitize: $(TESTS)
 
 # A torch that is already in .venv stays.
 PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)
-$(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
 	$(PIP) "setuptools>=77" "pybind11>=2.12"

@@ -16,14 +16,14 @@ from setuptools import Extension, find_packages, setup
 # instruction, correctly rounded, and loops around it are vectorised.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-fast-math", "-fno-math-errno"]
 # Compiled for OpenMP and linked to no OpenMP library: the symbols resolve to the runtime that torch has loaded, so that
-# the process has one (see redit_fast/backends/cpu.py). Apple's clang has no -fopenmp; there the ops run on one thread.
+# the process has one (see redit_fast/backends/cpu/). Apple's clang has no -fopenmp; there the ops run on one thread.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 
 cpu = Extension(
     "redit_fast._cpu",
-    sources=sorted(glob("csrc/*.cpp")),
-    depends=sorted(glob("csrc/*.h")),
-    include_dirs=[pybind11.get_include()],
+    sources=sorted(glob("csrc/cpu/*.cpp")),
+    depends=sorted(glob("csrc/*/*.h")),
+    include_dirs=["csrc", pybind11.get_include()],
     extra_compile_args=FLAGS + OPENMP,
     language="c++",
     optional=True,

@@ -1,4 +1,5 @@
-"""Per-element maths as `@triton.jit` helpers, the twins of csrc/element.h; redit_fast/noise.py is the definition."""
+"""Per-element maths as `@triton.jit` helpers, the twins of csrc/shared/element.h; redit_fast/noise.py is the
+definition."""
 
 import triton
 import triton.language as tl

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from redit_fast.kernels.element import nearest, widen
 from redit_fast.kernels.launch import bits, table
-from redit_fast.kernels.rows import (
+from redit_fast.kernels.row_math import (
     INNER,
     OUTER,
     SLOPE,

@@ -1,11 +1,11 @@
-"""The per-token policy loss and its derivative, the twin of csrc/policy_loss.h; redit_fast/losses/coefficients.py::
-token_coefficients is the definition, float32 and with its order of operations."""
+"""The per-token policy loss and its derivative, the twin of csrc/shared/policy_loss.h; redit_fast/losses/
+coefficients.py::token_coefficients is the definition, float32 and with its order of operations."""
 
 import triton
 import triton.language as tl
 
 from redit_fast.kernels.element import exp, expm1
-from redit_fast.kernels.rows import OUTER, number
+from redit_fast.kernels.row_math import OUTER, number
 
 LOW, HIGH, DELTA, DUAL_CLIP, SAPO_POSITIVE, SAPO_NEGATIVE, DRO_BETA, BETA, FLOOR, CAP = (
     tl.constexpr(OUTER.value + 1 + i) for i in range(10)

@@ -21,8 +21,8 @@ from torch import Tensor
 from redit_fast.kernels.element import nearest, widen
 from redit_fast.kernels.launch import bits, first_that_fits, processors, table
 from redit_fast.kernels.policy_loss import token_coefficient
-from redit_fast.kernels.rows import INNER, OUTER, SLOPE, columns, finish, number, squash
-from redit_fast.kernels.token_rows import backward, clear, forward, target_logit, tile_sums, within
+from redit_fast.kernels.row_math import INNER, OUTER, SLOPE, columns, finish, number, squash
+from redit_fast.kernels.row_tiles import backward, clear, forward, target_logit, tile_sums, within
 
 IGNORE = tl.constexpr(-100)
 TILE_BYTES = (32768, 16384, 8192)  # of a tile, in the order of trial; a thread has 64

@@ -1,7 +1,7 @@
 """The only random numbers: counter-based noise in plain PyTorch, a pure function of (seed, step, id, stream).
 
 Philox4x32-10 as an integer counter generator, then a uniform or a Box-Muller transform in float64 that uses only
-+ - * / sqrt and integer operations, so that every backend gives the same bits. `csrc/element.h` holds the same
++ - * / sqrt and integer operations, so that every backend gives the same bits. `csrc/shared/element.h` holds the same
 functions for C++ and CUDA; `tests/known_answers.json` pins both.
 """
 

@@ -2,6 +2,7 @@
 the tests of the trainer: a model and data as a user would bring them, and the settings of a small run.
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -72,9 +73,11 @@ def backend(request, large_tiles):
 
 
 @pytest.fixture
-def countable(monkeypatch):
+def countable():
     """Products that torch sees."""
-    monkeypatch.setattr(cpu, "_PAIRS", False)
+    widest = next((name for name in reversed(cpu.instruction_sets()) if name != "avx512_bf16"), None)
+    with contextlib.nullcontext() if widest is None else cpu.use_instruction_set(widest):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
 """Rows as the token losses and the head take them: what a backend in Python asks of its arguments before anything is
-launched or written. The C++ backend asks the same in csrc/bindings.h."""
+launched or written. The C++ backend asks the same in csrc/cpu/bindings.h."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@
 #include <cstring>
 #include <vector>
 
-#include "advantages.h"
-#include "element.h"
-#include "formats.h"
-#include "token_loss.h"
+#include "cpu/advantages.h"
+#include "cpu/formats.h"
+#include "cpu/token_loss.h"
+#include "shared/element.h"
 
 using namespace redit;
 

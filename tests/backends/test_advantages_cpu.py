@@ -131,7 +131,7 @@ print(open("/proc/self/maps").read())
 TWIN = r"""
 #include <cinttypes>
 #include <cstdio>
-#include "element.h"
+#include "shared/element.h"
 int main() {
   uint32_t x0, x1;
   while (std::scanf("%" SCNu32 " %" SCNu32, &x0, &x1) == 2) std::printf("%a\n", redit::box_muller(x0, x1));

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from redit_fast.backends import cpu
+from redit_fast.backends.cpu import module
+from redit_fast.backends.cpu.module import CODES, compiled, view
+from redit_fast.backends.cpu.token_loss import _policy
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.transforms import LogitTransform
 
@@ -19,7 +22,7 @@ DTYPES = 6
 
 
 def setting(threads=1, level=-1):
-    return (*cpu._setting(LogitTransform())[:-2], threads, level)
+    return (*module.setting(LogitTransform())[:-2], threads, level)
 
 
 def rows():
@@ -47,14 +50,14 @@ SETTING = setting()
 
 
 def head_rows():
-    chunk = cpu._cpu.HeadRows(cpu._tensor(HELD[4]), VOCABULARY)
-    chunk.anchor_at_targets(cpu._tensor(HELD[2]), cpu._tensor(HELD[3]), NONE, SETTING)
+    chunk = compiled.HeadRows(view(HELD[4]), VOCABULARY)
+    chunk.anchor_at_targets(view(HELD[2]), view(HELD[3]), NONE, SETTING)
     return chunk
 
 
 def finished_rows():
     chunk = head_rows()
-    chunk.finish(cpu._tensor(HELD[0]), NONE, cpu._tensor(HELD[1]), SETTING)
+    chunk.finish(view(HELD[0]), NONE, view(HELD[1]), SETTING)
     return chunk
 
 
@@ -62,7 +65,7 @@ def finished_rows():
 # that it then asks for; (name, axis) of sizes that nothing else tells.
 ENTRIES = {
     "group_advantages": (
-        lambda **given: cpu._cpu.group_advantages(*given.values(), *NAMES),
+        lambda **given: compiled.group_advantages(*given.values(), *NAMES),
         {
             **dict.fromkeys(("values", "group_mean", "group_std"), rows),
             "dead": lambda: torch.empty(ROWS, dtype=torch.bool),
@@ -77,20 +80,20 @@ ENTRIES = {
         (),
     ),
     "token_logp": (
-        lambda **given: cpu._cpu.token_logp(*given.values(), SETTING),
+        lambda **given: compiled.token_logp(*given.values(), SETTING),
         {"logp": rows, "entropy": rows, "sums": sums, "logits": logits, "targets": targets},
         {"entropy": ()},
         (("logits", 1),),
     ),
     "token_logp_grad": (
-        lambda **given: cpu._cpu.token_logp_grad(*given.values(), SETTING),
+        lambda **given: compiled.token_logp_grad(*given.values(), SETTING),
         {"grad_logits": logits, "logits": logits, "targets": targets, "sums": sums,
          **dict.fromkeys(("grad_logp", "grad_entropy", "entropy"), rows)},
         {"grad_entropy": (), "entropy": ("grad_entropy",)},
         (),
     ),
     "token_loss": (
-        lambda **given: cpu._cpu.token_loss(*given.values(), cpu._policy(LossConfig()), 1.0, SETTING),
+        lambda **given: compiled.token_loss(*given.values(), _policy(LossConfig()), 1.0, SETTING),
         {"loss": lambda: torch.zeros(()), "logp": rows, "entropy": rows, "grad_logits": logits, "logits": logits,
          "targets": targets,
          **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows)},
@@ -98,7 +101,7 @@ ENTRIES = {
         (),
     ),
     "token_loss with KL and correction": (
-        lambda **given: cpu._cpu.token_loss(*given.values(), cpu._policy(LOSS), 1.0, SETTING),
+        lambda **given: compiled.token_loss(*given.values(), _policy(LOSS), 1.0, SETTING),
         {"loss": lambda: torch.zeros(()), "logp": rows, "entropy": rows, "grad_logits": logits, "logits": logits,
          "targets": targets,
          **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows)},
@@ -106,12 +109,12 @@ ENTRIES = {
         (),
     ),
     "scale_in_place": (
-        lambda x: cpu._cpu.scale_in_place(x, 0.5, SETTING),
+        lambda x: compiled.scale_in_place(x, 0.5, SETTING),
         {"x": logits},
         {},
         (("x", 0), ("x", 1)),
     ),
-    "HeadRows": (lambda targets: cpu._cpu.HeadRows(targets, VOCABULARY), {"targets": targets}, {}, (("targets", 1),)),
+    "HeadRows": (lambda targets: compiled.HeadRows(targets, VOCABULARY), {"targets": targets}, {}, (("targets", 1),)),
     "anchor_at_targets": (
         lambda **given: head_rows().anchor_at_targets(*given.values(), SETTING),
         {"hidden": lambda: torch.randn(ROWS, WIDTH), "weight": lambda: torch.randn(VOCABULARY, WIDTH),
@@ -139,13 +142,13 @@ ENTRIES = {
     ),
     "store_targets": (lambda e: finished_rows().store_targets(e, SETTING), {"e": logits}, {}, ()),
     "squared_norm": (
-        lambda out: cpu._cpu.squared_norm(out, table(HELD[0]), 1, -1),
+        lambda out: compiled.squared_norm(out, table(HELD[0]), 1, -1),
         {"out": lambda: torch.zeros((), dtype=torch.float64)}, {}, (),
     ),
 }  # fmt: skip
-if cpu._PAIRS:
+if "avx512_bf16" in cpu.instruction_sets():
     ENTRIES["product"] = (
-        lambda c, a, b: cpu._cpu.product(c, False, a, b, 1),
+        lambda c, a, b: compiled.product(c, False, a, b, 1),
         {"c": lambda: torch.zeros(ROWS, VOCABULARY), "a": lambda: torch.randn(ROWS, WIDTH).bfloat16(),
          "b": lambda: torch.randn(WIDTH, VOCABULARY).bfloat16()},
         {},
@@ -161,7 +164,7 @@ def test_every_combination_of_missing_arguments_works_or_is_refused_by_name(name
     for count in range(len(makers) + 1):
         for missing in combinations(makers, count):
             kept = {key: make() for key, make in makers.items()}
-            given = {key: NONE if key in missing else cpu._tensor(kept[key]) for key in makers}
+            given = {key: NONE if key in missing else view(kept[key]) for key in makers}
             wrong = [key for key in missing if key not in optional]
             wrong += [key for key in missing for other in optional.get(key, ()) if other not in missing]
             if wrong:
@@ -202,7 +205,7 @@ def damages(name, given, unknown, any_strides):
 def test_a_description_that_does_not_fit_is_refused_by_name(name):
     call, makers, _, unknown = ENTRIES[name]
     kept = {key: make() for key, make in makers.items()}
-    given = {key: cpu._tensor(tensor) for key, tensor in kept.items()}
+    given = {key: view(tensor) for key, tensor in kept.items()}
     call(**given)
     for key in makers:
         for damage, description in damages(key, given[key], unknown, key in ANY_STRIDES):
@@ -219,7 +222,7 @@ def test_a_description_that_does_not_fit_is_refused_by_name(name):
 def test_an_output_whose_elements_overlap_is_refused():
     x = torch.zeros(1).expand(ROWS, VOCABULARY)
     with pytest.raises(ValueError, match="x is written, so its elements must not overlap"):
-        cpu._cpu.scale_in_place(cpu._tensor(x), 0.5, SETTING)
+        compiled.scale_in_place(view(x), 0.5, SETTING)
     step, t = logits(), targets()
     with pytest.raises(ValueError, match="grad_logits must have the strides of the logits that it overwrites"):
         transposed = torch.as_strided(step, (ROWS, VOCABULARY), (1, ROWS))
@@ -228,25 +231,25 @@ def test_an_output_whose_elements_overlap_is_refused():
 
 def table(*tensors):
     """Entries of the passes over parameters; the tensors must be held by the caller."""
-    return [(0, 0, 0) if x is None else (x.data_ptr(), cpu._CODES[x.dtype], x.numel()) for x in tensors]
+    return [(0, 0, 0) if x is None else (x.data_ptr(), CODES[x.dtype], x.numel()) for x in tensors]
 
 
 def parameter_passes():
     """name: the call, of lists by name; makers of lists; what may be None in them."""
     out = torch.zeros(4, dtype=torch.float64)
-    four, three, one = (cpu._tensor(out[:n]) for n in (4, 3, 1))
+    four, three, one = (view(out[:n]) for n in (4, 3, 1))
     state = {"params": rows, "masters": rows, "grads": rows, "exp_avgs": rows, "exp_avg_sqs": rows,
              "steps": lambda: torch.zeros(())}  # fmt: skip
     return out, {
-        "squared_norm": (lambda tensors: cpu._cpu.squared_norm(one, tensors, 1, -1), {"tensors": rows}, ()),
+        "squared_norm": (lambda tensors: compiled.squared_norm(one, tensors, 1, -1), {"tensors": rows}, ()),
         "perturb": (
-            lambda params, grads: cpu._cpu.perturb(four, params, grads, [0, 7], 0.5, 0.5, True, 3, 1, -1, 1, -1),
+            lambda params, grads: compiled.perturb(four, params, grads, [0, 7], 0.5, 0.5, True, 3, 1, -1, 1, -1),
             {"params": rows, "grads": rows}, (),
         ),
-        "combine": (lambda firsts, grads: cpu._cpu.combine(three, firsts, grads, 0.5, 1, -1),
+        "combine": (lambda firsts, grads: compiled.combine(three, firsts, grads, 0.5, 1, -1),
                     {"firsts": rows, "grads": rows}, ()),
         "adamw": (
-            lambda **given: cpu._cpu.adamw(*given.values(), 1.0, True, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, -1),
+            lambda **given: compiled.adamw(*given.values(), 1.0, True, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, -1),
             state, ("masters",),
         ),
     }  # fmt: skip
@@ -293,37 +296,37 @@ def test_lists_that_do_not_fit_are_refused_by_name(name):
 
 def test_numbers_that_do_not_fit_are_refused_by_name():
     p, g, v = rows(), rows(), torch.zeros(4, dtype=torch.float64)
-    four, params, grads = cpu._tensor(v), table(p), table(g)
+    four, params, grads = view(v), table(p), table(g)
     x, t, kept_sums = logits(), targets(), sums()
 
     def perturb(offsets=(0,), compute_dtype=-1, threads=1, level=-1):
-        cpu._cpu.perturb(four, params, grads, list(offsets), 0.5, 1.0, True, 3, 1, compute_dtype, threads, level)
+        compiled.perturb(four, params, grads, list(offsets), 0.5, 1.0, True, 3, 1, compute_dtype, threads, level)
 
     wide = [torch.zeros(ROWS, dtype=torch.float64) for _ in range(2)]
 
     def adamw(params=(p,), masters=(None,), state=(g,)):
         lists = [table(*x) for x in (params, masters, (g,), state, state)]
         step = torch.zeros(())
-        cpu._cpu.adamw(*lists, table(step), 1.0, True, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, -1)
+        compiled.adamw(*lists, table(step), 1.0, True, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, -1)
 
-    chunk = cpu._cpu.HeadRows(cpu._tensor(t), VOCABULARY)
-    tile, anchored, done = cpu._tensor(x), head_rows(), finished_rows()
-    results = cpu._tensor(g), NONE, cpu._tensor(kept_sums), SETTING
-    policy, outputs = cpu._policy(LossConfig()), (torch.zeros(()), rows(), rows(), None)
-    loss = [cpu._tensor(tensor) for tensor in (*outputs, x, t, p, g, None, None, None)]
+    chunk = compiled.HeadRows(view(t), VOCABULARY)
+    tile, anchored, done = view(x), head_rows(), finished_rows()
+    results = view(g), NONE, view(kept_sums), SETTING
+    policy, outputs = _policy(LossConfig()), (torch.zeros(()), rows(), rows(), None)
+    loss = [view(tensor) for tensor in (*outputs, x, t, p, g, None, None, None)]
     fields = [make() for make in ENTRIES["group_advantages"][1].values()]
-    group, ids = [cpu._tensor(field) for field in fields], torch.tensor([[0, 1, 1, 2, ROWS], [0, 1, -1, 2, 0]])
+    group, ids = [view(field) for field in fields], torch.tensor([[0, 1, 1, 2, ROWS], [0, 1, -1, 2, 0]])
 
     refused = {
         "offsets": [lambda: perturb([-1]), lambda: perturb([2**63 - 2]), lambda: perturb([]), lambda: perturb([0, 1])],
         "compute_dtype": [lambda: perturb(compute_dtype=-2), lambda: perturb(compute_dtype=4)],
-        "threads": [lambda: perturb(threads=0), lambda: cpu._cpu.scale_in_place(tile, 0.5, setting(threads=-3))],
+        "threads": [lambda: perturb(threads=0), lambda: compiled.scale_in_place(tile, 0.5, setting(threads=-3))],
         "level": [lambda: perturb(level=-2), lambda: perturb(level=99),
-                  lambda: cpu._cpu.scale_in_place(tile, 0.5, setting(level=3))],
+                  lambda: compiled.scale_in_place(tile, 0.5, setting(level=3))],
         "masters": [lambda: adamw(params=(rows().bfloat16(),)), lambda: adamw(masters=(wide[0],))],
         "exp_avgs": [lambda: adamw(state=(wide[0],)), lambda: adamw(params=(wide[0],))],
-        "firsts": [lambda: cpu._cpu.combine(cpu._tensor(v[:3]), table(wide[0]), grads, 0.5, 1, -1)],
-        "vocabulary": [lambda: cpu._cpu.HeadRows(cpu._tensor(t), 0), lambda: cpu._cpu.HeadRows(cpu._tensor(t), -5)],
+        "firsts": [lambda: compiled.combine(view(v[:3]), table(wide[0]), grads, 0.5, 1, -1)],
+        "vocabulary": [lambda: compiled.HeadRows(view(t), 0), lambda: compiled.HeadRows(view(t), -5)],
         "add must": [lambda: chunk.add(NONE, tile, 0, 0, SETTING)],
         "repair must": [lambda: chunk.repair(16), lambda: done.repair(16)],
         "finish must": [lambda: chunk.finish(*results), lambda: done.finish(*results)],
@@ -337,10 +340,10 @@ def test_numbers_that_do_not_fit_are_refused_by_name():
                       lambda: anchored.add(NONE, tile, 2**63 - 1, 0, SETTING)],
         "first_column": [lambda: anchored.add(NONE, tile, 0, 1, SETTING),
                          lambda: anchored.add(NONE, tile, 0, -1, SETTING)],
-        "policy": [lambda i=i, value=value: cpu._cpu.token_loss(
+        "policy": [lambda i=i, value=value: compiled.token_loss(
             *loss, (*policy[:i], value, *policy[i + 1:]), 1.0, SETTING
         ) for i in range(3) for value in (-1, 7)],
-        "groups": [lambda i=i: cpu._cpu.group_advantages(*group[:7], cpu._tensor(ids[i]), *group[8:], *NAMES)
+        "groups": [lambda i=i: compiled.group_advantages(*group[:7], view(ids[i]), *group[8:], *NAMES)
                    for i in range(2)],
     }  # fmt: skip
     for name, calls in refused.items():

@@ -11,9 +11,9 @@ from tests import ROOT
 from tests.project.test_install import run
 
 EMULATOR = {"clang++": (), "aarch64-linux-gnu-g++": ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")}
-HEADERS = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
-OPS = [path for path in (ROOT / "csrc").glob("*.cpp") if not path.name.startswith("bindings")]
-BINDINGS = list((ROOT / "csrc").glob("bindings*.cpp"))
+HEADERS = (f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
+OPS = [path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if not path.name.startswith("bindings")]
+BINDINGS = list((ROOT / "csrc" / "cpu").glob("bindings*.cpp"))
 pytestmark = pytest.mark.parametrize("compiler", EMULATOR)
 
 

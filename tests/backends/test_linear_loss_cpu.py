@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from redit_fast.backends import cpu, reference
+from redit_fast.backends.cpu.linear_loss import TILE_ROWS
 from redit_fast.losses.transforms import LogitTransform
 from tests.backends.test_token_loss_cpu import assert_near_bits, assert_same_bits, threads  # noqa: F401
 from tests.ops.test_linear_rows import LargestTensor
@@ -48,12 +49,14 @@ def test_everything_it_writes_is_the_references(vocabulary, with_entropy, dtype,
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_instruction_sets_agree_and_those_that_fuse_to_the_bit(monkeypatch, dtype, transform):
+def test_the_instruction_sets_agree_and_those_that_fuse_to_the_bit(dtype, transform):
     arguments = chunk(40, 2100, dtype)
     results = []
-    for level in range(cpu._cpu.best_level() + 1):
-        monkeypatch.setattr(cpu, "_LEVEL", level)
-        results.append(run(cpu, *arguments, transform, with_entropy=True))
+    for name in cpu.instruction_sets():
+        if name == "avx512_bf16":  # whose products are not torch's
+            continue
+        with cpu.use_instruction_set(name):
+            results.append(run(cpu, *arguments, transform, with_entropy=True))
     assert_near_bits(results[0], results[-1], rtol=4e-5)  # the anchor too is a sum of products
     assert_same_bits(results[min(1, len(results) - 1)], results[-1], denormal=2**-120)  # which AVX-512 keeps
 
@@ -62,7 +65,7 @@ def test_a_row_has_the_same_bits_in_every_block_and_with_or_without_e(threads): 
     threads(2)
     hidden, weight, bias, targets = chunk(16, 3000, torch.float32)
     alone = run(cpu, hidden, weight, bias, targets)
-    times = 3 * cpu.TILE_ROWS * 2 // 16 + 1  # three blocks of rows and a piece of a fourth
+    times = 3 * TILE_ROWS * 2 // 16 + 1  # three blocks of rows and a piece of a fourth
     many = run(cpu, hidden.repeat(times, 1), weight, bias, targets.repeat(times))
     for a, b in zip(alone, many, strict=True):
         for copy in range(times):
@@ -125,9 +128,9 @@ def test_strided_inputs_and_version_counters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_multiple_of_16_rows_at_a_real_width(threads, count, dtype):  # noqa: F811
     threads(count)
-    hidden, weight, bias, targets = chunk(count * cpu.TILE_ROWS + 32, 2100, dtype, width=896)
+    hidden, weight, bias, targets = chunk(count * TILE_ROWS + 32, 2100, dtype, width=896)
     all_rows = run(cpu, hidden, weight, bias, targets)
-    for rows in (16, 112, cpu.TILE_ROWS - 16, cpu.TILE_ROWS, count * cpu.TILE_ROWS + 16):
+    for rows in (16, 112, TILE_ROWS - 16, TILE_ROWS, count * TILE_ROWS + 16):
         places = torch.randperm(len(hidden))[:rows]
         alone = run(cpu, hidden[places], weight, bias, targets[places])
         for a, b in zip(all_rows, alone, strict=True):

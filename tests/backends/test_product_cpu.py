@@ -5,11 +5,14 @@ import torch
 
 import redit_fast as rf
 from redit_fast.backends import cpu
+from redit_fast.backends.cpu.module import compiled, view
 from tests.backends.test_token_loss_cpu import threads  # noqa: F401
 from tests.ops.test_linear_loss import exact_logp, head, leaves
 from tests.tolerance import relative
 
-pairs = pytest.mark.skipif(not cpu._PAIRS, reason="this processor or build has no bfloat16 products (AVX512_BF16)")
+pairs = pytest.mark.skipif(
+    "avx512_bf16" not in cpu.instruction_sets(), reason="this processor or build has no bfloat16 products (AVX512_BF16)"
+)
 # one; below, at and above six rows, a panel of 64 columns and a block of 512 along the sums; odd ones
 SIZES = [(1, 1, 1), (5, 7, 3), (6, 512, 64), (7, 513, 65), (16, 896, 1000), (131, 1500, 33), (0, 8, 4), (4, 8, 0)]
 
@@ -60,7 +63,7 @@ def test_a_product_of_no_columns_adds_nothing_and_is_refused_where_it_would_writ
     cpu.addmm(out, a, b)
     assert (out == 1).all()
     with pytest.raises(ValueError, match="a must have at least one column"):
-        cpu._cpu.product(cpu._tensor(out), False, cpu._tensor(a), cpu._tensor(b), 1)
+        compiled.product(view(out), False, view(a), view(b), 1)
 
 
 @pairs
@@ -72,8 +75,7 @@ def test_nan_and_infinity_stay_in_their_rows():
 
 
 @pytest.mark.skipif(cpu.why_not("exp_product", torch.device("cpu")) is not None, reason="cpu: no C++ module")
-def test_the_head_is_as_right_on_processors_without_them(monkeypatch):
-    monkeypatch.setattr(cpu, "_PAIRS", False)
+def test_the_head_is_as_right_on_processors_without_them(countable):
     hidden, weight, bias, targets = head(90, 1100, 24, torch.bfloat16)
     ours, exact = leaves(hidden, weight, bias), leaves(hidden.double(), weight.double(), bias.double())
     with rf.use_backend("cpu"):

@@ -60,21 +60,21 @@ def assert_near_bits(baseline, fused, rtol=1e-5):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [7, 31, 32, 33, 127, 4096, 5003])  # below, at and above 32 lanes; two chunks
-def test_the_instruction_sets_agree_and_those_that_fuse_to_the_bit(monkeypatch, vocabulary, dtype, transform):
+def test_the_instruction_sets_agree_and_those_that_fuse_to_the_bit(vocabulary, dtype, transform):
     logits, targets = hostile(40, vocabulary, dtype)
     results = []
-    for level in range(cpu._cpu.best_level() + 1):
-        monkeypatch.setattr(cpu, "_LEVEL", level)
-        results.append(run(logits, targets, transform))
+    for name in cpu.instruction_sets():
+        with cpu.use_instruction_set(name):
+            results.append(run(logits, targets, transform))
     assert results[0][0].isfinite().sum() >= 35 and results[0][0][7:].abs().max() > 1
     assert_near_bits(results[0], results[-1])
     assert_same_bits(results[min(1, len(results) - 1)], results[-1], denormal=2**-120)  # which AVX-512 keeps
 
 
-def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu, "_LEVEL", 3)
-    with pytest.raises(ValueError, match="instruction set"):
-        run(torch.randn(2, 5), torch.tensor([0, 1]), LogitTransform())
+def test_an_instruction_set_that_the_processor_lacks_is_refused():
+    with pytest.raises(ValueError, match="name must be an instruction set of this processor, one of baseline"):
+        with cpu.use_instruction_set("sve"):
+            pass
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -166,14 +166,14 @@ def test_token_coefficients_are_those_of_the_loss_file_ties_included(config):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_numbers_are_read_exactly_and_rounded_to_nearest_even(monkeypatch, dtype):
+def test_sixteen_bit_numbers_are_read_exactly_and_rounded_to_nearest_even(dtype):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
-    for level in range(cpu._cpu.best_level() + 1):
-        monkeypatch.setattr(cpu, "_LEVEL", level)
-        for factor in (0.5, 3.0, 1.0 + 2.0**-9, 2.0**-12):  # halves and 2^-12: subnormals; 3: overflow
-            x = every.clone()
-            cpu.scale_in_place(x, torch.tensor(factor))
-            torch.testing.assert_close(x, (every.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
+    for name in cpu.instruction_sets():
+        with cpu.use_instruction_set(name):
+            for factor in (0.5, 3.0, 1.0 + 2.0**-9, 2.0**-12):  # halves and 2^-12: subnormals; 3: overflow
+                x = every.clone()
+                cpu.scale_in_place(x, torch.tensor(factor))
+                torch.testing.assert_close(x, (every.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(0,), (5,), (7, 40000), (40, 33)])

@@ -47,6 +47,8 @@ PACKAGES = (
     "redit_fast.losses",
     "redit_fast.kernels",
     "redit_fast.backends.reference",
+    "redit_fast.backends.cpu",
+    "redit_fast.backends.triton",
 )  # import their own siblings
 OF_BACKENDS = ("redit_fast.backends.lists", "redit_fast.backends.rows")  # what the backends share
 OUTSIDE = ("tests", "benchmarks", "tools")

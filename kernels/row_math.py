@@ -1,4 +1,4 @@
-"""A row of logits: what the token loss and the head share, the twin of csrc/rows.h;
+"""A row of logits: what the token loss and the head share, the twin of csrc/cpu/rows.h;
 redit_fast/backends/reference/token_loss.py is the definition.
 
     y_j = (z_j - z_anchor) log2 e, e_j = 2^y_j; the anchor is the target's logit: no maximum is needed first, one

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "policy_loss.h"
+#include "shared/policy_loss.h"
 #include "rows.h"
 
 namespace redit {

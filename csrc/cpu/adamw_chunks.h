@@ -1,6 +1,6 @@
 // The AdamW step of a chunk of one tensor; the end of param_chunks.h.
 
-#include "adamw_element.h"
+#include "shared/adamw_element.h"
 
 struct SquareRoot {
   double operator()(double x) const { return __builtin_sqrt(x); }

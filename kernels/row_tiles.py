@@ -1,11 +1,11 @@
-"""A row of logits in the token kernels, tile by tile, the twin of csrc/token_rows.h. Sums run over lanes of 16 bytes,
-tile after tile, then over the lanes in pairs: the same bits whichever program adds a tile."""
+"""A row of logits in the token kernels, tile by tile, the twin of csrc/cpu/token_rows.h. Sums run over lanes of 16
+bytes, tile after tile, then over the lanes in pairs: the same bits whichever program adds a tile."""
 
 import triton
 import triton.language as tl
 
 from redit_fast.kernels.element import nearest, widen
-from redit_fast.kernels.rows import (
+from redit_fast.kernels.row_math import (
     columns,
     exponential,
     folded,

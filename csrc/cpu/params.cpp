@@ -11,7 +11,7 @@
 #include <array>
 #include <cstdint>
 
-#include "element.h"
+#include "shared/element.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,5 +1,5 @@
 // redit_fast._cpu: tensors as numbers and a thread count in, nothing out. No PyTorch header, so one binary serves every
-// torch. redit_fast/backends/cpu.py is the only caller: it passes data_ptr() and bumps the version counters.
+// torch. redit_fast/backends/cpu/ is the only caller: it passes data_ptr() and bumps the version counters.
 
 #include <string>
 

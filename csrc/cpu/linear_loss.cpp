@@ -1,4 +1,4 @@
-// The head; redit_fast/backends/reference/linear_loss.py is the definition, redit_fast/backends/cpu.py has the
+// The head; redit_fast/backends/reference/linear_loss.py is the definition, redit_fast/backends/cpu/ has the
 // products.
 //
 // Memory: a tile of logits (1 MB a thread) is written by the product and read once, from the cache; of E every element

@@ -1,4 +1,4 @@
-// Bindings of the passes over parameters: (address, dtype, elements) lists from redit_fast/backends/cpu.py.
+// Bindings of the passes over parameters: (address, dtype, elements) lists from redit_fast/backends/cpu/.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "element.h"
+#include "shared/element.h"
 
 namespace redit {
 namespace {

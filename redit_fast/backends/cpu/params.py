@@ -1,0 +1,140 @@
+"""Passes over parameters, csrc/cpu/params.cpp: tables of (address, dtype, elements) in, one call a pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from redit_fast.backends.cpu.module import CODES, compiled, level, view
+from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, contiguous, finish
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _table(name: str, tensors: list[Tensor | None]) -> list[tuple[int, int, int]]:
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} must lie on the CPU as the others do, got a tensor on {tensor.device}")
+        if tensor.dtype not in _FLOATS:
+            raise NotImplementedError(
+                f"{name} of {tensor.dtype}: the cpu backend has float32, bfloat16, float16 and float64; "
+                "use_backend('reference') has every dtype"
+            )
+    return [(0, 0, 0) if x is None else (x.data_ptr(), CODES[x.dtype], x.numel()) for x in tensors]
+
+
+def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
+    """As `reference.squared_norm`, to 2.4e-7."""
+    check_lists(tensors=tensors)
+    tensors = contiguous(tensors)  # held until the call returns
+    compiled.squared_norm(view(out), _table("tensors", tensors), torch.get_num_threads(), level())
+    increment_version(out)
+
+
+@torch.no_grad()
+def perturb(
+    sums: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor],
+    offsets: list[int],
+    scale: Tensor,
+    grad_factor: float,
+    rounding: str,
+    seed: int,
+    step: Tensor,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """As `reference.perturb`: the parameters bit for bit, the sums to 2.4e-7."""
+    check_lists(params=params, grads=grads, offsets=offsets)
+    check_like("grads", grads, params, wide=False)
+    if compute_dtype is not None and compute_dtype not in _FLOATS:
+        raise NotImplementedError(f"compute_dtype {compute_dtype} has no C++ version; use_backend('reference') has it")
+    moved, slopes = contiguous(params), contiguous(grads)
+    compiled.perturb(
+        view(sums),
+        _table("params", moved),
+        _table("grads", slopes),
+        offsets,
+        scale.item(),
+        grad_factor,
+        rounding == "stochastic",
+        seed,
+        int(step),
+        -1 if compute_dtype is None else CODES[compute_dtype],
+        torch.get_num_threads(),
+        level(),
+    )
+    increment_version(sums)
+    finish(params, moved)
+    if grad_factor != 1:
+        finish(grads, slopes)
+
+
+@torch.no_grad()
+def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: float) -> None:
+    """As `reference.combine`: the gradients bit for bit, the sums to 2.4e-7; both of one dtype."""
+    check_lists(grads=grads, firsts=firsts)
+    check_pairs(firsts, grads)
+    firsts, combined = contiguous(firsts), contiguous(grads)
+    compiled.combine(
+        view(sums),
+        _table("firsts", firsts),
+        _table("grads", combined),
+        ratio,
+        torch.get_num_threads(),
+        level(),
+    )
+    increment_version(sums)
+    finish(grads, combined)
+
+
+@torch.no_grad()
+def adamw(
+    params: list[Tensor],
+    masters: list[Tensor | None],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    factor: Tensor,
+    finite: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """As `reference.adamw`, to the last bit or two of float32."""
+    state = {"masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    check_lists(optional="masters", params=params, grads=grads, steps=steps, **state)
+    check_like("grads", grads, params, wide=False)
+    for name, tensors in state.items():
+        check_like(name, tensors, params, wide=True)
+    check_steps(steps, params, masters)
+    written = (params, masters, exp_avgs, exp_avg_sqs)
+    work = [contiguous(tensors) for tensors in written]
+    grads = contiguous(grads)
+    p, master, m, v = map(_table, ("params", "masters", "exp_avgs", "exp_avg_sqs"), work)
+    compiled.adamw(
+        p,
+        master,
+        _table("grads", grads),
+        m,
+        v,
+        _table("steps", steps),
+        factor.item(),
+        bool(finite),
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        torch.get_num_threads(),
+        level(),
+    )
+    for originals, copies in zip(written, work, strict=True):
+        finish(originals, copies)
+    increment_version(steps)

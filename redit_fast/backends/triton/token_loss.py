@@ -1,0 +1,110 @@
+"""Log-probs and losses from logits; kernels/token_loss.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from redit_fast.backends.rows import check_logits, check_matrix, check_rows, require, require_loss_rows
+from redit_fast.kernels import row_math
+from redit_fast.kernels import token_loss as kernels
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.transforms import LogitTransform
+
+
+def token_logp(
+    logp: Tensor, entropy: Tensor | None, sums: Tensor, logits: Tensor, targets: Tensor, transform: LogitTransform
+) -> None:
+    """As `reference.token_logp`; logp and entropy contiguous, so are the rows of sums."""
+    check_logits(sums, None, logits, targets)
+    check_rows(len(logits), logits, logp=logp, entropy=entropy)
+    numbers = row_math.transform_numbers(*transform)
+    kernels.token_logp(logp, entropy, sums, logits, targets.contiguous(), numbers, transform.softcap is not None)
+    increment_version((logp, sums) if entropy is None else (logp, entropy, sums))
+
+
+def token_logp_grad(
+    grad_logits: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    sums: Tensor,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    entropy: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """As `reference.token_logp_grad`; grad_logp, grad_entropy and entropy contiguous, so are the rows of sums."""
+    require("grad_entropy", grad_entropy is not None, entropy=entropy)
+    check_logits(sums, grad_logits, logits, targets)
+    check_rows(len(logits), logits, grad_logp=grad_logp, grad_entropy=grad_entropy, entropy=entropy)
+    numbers = row_math.transform_numbers(*transform)
+    inputs = logits, targets.contiguous(), sums, grad_logp, grad_entropy, entropy
+    kernels.token_logp_grad(grad_logits, *inputs, numbers, transform.softcap is not None)
+    increment_version(grad_logits)
+
+
+_FORMS = {"gpg": "reinforce"} | {name: name for name in ("cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "dro")}
+
+
+def token_loss(
+    loss: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    grad_logits: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampling_logp: Tensor | None,
+    config: LossConfig,
+    grad_scale: Tensor | None,
+) -> None:
+    """As `reference.token_loss`; the rows' numbers (R,) float32."""
+    require_loss_rows(config, ref_logp, sampling_logp)
+    check_logits(None, grad_logits, logits, targets)
+    inputs = [x if x is None else x.contiguous() for x in (weights, advantages, old_logp, ref_logp, sampling_logp)]
+    names = ("weights", "advantages", "old_logp", "ref_logp", "sampling_logp")
+    check_rows(len(logits), logits, logp=logp, entropy=entropy, **dict(zip(names, inputs, strict=True)))
+    check_matrix("loss", loss, (), logits)
+    if grad_scale is not None:
+        check_matrix("grad_scale", grad_scale, (), logits, grad_scale.dtype)
+    numbers = (
+        *row_math.transform_numbers(*config.transform),
+        *config.clip_range,
+        math.inf if config.delta is None else config.delta,
+        math.inf if config.dual_clip is None else config.dual_clip,
+        config.sapo_temperature_pos,
+        config.sapo_temperature_neg,
+        config.dro_beta or 0.0,
+        config.beta,
+        *config.correction_range,
+    )
+    kernels.token_loss(
+        loss,
+        logp,
+        entropy,
+        grad_logits,
+        logits,
+        targets.contiguous(),
+        *inputs,
+        grad_scale,
+        numbers,
+        _FORMS.get(config.loss_type, "clipped"),
+        "none" if config.beta == 0 else config.kl,
+        config.beta != 0 and config.kl_ratio_correction,
+        config.correction,
+        config.softcap is not None,
+    )
+    increment_version((loss, logp, entropy) if grad_logits is None else (loss, logp, entropy, grad_logits))
+
+
+def scale_in_place(x: Tensor, factor: Tensor) -> None:
+    """As `reference.scale_in_place`; x of at most two dimensions."""
+    check_matrix("factor", factor, (), x, factor.dtype)
+    kernels.scale_in_place(x.view(1, -1) if x.is_contiguous() else torch.atleast_2d(x), factor)
+    increment_version(x)
