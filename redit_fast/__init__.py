@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from redit_fast.backends import use_backend
     from redit_fast.dither import Dither
     from redit_fast.gr.adamw import RegularizedAdamW, unwrap
+    from redit_fast.gr.config import GR
     from redit_fast.gr.groups import parameter_groups
     from redit_fast.gr.regularizer import GradientRegularizer
     from redit_fast.gr.reset import reset_reference
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Advantages": "ops.advantages",
     "Dither": "dither",
+    "GR": "gr.config",
     "GradientRegularizer": "gr.regularizer",
     "LogpEntropy": "ops.token_loss",
     "LossConfig": "losses.config",

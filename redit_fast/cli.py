@@ -159,7 +159,7 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings, of which the word none clears one")
     for name, field in TrainConfig.model_fields.items():
         text = describe(name).replace("%", "%%")
-        if field.annotation is bool:
+        if bool in (field.annotation, *get_args(field.annotation)):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             many = "+" if name in ("rewards", "reward_weights") else None

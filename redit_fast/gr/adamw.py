@@ -12,21 +12,26 @@ from torch import Tensor
 from redit_fast.backends import primitive
 from redit_fast.checks import described, real_number
 from redit_fast.gr import shards
+from redit_fast.gr.config import Rounding
 from redit_fast.gr.groups import check_group
 from redit_fast.gr.perturbation import LOW_PRECISION
-from redit_fast.gr.regularizer import GradientRegularizer, Rounding
+from redit_fast.gr.regularizer import GradientRegularizer
 from redit_fast.gr.shards import local
+from redit_fast.gr.two_pass import Combined, Copies
 
 _NUMBERS = ("lr", "eps", "weight_decay")
 
 
 class _MasterAdamW(torch.optim.Optimizer):
-    """State of torch.optim.AdamW, in float32, and a float32 `master` for each bfloat16 or float16 parameter."""
+    """State of torch.optim.AdamW, in float32, and a float32 `master` for each bfloat16 or float16 parameter.
+
+    The masters, with copies of the other parameters, are the store of the two passes; the step writes them too."""
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         defaults = _checked({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         super().__init__(_checked_params(params), defaults)
         self.versions: dict[Tensor, tuple] = {}  # shards.version(p) when its master, or copy, was last equal to it
+        self.without_master = Copies()
 
     def add_param_group(self, param_group: dict) -> None:
         param_group |= _checked(param_group)
@@ -57,9 +62,34 @@ class _MasterAdamW(torch.optim.Optimizer):
                 if p.grad is not None:
                     self.state_of(p)
 
-    def update(self, params: list[Tensor], factor: Tensor, finite: Tensor, copies: dict[Tensor, Tensor]) -> None:
-        """One step from the masters, or from the `copies` of parameters without one, which take the step too."""
-        wanted = set(params)
+    def keep(self, params: list[Tensor]) -> None:
+        """Copies what has no master, unless AdamW wrote the copy with the parameter and nobody changed it since."""
+        for p in params:
+            self.state_of(p)
+        copies = self.without_master.copies
+        stale = [
+            p
+            for p in params
+            if p.dtype not in LOW_PRECISION and (p not in copies or self.versions.get(p) != shards.version(p))
+        ]
+        if stale:
+            self.without_master.keep(stale)
+
+    def restore(self, params: list[Tensor], step_follows: bool = False) -> None:
+        """`step_follows`: `update` will write those with a gradient, from their masters and copies."""
+        copies = self.without_master.copies
+        for p in params:
+            if not step_follows or p.grad is None:
+                local(p).copy_(copies[p] if p in copies else local(self.state[p]["master"]))
+
+    def written(self, params: list[Tensor]) -> None:
+        self.versions |= {p: shards.version(p) for p in params}
+
+    def update(self, combined: Combined, factor: Tensor) -> None:
+        """One step from the masters, or from the copies of perturbed parameters without one, which take the step too;
+        where the gradient is not finite, back to them."""
+        wanted, copies = set(combined.params), self.without_master.copies
+        copies = {p: copies[p] for p in combined.moved if p in copies}
         for group in self.param_groups:
             chosen = [p for p in group["params"] if p in wanted]
             if not chosen:
@@ -75,7 +105,7 @@ class _MasterAdamW(torch.optim.Optimizer):
                 [local(state["exp_avg_sq"]) for state in states],
                 [state["step"] for state in states],
                 factor,
-                finite,
+                combined.finite,
                 group["lr"],
                 beta1,
                 beta2,
@@ -199,30 +229,11 @@ class RegularizedAdamW(GradientRegularizer):
             seed=seed,
         )
 
-    def _keep(self, params: list[Tensor]) -> None:
-        """Copies what has no master, unless AdamW wrote the copy with the parameter and nobody changed it since."""
-        for p in params:
-            self.optimizer.state_of(p)
-        versions = self.optimizer.versions
-        without_master = [p for p in params if p.dtype not in LOW_PRECISION]
-        stale = [p for p in without_master if p not in self._copies or versions.get(p) != shards.version(p)]
-        if stale:
-            super()._keep(stale)
+    def _store(self) -> _MasterAdamW:
+        return self.optimizer
 
-    def _restore_parameters(self, before_step: bool = False) -> None:
-        for p in self._moved:
-            if not before_step or p.grad is None:  # AdamW writes the others from their masters and copies
-                kept = self._copies[p] if p in self._copies else local(self.optimizer.state[p]["master"])
-                local(p).copy_(kept)
-        self._changed(self._moved)
-
-    def _changed(self, params: list[Tensor]) -> None:
-        super()._changed(params)
-        self.optimizer.versions |= {p: shards.version(p) for p in params}
-
-    def _take_step(self, params: list[Tensor], factor: Tensor, finite: Tensor) -> None:
-        moved = self._moved if self._perturbed else []
-        self.optimizer.update(params, factor, finite, {p: self._copies[p] for p in moved if p in self._copies})
+    def _take_step(self, combined: Combined, factor: Tensor) -> None:
+        self.optimizer.update(combined, factor)
 
 
 def unwrap(optimizer: object) -> GradientRegularizer:

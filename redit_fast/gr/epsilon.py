@@ -44,6 +44,6 @@ def choose(cosines: dict[float, float], cap: float) -> float:
         warnings.warn(
             f"epsilon='auto' stops at {cap:.3g}, where the step is {LENGTH} |theta|: {reached}. Use "
             "rounding='stochastic', or float32 parameters and compute",
-            stacklevel=7,
+            stacklevel=8,
         )
     return min(epsilon, cap)

@@ -89,5 +89,5 @@ def warn_if_swallowed(cosine: float, epsilon: float) -> None:
             f"the applied perturbation has cosine {cosine:.2f} with the intended one: rounding swallows it. Use a "
             f"larger epsilon than {epsilon:.3g}, epsilon='auto', rounding='stochastic', or float32 parameters and "
             "compute",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -1,16 +1,25 @@
-"""The `dither_*` options of every integration."""
+"""The `dither_*` and `gr_*` options of every integration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
+from redit_fast.checks import check_choice
 from redit_fast.dither import DeadGroups, Dither, Schedule
+from redit_fast.gr.config import GR, Rounding
 from redit_fast.noise import Distribution
 
 
 def described(default: object, text: str) -> object:
     """A dataclass field with the help text that command lines show."""
     return field(default=default, metadata={"help": text})
+
+
+def of_gr(name: str, **default: object) -> object:
+    """A dataclass field with the default and the help text of a field of `GR`."""
+    source = GR.__dataclass_fields__[name]
+    return field(**{"default": source.default, **default}, metadata=source.metadata)
 
 
 @dataclass
@@ -50,3 +59,36 @@ class DitherOptions:
         except (ValueError, TypeError) as error:
             raise type(error)(f"dither_{error}") from None
         return dither if dither.level > 0 else None
+
+
+@dataclass
+class GROptions:
+    """The fields of `GR` but epsilon="auto", and the optimizer. Off by default."""
+
+    gr_gamma: float = of_gr("gamma", default=0.0)
+    gr_epsilon: float = of_gr("epsilon")
+    gr_normalized: bool = of_gr("normalized")
+    gr_perturb_max_norm: float = of_gr("perturb_max_norm")
+    gr_rounding: Rounding = of_gr("rounding")
+    gr_keep_first_grad: bool | None = of_gr("keep_first_grad")
+    gr_gamma_warmup_steps: int = of_gr("gamma_warmup_steps")
+    gr_every_k_steps: int = of_gr("every_k_steps")
+    gr_optimizer: Literal["regularized_adamw"] | None = described(
+        None,
+        "'regularized_adamw' steps by RegularizedAdamW, which keeps float32 masters of low-precision parameters. "
+        "Default: the trainer's optimizer.",
+    )
+
+    def gr(self) -> GR:
+        """
+        Raises:
+            ValueError, TypeError: an option out of range, naming it.
+        """
+        if isinstance(self.gr_epsilon, str):
+            raise ValueError(f"gr_epsilon must be a number, got {self.gr_epsilon!r}")
+        check_choice("gr_optimizer", self.gr_optimizer, (None, "regularized_adamw"))
+        flat = {field.name: getattr(self, f"gr_{field.name}", field.default) for field in fields(GR)}
+        try:
+            return GR(**flat)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"gr_{error}") from None

@@ -9,18 +9,22 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from redit_fast.checks import check_choice, whole_number
+from redit_fast.gr import gradients
 from redit_fast.gr.adamw import RegularizedAdamW
+from redit_fast.gr.config import GR
+from redit_fast.gr.grad_scaler import loss_scale
 from redit_fast.gr.groups import parameter_groups
 from redit_fast.gr.regularizer import GradientRegularizer
+from redit_fast.gr.two_pass import Copies, TwoPass
 from redit_fast.integrations.kept_batches import KeptBatches, Versions, same_tensors
+from redit_fast.integrations.options import GROptions
 
 SUPPORTED = "5.6..5.24"  # of transformers, by running the tests
 HOOKS = {
@@ -37,50 +41,6 @@ STEP_STATE = (
 LOG_STATE = ("_metrics", "_total_train_tokens")  # TRL's logs: pass 2 writes into a copy
 
 
-@dataclass(frozen=True)
-class GRSettings:
-    """The `gr_*` arguments of every integration; ValueError or TypeError naming the one out of range."""
-
-    gamma: float = 0.0
-    epsilon: float = 1e-3
-    perturb_max_norm: float = 10.0
-    normalized: bool = False
-    every_k_steps: int = 1
-    optimizer: str | None = None
-
-    def __post_init__(self) -> None:
-        whole_number("gr_every_k_steps", self.every_k_steps, 1)
-        check_choice("gr_optimizer", self.optimizer, (None, "regularized_adamw"))
-        if isinstance(self.epsilon, str):
-            raise ValueError(f"gr_epsilon must be a number, got {self.epsilon!r}")
-        try:
-            self.regularizer([torch.zeros(1, requires_grad=True)])
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"gr_{error}") from None
-
-    def regularizer(self, groups: list, **options) -> GradientRegularizer:
-        return GradientRegularizer(
-            _LeftToTheTrainer(groups),
-            gamma=self.gamma,
-            epsilon=self.epsilon,
-            perturb_max_norm=self.perturb_max_norm,
-            normalized=self.normalized,
-            max_norm=None,
-            **options,
-        )
-
-
-class _LeftToTheTrainer(torch.optim.Optimizer):
-    """Takes no step: the combined gradient stays in .grad."""
-
-    def __init__(self, groups: list):
-        super().__init__(groups, {})
-        self.reached = False
-
-    def step(self, closure: None = None) -> None:
-        self.reached = True  # not where a gradient is not finite: GradientRegularizer then skips the step
-
-
 class _MicroBatch(NamedTuple):
     inputs: object  # as _prepare_inputs returned them
     versions: Versions
@@ -92,8 +52,8 @@ class _MicroBatch(NamedTuple):
 class SecondPass:
     """What a trainer with `SecondPassHooks` keeps."""
 
-    settings: GRSettings
-    regularizer: GradientRegularizer | None = None
+    gr: GR
+    passes: TwoPass | None = None
     kept: KeptBatches = field(default_factory=KeptBatches)
     batch: _MicroBatch | None = None  # the first pass's, until its backward returns
     replayed: object | None = None  # the inputs of the micro-batch that runs again
@@ -102,7 +62,6 @@ class SecondPass:
     begun: dict[str, object] = field(default_factory=dict)  # STEP_STATE before the step's first micro-batch
     skipped: Tensor | None = None  # the norm that was not finite
     done: bool = False  # within the step, as clipping and norm are two calls
-    loss_scale: float = 1.0
     seconds: list[float] = field(default_factory=list)
     training: object | None = None  # trainer.state, which every run begins anew, also one of auto_find_batch_size
 
@@ -110,7 +69,7 @@ class SecondPass:
     def recorded(self, trainer: transformers.Trainer, model: nn.Module, items: Tensor | int | None) -> Iterator[None]:
         """Inside, a micro-batch is kept when its backward pass returns."""
         if self.training is not trainer.state:
-            self.training, self.regularizer = trainer.state, None
+            self.training, self.passes = trainer.state, None
             self.seconds.clear()
         accelerator, params = trainer.accelerator, list(model.parameters())
         self.kept.match(params)
@@ -145,49 +104,33 @@ class SecondPass:
             return
         self.done, self.skipped, begin = True, None, time.perf_counter()
         batches = self.kept.take(list(model.parameters()))
-        if not batches or trainer.state.global_step % self.settings.every_k_steps:
+        step = trainer.state.global_step
+        if not batches or self.gr.gamma_at(step) == 0:
             return
         for batch in batches:
             batch.versions.check()
-        if self.regularizer is None:
-            self.regularizer = self._new_regularizer(trainer)
-        regularizer = self.regularizer
-        with self._scaled(trainer):
-            with regularizer.perturb() as wanted:
-                if wanted:
-                    self._replay(trainer, model, batches)
-            regularizer.optimizer.reached = False
-            regularizer.step()
-        if not regularizer.optimizer.reached:
-            self.skipped = torch.tensor(regularizer.metrics()["grad_norm"])
+        if self.passes is None:
+            self.passes = self._new_passes(trainer)
+        self.passes.attempts = step
+        # Both passes leave the gradient times the loss scale, and so does what is combined: the trainer unscales it.
+        with self.passes.perturb(loss_scale(getattr(trainer.accelerator, "scaler", None), trainer.args.device)):
+            self._replay(trainer, model, batches)
+        with self.passes.combine() as combined:
+            finite = bool(combined.finite)
+            if finite:
+                gradients.multiply(combined.params, combined.factor)
+        if not finite:
+            self.skipped = combined.norm
             self._skip(trainer)
         self.seconds.append(time.perf_counter() - begin)
 
-    def _new_regularizer(self, trainer: transformers.Trainer) -> GradientRegularizer:
+    def _new_passes(self, trainer: transformers.Trainer) -> TwoPass:
         dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
         groups = parameter_groups(trainer.accelerator.unwrap_model(trainer.model))
-        regularizer = self.settings.regularizer(groups, compute_dtype=dtype, seed=trainer.args.seed)
+        passes = TwoPass(groups, replace(self.gr, compute_dtype=dtype), Copies(), trainer.args.seed)
         # A resumed run draws the stochastic rounding of its step, not of step 0.
-        counters = {"attempts": 0, "completed": trainer.state.global_step, "skipped": 0}
-        state = regularizer.state_dict()
-        state["param_groups"][0]["gradient_regularizer"] = counters
-        regularizer.load_state_dict(state)
-        return regularizer
-
-    @contextmanager
-    def _scaled(self, trainer: transformers.Trainer):
-        """Under a GradScaler of scale S both passes leave S times the gradient, and so does what is combined, which the
-        trainer unscales as ever: only the perturbation epsilon g1 needs the scale."""
-        regularizer, scaler = self.regularizer, getattr(trainer.accelerator, "scaler", None)
-        before = regularizer.gamma, regularizer.epsilon, regularizer.perturb_max_norm
-        self.loss_scale = 1.0 if scaler is None else scaler.get_scale()
-        if not regularizer.normalized:
-            regularizer.gamma, regularizer.epsilon = before[0] / self.loss_scale, before[1] / self.loss_scale
-            regularizer.perturb_max_norm = before[2] * self.loss_scale
-        try:
-            yield
-        finally:
-            regularizer.gamma, regularizer.epsilon, regularizer.perturb_max_norm = before
+        passes.load_state_dict({"completed": trainer.state.global_step})
+        return passes
 
     def _replay(self, trainer: transformers.Trainer, model: nn.Module, batches: list[_MicroBatch]) -> None:
         """The backward passes of the step again: same inputs, same dropout, same scaling; what they log is dropped."""
@@ -230,13 +173,10 @@ class SecondPass:
 
     def metrics(self) -> dict[str, float]:
         """The last step's, and `time/gr_pass2`, the mean seconds of a second pass since the last call."""
-        if self.regularizer is None or not self.seconds:
+        if self.passes is None or not self.seconds:
             return {}
-        values = self.regularizer.metrics()
+        values = self.passes.metrics()
         del values["grad_norm"]  # the trainer's own
-        for name in ("gr/g1_norm", "gr/g2_norm"):
-            if name in values:
-                values[name] /= self.loss_scale
         values["time/gr_pass2"] = sum(self.seconds) / len(self.seconds)
         self.seconds.clear()
         return {name: value for name, value in values.items() if math.isfinite(value)}
@@ -258,11 +198,11 @@ class SecondPassHooks:
 
     _gr: SecondPass | None = None
 
-    def _start_gr(self, settings: GRSettings) -> None:
+    def _start_gr(self, options: GROptions) -> None:
         """Called with the trainer built; raises where GR, or its optimizer, cannot work."""
-        if settings.optimizer is not None:
+        if options.gr_optimizer is not None:
             if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
-                raise ValueError(f"gr_optimizer={settings.optimizer!r} and an optimizer of your own: give one of them")
+                raise ValueError(f"gr_optimizer={options.gr_optimizer!r} and your own optimizer: give one of them")
             args = self.args
             self.optimizer_cls_and_kwargs = (
                 RegularizedAdamW,
@@ -274,13 +214,13 @@ class SecondPassHooks:
                     "max_norm": None,
                 },
             )
-        if settings.gamma == 0:
+        if options.gr_gamma == 0:
             return
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             host = "DeepSpeed, which steps in backward()" if self.is_deepspeed_enabled else "FSDP"
-            raise ValueError(f"gr_gamma={settings.gamma} does not work under {host}: use DDP or one device")
+            raise ValueError(f"gr_gamma={options.gr_gamma} does not work under {host}: use DDP or one device")
         parameter_groups(self.model)  # raises where the model has no decoder layers
-        self._gr = SecondPass(settings)
+        self._gr = SecondPass(options.gr())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self._gr is None:

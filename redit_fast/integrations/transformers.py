@@ -11,9 +11,12 @@ GRTrainer(model, args, train_dataset=data, gr_gamma=1e-3).train()
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import transformers
 
-from redit_fast.integrations.second_pass import HOOKS, SUPPORTED, GRSettings, SecondPassHooks
+from redit_fast.integrations.options import GROptions
+from redit_fast.integrations.second_pass import HOOKS, SUPPORTED, SecondPassHooks
 from redit_fast.integrations.versions import check_hooks
 
 
@@ -35,30 +38,21 @@ class GRTrainerMixin(SecondPassHooks):
 
     Args:
         gr_gamma: weight of the penalty; 0 (the default) switches GR off, the run is then the trainer's own.
-        gr_epsilon: the second pass's step is epsilon g1.
-        gr_perturb_max_norm: g1's norm counts as at most this in the step.
-        gr_normalized: the step is epsilon g1 / |g1| and the objective L + gamma |grad L|.
-        gr_every_k_steps: regularise the steps whose number is a multiple of it.
+        gr_epsilon, gr_normalized, gr_perturb_max_norm, gr_rounding, gr_keep_first_grad, gr_gamma_warmup_steps,
+            gr_every_k_steps: the fields of `GR`, a step's number being trainer.state.global_step.
         gr_optimizer: "regularized_adamw" steps by `RegularizedAdamW` (float32 masters of low-precision parameters) with
             the learning rate, betas, epsilon and weight decay of the training arguments; None: the trainer's choice.
+        Everything else goes to the trainer.
 
     Raises:
         ValueError, TypeError: an argument out of range, naming it; DeepSpeed or FSDP. RuntimeError: a version of
             transformers whose Trainer has other methods, naming the supported ones.
     """
 
-    def __init__(
-        self,
-        *args,
-        gr_gamma: float = 0.0,
-        gr_epsilon: float = 1e-3,
-        gr_perturb_max_norm: float = 10.0,
-        gr_normalized: bool = False,
-        gr_every_k_steps: int = 1,
-        gr_optimizer: str | None = None,
-        **kwargs,
-    ):
+    def __init__(self, *args, **kwargs):
         check_hooks("transformers", transformers, HOOKS, transformers.Trainer, SUPPORTED)
-        settings = GRSettings(gr_gamma, gr_epsilon, gr_perturb_max_norm, gr_normalized, gr_every_k_steps, gr_optimizer)
+        names = [field.name for field in fields(GROptions)]
+        options = GROptions(**{name: kwargs.pop(name) for name in names if name in kwargs})
+        options.gr()  # before the trainer is built
         super().__init__(*args, **kwargs)
-        self._start_gr(settings)
+        self._start_gr(options)

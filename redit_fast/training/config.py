@@ -13,6 +13,7 @@ import shlex
 import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
 from types import NoneType
@@ -22,43 +23,23 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from redit_fast.dither import DeadGroups, Schedule
+from redit_fast.gr.config import GR, Pass2Ratio, Rounding
 from redit_fast.losses.config import CLIPPED, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
 from redit_fast.training import config_file
 from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
+from redit_fast.training.presets import Preset, defaults_of
 
-# The defaults that depend on what is trained: the embedded demo (model: null), or a model of the user's.
-DEMO = {
-    "rewards": [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps", "answer_format")],
-    "steps": 40,
-    "warm_start_steps": 600,
-    "eval_every": 8,
-    "max_completion_length": 48,
-    "learning_rate": 1e-4,
-    "checkpoint_every": 8,
-}
-OWN_MODEL = {
-    "steps": 500,
-    "warm_start_steps": 0,
-    "eval_every": 50,
-    "max_completion_length": 256,
-    "learning_rate": 5e-6,
-    "checkpoint_every": 50,
-}
-# What the GR paper (arXiv 2602.18037) compares, with its learning rates; beta is that of its reasoning runs (kl) or the
-# middle of the range that it tried on TL;DR, 0.2 to 0.4 (resets). Settings given beside a preset win.
-PRESETS = {
-    "grpo": {"learning_rate": 3e-6, "gr_gamma": 0.0},
-    "kl": {"learning_rate": 3e-6, "gr_gamma": 0.0, "beta": 0.05},
-    "resets": {"learning_rate": 3e-6, "gr_gamma": 0.0, "beta": 0.3, "reference_reset_every": 200},
-    "gr": {"learning_rate": 5e-6, "gr_gamma": 1e-3, "gr_epsilon": 1e-3, "beta": 0.0},
-}
-Preset = Literal["grpo", "kl", "resets", "gr"]
+
+def _of_gr(name: str, more: str = "", **limits: float) -> object:
+    """A field with the default and the help text of a field of `GR`."""
+    source = GR.__dataclass_fields__[name]
+    return Field(source.default, description=source.metadata["help"] + more, **limits)
 
 
 class TrainConfig(BaseModel):
-    """Every setting of `redit-fast train`. Fields without a default here have one in DEMO and OWN_MODEL.
+    """Every setting of `redit-fast train`. Fields without a default here have one in `presets`.
 
     Raises:
         pydantic.ValidationError (a ValueError): a field of the wrong type or outside its range, or an unknown one.
@@ -129,14 +110,17 @@ class TrainConfig(BaseModel):
         description="Groups of equal rewards: apply dithers them like any other, skip gives them advantage 0, "
         "center_only does not divide, only dithers them alone.",
     )
-    gr_gamma: float = Field(1e-3, ge=0, description="Strength of gradient regularisation; 0 is off.")
-    gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
-        1e-3, description="Length of its perturbation per gradient norm; auto finds one that rounding leaves alone."
+    gr_gamma: float = _of_gr("gamma", ge=0)
+    gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = _of_gr(
+        "epsilon", " The word auto finds one that rounding leaves alone."
     )
-    gr_normalized: bool = Field(False, description="Perturb along the unit gradient (SAM) instead of the raw one.")
-    gr_pass2_ratio: Literal["fresh", "pass1"] = Field(
-        "fresh", description="Old log-probs of the second pass: its own (ratio 1), or those of the first."
-    )
+    gr_normalized: bool = _of_gr("normalized")
+    gr_perturb_max_norm: float = _of_gr("perturb_max_norm", gt=0)
+    gr_rounding: Rounding = _of_gr("rounding")
+    gr_keep_first_grad: bool | None = _of_gr("keep_first_grad")
+    gr_gamma_warmup_steps: int = _of_gr("gamma_warmup_steps", ge=0)
+    gr_every_k_steps: int = _of_gr("every_k_steps", ge=1)
+    gr_pass2_ratio: Pass2Ratio = _of_gr("pass2_ratio")
     beta: float = Field(
         0.0, ge=0, description="Weight of the KL term (k3) to a reference, the model as it was before RL; 0 is off."
     )
@@ -162,7 +146,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Mapping) -> dict:
-        return {**_defaults_of(values.get("model") is None, values.get("preset")), **values}
+        return {**defaults_of(values.get("model") is None, values.get("preset")), **values}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -171,7 +155,7 @@ class TrainConfig(BaseModel):
         kinds = _kinds(cls.model_fields[info.field_name].annotation)
         for item in value if isinstance(value, list | tuple) else [value]:
             if bool in kinds:
-                if not isinstance(item, bool):
+                if not isinstance(item, bool) and not (item is None and NoneType in kinds):
                     raise ValueError("needs true or false")
             elif isinstance(item, bool):
                 raise ValueError("needs a number or quoted text, not a truth value")
@@ -214,6 +198,11 @@ class TrainConfig(BaseModel):
             value = getattr(self, name)
             if value != TrainConfig.model_fields[name].default and self.loss_type not in CLIPPED:
                 raise ValueError(f"{name}: got {value}, loss_type {self.loss_type} has no clip range")
+        try:
+            GR(**{field.name: getattr(self, f"gr_{field.name}", field.default) for field in fields(GR)})
+        except ValueError as error:  # of numbers that are not there in float32
+            name, _, rest = str(error).partition(" ")
+            raise ValueError(f"gr_{name}: {rest}") from None
         if self.reference_reset_every and not self.beta:
             raise ValueError(
                 f"reference_reset_every: got {self.reference_reset_every} without a KL term, needs a beta above 0"
@@ -288,15 +277,10 @@ def _is_component(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) <= 200
 
 
-def _defaults_of(demo: bool, preset: object) -> dict:
-    """What takes the place of a field's own default; a preset of a wrong type is refused with its field."""
-    return {**(DEMO if demo else OWN_MODEL), **(PRESETS.get(preset, {}) if isinstance(preset, str) else {})}
-
-
 def default_of(name: str, demo: bool, preset: str | None = None) -> object:
     """The default of a field, for the embedded demo or for a model of one's own (None also where there is none)."""
     field = TrainConfig.model_fields[name]
-    return _defaults_of(demo, preset).get(name, None if field.is_required() else field.default)
+    return defaults_of(demo, preset).get(name, None if field.is_required() else field.default)
 
 
 def choices(name: str) -> tuple[str, ...]:
@@ -368,10 +352,10 @@ def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple
     folder = Path() if path is None else Path(path).parent
     for field in ("model", "data"):
         if isinstance(values.get(field), str):
-            values[field] = _placed(values[field], folder)
+            values[field] = config_file.placed(values[field], folder)
     values.update(overrides)
     if isinstance(values.get("rewards"), list):
-        values["rewards"] = [_placed_reward(reward, folder) for reward in values["rewards"]]
+        values["rewards"] = [config_file.placed_reward(reward, folder) for reward in values["rewards"]]
     return values, where, said
 
 
@@ -405,25 +389,3 @@ def _checked(values: dict, where: Callable[[str], str], said: list[str]) -> Trai
 def _needs(match: re.Match) -> str:
     """pydantic's "Input should be greater than 0" in our words: needs a number greater than 0."""
     return f"needs a number{match[2]}" if match[2] else "needs"
-
-
-def module_file(folder: Path, module: str) -> Path | None:
-    """The file of `package.module` below `folder`, or None."""
-    if not all(module.split(".")):
-        return None
-    base = folder.joinpath(*module.split("."))
-    return next((file for file in (base.with_name(base.name + ".py"), base / "__init__.py") if file.is_file()), None)
-
-
-def _placed(value: str, folder: Path) -> str:
-    """`value`, or its path below `folder` when it exists there and not in the current folder."""
-    return str(folder / value) if not Path(value).exists() and (folder / value).exists() else value
-
-
-def _placed_reward(reward: object, folder: Path) -> object:
-    """`module:function`, or `FOLDER/module:function` when the module is in `folder` and not in the current one."""
-    if not isinstance(reward, str) or ":" not in reward:
-        return reward
-    sub, _, module = reward.rpartition(":")[0].rpartition("/")
-    here, there = module_file(Path(sub), module), module_file(folder / sub, module)
-    return f"{(folder / sub).as_posix()}/{module}:{reward.rpartition(':')[2]}" if here is None and there else reward

@@ -72,3 +72,25 @@ def distinct(pairs: list[tuple[str, object]]) -> dict:
             raise ValueError(f"key {key!r} is there twice")
         found[key] = value
     return found
+
+
+def module_file(folder: Path, module: str) -> Path | None:
+    """The file of `package.module` below `folder`, or None."""
+    if not all(module.split(".")):
+        return None
+    base = folder.joinpath(*module.split("."))
+    return next((file for file in (base.with_name(base.name + ".py"), base / "__init__.py") if file.is_file()), None)
+
+
+def placed(value: str, folder: Path) -> str:
+    """`value`, or its path below `folder` when it exists there and not in the current folder."""
+    return str(folder / value) if not Path(value).exists() and (folder / value).exists() else value
+
+
+def placed_reward(reward: object, folder: Path) -> object:
+    """`module:function`, or `FOLDER/module:function` when the module is in `folder` and not in the current one."""
+    if not isinstance(reward, str) or ":" not in reward:
+        return reward
+    sub, _, module = reward.rpartition(":")[0].rpartition("/")
+    here, there = module_file(Path(sub), module), module_file(folder / sub, module)
+    return f"{(folder / sub).as_posix()}/{module}:{reward.rpartition(':')[2]}" if here is None and there else reward

@@ -16,7 +16,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from redit_fast.training import builtin
-from redit_fast.training.config import TrainConfig, module_file
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_file import module_file
 from redit_fast.training.rewards import answers
 from redit_fast.training.rewards.user_code import INSTALLED, source_of
 

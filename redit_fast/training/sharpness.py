@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 import redit_fast as rf
+from redit_fast.gr.two_pass import Copies, TwoPass
 from redit_fast.training.policy import Batch, Pass
 
 RADIUS = 0.01  # of the perturbed weights' norm: in bfloat16 two to three units in the last place, so not lost
@@ -19,18 +20,18 @@ def probe(model: PreTrainedModel, batch: Batch, first: Pass, optimizer: rf.Regul
     pass's log-probs as the old ones. Parameters and gradients end as they were, bit by bit; a copy of the perturbed
     parameters and another gradient are held meanwhile.
     """
-    groups = [{"params": group["params"], "perturb": group.get("perturb", True)} for group in optimizer.param_groups]
+    groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"] if p.grad is not None]
-    moved = [p for group in groups if group["perturb"] for p in group["params"] if p.grad is not None]
+    moved = [p for group in groups if group.get("perturb", True) for p in group["params"] if p.grad is not None]
     before = {p: p.grad for p in params}
     radius = RADIUS * torch.stack(torch._foreach_norm([p.detach() for p in moved], dtype=torch.float32)).norm().item()
-    mover = rf.GradientRegularizer(torch.optim.SGD(groups), gamma=radius, epsilon=radius, normalized=True)
+    passes = TwoPass(groups, rf.GR(gamma=radius, epsilon=radius, normalized=True), Copies())
     try:
-        mover.perturb()  # gamma == epsilon: the first gradient is set aside as it is, not folded
+        passes.perturb()  # gamma == epsilon: the first gradient is set aside as it is, not folded
         second = batch.backward(model, first.logp, masks_of=first)
         gaps = torch.stack([(p.grad.float() - before[p]).norm() for p in moved])
     finally:
-        mover.restore()
+        passes.restore()
     for p in params:
         p.grad = before[p]
     return {"sharpness/curvature": gaps.norm().item() / radius, "sharpness/loss_rise": second.loss - first.loss}

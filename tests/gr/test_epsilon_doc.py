@@ -9,7 +9,7 @@ from PIL import Image
 
 import redit_fast as rf
 from benchmarks import gr_epsilon
-from redit_fast.training.config import PRESETS
+from redit_fast.training.presets import PRESETS
 from tests import ROOT
 
 PAGE = (ROOT / "docs" / "epsilon.md").read_text()

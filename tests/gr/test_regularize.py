@@ -24,6 +24,12 @@ def adamw(params, lr=1e-2, **gr):
     return rf.RegularizedAdamW(params, lr=lr, **{"max_norm": None, **gr})
 
 
+def copies_of(opt):
+    """What is held of parameters that have no master."""
+    store = opt._passes.store
+    return store.copies if hasattr(store, "copies") else store.without_master.copies
+
+
 class Quadratic(nn.Module):
     """L = x'Hx / 2: the gradient is Hx and the GR gradient H x + gamma H H x, exactly, at any epsilon."""
 

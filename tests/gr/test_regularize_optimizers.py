@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import redit_fast as rf
-from tests.gr.test_regularize import adamw, loss_of, network, sgd
+from tests.gr.test_regularize import adamw, copies_of, loss_of, network, sgd
 
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
@@ -87,7 +87,7 @@ def test_between_steps_no_more_is_held_than_the_specification_says(backend, make
     opt.zero_grad()
     inside = sum(p.numel() for p in groups[0]["params"])
     everything = sum(p.numel() for p in model.parameters())
-    held = [t for holder in (opt._copies, *opt.state.values()) for t in holder.values() if t is not None]
+    held = [t for holder in (copies_of(opt), *opt.state.values()) for t in holder.values() if t is not None]
     bytes_held = sum(t.numel() * t.element_size() for t in held)
     size = model[0].weight.element_size()
     steps = 4 * len(list(model.parameters()))
@@ -97,7 +97,7 @@ def test_between_steps_no_more_is_held_than_the_specification_says(backend, make
         assert bytes_held == 12 * everything + steps
     else:
         assert bytes_held == 8 * everything + steps + 4 * inside
-    assert not any(p.grad is not None for p in model.parameters()) and opt._first is None
+    assert not any(p.grad is not None for p in model.parameters()) and opt._passes._first_pass is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import redit_fast as rf
-from tests.gr.test_regularize import LOW, adamw, loss_of, network, one_step, sgd
+from tests.gr.test_regularize import LOW, adamw, copies_of, loss_of, network, one_step, sgd
 
 MAKERS = [sgd, adamw]
 
@@ -59,7 +59,7 @@ def test_no_storage_is_replaced_so_that_a_captured_graph_stays_right(backend, ma
 
     def storages():
         states = [value for p in model.parameters() for value in opt.state[p].values() if torch.is_tensor(value)]
-        return [tensor.data_ptr() for tensor in (*model.parameters(), *states, *opt._copies.values())]
+        return [tensor.data_ptr() for tensor in (*model.parameters(), *states, *copies_of(opt).values())]
 
     one_step(opt, lambda: loss_of(model, x))
     before = storages()

@@ -280,7 +280,7 @@ def test_arguments_and_versions_are_refused_by_name(tmp_path, monkeypatch):
     optimizer = torch.optim.SGD(a_model().parameters())
     with (
         warnings.catch_warnings(),
-        pytest.raises(ValueError, match="gr_optimizer='regularized_adamw' and an optimizer"),
+        pytest.raises(ValueError, match="gr_optimizer='regularized_adamw' and your own optimizer"),
     ):
         warnings.simplefilter("ignore")
         GRTrainer(a_model(), TrainingArguments(str(tmp_path), use_cpu=True), gr_optimizer="regularized_adamw",

@@ -361,9 +361,12 @@ def test_bfloat16_compute_is_what_the_step_metrics_see(folder):
     [
         ({"gr_gamma": -1.0}, {}, "gr_gamma must be finite and at least 0, got -1.0"),
         ({"gr_gamma": 1e-3, "gr_epsilon": 0.0}, {}, "gr_epsilon must be finite and above 0, got 0.0"),
-        ({"gr_gamma": "big"}, {}, "override_optimizer_config.gr_gamma must be of type float, got 'big'"),
-        ({"gr_every_k_steps": 1.5}, {}, "gr_every_k_steps must be of type int, got 1.5"),
-        ({"gr_normalized": 1}, {}, "gr_normalized must be of type bool, got 1"),
+        ({"gr_gamma": "big"}, {}, "override_optimizer_config.gr_gamma must be a number, got 'big'"),
+        ({"gr_every_k_steps": 1.5}, {}, "gr_every_k_steps must be an int, got 1.5"),
+        ({"gr_normalized": 1}, {}, "gr_normalized must be a bool, got 1"),
+        ({"gr_epsilon": "auto"}, {}, "gr_epsilon must be a number, got 'auto'"),
+        ({"gr_rounding": "up"}, {}, "gr_rounding must be one of 'stochastic', 'nearest'; got 'up'"),
+        ({"gr_optimizer": None}, {}, "override_optimizer_config.gr_optimizer is not an option"),
         ({"gr_gama": 1e-3}, {}, "override_optimizer_config.gr_gama is not an option; did you mean gr_gamma?"),
         (GR, {"strategy": "fsdp"}, "gr_gamma=0.03 needs FSDP2, got strategy=fsdp,.*actor.strategy=fsdp2"),
         (GR, {"qat": QATEngineConfig(enable=True)}, "gr_gamma=0.03 does not work with qat.enable=True"),
@@ -383,9 +386,9 @@ def test_verls_command_line_reaches_the_engine():
     with initialize_config_dir(os.path.dirname(verl_engine.verl.__file__) + "/trainer/config", version_base=None):
         config = compose("ppo_trainer", overrides=overrides).actor_rollout_ref.actor
     for optim in (config.optim, omega_conf_to_dataclass(config.optim)):  # on the driver and in a worker
-        settings, others = verl_engine.read_settings(optim.override_optimizer_config)
-        assert settings.gamma == 1e-3 and others == {"foreach": False}
-    assert verl_engine.read_settings(None) == (None, {})
+        gr, others = verl_engine.read_gr(optim.override_optimizer_config)
+        assert gr.gamma == 1e-3 and others == {"foreach": False}
+    assert verl_engine.read_gr(None) == (None, {})
 
 
 def test_registering_is_idempotent_and_goes_back_to_what_was_there(monkeypatch):

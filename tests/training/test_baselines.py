@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import redit_fast as rf
 from redit_fast.cli import main
 from redit_fast.training import config, policy, report, sharpness
-from redit_fast.training.config import PRESETS, Preset
+from redit_fast.training.presets import PRESETS, Preset
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, lines_of
 from tests.training.test_policy import MIXED, batch_of, gradient

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from redit_fast.training import config, known_names
+from redit_fast.training import config, known_names, presets
 from redit_fast.training.config import TrainConfig, load
 
 
@@ -29,8 +29,8 @@ OWN = "model: gpt2\ndata: d.jsonl\nrewards: [exact_answer]\n"
 
 def test_the_demo_and_a_model_of_ones_own_have_their_own_defaults(tmp_path):
     demo, own = load(), load(write(tmp_path / "c.yaml", OWN))
-    assert (demo.learning_rate, demo.steps) == (config.DEMO["learning_rate"], config.DEMO["steps"])
-    assert (own.learning_rate, own.steps, own.warm_start_steps) == (5e-6, config.OWN_MODEL["steps"], 0)
+    assert (demo.learning_rate, demo.steps) == (presets.DEMO["learning_rate"], presets.DEMO["steps"])
+    assert (own.learning_rate, own.steps, own.warm_start_steps) == (5e-6, presets.OWN_MODEL["steps"], 0)
     assert demo.warm_start_steps > 0
     assert all("builtin:" in reward for reward in demo.rewards)
     assert demo.group_size == own.group_size == 8
@@ -39,7 +39,7 @@ def test_the_demo_and_a_model_of_ones_own_have_their_own_defaults(tmp_path):
 def test_every_field_has_a_description_and_one_default_at_most_in_each_table():
     for name, field in TrainConfig.model_fields.items():
         assert field.description and "Default:" in config.describe(name)
-        tables = (name in config.DEMO) + (name in config.OWN_MODEL)
+        tables = (name in presets.DEMO) + (name in presets.OWN_MODEL)
         assert tables == (0 if not field.is_required() else 1 if name == "rewards" else 2), name
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from redit_fast.cli import main
 from redit_fast.training import checkpoint, config, inputs, runs
-from redit_fast.training.config import module_file
+from redit_fast.training.config_file import module_file
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, launch, lines_of
 

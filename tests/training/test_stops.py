@@ -159,7 +159,7 @@ def test_a_stop_that_is_ignored_does_not_stop_a_run(settings, monkeypatch):
 
 
 def test_a_stop_in_an_evaluation_does_not_wait_for_it_and_the_resume_makes_up_for_it(settings, tmp_path, monkeypatch):
-    evaluate, calls = trainer._held_out_metrics, []
+    evaluate, calls = trainer.held_out_metrics, []
 
     def pressed(*args):
         calls.append(1)
@@ -169,7 +169,7 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_it_and_the_resume_makes_up_fo
 
     job = {**settings, "checkpoint_every": 10, "steps": 3}
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_held_out_metrics", pressed)
+        patch.setattr(trainer, "held_out_metrics", pressed)
         assert main(["train", *flags(job)]) == 130
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert ["accuracy/held_out" in line for line in lines_of(metrics)] == [True, False, False]

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -34,11 +34,12 @@ check_version("trl", "trl", trl.__version__, SUPPORTED)
 import trl.trainer.utils as utils
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
-from redit_fast.checks import check_choice, check_flag
+from redit_fast.checks import check_flag
 from redit_fast.dither import Dither, per_reward
+from redit_fast.gr.config import Pass2Ratio
 from redit_fast.integrations import second_pass
-from redit_fast.integrations.options import DitherOptions, described
-from redit_fast.integrations.second_pass import GRSettings, SecondPassHooks
+from redit_fast.integrations.options import DitherOptions, GROptions, described, of_gr
+from redit_fast.integrations.second_pass import SecondPassHooks
 from redit_fast.integrations.trl import head as trl_head
 from redit_fast.integrations.trl import loss as trl_loss
 from redit_fast.losses.config import LossConfig
@@ -52,12 +53,11 @@ HOOKS = {
     "_prepare_inputs": ["self", "generation_batch"],
     "_compute_loss": ["self", "model", "inputs"],
 }
-Pass2Ratio = Literal["fresh", "pass1"]
 ENTROPY_MASK = "redit_entropy_mask"  # beside a micro-batch's inputs: the first pass's
 
 
 @dataclass
-class ReditOptions(DitherOptions):
+class ReditOptions(DitherOptions, GROptions):
     """What `ReditGRPOConfig` adds to TRL's GRPOConfig, and what `patch` takes. Dithering and GR are off by default.
 
     dither_*: the fields of `Dither` (seed None: the trainer's; reward_scale: one number, or one per reward function).
@@ -77,25 +77,7 @@ class ReditOptions(DitherOptions):
         default_factory=lambda: [1.0],
         metadata={"help": "The full scale of the rewards: one number, or one for each reward function."},
     )
-    gr_gamma: float = described(
-        0.0, "Weight of gradient regularisation, L + gamma / 2 |grad L|^2. 0 switches it, and its second pass, off."
-    )
-    gr_epsilon: float = described(1e-3, "Length of the second pass's step, epsilon times the first gradient.")
-    gr_perturb_max_norm: float = described(10.0, "The first gradient's norm counts as at most this in the step.")
-    gr_normalized: bool = described(
-        False, "Whether the step is epsilon long and the objective L + gamma |grad L| (SAM, Zhao et al. 2022)."
-    )
-    gr_pass2_ratio: Pass2Ratio = described(
-        "fresh",
-        "Where a batch carries no old log-probs: the second pass takes its own ('fresh', ratio 1 as in the paper) or "
-        "the first pass's ('pass1').",
-    )
-    gr_every_k_steps: int = described(1, "Regularise the optimizer steps whose number is a multiple of it.")
-    gr_optimizer: Literal["regularized_adamw"] | None = described(
-        None,
-        "'regularized_adamw' steps by RegularizedAdamW, which keeps float32 masters of low-precision parameters. "
-        "Default: the trainer's optimizer.",
-    )
+    gr_pass2_ratio: Pass2Ratio = of_gr("pass2_ratio")
     fused_head: bool = described(True, "Whether TRL's fused LM head, and its token-level loss, are computed by ours.")
 
     def __post_init__(self) -> None:
@@ -106,11 +88,6 @@ class ReditOptions(DitherOptions):
         check_flag("fused_head", self.fused_head)
         self.dither(seed=0)
         self.gr()
-
-    def gr(self) -> GRSettings:
-        check_choice("gr_pass2_ratio", self.gr_pass2_ratio, get_args(Pass2Ratio))
-        return GRSettings(self.gr_gamma, self.gr_epsilon, self.gr_perturb_max_norm, self.gr_normalized,
-                          self.gr_every_k_steps, self.gr_optimizer)  # fmt: skip
 
 
 @dataclass
@@ -151,7 +128,6 @@ class ReditHooks(SecondPassHooks):
     """The methods of GRPOTrainer and RLOOTrainer around which dithering and GR are built; one of those comes behind."""
 
     _dither: Dither | None = None
-    _options: ReditOptions | None = None
     _policy_head: trl_head.FusedHead | None = None
     _loss_config: LossConfig | None = None  # where the loss is `linear_grpo_loss`
     _clean_rewards: Tensor | None = None  # (global batch, K), of the generation under way
@@ -160,10 +136,10 @@ class ReditHooks(SecondPassHooks):
 
     def _start_redit(self, options: ReditOptions) -> ExitStack:
         """Called with the trainer built; what the stack undoes is the fused head."""
-        self._options, self._dither = options, options.dither(self.args.seed)
+        self._dither = options.dither(self.args.seed)
         if self._dither is not None:
             per_reward("dither_reward_scale", self._dither.reward_scale, len(self.reward_funcs))
-        self._start_gr(options.gr())
+        self._start_gr(options)
         undo = ExitStack()
         if options.fused_head and _unsloth():
             warnings.warn(
@@ -270,7 +246,7 @@ class ReditHooks(SecondPassHooks):
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         first_pass = self._gr is not None and self._gr.batch is not None and torch.is_grad_enabled()
-        if first_pass and self._options.gr_pass2_ratio == "pass1":
+        if first_pass and self._gr.gr.pass2_ratio == "pass1":
             self._gr.batch.inputs.setdefault("old_per_token_logps", found[0].detach())
         return found
 

@@ -28,7 +28,7 @@ def check_config(config: Any) -> None:
             f"algorithm.redit.dither_level={dither.level} needs algorithm.adv_estimator={ESTIMATOR}, "
             f"got {algorithm.adv_estimator}"
         )
-    verl_engine.read_settings(actor.optim.get(verl_engine.SECTION))
+    verl_engine.read_gr(actor.optim.get(verl_engine.SECTION))
     name = actor.policy_loss.loss_mode
     if name.startswith("redit_"):
         get_policy_loss_fn(name)  # raises where there is none

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import NamedTuple
 
+import torch
 import verl
 from tensordict import TensorDict
 from torch import nn
@@ -19,11 +20,14 @@ from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from redit_fast.gr import gradients
+from redit_fast.gr.config import GR
+from redit_fast.gr.grad_scaler import loss_scale
 from redit_fast.gr.groups import parameter_groups
-from redit_fast.gr.regularizer import GradientRegularizer
+from redit_fast.gr.regularizer import COUNTERS
 from redit_fast.gr.replay import Replay
-from redit_fast.gr.shards import local
-from redit_fast.integrations.second_pass import GRSettings
+from redit_fast.gr.two_pass import Copies, TwoPass
+from redit_fast.integrations.options import GROptions
 from redit_fast.integrations.verl.loss import SUPPORTED, FirstPass
 from redit_fast.integrations.versions import check_hooks
 
@@ -36,13 +40,12 @@ HOOKS = {
     "optimizer_step": ["self"],
 }
 SECTION = "override_optimizer_config"
-KINDS = {f"gr_{option.name}": option.type for option in fields(GRSettings) if option.name != "optimizer"}
-COUNTERS = "gradient_regularizer"  # in the optimizer's first parameter group: verl's checkpoints save and load it
+OPTIONS = [option.name for option in fields(GROptions) if option.name != "gr_optimizer"]  # that is verl's own
 
 
-def read_settings(options: Mapping[str, object] | None) -> tuple[GRSettings | None, dict[str, object]]:
-    """From optim.override_optimizer_config: the settings of its gr_* options, None where they switch GR off; and the
-    others, which are the optimizer's.
+def read_gr(options: Mapping[str, object] | None) -> tuple[GR | None, dict[str, object]]:
+    """From optim.override_optimizer_config: what its gr_* options say, None where they switch GR off; and the others,
+    which are the optimizer's.
 
     Raises:
         ValueError, TypeError: an unknown gr_ option, with the closest one, or a value out of range, naming it.
@@ -52,28 +55,27 @@ def read_settings(options: Mapping[str, object] | None) -> tuple[GRSettings | No
         if not name.startswith("gr_"):
             others[name] = value
             continue
-        if name not in KINDS:
-            close = get_close_matches(name, KINDS, 1)
-            known = f"did you mean {close[0]}?" if close else f"the options are {', '.join(KINDS)}"
+        if name not in OPTIONS:
+            close = get_close_matches(name, OPTIONS, 1)
+            known = f"did you mean {close[0]}?" if close else f"the options are {', '.join(OPTIONS)}"
             raise ValueError(f"optim.{SECTION}.{name} is not an option; {known}")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = {"float": number, "int": number and isinstance(value, int), "bool": isinstance(value, bool)}
-        if not fits[KINDS[name]]:
-            raise TypeError(f"optim.{SECTION}.{name} must be of type {KINDS[name]}, got {value!r}")
-        ours[name.removeprefix("gr_")] = value
-    settings = GRSettings(**ours)
-    return settings if settings.gamma > 0 else None, others
+        ours[name] = value
+    try:
+        gr = GROptions(**ours).gr()
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"optim.{SECTION}.{error}") from None
+    return gr if gr.gamma > 0 else None, others
 
 
-def _check_engine(settings: GRSettings, config: FSDPEngineConfig) -> None:
+def _check_engine(gr: GR, config: FSDPEngineConfig) -> None:
     if config.strategy != "fsdp2":
         raise ValueError(
-            f"gr_gamma={settings.gamma} needs FSDP2, got strategy={config.strategy}, whose flat parameters do not say "
+            f"gr_gamma={gr.gamma} needs FSDP2, got strategy={config.strategy}, whose flat parameters do not say "
             "which rank holds what: set actor_rollout_ref.actor.strategy=fsdp2"
         )
     if config.qat.enable:
         raise ValueError(
-            f"gr_gamma={settings.gamma} does not work with qat.enable=True, whose scales of the weights are kept until "
+            f"gr_gamma={gr.gamma} does not work with qat.enable=True, whose scales of the weights are kept until "
             "the step: switch one of them off"
         )
 
@@ -90,7 +92,7 @@ class SecondPass:
     """What an engine with GR keeps: the batches of the step under way. Between steps nothing is held on the device,
     where verl puts the rollout engine."""
 
-    settings: GRSettings
+    gr: GR
     batches: list[_Batch] = field(default_factory=list)
     failed: bool = False  # a pass raised after its first loss
     metrics: dict[str, float] = field(default_factory=dict)
@@ -132,62 +134,31 @@ class SecondPass:
             return
         begin, group = time.perf_counter(), engine.optimizer.param_groups[0]
         counters = group.get(COUNTERS, {"attempts": 0, "completed": 0, "skipped": 0})
-        if counters["attempts"] % self.settings.every_k_steps:
+        if self.gr.gamma_at(counters["attempts"]) == 0:
             group[COUNTERS] = {name: n + (name != "skipped") for name, n in counters.items()}
             return
-        scale = 1.0 if engine.scaler is None else engine.scaler.get_scale()
-        regularizer = self._regularizer(engine, scale, counters)
-        with regularizer.perturb():
+        gr = replace(self.gr, compute_dtype=engine._autocast_dtype)
+        passes = TwoPass(parameter_groups(engine.module), gr, Copies(), engine.engine_config.seed)
+        passes.load_state_dict(counters)
+        # Both passes leave the gradient times the loss scale, and so does what is combined: verl unscales it.
+        with passes.perturb(loss_scale(engine.scaler, passes.completed.device)):
             for data, loss_function, replay, first in batches:
                 with replay.again(), first.again():  # verl's own, not ours, which would remember the batch
                     FSDPEngineWithLMHead.forward_backward_batch(engine, data, self.watched(loss_function))
         self.failed = False
-        regularizer.step()
-        group[COUNTERS] = _counters_of(regularizer.state_dict())
-        if not regularizer.optimizer.reached:
-            for p in engine.module.parameters():
-                if p.grad is not None:
-                    local(p.grad).fill_(math.nan)  # where verl, or its GradScaler, looks before it steps
-        regularizer.epsilon = self.settings.epsilon  # as it was set, in metrics and warnings
-        self._read(regularizer.metrics(), scale)
+        with passes.combine() as combined:
+            # NaN where verl, or its GradScaler, looks before it steps.
+            factor = combined.factor if combined.finite else torch.full_like(combined.factor, torch.nan)
+            gradients.multiply(combined.params, factor)
+        group[COUNTERS] = passes.state_dict()
+        self.metrics = {name: value for name, value in passes.metrics().items() if math.isfinite(value)}
+        self.metrics.pop("grad_norm", None)  # verl's own
         self.metrics["time/gr_pass2"] = time.perf_counter() - begin
-
-    def _regularizer(self, engine: FSDPEngineWithLMHead, scale: float, counters: dict) -> GradientRegularizer:
-        """Under a GradScaler of this scale both passes leave so many times the gradient, and so does what is combined,
-        which verl unscales as ever: only the perturbation epsilon g1 needs the scale."""
-        settings = self.settings
-        if not settings.normalized:
-            settings = replace(
-                settings,
-                gamma=settings.gamma / scale,
-                epsilon=settings.epsilon / scale,
-                perturb_max_norm=settings.perturb_max_norm * scale,
-            )
-        regularizer = settings.regularizer(
-            parameter_groups(engine.module), compute_dtype=engine._autocast_dtype, seed=engine.engine_config.seed
-        )
-        state = regularizer.state_dict()
-        _counters_of(state).update(counters)
-        regularizer.load_state_dict(state)
-        return regularizer
-
-    def _read(self, values: Mapping[str, float], scale: float) -> None:
-        scales = {"gr/g1_norm": scale, "gr/g2_norm": scale}
-        self.metrics = {
-            name: value / scales.get(name, 1.0)
-            for name, value in values.items()
-            if math.isfinite(value) and name != "grad_norm"  # verl's own
-        }
-
-
-def _counters_of(state: dict) -> dict[str, int]:
-    return state["param_groups"][0][COUNTERS]
 
 
 class ReditFSDPEngine(FSDPEngineWithLMHead):
     """verl's engine of strategy fsdp2 with GR, whose settings stand in optim.override_optimizer_config: gr_gamma (0:
-    off, the engine is then verl's own), gr_epsilon, gr_perturb_max_norm, gr_normalized, gr_every_k_steps, as in
-    `redit_fast.integrations.transformers.GRTrainerMixin`.
+    off, the engine is then verl's own), gr_epsilon and the others of `redit_fast.integrations.options.GROptions`.
 
     The second pass takes the same mini-batch (its old log-probs too), the same micro-batches, dropout and buffers, and
     the tokens that redit_clip_cov and redit_kl_cov chose in the first.
@@ -203,12 +174,12 @@ class ReditFSDPEngine(FSDPEngineWithLMHead):
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         options = getattr(optimizer_config, SECTION, None)
-        settings, others = read_settings(options)
+        gr, others = read_gr(options)
         if others != (options or {}):
             optimizer_config = replace(optimizer_config, **{SECTION: others})
-        if settings is not None and not engine_config.forward_only:
-            _check_engine(settings, engine_config)
-            self._gr = SecondPass(settings)
+        if gr is not None and not engine_config.forward_only:
+            _check_engine(gr, engine_config)
+            self._gr = SecondPass(gr)
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
     def _build_optimizer(self, module):

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from redit_fast.foreign import text_of_error
-from redit_fast.training.config import module_file
+from redit_fast.training.config_file import module_file
 
 
 class RewardError(ValueError):

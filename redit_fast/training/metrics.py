@@ -1,0 +1,96 @@
+"""What a run writes of a step, of an evaluation, and at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import redit_fast as rf
+from redit_fast.training import data, report, rewards, runs
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.report.summary import environment, phases
+from redit_fast.training.rollout.local import Rollout, generate
+
+EVAL_BATCH = 256  # held-out prompts decoded together
+
+
+def held_out_metrics(model, tokenizer, ends, records: list[dict], functions, config: TrainConfig) -> dict[str, float]:
+    """Of greedy answers: the share whose first reward is above 0, and every reward; nothing where none is held out."""
+    if not records:
+        return {}
+    parts = []
+    for start in range(0, len(records), EVAL_BATCH):
+        part = records[start : start + EVAL_BATCH]
+        prompts = [data.render(tokenizer, record, config.system_prompt) for record in part]
+        rollout = generate(model, ends, prompts, max_new_tokens=config.max_completion_length, temperature=0)
+        texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+        parts.append(rewards.score_texts(functions, part, texts))
+    scores = torch.cat(parts)
+    weights = scores.new_tensor(config.reward_weights or [1.0] * len(functions))
+    scored = ~scores.isnan().all(1)
+    metrics = {
+        "accuracy/held_out": (scores[:, 0] > 0).double().mean().item(),
+        "reward/held_out": (scores * weights).nansum(1)[scored].mean().item(),
+    }
+    for function, column in zip(functions, scores.T, strict=True):
+        metrics[f"rewards/{function.name}/held_out"] = column.nanmean().item()
+    return metrics
+
+
+def reward_metrics(functions, scores: Tensor, advantages: rf.Advantages, rollout: Rollout) -> dict[str, float]:
+    """Clean and dithered rewards, each the mean over samples of the group's mean and deviation."""
+    metrics = {
+        "reward/raw_mean": advantages.group_mean.mean().item(),
+        "reward/raw_std": advantages.group_std.mean().item(),
+        "reward/dithered_mean": advantages.dithered_mean.mean().item(),
+        "reward/dithered_std": advantages.dithered_std.mean().item(),
+    }
+    for function, column in zip(functions, scores.T, strict=True):
+        metrics[f"rewards/{function.name}/mean"] = column.nanmean().item()
+        metrics[f"rewards/{function.name}/nan_frac"] = column.isnan().double().mean().item()
+    dead = advantages.dead
+    return metrics | {
+        "accuracy/train": (scores[:, 0] > 0).double().mean().item(),
+        "frac_reward_zero_std": dead.double().mean().item(),
+        "adv/rms_dead_groups": advantages.values[dead].square().mean().sqrt().item() if dead.any() else 0.0,
+        "completions/mean_length": rollout.tokens / len(rollout.completions),
+        "completions/clipped_frac": 1 - sum(rollout.finished) / len(rollout.finished),
+    }
+
+
+def completion_lines(step: int, records, texts, functions, scores: Tensor, advantages: rf.Advantages) -> list[dict]:
+    return [
+        {
+            "schema": runs.SCHEMA,
+            "step": step,
+            "sample": i,
+            "prompt": data.text_of(record["prompt"]),
+            "completion": text,
+            "rewards": {function.name: value for function, value in zip(functions, row, strict=True)},
+            "advantage": advantage,
+        }
+        for i, (record, text, row, advantage) in enumerate(
+            zip(records, texts, scores.tolist(), advantages.values.tolist(), strict=True)
+        )
+    ]
+
+
+def summary_of(run: Path, dataset: data.Dataset, config: TrainConfig) -> dict:
+    """The whole run's numbers, from its metrics: a resumed run sums over all its parts."""
+    lines = report.rows(run / "metrics.jsonl")
+    accuracy = [line["accuracy/held_out"] for line in lines if "accuracy/held_out" in line]
+    times = dict(phases(lines, {}))
+    tokens = sum(line.get("tokens/generated", 0) for line in lines)
+    return {
+        "accuracy_before": accuracy[0] if accuracy else None,
+        "accuracy_after": accuracy[-1] if accuracy else None,
+        "eval_problems": len(dataset.held_out),
+        "steps": config.steps,
+        "tokens_generated": tokens,
+        "tokens_per_second": tokens / times["rollout"],
+        "seconds": sum(times.values()),
+        "time": times,
+        **environment(),
+    }

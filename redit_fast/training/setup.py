@@ -1,0 +1,120 @@
+"""What a run is made of, from its settings: its folder, data, loss, optimizer, noise and reference."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import redit_fast as rf
+from redit_fast.training import builtin, checkpoint, config_file, data, policy, rewards, runs
+from redit_fast.training.config import TrainConfig, default_of
+from redit_fast.training.known_names import under_new_names
+
+MAY_CHANGE = {"steps", "eval_every", "sharpness_every", "checkpoint_every", "keep_checkpoints", "name", "out_dir"}
+TRAIN_PROBLEMS = 4000  # of the demo
+
+
+def claim(config: TrainConfig, held: ExitStack) -> tuple[TrainConfig, Path, Callable[[], None]]:
+    """The config with a name, its folder, held, and the check that it still is; where the config has no name, with the
+    first that no other start takes."""
+    while True:
+        named = config.with_name()
+        run = Path(named.out_dir) / named.name
+        try:
+            return named, run, held.enter_context(runs.claimed(run, new=True))
+        except runs.TakenError:
+            if config.name is not None:
+                raise
+
+
+def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, Path | None]:
+    """The newest checkpoint, None where the run stopped before its first; the settings must be the run's.
+
+    A run of version 0.1 kept all checkpoints, and does so still unless it is told otherwise.
+    """
+    before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
+    before |= (stored := under_new_names(config_file.read(run / "config.json")[0]))
+    for name, value in config:
+        if name not in MAY_CHANGE and value != before[name]:
+            raise ValueError(f"{name} was {before[name]!r} in {run} and cannot become {value!r} on --resume")
+    if config.steps != before["steps"] and config.dither_schedule.endswith("_reverse"):
+        raise ValueError(
+            f"steps was {before['steps']} in {run} and cannot become {config.steps} on --resume: dither_schedule "
+            f"{config.dither_schedule} counts back from the last step"
+        )
+    if not {"keep_checkpoints"} & (stored.keys() | config.model_fields_set):
+        config = config.model_copy(update={"keep_checkpoints": None})
+    folder = run / "checkpoints"
+    return config, checkpoint.newest(folder) if checkpoint.in_order(folder) else None
+
+
+def loss_config(config: TrainConfig, model: PreTrainedModel) -> rf.LossConfig:
+    return rf.LossConfig(
+        config.loss_type,
+        epsilon_low=config.clip_low,
+        epsilon_high=config.clip_high,
+        temperature=config.temperature,
+        cispo_bound="relative" if config.loss_type == "cispo" else "absolute",  # TRL's would scale a ratio of 1 to 0.2
+        dro_beta=config.dro_beta,
+        beta=config.beta,
+        max_completion_length=config.max_completion_length,
+        **rf.logit_transforms(model.config),
+    )
+
+
+def optimizer(config: TrainConfig, model: PreTrainedModel) -> rf.RegularizedAdamW:
+    """AdamW whose second pass perturbs the decoder layers. The trainer itself sees to gr_pass2_ratio."""
+    gr = {name.removeprefix("gr_"): value for name, value in config if name.startswith("gr_")}
+    del gr["pass2_ratio"]
+    return rf.RegularizedAdamW(
+        rf.parameter_groups(model, perturb="decoder_layers"),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_norm=config.max_grad_norm,
+        seed=config.seed,
+        **gr,
+    )
+
+
+def dither(config: TrainConfig, functions: list[rewards.RewardFunction]) -> rf.Dither:
+    return rf.Dither(
+        config.dither_distribution,
+        config.dither_level,
+        [function.scale for function in functions],
+        config.dither_schedule,
+        total_steps=config.steps,
+        dead_groups=config.dither_dead_groups,
+        seed=config.seed,
+    )
+
+
+def reference(config: TrainConfig, model: PreTrainedModel, saved: Path | None) -> PreTrainedModel | None:
+    """The KL term's reference, a copy of the model before RL or of the policy at the last reset; None without one."""
+    if not config.beta:
+        return None
+    if config.gr_gamma:
+        warnings.warn(
+            f"beta is {config.beta:g} and gr_gamma {config.gr_gamma:g}: a KL term and gradient regularisation are both "
+            "on, where the GR paper's runs have one of them; gr_gamma 0 or beta 0 takes one away",
+            stacklevel=3,
+        )
+    reference = copy.deepcopy(model).requires_grad_(False)
+    if saved is not None and not checkpoint.load_reference(saved, reference):
+        rf.reset_reference(reference, policy.load(checkpoint.start_of(saved))[0])
+    return reference
+
+
+def dataset(config: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> data.Dataset:
+    if config.model is None:
+        return data.Dataset(
+            train=builtin.records(TRAIN_PROBLEMS, held_out=False, seed=config.seed),
+            held_out=builtin.records(config.eval_problems, held_out=True, seed=config.seed),
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return data.load(config, tokenizer, context, model.get_input_embeddings().weight.shape[0])
