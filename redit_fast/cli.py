@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from redit_fast.signals import in_this_process
 
@@ -127,7 +127,7 @@ def _complain(message: str) -> None:
     print(f"redit-fast: {' '.join(message.split())}", file=sys.stderr)
 
 
-def _warning(message: Warning | str, *_: object) -> str:
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
     """One line, without the file and the source line where the warning was given."""
     return f"warning: {' '.join(str(message).split())}\n"
 

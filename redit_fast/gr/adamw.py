@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class _MasterAdamW(torch.optim.Optimizer):
             self.versions[p] = shards.version(p)
         return state
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
         """Makes the state of every parameter with a gradient, and nothing else."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -156,9 +156,10 @@ def _checked(options: dict) -> dict:
         betas = options["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise TypeError(f"betas must be two numbers, got {described(betas)}")
-        numbers["betas"] = tuple(real_number(f"betas[{k}]", beta, least=0) for k, beta in enumerate(betas))
-        if max(numbers["betas"]) >= 1:
+        decays = tuple(real_number(f"betas[{k}]", beta, least=0) for k, beta in enumerate(betas))
+        if max(decays) >= 1:
             raise ValueError(f"betas must be in [0, 1), got {betas}")
+        return {**numbers, "betas": decays}
     return numbers
 
 
@@ -230,10 +231,10 @@ class RegularizedAdamW(GradientRegularizer):
         )
 
     def _store(self) -> _MasterAdamW:
-        return self.optimizer
+        return cast(_MasterAdamW, self.optimizer)
 
     def _take_step(self, combined: Combined, factor: Tensor) -> None:
-        self.optimizer.update(combined, factor)
+        self._store().update(combined, factor)
 
 
 def unwrap(optimizer: object) -> GradientRegularizer:

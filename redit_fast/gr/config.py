@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -13,7 +13,7 @@ Rounding = Literal["stochastic", "nearest"]
 Pass2Ratio = Literal["fresh", "pass1"]
 
 
-def _option(default: object, text: str) -> object:
+def _option(default: object, text: str) -> Any:
     """A field with the help text that command lines show, of this package's trainer and of hosts."""
     return field(default=default, metadata={"help": text})
 

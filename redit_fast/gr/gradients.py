@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def with_grad(params: list[Tensor]) -> list[Tensor]:
     params = [p for p in params if p.grad is not None]
     if not params:
         raise RuntimeError("no parameter has a gradient: call loss.backward() first")
-    if any(p.grad.is_sparse for p in params):
+    if any(p.grad.is_sparse for p in params if p.grad is not None):
         raise ValueError("sparse gradients are not supported: use dense embeddings")
     shards.check_placed_alike(params)
     return params
@@ -28,7 +29,7 @@ def written(params: list[Tensor]) -> dict[Tensor, tuple]:
 
 
 def of(p: Tensor) -> Tensor:
-    return local(p.grad)
+    return local(cast(Tensor, p.grad))
 
 
 def squares(params: list[Tensor], tensor_of: Callable[[Tensor], Tensor] = of) -> shards.Sums:
@@ -43,7 +44,7 @@ def squares(params: list[Tensor], tensor_of: Callable[[Tensor], Tensor] = of) ->
 def keep(params: list[Tensor]) -> dict[Tensor, Tensor]:
     """The gradients, for later: copied only where they are views, into which the second pass of
     DDP(gradient_as_bucket_view=True) writes."""
-    return {p: p.grad.clone() if p.grad._is_view() else p.grad for p in params}
+    return {p: grad.clone() if grad._is_view() else grad for p in params if (grad := p.grad) is not None}
 
 
 def clear(params: list[Tensor]) -> None:
@@ -69,5 +70,5 @@ def combine(params: list[Tensor], first: dict[Tensor, Tensor], ratio: float) -> 
 
 def multiply(params: list[Tensor], factor: Tensor) -> None:
     for p in params:
-        wide = torch.promote_types(p.grad.dtype, torch.float32)  # 1 / loss scale is not a float16
+        wide = torch.promote_types(of(p).dtype, torch.float32)  # 1 / loss scale is not a float16
         of(p).copy_(of(p).to(wide) * factor.to(wide))

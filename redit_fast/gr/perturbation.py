@@ -54,7 +54,7 @@ def move(
         offsets[p], total = total, total + p.numel()
 
     def launch(out: Tensor, members: list[Tensor]) -> None:
-        runs = []
+        runs: list = []
         for p in members:
             exact = rounding == "stochastic" and p.dtype in LOW_PRECISION
             runs += shards.pieces(p, offsets[p], exact)

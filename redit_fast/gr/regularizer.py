@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ def _option(name: str) -> property:
     """A field of `gr` as an attribute of its own, which may be set between steps."""
 
     def set_it(self: GradientRegularizer, value: object) -> None:
-        self._passes.gr = replace(self.gr, **{name: value})
+        change: dict[str, Any] = {name: value}
+        self._passes.gr = replace(self.gr, **change)
 
     return property(lambda self: getattr(self.gr, name), set_it)
 
@@ -175,7 +176,7 @@ class GradientRegularizer(torch.optim.Optimizer):
         self._passes.restore()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
         """Restores the parameters, combines and clips the gradients and takes the optimizer's step; a step with a
         gradient that is not finite, in either pass, is skipped and counted. Under a GradScaler it is reached by
         scaler.step(optimizer), without scaler.unscale_: it unscales and clips by itself.

@@ -7,14 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import reduce
+from typing import Any, TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:  # they load torch.distributed
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
 Sums = dict  # device mesh, or None for plain tensors -> this rank's sums (width,) float64
 
 
-def is_shard(tensor: Tensor) -> bool:
+def is_shard(tensor: object) -> TypeGuard[DTensor]:
     return hasattr(tensor, "device_mesh")
 
 
@@ -37,7 +42,8 @@ def meshes_of(params: list[Tensor]) -> list:
 
 def check_placed_alike(params: list[Tensor]) -> None:
     for p in params:
-        if is_shard(p) != is_shard(p.grad) or (is_shard(p) and p.placements != p.grad.placements):
+        together = is_shard(p) == is_shard(p.grad)
+        if not together or (is_shard(p) and is_shard(p.grad) and p.placements != p.grad.placements):
             raise ValueError(
                 f"a parameter is placed as {getattr(p, 'placements', 'a plain tensor')} and its gradient as "
                 f"{getattr(p.grad, 'placements', 'a plain tensor')}: redistribute the gradient to the parameter's "
@@ -78,7 +84,7 @@ def pieces(p: Tensor, offset: int, exact: bool) -> Iterator[tuple[Tensor, Tensor
     """The runs of this rank's piece of `p` that are contiguous in the whole, with their gradients and first element, if
     the whole begins at `offset`: one run, or rows where another dimension than the first is sharded. Without `exact`
     the element is not asked for."""
-    weights, grads = local(p), local(p.grad)
+    weights, grads = local(p), local(cast(Tensor, p.grad))
     if not exact or not is_shard(p):
         yield weights, grads, offset
         return
@@ -95,7 +101,7 @@ def pieces(p: Tensor, offset: int, exact: bool) -> Iterator[tuple[Tensor, Tensor
         yield some, slopes, begin
 
 
-def _starts(p: Tensor) -> list[int]:
+def _starts(p: Any) -> list[int]:
     """In every dimension, the whole's index of the first element of this rank's piece."""
     starts, sizes = [0] * p.ndim, list(p.shape)
     for i, placement in enumerate(p.placements):
@@ -128,8 +134,8 @@ def drop_gathered(params: list[Tensor]) -> None:
 
 def drop_gathered_of(model: nn.Module) -> None:
     for module in model.modules():
-        if hasattr(module, "set_reshard_after_backward"):  # FSDPModule
-            module.reshard()
+        if hasattr(module, "set_reshard_after_backward"):
+            cast("FSDPModule", module).reshard()
 
 
 DEEPSPEED = (

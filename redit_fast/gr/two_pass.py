@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -218,7 +218,7 @@ class TwoPass:
     def _keeps_first(self, params: list[Tensor], ratio: float) -> bool:
         if self.gr.keep_first_grad is not None:
             return self.gr.keep_first_grad
-        low = any(p.grad.dtype in LOW_PRECISION for p in params)
+        low = any(gradients.of(p).dtype in LOW_PRECISION for p in params)
         return self.gr.epsilon == "auto" or (low and not 0.5 <= ratio <= 3)
 
     def _move(self, step: Tensor, fold: float) -> shards.Sums:
@@ -306,14 +306,14 @@ class TwoPass:
         perturbation.warn_if_swallowed(values.get("gr/step_cos", 1.0), self.epsilon)
         return values
 
-    def state_dict(self) -> dict[str, int | float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """The counters, and what "auto" has found."""
-        counters = {"attempts": self.attempts, "completed": int(self.completed), "skipped": int(self.skipped)}
+        counters: dict[str, Any] = {"attempts": self.attempts, "completed": int(self.completed), "skipped": int(self.skipped)}
         if self.gr.epsilon == "auto":
             counters |= {"epsilon": self._found_epsilon, "searched_at": self._searched_at}
         return counters
 
-    def load_state_dict(self, counters: dict[str, int | float | None]) -> None:
+    def load_state_dict(self, counters: dict[str, Any]) -> None:
         """What `state_dict` gave; what it lacks begins anew."""
         self.attempts = counters.get("attempts", 0)
         self.completed.fill_(counters.get("completed", 0))

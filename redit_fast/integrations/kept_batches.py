@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -18,11 +19,11 @@ class KeptBatches:
         self._batches: list = []
         self._written: dict[Tensor, tuple] = {}  # .grad after the last of them
 
-    def keep(self, batch: object, params: list[Tensor]) -> None:
+    def keep(self, batch: object, params: Sequence[Tensor]) -> None:
         self._batches.append(batch)
         self._written = gradients.written(params)
 
-    def match(self, params: list[Tensor]) -> None:
+    def match(self, params: Sequence[Tensor]) -> None:
         """Begins anew where the gradients were cleared.
 
         Raises:
@@ -39,7 +40,7 @@ class KeptBatches:
             )
         self._batches, self._written = [], written
 
-    def take(self, params: list[Tensor]) -> list:
+    def take(self, params: Sequence[Tensor]) -> list:
         """All of them, which are then forgotten."""
         self.match(params)
         batches, self._batches = self._batches, []
@@ -49,7 +50,7 @@ class KeptBatches:
         return len(self._batches)
 
 
-def same_tensors(data: object) -> object:
+def same_tensors(data: Any) -> Any:
     """`data` with its containers copied at every depth, and the same tensors in them."""
     if isinstance(data, MutableMapping):
         copied = copy.copy(data)
@@ -57,9 +58,9 @@ def same_tensors(data: object) -> object:
             copied[name] = same_tensors(value)
         return copied
     if isinstance(data, list):
-        copied = copy.copy(data)
-        copied[:] = [same_tensors(value) for value in data]
-        return copied
+        items = copy.copy(data)
+        items[:] = [same_tensors(value) for value in data]
+        return items
     if isinstance(data, tuple):
         values = [same_tensors(value) for value in data]
         return data._make(values) if hasattr(data, "_make") else type(data)(values)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -116,16 +116,19 @@ class PolicyLoss(nn.Module):
         mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask != 0
         if self.level != "off" and rollout_log_probs is None:
             raise ValueError(f"rollout_log_probs is required by is_correction_level={self.level!r}")
-        weighted, vllm_kl, filtered = advantages, None, None
-        if self.level != "off" and self.policy_loss_type == "gspo":
-            old_log_probs_of_ratio = rollout_log_probs
-        else:
-            old_log_probs_of_ratio = old_log_probs
-            if self.level != "off":
+        weighted = advantages
+        vllm_kl: Tensor | None = None
+        filtered: Tensor | None = None
+        old_log_probs_of_ratio: Any = old_log_probs
+        if rollout_log_probs is not None and self.level != "off":
+            if self.policy_loss_type == "gspo":
+                old_log_probs_of_ratio = rollout_log_probs
+            else:
                 # The coefficient is at least 0 and the loss is homogeneous in the advantage: the two may be multiplied.
                 coefficient, filtered = self._correction(old_log_probs.detach(), rollout_log_probs.detach(), mask)
                 weighted = advantages * coefficient
                 vllm_kl = _mean(rollout_log_probs - old_log_probs, mask)
+        normalizer: float | Tensor | None
         if self.token_level_loss:
             normalizer = None if batch_num_tokens is None else batch_num_tokens / dp_size
         elif global_batch_size is None:

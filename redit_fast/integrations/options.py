@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from redit_fast.checks import check_choice
 from redit_fast.dither import DeadGroups, Dither, Schedule
@@ -11,15 +11,16 @@ from redit_fast.gr.config import GR, Rounding
 from redit_fast.noise import Distribution
 
 
-def described(default: object, text: str) -> object:
+def described(default: object, text: str) -> Any:
     """A dataclass field with the help text that command lines show."""
     return field(default=default, metadata={"help": text})
 
 
-def of_gr(name: str, **default: object) -> object:
+def of_gr(name: str, **default: Any) -> Any:
     """A dataclass field with the default and the help text of a field of `GR`."""
     source = GR.__dataclass_fields__[name]
-    return field(**{"default": source.default, **default}, metadata=source.metadata)
+    options: dict[str, Any] = {"default": source.default, **default}
+    return field(**options, metadata=source.metadata)
 
 
 @dataclass
@@ -87,7 +88,7 @@ class GROptions:
         if isinstance(self.gr_epsilon, str):
             raise ValueError(f"gr_epsilon must be a number, got {self.gr_epsilon!r}")
         check_choice("gr_optimizer", self.gr_optimizer, (None, "regularized_adamw"))
-        flat = {field.name: getattr(self, f"gr_{field.name}", field.default) for field in fields(GR)}
+        flat: dict[str, Any] = {field.name: getattr(self, f"gr_{field.name}", field.default) for field in fields(GR)}
         try:
             return GR(**flat)
         except (ValueError, TypeError) as error:

@@ -17,7 +17,7 @@ from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,10 +32,11 @@ from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
 
 
-def _of_gr(name: str, more: str = "", **limits: float) -> object:
+def _of_gr(name: str, more: str = "", **limits: Any) -> Any:
     """A field with the default and the help text of a field of `GR`."""
     source = GR.__dataclass_fields__[name]
-    return Field(source.default, description=source.metadata["help"] + more, **limits)
+    default: Any = source.default
+    return Field(default, description=source.metadata["help"] + more, **limits)
 
 
 class TrainConfig(BaseModel):
@@ -199,7 +200,8 @@ class TrainConfig(BaseModel):
             if value != TrainConfig.model_fields[name].default and self.loss_type not in CLIPPED:
                 raise ValueError(f"{name}: got {value}, loss_type {self.loss_type} has no clip range")
         try:
-            GR(**{field.name: getattr(self, f"gr_{field.name}", field.default) for field in fields(GR)})
+            flat: dict[str, Any] = {f.name: getattr(self, f"gr_{f.name}", f.default) for f in fields(GR)}
+            GR(**flat)
         except ValueError as error:  # of numbers that are not there in float32
             name, _, rest = str(error).partition(" ")
             raise ValueError(f"gr_{name}: {rest}") from None
@@ -259,8 +261,8 @@ class TrainConfig(BaseModel):
 
 def flag_words(name: str, value: object) -> list[str]:
     """A field and its value as words of the command line, where a word that begins with a dash would be a flag."""
-    items = value if isinstance(value, list) else ["none" if value is None else value]
-    items = [f"{Decimal(repr(item)):f}" if isinstance(item, float) and item < 0 else str(item) for item in items]
+    values = value if isinstance(value, list) else ["none" if value is None else value]
+    items = [f"{Decimal(repr(item)):f}" if isinstance(item, float) and item < 0 else str(item) for item in values]
     if len(items) == 1 and items[0].startswith("-"):
         return [f"{flag(name)}={items[0]}"]
     return [flag(name), *items]
@@ -327,11 +329,11 @@ def printed(path: str | Path | None = None, overrides: Mapping[str, object] | No
     Raises:
         ValueError: as `load`, of what is there.
     """
-    values, *rest = _gathered(path, overrides or {})
+    values, where, notes = _gathered(path, overrides or {})
     weights = values.get("reward_weights")
     stand_ins = {"data": "-", "rewards": ["-"] * (len(weights) if weights and isinstance(weights, list) else 1)}
     unset = [name for name in stand_ins if values.get("model") is not None and values.get(name) is None]
-    return _checked(values | {name: stand_ins[name] for name in unset}, *rest).to_yaml(unset)
+    return _checked(values | {name: stand_ins[name] for name in unset}, where, notes).to_yaml(unset)
 
 
 def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple[dict, Callable, list[str]]:
@@ -378,7 +380,7 @@ def _checked(values: dict, where: Callable[[str], str], said: list[str]) -> Trai
     message = re.sub(r"^\w+ should (be|have)( greater| less)?", _needs, first["msg"].removeprefix("Value error, "))
     if not first["loc"]:  # a check across fields, whose message names them
         raise ValueError(where(message.partition(":")[0]) + message)
-    field, *rest = first["loc"]
+    field, rest = str(first["loc"][0]), first["loc"][1:]
     if first["type"] == "missing":
         raise ValueError(f"{field}: training a model of your own needs at least one reward function")
     item = "".join(f"[{index}]" for index in rest if isinstance(index, int))  # the others name a kind of a union

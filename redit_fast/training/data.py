@@ -61,7 +61,7 @@ def load(
     if config.max_prompt_length is not None:
         limit = min(config.max_prompt_length, limit) if limit is not None else config.max_prompt_length
     kept, skipped = [], 0
-    for line, record in read(config.data):
+    for line, record in read(str(config.data)):
         part = "tokenizer" if isinstance(record["prompt"], str) else "chat template"
         with Foreign(f"{config.data}:{line}: the {part} refuses this prompt", plain=jinja2.TemplateError):
             ids = render(tokenizer, record, config.system_prompt)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -25,7 +26,7 @@ def claim(config: TrainConfig, held: ExitStack) -> tuple[TrainConfig, Path, Call
     first that no other start takes."""
     while True:
         named = config.with_name()
-        run = Path(named.out_dir) / named.name
+        run = Path(named.out_dir) / str(named.name)
         try:
             return named, run, held.enter_context(runs.claimed(run, new=True))
         except runs.TakenError:
@@ -55,6 +56,7 @@ def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, P
 
 
 def loss_config(config: TrainConfig, model: PreTrainedModel) -> rf.LossConfig:
+    transforms: dict[str, Any] = rf.logit_transforms(model.config)
     return rf.LossConfig(
         config.loss_type,
         epsilon_low=config.clip_low,
@@ -64,7 +66,7 @@ def loss_config(config: TrainConfig, model: PreTrainedModel) -> rf.LossConfig:
         dro_beta=config.dro_beta,
         beta=config.beta,
         max_completion_length=config.max_completion_length,
-        **rf.logit_transforms(model.config),
+        **transforms,
     )
 
 

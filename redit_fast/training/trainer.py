@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
+from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -65,7 +66,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
             f"WORLD_SIZE is {processes}: redit-fast train is one process, several are not supported yet; start it "
             "without torchrun"
         )
-    saved, run = None, Path(config.out_dir) / config.with_name().name
+    saved, run = None, Path(config.out_dir) / str(config.with_name().name)
     if resume:
         if not (run / "config.json").is_file():
             raise ValueError(f"{run} holds no run to resume")
@@ -76,7 +77,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     if saved is None and config.model is None:
         model, tokenizer = builtin.build(config.seed)
     else:
-        model, tokenizer = policy.load(saved or config.model)
+        model, tokenizer = policy.load(saved or str(config.model))
     read = inputs.of(config)  # before they are read: what changes meanwhile is noticed by the next --resume
     if resume:
         read = inputs.checked(read, run, accept_changed=accept_changed_inputs)
@@ -88,7 +89,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     trial.check(model, tokenizer, dataset, functions, loss_config, config)
     optimizer = setup.optimizer(config, model)
     dither = setup.dither(config, functions)
-    reference = setup.reference(config, model, saved)
+    reference: Any = setup.reference(config, model, saved)
     done = -1  # steps taken: 0 after the warm start
     if saved is not None:
         checkpoint.load_optimizer(saved, optimizer)
@@ -145,7 +146,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 with runs.uninterrupted(), clock("checkpoint"):
                     done = 0
                     checkpoint.publish(draft())
-            bar = shown.add_task("GRPO", total=config.steps, completed=done, numbers="")
+            bar: Any = shown.add_task("GRPO", total=config.steps, completed=done, numbers="")
             lines = report.rows(run / "metrics.jsonl")
             if not lines or (evaluates(done) and dataset.held_out and "accuracy/held_out" not in lines[-1]):
                 with clock("eval"):

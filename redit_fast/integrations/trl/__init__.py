@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -73,7 +73,7 @@ class ReditOptions(DitherOptions, GROptions):
     """
 
     # A list, as transformers' parser takes no number or list; one entry is a number for every reward function.
-    dither_reward_scale: list[float] = field(
+    dither_reward_scale: Any = field(
         default_factory=lambda: [1.0],
         metadata={"help": "The full scale of the rewards: one number, or one for each reward function."},
     )
@@ -82,7 +82,7 @@ class ReditOptions(DitherOptions, GROptions):
 
     def __post_init__(self) -> None:
         if isinstance(self, GRPOConfig):
-            super().__post_init__()
+            super().__post_init__()  # type: ignore[misc]  # GRPOConfig's
         if isinstance(self.dither_reward_scale, list | tuple) and len(self.dither_reward_scale) == 1:
             (self.dither_reward_scale,) = self.dither_reward_scale
         check_flag("fused_head", self.fused_head)
@@ -127,11 +127,20 @@ class _Generation(NamedTuple):
 class ReditHooks(SecondPassHooks):
     """The methods of GRPOTrainer and RLOOTrainer around which dithering and GR are built; one of those comes behind."""
 
+    state: Any  # of the trainer: what is read here, beside SecondPassHooks
+    accelerator: Any
+    ref_model: Any
+    reward_funcs: list
+    reward_func_names: list[str]
+    reward_weights: Tensor
+    num_generations: int
+    _metrics: Any
+    _logs: Any
     _dither: Dither | None = None
     _policy_head: trl_head.FusedHead | None = None
     _loss_config: LossConfig | None = None  # where the loss is `linear_grpo_loss`
-    _clean_rewards: Tensor | None = None  # (global batch, K), of the generation under way
-    _generation: _Generation | None = None  # the last one whose rewards are there
+    _clean_rewards: Any = None  # a tensor, (global batch, K), of the generation under way
+    _generation: Any = None  # `_Generation`: the last one whose rewards are there
     _generated: _Generation | None = None  # the last one that came to its end
 
     def _start_redit(self, options: ReditOptions) -> ExitStack:
@@ -151,9 +160,10 @@ class ReditHooks(SecondPassHooks):
             if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
                 raise ValueError("fused_head=True does not work under DeepSpeed ZeRO-3: pass fused_head=False")
             policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-            entropy = "grad" if getattr(self, "_entropy_bonus_enabled", False) else "metric"
+            entropy: Any = "grad" if getattr(self, "_entropy_bonus_enabled", False) else "metric"
             self._policy_head = undo.enter_context(trl_head.FusedHead(policy, entropy))
-            if getattr(super()._compute_loss, "__func__", None) is GRPOTrainer._compute_loss:
+            theirs = super()._compute_loss  # type: ignore[misc]  # of the trainer's class
+            if getattr(theirs, "__func__", None) is GRPOTrainer._compute_loss:
                 self._loss_config = trl_loss.fused_config(self)
             if self.ref_model is not None:
                 reference = self.accelerator.unwrap_model(self.ref_model)
@@ -196,7 +206,7 @@ class ReditHooks(SecondPassHooks):
 
     def _noisy_rewards(self, rewards: Tensor) -> Tensor:
         """r + xi of `group_advantages`, rounded to float32."""
-        dither, step = self._dither, self._generation.step
+        dither, step = cast(Dither, self._dither), self._generation.step
         half_range = dither.level_at(step) * per_reward("dither_reward_scale", dither.reward_scale, rewards.shape[1])
         columns = [noise(dither.distribution, float(a), dither.seed, self._sample_ids(), k, step)
                    for k, a in enumerate(half_range)]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import trl.trainer.utils as utils
@@ -35,7 +35,8 @@ class LinearLossFunction:
     """The same contract for the policy's loss: `linear_grpo_loss`, of which `output` is left behind."""
 
     def __init__(self, rows: PolicyRows, scored: Tensor):
-        self.rows, self.scored, self.output = rows, scored, None
+        self.rows, self.scored = rows, scored
+        self.output: Any = None
 
     def apply(
         self, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
@@ -43,7 +44,7 @@ class LinearLossFunction:
         sequences, length = self.scored.shape
         compact = len(targets) != self.scored.numel()  # TRL passes the scored rows alone, or every one
 
-        def packed(x: Tensor | None) -> Tensor | None:
+        def packed(x: Any) -> Any:
             """(B, T), the last T of `length` places -> (N,)"""
             if x is None:
                 return None
@@ -76,10 +77,10 @@ class FusedHead(SwappedForward):
     def __init__(self, model: nn.Module, entropy: EntropyMode):
         self._entropy: EntropyMode = entropy
         self.rows: PolicyRows | None = None  # while set, the forward pass computes the policy's loss
-        self.output: LossOutput | None = None
+        self.output: Any = None
         super().__init__(model)
 
-    def call(self, model: nn.Module, before: Callable, args: tuple, kwargs: dict) -> object:
+    def call(self, model: Any, before: Callable, args: tuple, kwargs: dict) -> Any:
         if not kwargs.get("fused_lm_head"):
             return before(*args, **kwargs)
         scored = scored_rows(kwargs)

@@ -162,7 +162,7 @@ def _sessions(rows: int, keys: Sequence[str] | None) -> tuple[list[int], list[in
     return [row for _, row in last.values()], [order[session] for session in names]
 
 
-def _v1_trainer() -> type | None:
+def _v1_trainer() -> Any:
     try:
         from verl.trainer.ppo.v1.trainer_base import PPOTrainer
     except ModuleNotFoundError as error:
@@ -189,8 +189,9 @@ def _hook_v1() -> None:
         finally:
             _v1_batch.reset(token)
 
-    _compute_advantage.theirs = theirs
-    trainer._compute_advantage = _compute_advantage
+    ours: Any = _compute_advantage
+    ours.theirs = theirs
+    trainer._compute_advantage = ours
 
 
 def register() -> None:

@@ -48,8 +48,9 @@ def register() -> None:
             check_config(config)
         return theirs(config, use_reference_policy, use_critic)
 
-    validate_config.theirs = theirs
-    verl_config.validate_config = verl.utils.validate_config = validate_config
+    ours: Any = validate_config
+    ours.theirs = theirs
+    verl_config.validate_config = verl.utils.validate_config = ours
 
 
 def unregister() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import verl
@@ -61,7 +61,7 @@ def read_gr(options: Mapping[str, object] | None) -> tuple[GR | None, dict[str, 
             raise ValueError(f"optim.{SECTION}.{name} is not an option; {known}")
         ours[name] = value
     try:
-        gr = GROptions(**ours).gr()
+        gr = GROptions(**cast(dict[str, Any], ours)).gr()
     except (ValueError, TypeError) as error:
         raise type(error)(f"optim.{SECTION}.{error}") from None
     return gr if gr.gamma > 0 else None, others
