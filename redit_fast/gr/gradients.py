@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -23,7 +23,7 @@ def with_grad(params: list[Tensor]) -> list[Tensor]:
     return params
 
 
-def written(params: list[Tensor]) -> dict[Tensor, tuple]:
+def written(params: Sequence[Tensor]) -> dict[Tensor, tuple]:
     """Differs after a backward pass that reached any of `params`."""
     return {p: (id(p.grad), shards.version(p.grad)) for p in params if p.grad is not None}
 

@@ -308,7 +308,11 @@ class TwoPass:
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, and what "auto" has found."""
-        counters: dict[str, Any] = {"attempts": self.attempts, "completed": int(self.completed), "skipped": int(self.skipped)}
+        counters: dict[str, Any] = {
+            "attempts": self.attempts,
+            "completed": int(self.completed),
+            "skipped": int(self.skipped),
+        }
         if self.gr.epsilon == "auto":
             counters |= {"epsilon": self._found_epsilon, "searched_at": self._searched_at}
         return counters

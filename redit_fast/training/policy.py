@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -252,7 +253,7 @@ class Batch:
         if self.settings.denominator == "tokens":
             return float(sum(self.lengths))
         if self.settings.denominator == "length":
-            return float(len(self.sequences) * self.settings.max_completion_length)
+            return float(len(self.sequences) * cast(int, self.settings.max_completion_length))
         return float(len(self.sequences))
 
     def micro_batches(self) -> Iterator[tuple[list[int], bool]]:
@@ -339,7 +340,7 @@ class Batch:
         hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[scored[:, 1:]]
         return hidden, ids[scored], lengths
 
-    def _part(self, samples: list[int], values: Tensor) -> Tensor:
+    def _part(self, samples: list[int], values: Any) -> Tensor:
         """Of (R,) what belongs to the samples."""
         parts = values.split(self.lengths)
         return torch.cat([parts[i] for i in samples])

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from redit_fast.integrations.swapped_forward import SwappedForward
 from redit_fast.integrations.trl_function import CONTRACT, NAME, LinearLogpFunction, scored_rows, swapped_head
 from redit_fast.losses.config import LossConfig
-from redit_fast.losses.policy import LossOutput
 from redit_fast.ops.linear_loss import linear_grpo_loss
 from redit_fast.ops.token_loss import EntropyMode
 

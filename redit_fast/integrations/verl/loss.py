@@ -192,7 +192,7 @@ def _metrics(name: str, rows: Rows, terms: Terms, logp: Tensor) -> dict[str, flo
     if name in ("vanilla", "gspo"):
         clipped = terms.below | terms.above
         if name == "vanilla":
-            lower = (A < 0) & (clamp_exponent(log_ratio).exp() > rows.config.dual_clip)
+            lower = (A < 0) & (clamp_exponent(log_ratio).exp() > cast(float, rows.config.dual_clip))
     elif name in DPPO:
         trusted = dppo_trusts(rows.config, logp, old_logp, A)
         clipped, lower = ~trusted, trusted & (clamp_exponent(log_ratio).exp() > DPPO_MAX_RATIO)

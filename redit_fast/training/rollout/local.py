@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def generate(
     seed, step = check_seed(seed), check_step(step)
     end_tokens = _tokens("eos_token_ids", [eos_token_ids] if isinstance(eos_token_ids, Integral) else eos_token_ids)
     ids = _checked_ids(prompts, group_size, sample_ids)
-    device = model.get_input_embeddings().weight.device
+    device = cast(Any, model).get_input_embeddings().weight.device
     ends = torch.tensor(end_tokens, dtype=torch.int64, device=device)
     # All random numbers of the call at once: one per token costs as much as a small model's forward pass.
     u = counter_uniform(seed, ids[:, None] + (torch.arange(max_new_tokens) << 32), STREAM_SAMPLING, step).to(device)
