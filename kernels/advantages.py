@@ -11,7 +11,6 @@ are sorted by torch first, and what is normalised over the batch takes five laun
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from redit_fast.kernels.element import noise
 from redit_fast.kernels.launch import bits, table, word
@@ -336,46 +335,46 @@ def _values_kernel(
     tl.store(values_ptr + i, tl.where(heard, a, 0.0).to(tl.float32), here)
 
 
-def group_advantages(
-    values: Tensor, group_mean: Tensor, group_std: Tensor, dead: Tensor, dithered_mean: Tensor, dithered_std: Tensor,
-    rewards: Tensor, groups: Tensor | None, group_size: int | None, sample_ids: Tensor | None, weights: list[float],
-    half_range: list[float] | None, gaussian: bool, seed: int, step: int, dead_groups: str, leave_one_out: bool,
-    scale: str, gdpo: bool, eps: float, ddof: int,
-) -> None:  # fmt: skip
+def group_advantages(out, inputs, options) -> None:
+    """Advantages, AdvantageInputs and AdvantageOptions of redit_fast/backends/args.py."""
+    rewards, groups, group_size, sample_ids, weights, half_range = inputs
+    group_size, dead_groups, dither = group_size or 0, options.dead_groups, half_range is not None
+    gdpo, by_batch = options.combine == "normalize_then_sum", options.scale == "batch"
     (n, reward_count), device = rewards.shape, rewards.device
-    with torch.cuda.device_of(values):
+    with torch.cuda.device_of(rewards):
         order = starts = None
         if groups is not None:
             order = torch.argsort(groups, stable=True)
             starts = torch.searchsorted(groups[order], torch.arange(n + 1, device=device))
-        numbers = (word(seed), step, *bits(eps, ddof, *weights, *(half_range or ())))
+        per_reward = (*weights.tolist(), *(half_range.tolist() if dither else ()))
+        numbers = (word(options.seed), options.step, *bits(options.eps, options.ddof, *per_reward))
         numbers = table(numbers, device)
         room = triton.cdiv(n, 16) * 16  # buffers start at multiples of 16 bytes: another alignment is compiled anew
         clean, dithered, x, centred, sums = torch.empty(5, room, dtype=torch.float64, device=device)
         scored, heard = torch.empty(2, room, dtype=torch.int8, device=device)
         batch, partials = torch.empty(2, triton.cdiv(n, BATCH_BLOCK.value) + 3 & ~1, dtype=torch.float64, device=device)
-        stats = group_mean, group_std, dead.view(torch.int8), dithered_mean, dithered_std
-        inputs = rewards, order, starts, group_size or 0, sample_ids, numbers
-        programs, dither = (triton.cdiv(n, GROUPS),), half_range is not None
+        stats = out.group_mean, out.group_std, out.dead.view(torch.int8), out.dithered_mean, out.dithered_std
+        sources = rewards, order, starts, group_size, sample_ids, numbers
+        programs, noise_of = (triton.cdiv(n, GROUPS),), (dither, options.distribution == "gaussian", dead_groups)
         if gdpo:
             columns, noisy, z, chosen = torch.empty(4, room, reward_count, dtype=torch.float64, device=device)
             has = torch.empty(n, reward_count, dtype=torch.int8, device=device)
             _normalize_kernel[programs](
-                *stats, *inputs, columns, noisy, has, z, chosen, clean, dithered, scored, x, heard, n, reward_count,
-                dither, gaussian, dead_groups, GROUPS, **LAUNCH,
+                *stats, *sources, columns, noisy, has, z, chosen, clean, dithered, scored, x, heard, n, reward_count,
+                *noise_of, GROUPS, **LAUNCH,
             )  # fmt: skip
         else:
             _sum_kernel[programs](
-                values, *stats, *inputs, clean, dithered, scored, x, centred, heard, n, reward_count,
-                dither, gaussian, dead_groups, leave_one_out, scale, GROUPS, **LAUNCH,
+                out.values, *stats, *sources, clean, dithered, scored, x, centred, heard, n, reward_count,
+                *noise_of, options.baseline == "leave_one_out", options.scale, GROUPS, **LAUNCH,
             )  # fmt: skip
-        if gdpo or scale == "batch":
+        if gdpo or by_batch:
             for squares in (False, True):
                 _group_sums_kernel[programs](
-                    sums, x, scored, starts, group_size or 0, batch, n, squares, GROUPS, **LAUNCH
+                    sums, x, scored, starts, group_size, batch, n, squares, GROUPS, **LAUNCH
                 )
                 _batch_kernel[(1,)](batch, sums, partials, scored, numbers, n, squares, **LAUNCH)
             _values_kernel[(triton.cdiv(n, LANES.value),)](
-                values, stats[2], order, x if gdpo else centred, heard, batch, numbers, n,
+                out.values, stats[2], order, x if gdpo else centred, heard, batch, numbers, n,
                 dither, dead_groups, gdpo, **LAUNCH,
             )  # fmt: skip

@@ -25,6 +25,7 @@ from redit_fast.kernels.row_math import (
     slope_at_target,
     slopes,
     squash,
+    transform_numbers,
 )
 
 FAR = tl.constexpr(57.70780163555854)  # 40 log2 e
@@ -272,13 +273,13 @@ def _repair(
 
 def exp_product(
     e: Tensor | None, logp: Tensor, entropy: Tensor | None, sums: Tensor, hidden: Tensor, weight: Tensor,
-    bias: Tensor | None, targets: Tensor, transform: tuple[float, ...], capped: bool,
+    bias: Tensor | None, targets: Tensor, transform,
 ) -> None:  # fmt: skip
     rows = len(hidden)
     if rows == 0:
         return
     with torch.cuda.device_of(hidden):
-        numbers = table(bits(*transform), hidden.device)
+        numbers, capped = table(bits(*transform_numbers(transform)), hidden.device), transform.capped
         state, tile_anchors = _anchored(hidden, weight, bias, targets, numbers)
         _tiles(e, state, tile_anchors, hidden, weight, bias, targets, numbers, capped, add=True)
         _finish_kernel[(triton.cdiv(rows, ROWS),)](
@@ -290,13 +291,13 @@ def exp_product(
 
 def exp_product_grad(
     e: Tensor, sums: Tensor, entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    targets: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None, transform: tuple[float, ...], capped: bool,
+    targets: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None, transform,
 ) -> None:  # fmt: skip
     rows = len(hidden)
     if rows == 0:
         return
     with torch.cuda.device_of(hidden):
-        numbers = table(bits(*transform), hidden.device)
+        numbers, capped = table(bits(*transform_numbers(transform)), hidden.device), transform.capped
         state, tile_anchors = _anchored(hidden, weight, bias, targets, numbers)
         _resume_kernel[(triton.cdiv(rows, ROWS),)](
             entropy, sums, sums.stride(0), state, grad_logp, grad_entropy, numbers, rows, capped, ROWS, **LAUNCH

@@ -24,6 +24,7 @@ STREAM_ROUNDING = tl.constexpr(0x10000)
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 # Of a norm. Without it Triton 3.6 gives that of unaligned tensors 32 on sm_80 and spills one. AMD has no such option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 64}
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY = map(tl.constexpr, range(5))  # in AdamW's table of numbers
 ROWS = 128  # of 8 weights a tile: one for each thread
 
 
@@ -265,12 +266,13 @@ def _adamw_kernel(
     m_ptr = _pointer(entry_ptr + 4, tl.float32, ALIGNED) + first
     v_ptr = _pointer(entry_ptr + 5, tl.float32, ALIGNED) + first
     step = (tl.load(_pointer(entry_ptr + 6, tl.float32, False)) + 1.0).to(tl.int64)
-    lr, beta1, beta2 = _number(numbers_ptr), _number(numbers_ptr + 1), _number(numbers_ptr + 2)
+    lr, beta1, beta2 = _number(numbers_ptr + LR), _number(numbers_ptr + BETA1), _number(numbers_ptr + BETA2)
     factor, finite = tl.load(factor_ptr).to(tl.float32), tl.load(finite_ptr).to(tl.int1)
     lerp, one_minus_beta2 = (1.0 - beta1).to(tl.float32), (1.0 - beta2).to(tl.float32)
     root_correction2 = tl.sqrt(1.0 - power(beta2, step)).to(tl.float32)
     minus_step = (-(lr / (1.0 - power(beta1, step)))).to(tl.float32)
-    eps, decay = _number(numbers_ptr + 3).to(tl.float32), (1.0 - lr * _number(numbers_ptr + 4)).to(tl.float32)
+    eps = _number(numbers_ptr + EPS).to(tl.float32)
+    decay = (1.0 - lr * _number(numbers_ptr + WEIGHT_DECAY)).to(tl.float32)
     beta2 = beta2.to(tl.float32)
     for row in range(0, n // 8, ROWS):
         rows, at, mask = _rows(row, n // 8, ROWS)
@@ -391,11 +393,11 @@ def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: floa
 
 def adamw(
     params: list[Tensor], masters: list[Tensor | None], grads: list[Tensor], exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor], steps: list[Tensor], factor: Tensor, finite: Tensor, hyper_parameters: tuple[float, ...],
+    exp_avg_sqs: list[Tensor], steps: list[Tensor], factor: Tensor, finite: Tensor, options,
 ) -> None:  # fmt: skip
-    """hyper_parameters: lr, beta1, beta2, eps, weight_decay."""
+    """options: AdamwOptions of redit_fast/backends/args.py."""
     with torch.cuda.device_of(factor):
-        numbers = table(bits(*hyper_parameters), factor.device)
+        numbers = table(bits(*options), factor.device)
         for group in _groups(factor.device, params, masters, grads, exp_avgs, exp_avg_sqs, steps):
             param, master, grad, *_ = group.types
             if group.programs:

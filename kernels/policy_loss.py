@@ -7,9 +7,16 @@ import triton.language as tl
 from redit_fast.kernels.element import exp, expm1
 from redit_fast.kernels.row_math import OUTER, number
 
-LOW, HIGH, DELTA, DUAL_CLIP, SAPO_POSITIVE, SAPO_NEGATIVE, DRO_BETA, BETA, FLOOR, CAP = (
-    tl.constexpr(OUTER.value + 1 + i) for i in range(10)
-)  # in the table of numbers, after the transform's; infinity: no DELTA, no DUAL_CLIP
+# In the table of numbers, after the transform's: the floats of PolicyConstants of redit_fast/losses/coefficients.py.
+(
+    LOW, HIGH, DELTA, DUAL_CLIP, SAPO_TEMPERATURE_POS, SAPO_TEMPERATURE_NEG, DRO_BETA, BETA, CORRECTION_FLOOR,
+    CORRECTION_CAP,
+) = (tl.constexpr(OUTER.value + 1 + i) for i in range(10))  # fmt: skip
+
+
+def policy_numbers(policy) -> tuple[float, ...]:
+    """A PolicyConstants' from LOW to CORRECTION_CAP."""
+    return tuple(number for number in policy if isinstance(number, float))
 
 
 @triton.jit
@@ -61,7 +68,7 @@ def _policy(numbers_ptr, logp, advantage, old, ratio, inside, FORM: tl.constexpr
         beta, log_ratio = number(numbers_ptr, DRO_BETA), logp - old
         loss, slope = -advantage * logp + 0.5 * beta * (log_ratio * log_ratio), beta * log_ratio - advantage
     elif FORM == "sapo":
-        positive, negative = number(numbers_ptr, SAPO_POSITIVE), number(numbers_ptr, SAPO_NEGATIVE)
+        positive, negative = number(numbers_ptr, SAPO_TEMPERATURE_POS), number(numbers_ptr, SAPO_TEMPERATURE_NEG)
         temperature = tl.where(advantage > 0, positive, negative)
         x = temperature * (ratio - 1.0)
         gate = _sigmoid(x)
@@ -105,7 +112,8 @@ def token_coefficient(
     ratio, inside = exp(_clamped(log_ratio, -20.0, 20.0)), tl.abs(log_ratio) <= 20.0
     loss, slope = _policy(numbers_ptr, logp, advantage, old, ratio, inside, FORM)
     if CORRECTION != "none":
-        gap, floor, cap = old - sampling, number(numbers_ptr, FLOOR), number(numbers_ptr, CAP)
+        gap = old - sampling
+        floor, cap = number(numbers_ptr, CORRECTION_FLOOR), number(numbers_ptr, CORRECTION_CAP)
         weight = exp(_clamped(tl.where(gap != gap, 0.0, gap), -20.0, 20.0))  # NaN: the sampler does not know it
         if CORRECTION == "token_truncate":
             weight = _clamped(weight, floor, cap)

@@ -1,4 +1,4 @@
-"""A row of logits: what the token loss and the head share, the twin of csrc/cpu/rows.h;
+"""A row of logits: what the token loss and the head share, the twin of csrc/shared/row_math.h;
 redit_fast/backends/reference/token_loss.py is the definition.
 
     y_j = (z_j - z_anchor) log2 e, e_j = 2^y_j; the anchor is the target's logit: no maximum is needed first, one
@@ -17,13 +17,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 SLOPE, INNER, OUTER = (tl.constexpr(i) for i in range(3))  # in the table of numbers; what follows them is the caller's
 
 
-def transform_numbers(temperature: float, logit_scale: float, softcap: float | None) -> tuple[float, float, float]:
-    """SLOPE, INNER, OUTER: dz/dx without softcap; 2 log2(e) logit_scale / softcap; y's factor."""
-    log2_e = 1 / LN2.value
-    slope = logit_scale / temperature
-    if softcap is None:
-        return slope, 1.0, slope * log2_e
-    return slope, 2 * log2_e * logit_scale / softcap, softcap / temperature * log2_e
+def transform_numbers(transform) -> tuple[float, float, float]:
+    """SLOPE, INNER, OUTER of a TransformConstants of redit_fast/losses/transforms.py. `squash` has its tanh by exp2."""
+    inner = transform.inner * (2 / LN2.value) if transform.capped else transform.inner
+    return transform.slope, inner, transform.outer
 
 
 @triton.jit
@@ -33,7 +30,7 @@ def number(numbers_ptr, i):
 
 @triton.jit
 def squash(x, inner, CAPPED: tl.constexpr):
-    """Under softcap tanh(x logit_scale / softcap), to 2e-7; else x."""
+    """Under softcap tanh(x logit_scale / softcap), to 2e-7, inner 2 log2 e times the factor; else x."""
     if CAPPED:
         x = 1.0 - 2.0 / (1.0 + tl.exp2(x * inner))
     return x

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from redit_fast.kernels.element import nearest, widen
 from redit_fast.kernels.launch import bits, first_that_fits, processors, table
-from redit_fast.kernels.policy_loss import token_coefficient
-from redit_fast.kernels.row_math import INNER, OUTER, SLOPE, columns, finish, number, squash
+from redit_fast.kernels.policy_loss import policy_numbers, token_coefficient
+from redit_fast.kernels.row_math import INNER, OUTER, SLOPE, columns, finish, number, squash, transform_numbers
 from redit_fast.kernels.row_tiles import backward, clear, forward, target_logit, tile_sums, within
 
 IGNORE = tl.constexpr(-100)
@@ -215,11 +215,11 @@ def _lanes(logits: Tensor, targets: Tensor, numbers: Tensor, capped: bool, weigh
 
 def token_logp(
     logp: Tensor, entropy: Tensor | None, sums: Tensor, logits: Tensor, targets: Tensor,
-    transform: tuple[float, ...], capped: bool,
+    transform,
 ) -> None:  # fmt: skip
     rows, vocabulary = logits.shape
     with torch.cuda.device_of(logits):
-        numbers = table(bits(*transform), logits.device)
+        numbers, capped = table(bits(*transform_numbers(transform)), logits.device), transform.capped
 
         def launch(block, warps, programs):
             lanes = _lanes(logits, targets, numbers, capped, entropy is not None, block, warps)
@@ -234,11 +234,11 @@ def token_logp(
 
 def token_logp_grad(
     grad: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None,
-    entropy: Tensor | None, transform: tuple[float, ...], capped: bool,
+    entropy: Tensor | None, transform,
 ) -> None:  # fmt: skip
     rows, vocabulary = logits.shape
     with torch.cuda.device_of(logits):
-        numbers = table(bits(*transform), logits.device)
+        numbers, capped = table(bits(*transform_numbers(transform)), logits.device), transform.capped
 
         def launch(block, warps, programs):
             parts = parts_of(logits, block)
@@ -254,28 +254,28 @@ def token_logp_grad(
 def token_loss(
     loss: Tensor, logp: Tensor, entropy: Tensor, grad: Tensor | None, logits: Tensor, targets: Tensor, weights: Tensor,
     advantages: Tensor, old_logp: Tensor | None, ref_logp: Tensor | None, sampling_logp: Tensor | None,
-    grad_scale: Tensor | None, numbers: tuple[float, ...], form: str, kl: str, ratio_corrected: bool, correction: str,
-    capped: bool,
+    grad_scale: Tensor | None, policy, transform,
 ) -> None:  # fmt: skip
-    """numbers: the transform's, then those of policy_loss.py."""
+    """policy, transform: PolicyConstants of redit_fast/losses/coefficients.py, TransformConstants of transforms.py."""
     rows, vocabulary = logits.shape
+    kl, capped = policy.kl if policy.beta else "none", transform.capped
     with torch.cuda.device_of(logits):
-        table_of_numbers = table(bits(*numbers), logits.device)
+        numbers = table(bits(*transform_numbers(transform), *policy_numbers(policy)), logits.device)
         row_losses = torch.empty_like(logp)
 
         def launch(block, warps, programs):
-            lanes = _lanes(logits, targets, table_of_numbers, capped, True, block, warps)
+            lanes = _lanes(logits, targets, numbers, capped, True, block, warps)
             later = grad is not None and lanes is not None
             state = logp.new_empty(4, triton.cdiv(rows, 4) * 4)  # rows of whole 16 bytes: others compile anew
             _loss_kernel[(min(rows, programs * processors(logits.device)),)](
                 row_losses, logp, entropy, None if later else grad, *((1, 1) if grad is None else grad.stride()),
                 state if later else None, state.stride(0), logits, *logits.stride(), targets, weights, advantages,
-                old_logp, ref_logp, sampling_logp, grad_scale, lanes, table_of_numbers, rows, vocabulary,
-                form, kl, ratio_corrected, correction, capped, block,
+                old_logp, ref_logp, sampling_logp, grad_scale, lanes, numbers, rows, vocabulary,
+                policy.form, kl, bool(policy.beta and policy.kl_ratio_correction), policy.correction, capped, block,
                 num_warps=warps, **LAUNCH,
             )  # fmt: skip
             if later:
-                token_logp_grad(grad, logits, targets, state, state[3], None, None, numbers[:3], capped)
+                token_logp_grad(grad, logits, targets, state, state[3], None, None, transform)
 
         if rows:
             first_that_fits(launch, tiles(vocabulary, logits.element_size()))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Literal, SupportsFloat
 
@@ -104,6 +105,12 @@ def check_choice(name: str, value: object, choices: Sequence[str | None]) -> Non
         raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}; got {described(value)}")
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that says a name is unknown: the known one that is close, else all of them."""
+    close = get_close_matches(name, known := list(known), 1)
+    return f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
 
 
 def check_tensor(name: str, value: object, kind: Literal["real", "floating-point", "integer"]) -> None:

@@ -49,26 +49,27 @@ void adamw_block(float* w, float* m, float* v, const typename Grad::Stored* g, t
 }
 
 template <class W>
-AdamwScalars<W> scalars_of(const AdamwTable& table, const AdamwOptions& options, int64_t tensor) {
-  return {double(*table.steps[tensor]) + 1, options.factor, options.lr, options.beta1, options.beta2, options.eps,
+AdamwScalars<W> scalars_of(const AdamwStep& args, int64_t tensor) {
+  const AdamwOptions& options = args.options;
+  return {double(*args.steps[tensor]) + 1, args.factor, options.lr, options.beta1, options.beta2, options.eps,
           options.weight_decay};
 }
 
 template <class Type>
-void adamw(const AdamwTable& table, const AdamwOptions& options, int64_t tensor, int64_t begin, int64_t end) {
+void adamw(const AdamwStep& args, int64_t tensor, int64_t begin, int64_t end) {
   using Stored = typename Type::Stored;
-  const Array &param = table.params[tensor], &master = table.masters[tensor], &grad = table.grads[tensor];
+  const Array &param = args.params[tensor], &master = args.masters[tensor], &grad = args.grads[tensor];
   auto* weights = static_cast<float*>((master.data ? master : param).data);
-  if (!options.finite) {
+  if (!args.finite) {
     if (master.data) store<float>(param, begin, end - begin, weights + begin);
     return;
   }
-  const auto scalars = scalars_of<float>(table, options, tensor);
+  const auto scalars = scalars_of<float>(args, tensor);
   alignas(64) float buffer[kBlock];
   for (; begin < end; begin += kBlock) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
-    float *w = weights + begin, *m = static_cast<float*>(table.exp_avgs[tensor].data) + begin;
-    float* v = static_cast<float*>(table.exp_avg_sqs[tensor].data) + begin;
+    float *w = weights + begin, *m = static_cast<float*>(args.exp_avgs[tensor].data) + begin;
+    float* v = static_cast<float*>(args.exp_avg_sqs[tensor].data) + begin;
     Stored* out = master.data ? static_cast<Stored*>(param.data) + begin : nullptr;
     if (grad.dtype == dtype_of(Type{}))
       adamw_block<Type, Type>(w, m, v, static_cast<const Stored*>(grad.data) + begin, out, n, scalars);
@@ -77,17 +78,17 @@ void adamw(const AdamwTable& table, const AdamwOptions& options, int64_t tensor,
   }
 }
 
-void adamw_doubles(const AdamwTable& table, const AdamwOptions& options, int64_t tensor, int64_t begin, int64_t end) {
-  const Array &param = table.params[tensor], &master = table.masters[tensor];
+void adamw_doubles(const AdamwStep& args, int64_t tensor, int64_t begin, int64_t end) {
+  const Array &param = args.params[tensor], &master = args.masters[tensor];
   auto* w = static_cast<double*>((master.data ? master : param).data);
-  auto* m = static_cast<double*>(table.exp_avgs[tensor].data);
-  auto* v = static_cast<double*>(table.exp_avg_sqs[tensor].data);
-  const auto scalars = scalars_of<double>(table, options, tensor);
+  auto* m = static_cast<double*>(args.exp_avgs[tensor].data);
+  auto* v = static_cast<double*>(args.exp_avg_sqs[tensor].data);
+  const auto scalars = scalars_of<double>(args, tensor);
   alignas(64) double buffer[kBlock];
   for (; begin < end; begin += kBlock) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
-    const double* g = load(buffer, table.grads[tensor], begin, n) - begin;
-    for (int64_t i = begin; options.finite && i < begin + n; ++i)
+    const double* g = load(buffer, args.grads[tensor], begin, n) - begin;
+    for (int64_t i = begin; args.finite && i < begin + n; ++i)
       adamw_element(w[i], m[i], v[i], g[i], scalars, SquareRoot{});
     if (master.data) store<double>(param, begin, n, w + begin);
   }

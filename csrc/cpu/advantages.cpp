@@ -79,7 +79,10 @@ void for_each_group(const Groups& groups, int threads, Body body) {
 
 }  // namespace
 
-void group_advantages(const AdvantagesOut& out, const AdvantagesIn& in, const AdvantagesOptions& options, int threads) {
+void group_advantages(const GroupAdvantages& args, int threads) {
+  const AdvantagesOut& out = args.out;
+  const AdvantagesIn& in = args.in;
+  const AdvantageOptions& options = args.options;
   const int64_t samples = in.samples, K = in.reward_count;
   if (samples == 0) return;
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, samples / kSamplesPerThread)));
@@ -87,17 +90,18 @@ void group_advantages(const AdvantagesOut& out, const AdvantagesIn& in, const Ad
   std::vector<char> any_scored(samples), silent(groups.count()), dead(groups.count());
   std::vector<double> clean(samples), dithered(samples), column(samples), advantage(samples);
 
+  const bool gaussian = options.distribution == Distribution::gaussian;
   const auto reward = [&](int64_t i, int64_t k) { return in.rewards[i * K + k]; };
   const auto sample_scored = [&](int64_t i) { return bool(any_scored[i]); };
   const auto gets_noise = [&](bool is_dead) {
-    return in.half_range && (is_dead ? options.dither_dead : options.dither_alive);
+    return in.half_range && options.dead_groups != (is_dead ? DeadGroups::skip : DeadGroups::only);
   };
   const auto dithered_reward = [&](int64_t i, int64_t k, bool noisy) {
     if (!noisy) return reward(i, k);
-    return reward(i, k) + noise(options.gaussian, in.half_range[k], options.seed, in.sample_ids[i], uint32_t(k), options.step);
+    return reward(i, k) + noise(gaussian, in.half_range[k], options.seed, in.sample_ids[i], uint32_t(k), options.step);
   };
   const auto divisor = [&](double std, bool is_dead) {
-    return options.center_only && is_dead ? 1.0 : std + options.eps;
+    return options.dead_groups == DeadGroups::center_only && is_dead ? 1.0 : std + options.eps;
   };
 
   for_each_group(groups, threads, [&](int64_t g, Rows rows) {
@@ -121,7 +125,7 @@ void group_advantages(const AdvantagesOut& out, const AdvantagesIn& in, const Ad
       silent[g] = before.n < 2 || (dead[g] && !noisy);
       for (int64_t i : rows) {
         double a = dithered[i] - after.mean;
-        if (options.leave_one_out) a = a * before.n / std::max(before.n - 1, 1.0);
+        if (options.baseline == Baseline::leave_one_out) a = a * before.n / std::max(before.n - 1, 1.0);
         advantage[i] = options.scale == Scale::group ? quotient(a, divisor(after.std, dead[g])) : a;
       }
     } else {  // GDPO: every reward normalised within its group, then summed; the batch normalises the sum below

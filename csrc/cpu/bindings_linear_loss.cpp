@@ -1,7 +1,5 @@
 // The head's working rows as redit_fast._cpu.HeadRows, and its products; see bindings_cpu.cpp.
 
-#include <pybind11/stl.h>
-
 #include "bindings.h"
 #include "linear_loss.h"
 #include "product.h"
@@ -11,14 +9,16 @@ namespace py = pybind11;
 namespace redit {
 namespace {
 
-void call_product(const Tensor& c, bool add, const Tensor& a, const Tensor& b, int threads) {
+void call_product(const Tensor& c, bool add, const Tensor& a, const Tensor& b, py::handle processor) {
   require(has_product(), "this processor has no bfloat16 products (AVX512_BF16)");
   const int64_t rows = std::get<2>(a), depth = std::get<3>(a), columns = std::get<3>(b);
   require(add || depth >= 1, "a must have at least one column where nothing is added to, got " + describe(a));
   const Matrix left = matrix("a", a, Dtype::bfloat16, rows, depth);
   const Matrix right = matrix("b", b, Dtype::bfloat16, depth, columns);
   const Matrix out = output("c", dense("c", c, Dtype::float32, rows, columns));
-  product(static_cast<float*>(out.data), out.row_stride, add, left, right, checked_threads(threads));
+  const int threads = processor_of(processor).threads;
+  py::gil_scoped_release release;
+  product(static_cast<float*>(out.data), out.row_stride, add, left, right, threads);
 }
 
 // HeadRows, whose calls come in their order and with tensors of one chunk.
@@ -31,17 +31,21 @@ class Chunk {
     require(vocabulary >= 1, "vocabulary must be at least 1, got " + std::to_string(vocabulary));
   }
 
-  void anchor_at_targets(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Setting& setting) {
-    const ElementType type = element_type("hidden", hidden);
+  void anchor_at_targets(const Tensors<3>& head, py::handle transform, py::handle processor) {
+    const auto& [hidden, weight, bias] = head;
+    const Dtype type = element_type("hidden", hidden);
     const int64_t width = std::get<3>(hidden);
-    const Matrix x = matrix("hidden", hidden, dtype(type), count_, width);
-    const Matrix w = matrix("weight", weight, dtype(type), vocabulary_, width);
-    const Matrix b = given(bias) ? dense("bias", bias, dtype(type), 1, vocabulary_) : Matrix{};
-    rows_.anchor_at_targets(x, w, b.data, run(type, setting));
+    const Head args{matrix("hidden", hidden, type, count_, width), matrix("weight", weight, type, vocabulary_, width),
+                    given(bias) ? dense("bias", bias, type, 1, vocabulary_) : Matrix{}, type};
+    const Run run = run_of(type, transform, processor);
+    py::gil_scoped_release release;
+    rows_.anchor_at_targets(args, run);
     stage_ = anchored;
   }
 
-  void add(const Tensor& e, const Tensor& tile, int64_t first_row, int64_t first_column, const Setting& setting) {
+  void add(const Tensor& e, const Tensor& tile, std::pair<int64_t, int64_t> first, py::handle transform,
+           py::handle processor) {
+    const auto [first_row, first_column] = first;
     require(stage_ != fresh, "add must come after anchor_at_targets");
     const int64_t rows = std::get<2>(tile), columns = std::get<3>(tile);
     const Matrix logits = dense("tile", tile, Dtype::float32, rows, columns);
@@ -51,8 +55,11 @@ class Chunk {
     require(first_column >= 0 && columns <= vocabulary_ && first_column <= vocabulary_ - columns,
             "first_column must leave the tile inside the " + std::to_string(vocabulary_) + " columns, got " +
                 std::to_string(first_column) + " for a tile of " + shape_of(rows, columns));
-    const ElementType type = given(e) ? element_type("e", e) : ElementType::float32;
-    rows_.add(given(e) ? e_of(e, type) : Matrix{}, logits, first_row, first_column, run(type, setting));
+    const Dtype type = given(e) ? element_type("e", e) : Dtype::float32;
+    const Matrix out = given(e) ? e_of(e, type) : Matrix{};
+    const Run run = run_of(type, transform, processor);
+    py::gil_scoped_release release;
+    rows_.add(out, logits, first_row, first_column, run);
   }
 
   std::vector<int64_t> repair(int64_t block) {
@@ -61,36 +68,27 @@ class Chunk {
     return rows_.repair(block);
   }
 
-  void finish(const Tensor& logp, const Tensor& entropy, const Tensor& sums, const Setting& setting) {
+  void finish(const Tensors<3>& outputs, py::handle transform) {
     require(stage_ == anchored, "finish must come once, after anchor_at_targets");
-    const Matrix kept = output("sums", dense("sums", sums, Dtype::float32, 3, count_));
-    rows_.finish(vector<float>("logp", logp, count_), vector_or_null<float>("entropy", entropy, count_),
-                 static_cast<float*>(kept.data), kept.row_stride, run(ElementType::float32, setting).transform);
+    rows_.finish(row_results(outputs, count_), filled<TransformConstants>("transform", transform));
     stage_ = finished;
   }
 
-  void resume(const Tensor& sums, const Tensor& entropy, const Tensor& grad_logp, const Tensor& grad_entropy,
-              const Setting& setting) {
+  void resume(const Tensors<4>& upstream, py::handle transform) {
     require(stage_ == anchored, "resume must come once, after anchor_at_targets");
-    require_beside("entropy", entropy, "grad_entropy", given(grad_entropy));
-    const Matrix kept = dense("sums", sums, Dtype::float32, 3, count_);
-    rows_.resume(static_cast<const float*>(kept.data), kept.row_stride,
-                 vector_or_null<const float>("entropy", entropy, count_),
-                 vector<const float>("grad_logp", grad_logp, count_),
-                 vector_or_null<const float>("grad_entropy", grad_entropy, count_),
-                 run(ElementType::float32, setting).transform);
+    rows_.resume(row_upstream(upstream, count_), filled<TransformConstants>("transform", transform));
     stage_ = finished;
   }
 
-  void store_targets(const Tensor& e, const Setting& setting) const {
+  void store_targets(const Tensor& e, py::handle transform, py::handle processor) const {
     require(stage_ == finished, "store_targets must come after finish or resume");
-    const ElementType type = element_type("e", e);
-    rows_.store_targets(e_of(e, type), run(type, setting));
+    const Dtype type = element_type("e", e);
+    rows_.store_targets(e_of(e, type), run_of(type, transform, processor));
   }
 
  private:
-  Matrix e_of(const Tensor& e, ElementType type) const {
-    return output("e", dense("e", e, dtype(type), count_, vocabulary_));
+  Matrix e_of(const Tensor& e, Dtype type) const {
+    return output("e", dense("e", e, type, count_, vocabulary_));
   }
 
   enum Stage { fresh, anchored, finished };
@@ -102,13 +100,12 @@ class Chunk {
 }  // namespace
 
 void bind_linear_loss(py::module_& module) {
-  using Release = py::call_guard<py::gil_scoped_release>;
   module.def("has_product", &has_product);
-  module.def("product", &call_product, Release());
+  module.def("product", &call_product);
   py::class_<Chunk>(module, "HeadRows")
       .def(py::init<const Tensor&, int64_t>())
-      .def("anchor_at_targets", &Chunk::anchor_at_targets, Release())
-      .def("add", &Chunk::add, Release())
+      .def("anchor_at_targets", &Chunk::anchor_at_targets)
+      .def("add", &Chunk::add)
       .def("repair", &Chunk::repair)
       .def("finish", &Chunk::finish)
       .def("resume", &Chunk::resume)

@@ -1,8 +1,5 @@
 // Bindings of the passes over parameters: (address, dtype, elements) lists from redit_fast/backends/cpu/.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "bindings.h"
 #include "params.h"
 
@@ -51,68 +48,96 @@ void require_wide(const char* name, const Arrays& tensors, const Arrays& params)
   }
 }
 
-void call_squared_norm(const Tensor& out, const Table& tensors, int threads, int level) {
-  auto* sum = vector<double>("out", out, 1);
+SquaredNorm squared_norm_of(const Tensor& out, const Table& tensors) {
   const Sizes numels = sizes_of(tensors);
-  const Arrays table = arrays("tensors", tensors, numels);
-  threads = checked_threads(threads), level = checked_level(level);
-  py::gil_scoped_release release;
-  *sum = squared_norm(table, numels, threads, level);
+  return {vector<double>("out", out, 1), arrays("tensors", tensors, numels), numels};
 }
 
-void call_perturb(const Tensor& sums, const Table& params, const Table& grads, const Sizes& offsets, double scale,
-                  double grad_factor, bool stochastic, uint64_t seed, uint32_t step, int compute_dtype, int threads,
-                  int level) {
-  auto* out = vector<double>("sums", sums, 4);
+Perturbation perturbation_of(const Tensor& sums, const Table& params, const Table& grads, const Sizes& offsets,
+                             py::handle options) {
   const Sizes numels = sizes_of(params);
-  const Arrays p = arrays("params", params, numels), g = arrays("grads", grads, numels);
+  const Perturbation args{vector<double>("sums", sums, 4),  arrays("params", params, numels),
+                          arrays("grads", grads, numels),   numels,
+                          offsets,                          filled<PerturbOptions>("options", options)};
   require(offsets.size() == numels.size(), "offsets must be a list of " + std::to_string(numels.size()) + ", got " +
                                                std::to_string(offsets.size()));
   for (size_t i = 0; i < offsets.size(); ++i)
     require(offsets[i] >= 0 && offsets[i] <= std::numeric_limits<int64_t>::max() - numels[i],
             "offsets must be at least 0 and leave room for their tensor, got " + std::to_string(offsets[i]));
-  require(compute_dtype >= -1 && compute_dtype <= int(Dtype::float64),
-          "compute_dtype must be -1 or a floating dtype, got " + std::to_string(compute_dtype));
-  threads = checked_threads(threads), level = checked_level(level);
-  py::gil_scoped_release release;
-  perturb(*reinterpret_cast<double(*)[4]>(out), p, g, numels, offsets,
-          {scale, grad_factor, stochastic, seed, step, compute_dtype}, threads, level);
+  const int seen = args.options.compute_dtype;
+  require(seen >= -1 && seen <= int(Dtype::float64),
+          "compute_dtype must be -1 or a floating dtype, got " + std::to_string(seen));
+  return args;
 }
 
-void call_combine(const Tensor& sums, const Table& firsts, const Table& grads, double ratio, int threads, int level) {
-  auto* out = vector<double>("sums", sums, 3);
+Combination combination_of(const Tensor& sums, const Table& firsts, const Table& grads, double ratio) {
   const Sizes numels = sizes_of(grads);
-  const Arrays first = arrays("firsts", firsts, numels), g = arrays("grads", grads, numels);
-  for (size_t i = 0; i < g.size(); ++i)
-    require(first[i].dtype == g[i].dtype, "firsts[" + std::to_string(i) + "] must be " + name_of(int(g[i].dtype)) +
-                                              " as its gradient, got " + name_of(int(first[i].dtype)));
-  threads = checked_threads(threads), level = checked_level(level);
-  py::gil_scoped_release release;
-  combine(*reinterpret_cast<double(*)[3]>(out), first, g, numels, ratio, threads, level);
+  const Combination args{vector<double>("sums", sums, 3), arrays("firsts", firsts, numels),
+                         arrays("grads", grads, numels), numels, ratio};
+  for (size_t i = 0; i < numels.size(); ++i) {
+    const Dtype first = args.firsts[i].dtype, grad = args.grads[i].dtype;
+    require(first == grad, "firsts[" + std::to_string(i) + "] must be " + name_of(int(grad)) +
+                               " as its gradient, got " + name_of(int(first)));
+  }
+  return args;
 }
 
-void call_adamw(const Table& params, const Table& masters, const Table& grads, const Table& exp_avgs,
-                const Table& exp_avg_sqs, const Table& steps, double factor, bool finite, double lr, double beta1,
-                double beta2, double eps, double weight_decay, int threads, int level) {
+AdamwStep adamw_step_of(const std::array<Table, 6>& lists, double factor, bool finite, py::handle options) {
+  const auto& [params, masters, grads, exp_avgs, exp_avg_sqs, steps] = lists;
   const Sizes numels = sizes_of(params);
-  AdamwTable table{arrays("params", params, numels),     arrays("masters", masters, numels, true),
-                   arrays("grads", grads, numels),       arrays("exp_avgs", exp_avgs, numels),
-                   arrays("exp_avg_sqs", exp_avg_sqs, numels), {}, numels};
-  require_wide("masters", table.masters, table.params);
-  require_wide("exp_avgs", table.exp_avgs, table.params);
-  require_wide("exp_avg_sqs", table.exp_avg_sqs, table.params);
+  AdamwStep args{arrays("params", params, numels),
+                 arrays("masters", masters, numels, true),
+                 arrays("grads", grads, numels),
+                 arrays("exp_avgs", exp_avgs, numels),
+                 arrays("exp_avg_sqs", exp_avg_sqs, numels),
+                 {},
+                 numels,
+                 factor,
+                 finite,
+                 filled<AdamwOptions>("options", options)};
+  require_wide("masters", args.masters, args.params);
+  require_wide("exp_avgs", args.exp_avgs, args.params);
+  require_wide("exp_avg_sqs", args.exp_avg_sqs, args.params);
   for (size_t i = 0; i < numels.size(); ++i) {
-    const bool narrow = table.params[i].dtype == Dtype::bfloat16 || table.params[i].dtype == Dtype::float16;
-    require(!narrow || table.masters[i].data || numels[i] == 0,
+    const bool narrow = args.params[i].dtype == Dtype::bfloat16 || args.params[i].dtype == Dtype::float16;
+    require(!narrow || args.masters[i].data || numels[i] == 0,
             "masters[" + std::to_string(i) + "] must be given for a parameter of 16 bits, got None");
   }
   for (const Array& step : arrays("steps", steps, Sizes(numels.size(), 1))) {
     require(step.dtype == Dtype::float32, "steps must be float32, got " + name_of(int(step.dtype)));
-    table.steps.push_back(static_cast<float*>(step.data));
+    args.steps.push_back(static_cast<float*>(step.data));
   }
-  threads = checked_threads(threads), level = checked_level(level);
+  return args;
+}
+
+void call_squared_norm(const Tensor& out, const Table& tensors, py::handle processor) {
+  const SquaredNorm args = squared_norm_of(out, tensors);
+  const auto [threads, level] = processor_of(processor);
   py::gil_scoped_release release;
-  adamw(table, {factor, finite, lr, beta1, beta2, eps, weight_decay}, threads, level);
+  squared_norm(args, threads, level);
+}
+
+void call_perturb(const Tensor& sums, const Table& params, const Table& grads, const Sizes& offsets,
+                  py::handle options, py::handle processor) {
+  const Perturbation args = perturbation_of(sums, params, grads, offsets, options);
+  const auto [threads, level] = processor_of(processor);
+  py::gil_scoped_release release;
+  perturb(args, threads, level);
+}
+
+void call_combine(const Tensor& sums, const Table& firsts, const Table& grads, double ratio, py::handle processor) {
+  const Combination args = combination_of(sums, firsts, grads, ratio);
+  const auto [threads, level] = processor_of(processor);
+  py::gil_scoped_release release;
+  combine(args, threads, level);
+}
+
+void call_adamw(const std::array<Table, 6>& lists, double factor, bool finite, py::handle options,
+                py::handle processor) {
+  const AdamwStep args = adamw_step_of(lists, factor, finite, options);
+  const auto [threads, level] = processor_of(processor);
+  py::gil_scoped_release release;
+  adamw(args, threads, level);
 }
 
 }  // namespace

@@ -13,8 +13,6 @@
 
 namespace redit {
 
-enum class Dtype : int { float32, bfloat16, float16, float64, int64, boolean };  // parameters: the first four
-
 REDIT_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -16,8 +16,9 @@ HeadRows::HeadRows(const int64_t* targets, int64_t rows, int64_t vocabulary)
   for (int64_t r = 0; r < rows; ++r) rows_[size_t(r)].target = targets[r];
 }
 
-void HeadRows::anchor_at_targets(const Matrix& hidden, const Matrix& weight, const void* bias, const Run& run) {
+void HeadRows::anchor_at_targets(const Head& head, const Run& run) {
   const RowKernels& kernel = row_kernels(run);
+  const Matrix &hidden = head.hidden, &weight = head.weight;
   const int64_t width = hidden.columns;
   for_each_row(hidden.rows, width, 2 * width, run, [&](int64_t r, void* scratch) {
     State& row = rows_[size_t(r)];
@@ -26,7 +27,7 @@ void HeadRows::anchor_at_targets(const Matrix& hidden, const Matrix& weight, con
       void* second = static_cast<uint32_t*>(scratch) + width;
       row.at_target =
           kernel.dot(contiguous_row(hidden, r, run, scratch), contiguous_row(weight, row.target, run, second), width);
-      if (bias) row.at_target += kernel.read(bias, row.target);
+      if (head.bias.data) row.at_target += kernel.read(head.bias.data, row.target);
     }
     row.anchor = row.at_target;
     row.largest = -std::numeric_limits<float>::infinity();
@@ -64,32 +65,27 @@ std::vector<int64_t> HeadRows::repair(int64_t block) {
   return blocks;
 }
 
-void HeadRows::finish(float* logp, float* entropy, float* sums, int64_t sums_stride, const Transform& transform) {
+void HeadRows::finish(const RowResults& out, const TransformConstants& transform) {
   for (size_t r = 0; r < rows_.size(); ++r) {
     State& state = rows_[r];
     const RowSums found{float(state.others), float(state.weighted)};
     const Row row = redit::finish(state.anchor, state.at_target, found, transform);
-    logp[r] = row.logp;
-    if (entropy) entropy[r] = row.entropy;
-    sums[r] = row.anchor;
-    sums[sums_stride + int64_t(r)] = row.others;
-    sums[2 * sums_stride + int64_t(r)] = row.total;
+    store_row(out, int64_t(r), row);
     aim(state, row, 1, 0, transform);
   }
 }
 
-void HeadRows::resume(const float* sums, int64_t sums_stride, const float* entropy, const float* grad_logp,
-                      const float* grad_entropy, const Transform& transform) {
+void HeadRows::resume(const RowUpstream& in, const TransformConstants& transform) {
   for (size_t r = 0; r < rows_.size(); ++r) {
     State& state = rows_[r];
-    state.anchor = sums[r];
-    const float others = sums[sums_stride + int64_t(r)], total = sums[2 * sums_stride + int64_t(r)];
-    const Row row{state.anchor, others, total, state.at_target, 0, grad_entropy ? entropy[r] : 0};
-    aim(state, row, grad_logp[r], grad_entropy ? grad_entropy[r] : 0, transform);
+    Row row = kept_row(in, int64_t(r));
+    row.target = state.at_target;
+    state.anchor = row.anchor;
+    aim(state, row, in.grad_logp[r], in.grad_entropy ? in.grad_entropy[r] : 0, transform);
   }
 }
 
-void HeadRows::aim(State& state, const Row& row, float g, float h, const Transform& transform) {
+void HeadRows::aim(State& state, const Row& row, float g, float h, const TransformConstants& transform) {
   state.slopes = slopes_of(row, g, h, -1, transform);
   state.e_at_target = gradient_at_target(row, g, h, -1, transform);
 }

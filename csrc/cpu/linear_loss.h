@@ -16,7 +16,7 @@ class HeadRows {
   HeadRows(const int64_t* targets, int64_t rows, int64_t vocabulary);
 
   // The float32 logit hidden . weight[target] + bias[target] of every row; NaN for a target outside the vocabulary.
-  void anchor_at_targets(const Matrix& hidden, const Matrix& weight, const void* bias, const Run& run);
+  void anchor_at_targets(const Head& head, const Run& run);
 
   // Logits `tile` of rows from first_row on and columns from first_column on: adds to their sums, and writes
   // e_j dz/dx_j, or after resume the gradient, into those rows and columns of e, of run's type, where e.data is not
@@ -27,12 +27,10 @@ class HeadRows {
   // sums start again.
   std::vector<int64_t> repair(int64_t block);
 
-  // logp, entropy (may be null), sums (3, rows).
-  void finish(float* logp, float* entropy, float* sums, int64_t sums_stride, const Transform& transform);
+  void finish(const RowResults& out, const TransformConstants& transform);
 
-  // Anchors and slopes from what finish wrote and the upstream gradients; entropy is read where it has one.
-  void resume(const float* sums, int64_t sums_stride, const float* entropy, const float* grad_logp,
-              const float* grad_entropy, const Transform& transform);
+  // Anchors and slopes from what finish wrote and the upstream gradients.
+  void resume(const RowUpstream& in, const TransformConstants& transform);
 
   void store_targets(const Matrix& e, const Run& run) const;
 
@@ -46,7 +44,7 @@ class HeadRows {
   };
 
   // E is the gradient times -s, the sum that beta divides by.
-  static void aim(State& state, const Row& row, float g, float h, const Transform& transform);
+  static void aim(State& state, const Row& row, float g, float h, const TransformConstants& transform);
 
   std::vector<State> rows_;
   int64_t vocabulary_;

@@ -245,7 +245,7 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
   for (; begin < end; begin += kBlock) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock, first = offset + begin;
     const uint16_t* of_element = nullptr;
-    if (options.stochastic && sizeof(Stored) == 2) {
+    if (options.rounding == Rounding::stochastic && sizeof(Stored) == 2) {
       philox_halves(halves, (first % 8 + n + 7) / 8, uint64_t(first / 8), options.seed, options.step);
       of_element = halves + first % 8;
     }

@@ -11,6 +11,7 @@
 #include <array>
 #include <cstdint>
 
+#include "formats.h"
 #include "shared/element.h"
 
 #if defined(__x86_64__)
@@ -37,7 +38,7 @@ struct ChunkKernels {  // elements [begin, end) of one tensor
   void (*perturb)(double* sums, const Array& param, const Array& grad, int64_t begin, int64_t end, int64_t offset,
                   const PerturbOptions& options);
   void (*combine)(double* sums, const Array& first, const Array& grad, int64_t begin, int64_t end, double ratio);
-  void (*adamw)(const AdamwTable& table, const AdamwOptions& options, int64_t tensor, int64_t begin, int64_t end);
+  void (*adamw)(const AdamwStep& args, int64_t tensor, int64_t begin, int64_t end);
 };
 
 #define REDIT_KERNELS "param_chunks.h"
@@ -65,7 +66,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int threads, const Body& b
 
 // `body(sums, chunk)` fills each chunk's own, which are added up in their order.
 template <size_t count, class Body>
-void sum_over_chunks(double (&sums)[count], const Sizes& numels, int threads, const Body& body) {
+void sum_over_chunks(double* sums, const Sizes& numels, int threads, const Body& body) {
   const auto chunks = chunks_of(numels);
   std::vector<std::array<double, count>> partials(chunks.size());
   for_each_chunk(chunks, threads, [&](int64_t i, const Chunk& chunk) { body(partials[i].data(), chunk); });
@@ -76,39 +77,36 @@ void sum_over_chunks(double (&sums)[count], const Sizes& numels, int threads, co
 
 }  // namespace
 
-double squared_norm(const Arrays& tensors, const Sizes& numels, int threads, int level) {
-  double sum[1];
-  sum_over_chunks(sum, numels, threads, [&](double* out, const Chunk& chunk) {
-    const Array& tensor = tensors[chunk.tensor];
+void squared_norm(const SquaredNorm& args, int threads, int level) {
+  sum_over_chunks<1>(args.out, args.numels, threads, [&](double* out, const Chunk& chunk) {
+    const Array& tensor = args.tensors[chunk.tensor];
     *out = kernels(level)[int(tensor.dtype)].sum_of_squares(tensor.data, chunk.begin, chunk.end);
   });
-  return *sum;
 }
 
-void perturb(double (&sums)[4], const Arrays& params, const Arrays& grads, const Sizes& numels, const Sizes& offsets,
-             const PerturbOptions& options, int threads, int level) {
-  std::fill(sums, sums + 4, 0.0);
-  if (options.scale == 0) return;  // also where a gradient is NaN
-  sum_over_chunks(sums, numels, threads, [&](double* out, const Chunk& chunk) {
-    const Array &param = params[chunk.tensor], &grad = grads[chunk.tensor];
-    kernels(level)[int(param.dtype)].perturb(out, param, grad, chunk.begin, chunk.end, offsets[chunk.tensor], options);
+void perturb(const Perturbation& args, int threads, int level) {
+  std::fill(args.sums, args.sums + 4, 0.0);
+  if (args.options.scale == 0) return;  // also where a gradient is NaN
+  sum_over_chunks<4>(args.sums, args.numels, threads, [&](double* out, const Chunk& chunk) {
+    const Array &param = args.params[chunk.tensor], &grad = args.grads[chunk.tensor];
+    kernels(level)[int(param.dtype)].perturb(out, param, grad, chunk.begin, chunk.end, args.offsets[chunk.tensor],
+                                             args.options);
   });
 }
 
-void combine(double (&sums)[3], const Arrays& firsts, const Arrays& grads, const Sizes& numels, double ratio,
-             int threads, int level) {
-  sum_over_chunks(sums, numels, threads, [&](double* out, const Chunk& chunk) {
-    const Array& grad = grads[chunk.tensor];
-    kernels(level)[int(grad.dtype)].combine(out, firsts[chunk.tensor], grad, chunk.begin, chunk.end, ratio);
+void combine(const Combination& args, int threads, int level) {
+  sum_over_chunks<3>(args.sums, args.numels, threads, [&](double* out, const Chunk& chunk) {
+    const Array &first = args.firsts[chunk.tensor], &grad = args.grads[chunk.tensor];
+    kernels(level)[int(grad.dtype)].combine(out, first, grad, chunk.begin, chunk.end, args.ratio);
   });
 }
 
-void adamw(const AdamwTable& table, const AdamwOptions& options, int threads, int level) {
-  for_each_chunk(chunks_of(table.numels), threads, [&](int64_t, const Chunk& chunk) {
-    kernels(level)[int(table.params[chunk.tensor].dtype)].adamw(table, options, chunk.tensor, chunk.begin, chunk.end);
+void adamw(const AdamwStep& args, int threads, int level) {
+  for_each_chunk(chunks_of(args.numels), threads, [&](int64_t, const Chunk& chunk) {
+    kernels(level)[int(args.params[chunk.tensor].dtype)].adamw(args, chunk.tensor, chunk.begin, chunk.end);
   });
-  if (options.finite)
-    for (float* step : table.steps) *step += 1;
+  if (args.finite)
+    for (float* step : args.steps) *step += 1;
 }
 
 }  // namespace redit

@@ -1,8 +1,7 @@
-// The row kernels for every instruction set, and the scalar end of a row.
+// The row kernels for every instruction set.
 
 #include "rows.h"
 
-#include <cmath>
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -17,8 +16,6 @@
 
 namespace redit {
 namespace {
-
-constexpr float kRepair = 2.353852668370200e17f;  // e^40
 
 #define REDIT_KERNELS "token_rows.h"
 #include "levels.h"
@@ -42,8 +39,8 @@ int best_level() {
 
 const RowKernels& row_kernels(const Run& run) { return kernels(run.level)[int(run.type)][run.transform.capped]; }
 
-void copy_row(ElementType type, void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t count) {
-  if (type == ElementType::float32)
+void copy_row(Dtype type, void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t count) {
+  if (type == Dtype::float32)
     copy_strided(static_cast<uint32_t*>(to), to_stride, static_cast<const uint32_t*>(from), from_stride, count);
   else
     copy_strided(static_cast<uint16_t*>(to), to_stride, static_cast<const uint16_t*>(from), from_stride, count);
@@ -65,39 +62,6 @@ void advise_huge_pages(const Matrix& matrix, const Run& run) {
   const uintptr_t last = (begin + uintptr_t(bytes)) & -kHugePage;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: what it returns does not matter
 #endif
-}
-
-bool needs_repair(float anchor, float others) { return !(others <= kRepair) || !std::isfinite(anchor); }
-
-GapSlope gap_slope(float x, float anchor, const Transform& t) {
-  if (!t.capped) return {(double(x) - double(anchor)) * t.slope, t.slope};
-  const double tangent = std::tanh(double(x) * t.inner);
-  return {(tangent - std::tanh(double(anchor) * t.inner)) * t.outer * kLn2, (1 - tangent * tangent) * t.slope};
-}
-
-Row finish(float anchor, float target, const RowSums& sums, const Transform& t) {
-  const double offset = anchor == target && std::isfinite(target) ? 0 : gap_slope(target, anchor, t).gap;
-  const double e_target = std::exp(offset);
-  const double total = sums.others + e_target, log_total = offset == 0 ? std::log1p(sums.others) : std::log(total);
-  const double by_target = e_target == 0 ? 0.0 : e_target * offset;
-  return {anchor,
-          sums.others,
-          float(total),
-          target,
-          float(offset - log_total),
-          float(log_total - (sums.weighted * kLn2 + by_target) / total)};
-}
-
-Slopes slopes_of(const Row& row, float g, float h, double factor, const Transform& t) {
-  const double surprise = h == 0 ? 0 : double(row.entropy) - std::log(double(row.total));
-  return {float((-g - h * surprise) * t.slope * factor), float(-h * kLn2 * t.slope * factor)};
-}
-
-float gradient_at_target(const Row& row, float g, float h, double factor, const Transform& t) {
-  const GapSlope at = gap_slope(row.target, row.anchor, t);
-  const double e = std::exp(at.gap), surprise = double(row.entropy) - std::log(double(row.total));
-  const double by_entropy = h == 0 || e == 0 ? 0.0 : h * e * (at.gap + surprise);
-  return float((double(g) * row.others - by_entropy) * at.slope * factor);
 }
 
 }  // namespace redit

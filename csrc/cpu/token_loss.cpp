@@ -10,10 +10,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "shared/policy_loss.h"
+
 namespace redit {
 namespace {
-
-constexpr int64_t kIgnore = -100;
 
 // The entropy is that of the row `with_entropy`, else meaningless.
 Row forward(const void* x, int64_t vocabulary, int64_t target, bool with_entropy, const Run& run) {
@@ -56,56 +56,59 @@ int64_t scratch_elements(const Matrix& logits, const Matrix& grad) {
 
 }  // namespace
 
-void token_logp(const TokenForward& out, const Matrix& logits, const int64_t* targets, const Run& run) {
+void token_logp(const TokenLogp& args, const Run& run) {
+  const RowResults& out = args.out;
+  const Matrix& logits = args.logits.matrix;
+  const int64_t* targets = args.logits.targets;
   for_each_row(logits.rows, logits.columns, scratch_elements(logits, {}), run, [&](int64_t r, void* scratch) {
     Row row{};
     if (targets[r] != kIgnore)
       row = forward(contiguous_row(logits, r, run, scratch), logits.columns, targets[r], out.entropy, run);
-    out.logp[r] = row.logp;
-    if (out.entropy) out.entropy[r] = row.entropy;
-    out.sums[r] = row.anchor;
-    out.sums[out.sums_stride + r] = row.others;
-    out.sums[2 * out.sums_stride + r] = row.total;
+    store_row(out, r, row);
   });
 }
 
-void token_logp_grad(const Matrix& grad, const Matrix& logits, const int64_t* targets, const float* sums,
-                     int64_t sums_stride, const float* grad_logp, const float* grad_entropy, const float* entropy,
-                     const Run& run) {
+void token_logp_grad(const TokenLogpGrad& args, const Run& run) {
+  const Matrix &grad = args.grad, &logits = args.logits.matrix;
+  const RowUpstream& upstream = args.upstream;
+  const int64_t* targets = args.logits.targets;
   if (grad.data != logits.data) advise_huge_pages(grad, run);
   for_each_row(logits.rows, logits.columns, scratch_elements(logits, grad), run, [&](int64_t r, void* scratch) {
     if (targets[r] == kIgnore) return clear(grad, r, run, scratch);
-    Row row{sums[r], sums[sums_stride + r], sums[2 * sums_stride + r], 0, 0, grad_entropy ? entropy[r] : 0};
+    Row row = kept_row(upstream, r);
     const void* x = contiguous_row(logits, r, run, scratch);
     if (!stray(targets[r], logits.columns)) row.target = row_kernels(run).read(x, targets[r]);
-    backward(grad, r, x, targets[r], row, grad_logp[r], grad_entropy ? grad_entropy[r] : 0, run, scratch);
+    const float h = upstream.grad_entropy ? upstream.grad_entropy[r] : 0;
+    backward(grad, r, x, targets[r], row, upstream.grad_logp[r], h, run, scratch);
   });
 }
 
-void token_loss(float* loss, float* logp, float* entropy, const Matrix& grad, const Matrix& logits,
-                const int64_t* targets, const TokenLoss& in, const Run& run) {
+void token_loss(const TokenLoss& args, const Run& run) {
+  const Matrix &grad = args.grad, &logits = args.logits.matrix;
+  const LossRows& rows = args.rows;
+  const int64_t* targets = args.logits.targets;
   if (grad.data && grad.data != logits.data) advise_huge_pages(grad, run);
   std::vector<float> row_losses(size_t(logits.rows));
   for_each_row(logits.rows, logits.columns, scratch_elements(logits, grad), run, [&](int64_t r, void* scratch) {
     if (targets[r] == kIgnore) {
-      logp[r] = entropy[r] = 0;
+      args.logp[r] = args.entropy[r] = 0;
       if (grad.data) clear(grad, r, run, scratch);
       return;
     }
     const void* x = contiguous_row(logits, r, run, scratch);
     const Row row = forward(x, logits.columns, targets[r], true, run);
-    logp[r] = row.logp;
-    entropy[r] = row.entropy;
-    const float old_logp = in.old_logp ? in.old_logp[r] : row.logp, ref_logp = in.ref_logp ? in.ref_logp[r] : 0;
-    const float sampling_logp = in.sampling_logp ? in.sampling_logp[r] : 0;
+    args.logp[r] = row.logp;
+    args.entropy[r] = row.entropy;
+    const float old_logp = rows.old_logp ? rows.old_logp[r] : row.logp, ref_logp = rows.ref_logp ? rows.ref_logp[r] : 0;
+    const float sampling_logp = rows.sampling_logp ? rows.sampling_logp[r] : 0, weight = rows.weights[r];
     const LossSlope token =
-        token_coefficient(in.config, row.logp, in.advantages[r], old_logp, ref_logp, sampling_logp);
-    row_losses[r] = in.weights[r] * token.loss;
-    if (grad.data) backward(grad, r, x, targets[r], row, in.weights[r] * token.slope * in.grad_scale, 0, run, scratch);
+        token_coefficient(args.policy, row.logp, rows.advantages[r], old_logp, ref_logp, sampling_logp);
+    row_losses[r] = weight * token.loss;
+    if (grad.data) backward(grad, r, x, targets[r], row, weight * token.slope * args.grad_scale, 0, run, scratch);
   });
   double sum = 0;
   for (float row_loss : row_losses) sum += double(row_loss);
-  *loss = float(sum);
+  *args.loss = float(sum);
 }
 
 void scale_in_place(const Matrix& x, float factor, const Run& run) {

@@ -12,7 +12,7 @@ constexpr int64_t kChunk = 256;
 
 // y = (z - z_anchor) log2 e, and dz/dx up to the constant slope. The subtraction comes first: a common shift cancels.
 template <bool capped>
-REDIT_INLINE Floats gap(Floats x, float anchor, const Transform& t, Floats& bend) {
+REDIT_INLINE Floats gap(Floats x, float anchor, const TransformConstants& t, Floats& bend) {
   if (!capped) return (x - anchor) * t.outer;
   const Floats tangent = hyperbolic_tangent(x * t.inner);
   bend = 1.0f - tangent * tangent;
@@ -20,7 +20,7 @@ REDIT_INLINE Floats gap(Floats x, float anchor, const Transform& t, Floats& bend
 }
 
 template <bool capped>
-REDIT_INLINE float squash(float anchor, const Transform& t) {
+REDIT_INLINE float squash(float anchor, const TransformConstants& t) {
   return capped ? hyperbolic_tangent(splat(anchor * t.inner))[0] : anchor;
 }
 
@@ -69,7 +69,8 @@ REDIT_INLINE Floats bounded_power(Floats& y) {
 }
 
 template <class Type, bool capped, bool weigh>
-REDIT_INLINE RowSums sums_of(const void* row, int64_t vocabulary, int64_t target, float logit, const Transform& t) {
+REDIT_INLINE RowSums sums_of(const void* row, int64_t vocabulary, int64_t target, float logit,
+                             const TransformConstants& t) {
   const auto* x = static_cast<const typename Type::Stored*>(row);
   const float anchor = squash<capped>(logit, t);
   ExactSum others[kVectors] = {}, weighted[kVectors] = {};
@@ -125,7 +126,8 @@ REDIT_INLINE RowSums sums_of(const void* row, int64_t vocabulary, int64_t target
 }
 
 template <class Type, bool capped>
-RowSums sums(const void* row, int64_t vocabulary, int64_t target, float anchor, bool weigh, const Transform& t) {
+RowSums sums(const void* row, int64_t vocabulary, int64_t target, float anchor, bool weigh,
+             const TransformConstants& t) {
   return weigh ? sums_of<Type, capped, true>(row, vocabulary, target, anchor, t)
                : sums_of<Type, capped, false>(row, vocabulary, target, anchor, t);
 }
@@ -152,7 +154,7 @@ float largest(const void* row, int64_t vocabulary) {
 // out = e (constant + by_gap y) dz/dx; the target's column is the caller's number. out may be the row.
 template <class Type, bool capped>
 void gradient(void* out, const void* row, int64_t vocabulary, int64_t target, float at_target, float logit,
-              const Slopes& slopes, const Transform& t) {
+              const Slopes& slopes, const TransformConstants& t) {
   const auto* x = static_cast<const typename Type::Stored*>(row);
   auto* g = static_cast<typename Type::Stored*>(out);
   const float anchor = squash<capped>(logit, t);
@@ -204,7 +206,7 @@ float dot(const void* a_row, const void* b_row, int64_t count) {
 // out is given out = e (constant + by_gap y) dz/dx in Type. A tile is at most 1024 columns.
 template <class Type, bool capped>
 TileSums exponentials(void* out, const float* tile, int64_t count, int64_t target, float logit, const Slopes& slopes,
-                      const Transform& t) {
+                      const TransformConstants& t) {
   auto* to = static_cast<typename Type::Stored*>(out);
   const float anchor = squash<capped>(logit, t);
   Floats others[kVectors] = {}, weighted[kVectors] = {}, top = splat(-__builtin_inff());

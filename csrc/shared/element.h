@@ -7,11 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define REDIT_HD __host__ __device__ inline
-#else
-#define REDIT_HD inline
-#endif
+#include "shared/macros.h"
 
 namespace redit {
 

@@ -4,43 +4,25 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define REDIT_LOSS_HD __host__ __device__ inline
-#else
-#define REDIT_LOSS_HD inline
-#endif
+#include "shared/args.h"
 
 namespace redit {
-
-enum class LossForm { clipped, cispo, sapo, reinforce, dppo_tv, dppo_kl, dro };
-enum class Kl { k1, k2, k3, abs };
-enum class Correction { none, truncate, mask };
-
-struct PolicyLoss {
-  LossForm form;
-  Kl kl;
-  Correction correction;
-  bool ratio_corrected;
-  float low, high, delta, dual_clip;  // infinity: none
-  float temperature_positive, temperature_negative, dro_beta, beta;
-  float floor, cap;
-};
 
 struct LossSlope {
   float loss, slope;  // l and dl/dlogp
 };
 
-REDIT_LOSS_HD float clamped(float x, float low, float high) {  // NaN stays; low above high gives high, as torch.clamp
+REDIT_HD float clamped(float x, float low, float high) {  // NaN stays; low above high gives high, as torch.clamp
   x = x < low ? low : x;
   return x > high ? high : x;
 }
 
-REDIT_LOSS_HD float clamped_exp(float x) { return std::exp(clamped(x, -20.0f, 20.0f)); }
+REDIT_HD float clamped_exp(float x) { return std::exp(clamped(x, -20.0f, 20.0f)); }
 
-REDIT_LOSS_HD float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+REDIT_HD float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 // torch.min halves its gradient at a tie and clamp passes it at the bounds; NaN stays.
-REDIT_LOSS_HD LossSlope clipped_coefficient(const PolicyLoss& c, float ratio, float advantage, bool inside) {
+REDIT_HD LossSlope clipped_coefficient(const PolicyConstants& c, float ratio, float advantage, bool inside) {
   const float unclipped = (ratio > c.delta ? c.delta : ratio) * advantage;
   const float clipped = clamped(ratio, c.low, c.high) * advantage;
   const float share = unclipped < clipped ? 1.0f : (unclipped == clipped ? 0.5f : 0.0f);
@@ -56,7 +38,7 @@ REDIT_LOSS_HD LossSlope clipped_coefficient(const PolicyLoss& c, float ratio, fl
   return {loss, slope};
 }
 
-REDIT_LOSS_HD bool dppo_trusts(const PolicyLoss& c, float logp, float old_logp, float advantage) {
+REDIT_HD bool dppo_trusts(const PolicyConstants& c, float logp, float old_logp, float advantage) {
   const float p = std::exp(logp), p_old = std::exp(old_logp);
   if (c.form == LossForm::dppo_tv) return advantage > 0 ? p - p_old <= c.high : p - p_old >= c.low;
   const float tiny = 1e-8f, others = std::log((1.0f - p_old + tiny) / (1.0f - p + tiny));
@@ -64,7 +46,7 @@ REDIT_LOSS_HD bool dppo_trusts(const PolicyLoss& c, float logp, float old_logp, 
   return advantage > 0 ? divergence <= c.high || p <= p_old : divergence <= -c.low || p >= p_old;
 }
 
-REDIT_LOSS_HD LossSlope policy_coefficient(const PolicyLoss& c, float logp, float advantage, float old_logp,
+REDIT_HD LossSlope policy_coefficient(const PolicyConstants& c, float logp, float advantage, float old_logp,
                                            float log_ratio, float ratio, bool inside) {
   float slope;
   switch (c.form) {
@@ -81,7 +63,7 @@ REDIT_LOSS_HD LossSlope policy_coefficient(const PolicyLoss& c, float logp, floa
       slope = -advantage * (ratio > 20.0f ? 20.0f : ratio) * float(dppo_trusts(c, logp, old_logp, advantage));
       break;
     case LossForm::sapo: {
-      const float temperature = advantage > 0 ? c.temperature_positive : c.temperature_negative;
+      const float temperature = advantage > 0 ? c.sapo_temperature_pos : c.sapo_temperature_neg;
       const float x = temperature * (ratio - 1.0f), gate = sigmoid(x);
       return {-(4.0f / temperature) * gate * advantage, -4.0f * advantage * gate * sigmoid(-x) * ratio * float(inside)};
     }
@@ -91,13 +73,13 @@ REDIT_LOSS_HD LossSlope policy_coefficient(const PolicyLoss& c, float logp, floa
   return {slope * logp, slope};
 }
 
-REDIT_LOSS_HD float correction_weight(const PolicyLoss& c, float gap) {  // gap = old - sampling, NaN: unknown
+REDIT_HD float correction_weight(const PolicyConstants& c, float gap) {  // gap = old - sampling, NaN: unknown
   const float weight = clamped_exp(gap != gap ? 0.0f : gap);
-  if (c.correction == Correction::truncate) return clamped(weight, c.floor, c.cap);
-  return c.floor <= weight && weight <= c.cap ? weight : 0.0f;
+  if (c.correction == TokenCorrection::token_truncate) return clamped(weight, c.correction_floor, c.correction_cap);
+  return c.correction_floor <= weight && weight <= c.correction_cap ? weight : 0.0f;
 }
 
-REDIT_LOSS_HD LossSlope kl_coefficient(Kl kl, float difference) {  // difference = ref - logp
+REDIT_HD LossSlope kl_coefficient(Kl kl, float difference) {  // difference = ref - logp
   if (kl == Kl::k1) return {-difference, 1.0f};
   if (kl == Kl::k2) return {0.5f * (difference * difference), -difference};
   if (kl == Kl::abs) return {std::fabs(difference), float(difference < 0) - float(difference > 0)};
@@ -105,18 +87,18 @@ REDIT_LOSS_HD LossSlope kl_coefficient(Kl kl, float difference) {  // difference
   return {growth - limited, -growth * float(std::fabs(difference) <= 20.0f)};
 }
 
-REDIT_LOSS_HD LossSlope token_coefficient(const PolicyLoss& c, float logp, float advantage, float old_logp,
+REDIT_HD LossSlope token_coefficient(const PolicyConstants& c, float logp, float advantage, float old_logp,
                                           float ref_logp, float sampling_logp) {
   const float log_ratio = logp - old_logp, ratio = clamped_exp(log_ratio);
   const bool inside = std::fabs(log_ratio) <= 20.0f;
   LossSlope out = policy_coefficient(c, logp, advantage, old_logp, log_ratio, ratio, inside);
-  if (c.correction != Correction::none) {
+  if (c.correction != TokenCorrection::none) {
     const float weight = correction_weight(c, old_logp - sampling_logp);
     out = {out.loss * weight, out.slope * weight};
   }
   if (c.beta != 0) {
     LossSlope kl = kl_coefficient(c.kl, ref_logp - logp);
-    if (c.ratio_corrected) kl = {kl.loss * ratio, ratio * (kl.slope + kl.loss * float(inside))};
+    if (c.kl_ratio_correction) kl = {kl.loss * ratio, ratio * (kl.slope + kl.loss * float(inside))};
     out = {out.loss + c.beta * kl.loss, out.slope + c.beta * kl.slope};
   }
   return out;

@@ -6,7 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redit_fast.backends.args import AdvantageInputs, Advantages
 from redit_fast.losses.config import LossConfig
+
+IGNORE = -100  # a target that is not scored
 
 
 def require(of: str, needed: bool, **tensors: Tensor | None) -> None:
@@ -44,6 +47,20 @@ def check_rows(count: int, like: Tensor, **rows: Tensor | None) -> None:
     """(count,) float32."""
     for name, tensor in rows.items():
         check_matrix(name, tensor, (count,), like)
+
+
+def check_advantages(outputs: Advantages, inputs: AdvantageInputs) -> None:
+    rewards, groups, _, sample_ids, weights, half_range = inputs
+    count, columns = rewards.shape
+    for name, output in outputs._asdict().items():
+        check_matrix(name, output, (count,), rewards, torch.bool if name == "dead" else torch.float32)
+    check_matrix("rewards", rewards, (count, columns), rewards, torch.float64)
+    if not rewards.is_contiguous():
+        raise ValueError(f"rewards must be contiguous, got strides {rewards.stride()}")
+    check_matrix("groups", groups, (count,), rewards, torch.int64)
+    check_matrix("sample_ids", sample_ids, (count,), rewards, torch.int64)
+    check_matrix("weights", weights, (columns,), weights, torch.float64)
+    check_matrix("half_range", half_range, (columns,), weights, torch.float64)
 
 
 def check_head(

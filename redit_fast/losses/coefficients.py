@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
-from redit_fast.losses.config import LossConfig
+from redit_fast.losses.config import KL, LossConfig
 from redit_fast.losses.terms import DPPO_MAX_RATIO, MAX_LOG_RATIO, clamp_exponent, correction_weight, dppo_trusts
+
+
+class PolicyConstants(NamedTuple):
+    """What the closed forms need of a config, as kernels take it."""
+
+    form: Literal["clipped", "cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "dro"]
+    kl: KL
+    kl_ratio_correction: bool
+    correction: Literal["none", "token_truncate", "token_mask"]
+    low: float
+    high: float
+    delta: float  # infinity: none, as dual_clip
+    dual_clip: float
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    dro_beta: float
+    beta: float  # 0: no KL term
+    correction_floor: float
+    correction_cap: float
+
+    @classmethod
+    def of(cls, config: LossConfig) -> PolicyConstants:
+        return cls(
+            _FORMS.get(config.loss_type, "clipped"),
+            config.kl,
+            config.kl_ratio_correction,
+            config.correction,
+            *config.clip_range,
+            math.inf if config.delta is None else config.delta,
+            math.inf if config.dual_clip is None else config.dual_clip,
+            config.sapo_temperature_pos,
+            config.sapo_temperature_neg,
+            config.dro_beta or 0.0,
+            config.beta,
+            *config.correction_range,
+        )
+
+
+_FORMS = {"gpg": "reinforce"} | {name: name for name in ("cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "dro")}
 
 
 def token_coefficients(

@@ -8,11 +8,10 @@ outliers.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
-from redit_fast.checks import check_choice, described
+from redit_fast.checks import check_choice, described, did_you_mean
 
 Peer = Literal["trl", "verl", "openrlhf", "liger"]
 Options = dict[str, Any]
@@ -319,8 +318,7 @@ def loss_options(peer: str, version: str | None, loss_type: str | None, override
     known = _fields()
     for name, value in overrides.items():
         if name not in known:
-            close = get_close_matches(name, known, 1)
-            raise TypeError(f"{name} is not a field of LossConfig" + (f"; did you mean {close[0]}?" if close else ""))
+            raise TypeError(f"{name} is not a field of LossConfig; {did_you_mean(name, known)}")
         if value is not None and not isinstance(value, str | Real):
             raise TypeError(f"{name} must be a number, a string or a bool, got {described(value)}")
         if name in row.fixed and value == row.fixed[name]:

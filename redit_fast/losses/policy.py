@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from redit_fast.checks import check_tensor, described
-from redit_fast.losses.config import LossConfig, Route
-from redit_fast.losses.rows import Rows
+from redit_fast.losses.config import LossConfig
+from redit_fast.losses.rows import LossOutput, Rows
 from redit_fast.losses.terms import MAX_LOG_RATIO, Terms, clamp_exponent, loss_terms, top_entropy
-
-
-class LossOutput(NamedTuple):
-    loss: Tensor  # 0-d float32
-    logp: Tensor  # (...) float32; detached in the fused losses
-    entropy: Tensor | None  # (...) float32, detached in the fused losses
-    metrics: dict[str, Tensor]  # 0-d, on the device, without graph
-    route: Route
 
 
 def policy_loss(
@@ -33,7 +23,7 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     config: LossConfig,
     normalizer: float | Tensor | None = None,
-    masks_of: tuple[Tensor, Tensor | None] | None = None,
+    masks_of: LossOutput | None = None,
     step: int = 0,
     seed: int = 0,
 ) -> LossOutput:
@@ -54,9 +44,9 @@ def policy_loss(
             ranks add up. Nothing else is divided by; the entropy bonus stays a mean over this call's scored tokens.
             Without scored tokens the loss is 0 whatever the normalizer; with them it must be above 0, which is asked of
             numbers and CPU tensors where the mask is on the CPU too, and not under torch.compile.
-        masks_of: (logp, entropy) by which clip_cov, kl_cov, off_policy_mask_threshold and top_entropy_quantile choose
-            tokens; None: this call's own. In the second pass of gradient regularisation those of the first, so that
-            both are gradients of one objective; the entropy may be None where no quantile asks for it.
+        masks_of: the `LossOutput` by whose log-probs and entropy clip_cov, kl_cov, off_policy_mask_threshold and
+            top_entropy_quantile choose tokens; None: this call's own. In the second pass of gradient regularisation
+            that of the first, so that both are gradients of one objective.
         step, seed: counter and key of clip_cov's random sample.
 
     Returns:

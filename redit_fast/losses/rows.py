@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from redit_fast.checks import as_float, check_seed, check_step, check_tensor, described, in_float32
-from redit_fast.losses.config import LossConfig
+from redit_fast.losses.config import LossConfig, Route
 
 
 class Layout:
@@ -49,6 +49,14 @@ class Layout:
         return sequences.repeat_interleave(self.lengths, output_size=self.rows)
 
 
+class LossOutput(NamedTuple):
+    loss: Tensor  # 0-d float32
+    logp: Tensor  # (...) float32; detached in the fused losses
+    entropy: Tensor | None  # (...) float32, detached in the fused losses
+    metrics: dict[str, Tensor]  # 0-d, on the device, without graph
+    route: Route
+
+
 class Rows(NamedTuple):
     """Everything a loss reads beside the log-probs, flat: (R,) float32 without graph; masked rows hold zeros."""
 
@@ -61,7 +69,7 @@ class Rows(NamedTuple):
     sampling_logp: Tensor | None
     step: int
     seed: int
-    masks_of: tuple[Tensor, Tensor | None] | None  # (logp, entropy) that masks are chosen by; None: the call's own
+    masks_of: tuple[Tensor, Tensor | None] | None  # logp and entropy that masks are chosen by; None: the call's own
 
     @classmethod
     def check(
@@ -77,23 +85,23 @@ class Rows(NamedTuple):
         normalizer: float | Tensor | None,
         step: int,
         seed: int,
-        masks_of: tuple[Tensor, Tensor | None] | None = None,
+        masks_of: LossOutput | None = None,
     ) -> Rows:
         """Checks the arguments of a loss against the shape and device of `logp` (or of the targets) and flattens
         them."""
         if not isinstance(config, LossConfig):
             raise TypeError(f"config must be a LossConfig, got {described(config)}")
-        if masks_of is not None and not (isinstance(masks_of, tuple | list) and len(masks_of) == 2):
-            raise TypeError(f"masks_of must be (logp, entropy), got {described(masks_of)}")
-        choosing = (None, None) if masks_of is None else masks_of
+        if masks_of is not None and not isinstance(masks_of, LossOutput):
+            raise TypeError(f"masks_of must be the LossOutput of the first pass, got {described(masks_of)}")
+        choosing = (None, None) if masks_of is None else (masks_of.logp, masks_of.entropy)
         layout = Layout(logp.shape, logp.device, cu_seqlens)
         for name, tensor, kind, required in (
             ("advantages", advantages, "real", True),
             ("old_logp", old_logp, "floating-point", False),
             ("ref_logp", ref_logp, "floating-point", False),
             ("sampling_logp", sampling_logp, "floating-point", False),
-            ("masks_of[0]", choosing[0], "floating-point", masks_of is not None),
-            ("masks_of[1]", choosing[1], "floating-point", False),
+            ("masks_of.logp", choosing[0], "floating-point", masks_of is not None),
+            ("masks_of.entropy", choosing[1], "floating-point", False),
             ("mask", mask, "real", False),
         ):
             if tensor is None and not required:
@@ -115,7 +123,7 @@ class Rows(NamedTuple):
             raise ValueError(
                 f"loss_type={config.loss_type!r} needs max_completion_length in its config or a normalizer"
             )
-        if masks_of is not None and masks_of[1] is None and config.top_entropy_quantile != 1:
+        if masks_of is not None and masks_of.entropy is None and config.top_entropy_quantile != 1:
             raise ValueError(f"masks_of needs its entropy with top_entropy_quantile={config.top_entropy_quantile}")
         step, seed = check_step(step), check_seed(seed)
         scored = (
@@ -142,7 +150,7 @@ class Rows(NamedTuple):
             flat(sampling_logp, config.correction != "none" or config.off_policy_mask_threshold is not None),
             step,
             seed,
-            None if masks_of is None else (flat(masks_of[0]), flat(masks_of[1])),
+            None if masks_of is None else (flat(choosing[0]), flat(choosing[1])),
         )
 
     def weights(self, normalizer: float | Tensor | None) -> Tensor:

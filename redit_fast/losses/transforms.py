@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
@@ -25,6 +26,22 @@ class LogitTransform(NamedTuple):
             positive("logit_scale / softcap", scale / softcap)
             positive("softcap / temperature", softcap / temperature)
         return LogitTransform(temperature, scale, softcap)
+
+
+class TransformConstants(NamedTuple):
+    """A `LogitTransform` as kernels take it, which exponentiate to base 2: with x the raw logits,
+    y = (u(x) - u(anchor)) outer, u(x) = tanh(x inner) where capped, else x."""
+
+    slope: float  # dz/dx where not capped
+    inner: float
+    outer: float
+    capped: bool
+
+    @classmethod
+    def of(cls, transform: LogitTransform) -> TransformConstants:
+        temperature, scale, softcap = transform
+        inner, outer = (1.0, scale) if softcap is None else (scale / softcap, softcap)
+        return cls(scale / temperature, inner, outer / temperature / math.log(2), softcap is not None)
 
 
 _SCALE_KEYS = ("logit_scale", "output_multiplier", "lm_head_multiplier")

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from redit_fast.backends import primitive
+from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages, Baseline, Combine, Scale
 from redit_fast.checks import check_choice, check_dense, check_step, check_tensor, described, real_number, whole_number
 from redit_fast.dither import Dither, per_reward
 from redit_fast.noise import MAX_REWARDS
 from redit_fast.ops.autograd import operator
 
-Baseline = Literal["mean", "leave_one_out"]
-Scale = Literal["group", "batch", "none"]
-Combine = Literal["sum_then_normalize", "normalize_then_sum"]
-
 _NO_NOISE = Dither(level=0.0)
-
-
-class Advantages(NamedTuple):
-    """Every field is (N,), float32 but `dead` (bool); the statistics are those of the sample's own group."""
-
-    values: Tensor
-    group_mean: Tensor  # of the clean weighted rewards
-    group_std: Tensor
-    dead: Tensor  # clean rewards all equal, or fewer than two samples scored
-    dithered_mean: Tensor
-    dithered_std: Tensor
 
 
 def group_advantages(
@@ -102,76 +88,28 @@ def group_advantages(
     )  # fmt: skip
     if count:
         settings = dither or _NO_NOISE
-        group_advantages_(
-            *out,
+        inputs = AdvantageInputs(
             values,
             None if group_ids is None else _dense_groups(group_ids),
             group_size,
             None if sample_ids is None else sample_ids.contiguous(),
             weights,
             half_range,
-            settings.distribution,
-            settings.seed - (settings.seed >> 63 << 64),  # operators take 64 bits with a sign
-            step,
-            settings.dead_groups,
-            baseline,
-            scale,
-            combine,
-            eps,
-            ddof,
         )
+        seed = settings.seed - (settings.seed >> 63 << 64)  # operators take 64 bits with a sign
+        options = AdvantageOptions(
+            settings.distribution, seed, step, settings.dead_groups, baseline, scale, combine, eps, ddof
+        )
+        group_advantages_(out, inputs, options)
     return out
 
 
-@operator(mutates=("values", "group_mean", "group_std", "dead", "dithered_mean", "dithered_std"))
-def group_advantages_(
-    values: Tensor,
-    group_mean: Tensor,
-    group_std: Tensor,
-    dead: Tensor,
-    dithered_mean: Tensor,
-    dithered_std: Tensor,
-    rewards: Tensor,
-    groups: Tensor | None,
-    group_size: int | None,
-    sample_ids: Tensor | None,
-    weights: Tensor,
-    half_range: Tensor | None,
-    distribution: str,
-    seed: int,
-    step: int,
-    dead_groups: str,
-    baseline: str,
-    scale: str,
-    combine: str,
-    eps: float,
-    ddof: int,
-) -> None:
-    """Writes the fields of `Advantages` for rewards (N, K) float64 of groups (N,), or of group_size consecutive samples
-    each; sample_ids None are arange(N); a seed of 2**63 or more comes as seed - 2**64."""
-    primitive("group_advantages", rewards.device)(
-        values,
-        group_mean,
-        group_std,
-        dead,
-        dithered_mean,
-        dithered_std,
-        rewards,
-        groups,
-        group_size,
-        sample_ids,
-        weights,
-        half_range,
-        distribution,
-        seed % 2**64,
-        step,
-        dead_groups,
-        baseline,
-        scale,
-        combine,
-        eps,
-        ddof,
-    )
+@operator(mutates=("outputs",))
+def group_advantages_(outputs: Advantages, inputs: AdvantageInputs, options: AdvantageOptions) -> None:
+    """A seed of 2**63 or more comes as seed - 2**64."""
+    if options.seed < 0:
+        options = options._replace(seed=options.seed + 2**64)
+    primitive("group_advantages", inputs.rewards.device)(outputs, inputs, options)
 
 
 def _check(rewards, group_ids, sample_ids, dither, baseline, scale, combine) -> None:

@@ -3,7 +3,9 @@ and that write into their arguments; and the guards of a backward pass."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Literal, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -13,21 +15,53 @@ from redit_fast.checks import check_apart
 
 def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers the function that it decorates, without its closing underscore, as an operator without autograd, for
-    torch.compile. Outside the function is called as it is: an operator hides its products from FLOP counters."""
+    torch.compile. Outside the function is called as it is: an operator hides its products from FLOP counters.
+
+    An operator takes tensors and numbers, so a named tuple among the function's arguments is one argument a field
+    there; in `mutates` its name stands for all of them."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        name = function.__name__.removesuffix("_")
-        torch.library.define(f"redit_fast::{name}", torch.library.infer_schema(function, mutates_args=mutates))
-        torch.library.impl(f"redit_fast::{name}", "default", function)
+        name, kinds = function.__name__.removesuffix("_"), get_type_hints(function)
+        del kinds["return"]
+        fields = {argument: _fields(argument, kind) for argument, kind in kinds.items()}
+        packed = {argument: kind for argument, kind in kinds.items() if hasattr(kind, "_fields")}
+
+        def unpacked(*arguments: object) -> None:
+            rest = iter(arguments)
+            values = {argument: [next(rest) for _ in of] for argument, of in fields.items()}
+            function(*(packed[name](*x) if name in packed else x[0] for name, x in values.items()))
+
+        unpacked.__signature__ = inspect.Signature(
+            [parameter for of in fields.values() for parameter in of], return_annotation=None
+        )
+        written = [parameter.name for argument in mutates for parameter in fields[argument]]
+        torch.library.define(f"redit_fast::{name}", torch.library.infer_schema(unpacked, mutates_args=written))
+        torch.library.impl(f"redit_fast::{name}", "default", unpacked)
         torch.library.register_fake(f"redit_fast::{name}", lambda *arguments: None)
         compiled = getattr(torch.ops.redit_fast, name).default
 
         def call(*arguments: object) -> None:
-            (compiled if torch.compiler.is_compiling() else function)(*arguments)
+            if not torch.compiler.is_compiling():
+                return function(*arguments)
+            flat: list[object] = []
+            for argument, value in zip(kinds, arguments, strict=True):
+                flat.extend(value if argument in packed else (value,))
+            compiled(*flat)
 
         return call
 
     return register
+
+
+def _fields(argument: str, kind: type) -> list[inspect.Parameter]:
+    """What an argument is for an operator, which takes a choice as a str."""
+    fields = get_type_hints(kind) if hasattr(kind, "_fields") else {argument: kind}
+    return [
+        inspect.Parameter(
+            name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str if get_origin(of) is Literal else of
+        )
+        for name, of in fields.items()
+    ]
 
 
 def refuse_double_backward() -> None:

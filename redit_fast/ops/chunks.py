@@ -241,14 +241,12 @@ def linear_logp_(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    transform: LogitTransform,
     chunk_rows: int | None,
 ) -> None:
     """Writes logp, entropy (R,), what `linear_logp_grad_` needs, sums (3, R), and dlogp/dX, slopes (R, D) float32, of
     the scored rows; targets -100 elsewhere."""
-    head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows, None)
+    head = Head.of(hidden, weight, bias, targets, transform, chunk_rows, None)
     rows, row_sums, e = head.new_rows(), head.new_rows(3), head.new_e() if slopes is not None else None
     entropies = None if entropy is None else head.new_rows()
     with torch.autocast(hidden.device.type, enabled=False):
@@ -279,16 +277,14 @@ def linear_logp_grad_(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    transform: LogitTransform,
     chunk_rows: int | None,
 ) -> None:
     """The backward pass of `linear_logp_` from gradients (R,) and what it wrote: E once more, then the gradient
     products, both of rows with a gradient alone. Adds into the gradients that are not None."""
     silent = grad_logp == 0 if grad_entropy is None else (grad_logp == 0) & (grad_entropy == 0)
     targets = torch.where(silent, IGNORE, targets)
-    head = Head.of(hidden, weight, bias, targets, LogitTransform(temperature, logit_scale, softcap), chunk_rows, None)
+    head = Head.of(hidden, weight, bias, targets, transform, chunk_rows, None)
     e, g, sums = head.new_e(), head.compact(grad_logp), head.compact(sums)
     h, entropy = (None if rows is None else head.compact(rows) for rows in (grad_entropy, entropy))
     with torch.autocast(hidden.device.type, enabled=False):

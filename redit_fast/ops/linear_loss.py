@@ -147,7 +147,7 @@ class _LinearLogp(torch.autograd.Function):
         logp = hidden.new_zeros(len(targets), dtype=torch.float32)
         entropy = None if entropy_mode == "none" else torch.zeros_like(logp)
         sums = logp.new_zeros(3, len(targets)) if any(needed) and not frozen else None
-        linear_logp_(logp, entropy, sums, slopes, hidden, weight, bias, targets, *transform, chunk_rows)
+        linear_logp_(logp, entropy, sums, slopes, hidden, weight, bias, targets, transform, chunk_rows)
         kept_entropy = entropy if entropy_mode == "grad" else None
         ctx.save_for_backward(hidden, weight, bias, targets, slopes, sums, kept_entropy)
         ctx.transform, ctx.chunk_rows, ctx.entropy_mode = transform, chunk_rows, entropy_mode
@@ -169,7 +169,7 @@ class _LinearLogp(torch.autograd.Function):
             return rows.to(hidden.dtype).view(hidden.shape), None, None, None, None, None, None
         grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3], ctx.chunk_rows)
         upstream = grad_logp, grad_entropy, sums, entropy
-        linear_logp_grad_(*grads, *upstream, hidden, weight, bias, targets, *ctx.transform, ctx.chunk_rows)
+        linear_logp_grad_(*grads, *upstream, hidden, weight, bias, targets, ctx.transform, ctx.chunk_rows)
         return *outgoing(grads, hidden.dtype), None, None, None, None
 
 
@@ -188,7 +188,7 @@ def linear_grpo_loss(
     normalizer: float | Tensor | None = None,
     config: LossConfig,
     chunk_rows: int | None = None,
-    masks_of: tuple[Tensor, Tensor | None] | None = None,
+    masks_of: LossOutput | None = None,
     step: int = 0,
     seed: int = 0,
 ) -> LossOutput:
@@ -293,7 +293,7 @@ def linear_grpo_loss_and_grad_(
     normalizer: float | Tensor | None = None,
     config: LossConfig,
     chunk_rows: int | None = None,
-    masks_of: tuple[Tensor, Tensor | None] | None = None,
+    masks_of: LossOutput | None = None,
     step: int = 0,
     seed: int = 0,
 ) -> tuple[LossOutput, Tensor]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redit_fast.backends.rows import IGNORE
 from redit_fast.checks import check_flag, check_tensor, described
-
-IGNORE = -100
 
 
 def check_targets(

@@ -78,12 +78,9 @@ def token_logp_(
     sums: Tensor,
     logits: Tensor,
     targets: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    transform: LogitTransform,
 ) -> None:
     """Writes logp, entropy (R,) and what `token_logp_grad_` needs, sums (3, R), of logits (R, V)."""
-    transform = LogitTransform(temperature, logit_scale, softcap)
     primitive("token_logp", logits.device)(logp, entropy, sums, logits, targets, transform)
 
 
@@ -96,12 +93,9 @@ def token_logp_grad_(
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
     entropy: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
+    transform: LogitTransform,
 ) -> None:
     """Writes dL/dlogits (R, V), which may be the logits themselves, from the gradients (R,) of logp and entropy."""
-    transform = LogitTransform(temperature, logit_scale, softcap)
     primitive("token_logp_grad", logits.device)(
         grad_logits, logits, targets, sums, grad_logp, grad_entropy, entropy, transform
     )
@@ -149,7 +143,7 @@ class _TokenLogp(torch.autograd.Function):
         logp = logits.new_empty(rows, dtype=torch.float32)
         entropies = None if entropy == "none" else torch.empty_like(logp)
         sums = logp.new_empty(3, rows)
-        token_logp_(logp, entropies, sums, logits, targets, *transform)
+        token_logp_(logp, entropies, sums, logits, targets, transform)
         ctx.save_for_backward(logits, targets, sums, entropies if entropy == "grad" else None)
         ctx.transform, ctx.entropy_mode, ctx.inplace = transform, entropy, inplace
         ctx.set_materialize_grads(False)
@@ -176,7 +170,7 @@ class _TokenLogp(torch.autograd.Function):
             grad_logp.float().contiguous(),
             None if grad_entropy is None else grad_entropy.float().contiguous(),
             entropies,
-            *ctx.transform,
+            ctx.transform,
         )
         return grad, None, None, None, None
 
@@ -195,7 +189,7 @@ def grpo_loss(
     config: LossConfig,
     inplace: bool = False,
     grad_scale: Tensor | None = None,
-    masks_of: tuple[Tensor, Tensor | None] | None = None,
+    masks_of: LossOutput | None = None,
     step: int = 0,
     seed: int = 0,
 ) -> LossOutput:

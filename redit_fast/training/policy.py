@@ -222,6 +222,7 @@ class Pass:
     logp: Tensor  # (R,), the scored tokens of all samples one after the other
     entropy: Tensor  # (R,)
     metrics: dict[str, float]
+    outputs: list[rf.LossOutput]  # of the micro-batches, without graph
 
 
 @dataclass
@@ -290,7 +291,8 @@ class Batch:
         head, loss, skipped = head_of(model), 0.0, 0.0
         logps: dict[int, Tensor] = {}
         entropies: dict[int, Tensor] = {}
-        for samples, graph in self.micro_batches():
+        outputs: list[rf.LossOutput] = []
+        for place, (samples, graph) in enumerate(self.micro_batches()):
             with torch.set_grad_enabled(graph):
                 hidden, targets, lengths = self.hidden(model, samples)
                 out = rf.linear_grpo_loss(
@@ -301,7 +303,7 @@ class Batch:
                     bias=head.bias,
                     old_logp=None if old_logp is None else self._part(samples, old_logp),
                     ref_logp=None if self.ref_logp is None else self._part(samples, self.ref_logp),
-                    masks_of=masks_of and (self._part(samples, masks_of.logp), self._part(samples, masks_of.entropy)),
+                    masks_of=masks_of and masks_of.outputs[place],
                     cu_seqlens=torch.tensor([0, *lengths], device=model.device).cumsum(0),
                     normalizer=self.normalizer,
                     config=self.settings,
@@ -311,6 +313,7 @@ class Batch:
             if graph:
                 out.loss.backward()
             loss += out.loss.item()
+            outputs.append(out._replace(loss=out.loss.detach()))
             skipped += float(out.metrics.get("head/frac_rows_skipped", 0)) * len(hidden)
             logps |= zip(samples, out.logp.split(lengths), strict=True)
             entropies |= zip(samples, out.entropy.split(lengths), strict=True)
@@ -327,7 +330,7 @@ class Batch:
         metrics = {name: value.item() for name, value in whole.metrics.items()}
         if self.settings.route == "fused":
             metrics["head/frac_rows_skipped"] = skipped / max(1, len(logp))
-        return Pass(loss, logp, entropy, metrics)
+        return Pass(loss, logp, entropy, metrics, outputs)
 
     def hidden(self, model: PreTrainedModel, samples: list[int]) -> tuple[Tensor, Tensor, list[int]]:
         """The last hidden states (R', D) that predict the samples' completions, those tokens (R',) and their counts."""

@@ -29,13 +29,13 @@ float normal(int64_t i, uint32_t stream) {
 
 void token_rows(const char* op, const Run& run) {
   constexpr int64_t R = 6, V = 4135;  // two chunks, the last block with 7 of its 32 columns
-  const int64_t bytes = run.type == ElementType::float32 ? 4 : 2;
+  const int64_t bytes = run.type == Dtype::float32 ? 4 : 2;
   std::vector<char> logits(R * V * bytes), grad(R * V * bytes);
   for (int64_t i = 0; i < R * V; ++i) {
     float x = normal(i, 0) * (i / V == 1 ? 80.0f : 4.0f);  // row 1 is redone with its largest logit as anchor
     if (i / V == 2 && i % 2) x = -__builtin_inff();
     if (i / V == 3) x *= 1e-5f;  // subnormal in float16
-    const uint16_t half = run.type == ElementType::bfloat16 ? to_bfloat16(x) : to_float16(x);
+    const uint16_t half = run.type == Dtype::bfloat16 ? to_bfloat16(x) : to_float16(x);
     if (bytes == 4)
       std::memcpy(&logits[i * bytes], &x, 4);
     else
@@ -44,9 +44,10 @@ void token_rows(const char* op, const Run& run) {
   const int64_t targets[R] = {5, 17, 100, 4134, -100, 2000};
   float logp[R], entropy[R], sums[3 * R], upstream[2 * R];
   for (int i = 0; i < 2 * R; ++i) upstream[i] = normal(i, 1);
-  const Matrix x{logits.data(), R, V, V, 1}, g{grad.data(), R, V, V, 1};
-  token_logp({logp, entropy, sums, R}, x, targets, run);
-  token_logp_grad(g, x, targets, sums, R, upstream, upstream + R, entropy, run);
+  const Logits x{{logits.data(), R, V, V, 1}, run.type, targets};
+  const Matrix g{grad.data(), R, V, V, 1}, kept{sums, 3, R, R, 1};
+  token_logp({{logp, entropy, kept}, x}, run);
+  token_logp_grad({g, x, {kept, upstream, upstream + R, entropy}}, run);
   print(op, "logp", logp, R);
   print(op, "entropy", entropy, R);
   print(op, "sums", sums, 3 * R);
@@ -64,9 +65,12 @@ void dithered_advantages(const char* op, bool gaussian) {
   const double weights[K] = {1.0, 0.3}, half_range[K] = {0.05, 0.2};
   float values[N], mean[N], std[N], dithered_mean[N], dithered_std[N];
   bool dead[N];
-  group_advantages({values, mean, std, dead, dithered_mean, dithered_std},
-                   {rewards.data(), groups.data(), ids.data(), weights, half_range, N, K},
-                   {gaussian, true, true, false, false, Scale::batch, Combine::normalize_then_sum, 7, 3, 1e-4, 1}, 1);
+  const AdvantageOptions options{gaussian ? Distribution::gaussian : Distribution::uniform, 7, 3, DeadGroups::apply,
+                                 Baseline::mean, Scale::batch, Combine::normalize_then_sum, 1e-4, 1};
+  group_advantages({{values, mean, std, dead, dithered_mean, dithered_std},
+                    {rewards.data(), groups.data(), ids.data(), weights, half_range, N, K},
+                    options},
+                   1);
   print(op, "values", values, N);
   print(op, "dithered_mean", dithered_mean, N);
   print(op, "dithered_std", dithered_std, N);
@@ -74,13 +78,13 @@ void dithered_advantages(const char* op, bool gaussian) {
 
 int main() {
   const int level = std::min(best_level(), 1);  // AVX2, or NEON
-  const Transform plain{1.0, 1.0f, 1.44269504f, false}, capped{0.7, 0.1f, 11.0f, true};
-  token_rows("float32", {ElementType::float32, plain, 1, level});
-  token_rows("float32_capped", {ElementType::float32, capped, 1, level});
-  token_rows("bfloat16", {ElementType::bfloat16, plain, 1, level});
-  token_rows("bfloat16_capped", {ElementType::bfloat16, capped, 1, level});
-  token_rows("float16", {ElementType::float16, plain, 1, level});
-  token_rows("float16_capped", {ElementType::float16, capped, 1, level});
+  const TransformConstants plain{1.0, 1.0f, 1.44269504f, false}, capped{0.7, 0.1f, 11.0f, true};
+  token_rows("float32", {Dtype::float32, plain, 1, level});
+  token_rows("float32_capped", {Dtype::float32, capped, 1, level});
+  token_rows("bfloat16", {Dtype::bfloat16, plain, 1, level});
+  token_rows("bfloat16_capped", {Dtype::bfloat16, capped, 1, level});
+  token_rows("float16", {Dtype::float16, plain, 1, level});
+  token_rows("float16_capped", {Dtype::float16, capped, 1, level});
   dithered_advantages("gaussian", true);
   dithered_advantages("uniform", false);
 }

@@ -13,9 +13,11 @@ import torch
 import redit_fast as rf
 from redit_fast import noise
 from redit_fast.backends import cpu
+from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages
 from tests import ROOT
 
 refusal = cpu.why_not("group_advantages", torch.device("cpu"))
+OPTIONS = AdvantageOptions("gaussian", 0, 0, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1)
 compiled = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")
 ESTIMATORS = [("group", "sum_then_normalize"), ("batch", "sum_then_normalize"), ("group", "normalize_then_sum")]
 
@@ -91,10 +93,8 @@ def test_every_output_is_known_to_autograd_as_written():
     product_of_old_values = leaf * outputs[0]
     one = torch.ones(1, dtype=torch.float64)
     samples = torch.arange(count)
-    cpu.group_advantages(
-        *outputs, torch.rand(count, 1, dtype=torch.float64), samples // 4, None, samples, one, None, "gaussian", 0, 0,
-        "apply", "mean", "group", "sum_then_normalize", 1e-4, 1,
-    )  # fmt: skip
+    inputs = AdvantageInputs(torch.rand(count, 1, dtype=torch.float64), samples // 4, None, samples, one, None)
+    cpu.group_advantages(Advantages(*outputs), inputs, OPTIONS)
     assert [out._version for out in outputs] == [version + 1 for version in versions]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product_of_old_values.sum().backward()
@@ -107,6 +107,7 @@ def test_one_openmp_runtime_and_one_thread_pool_are_shared_with_torch():
 import os, torch
 import redit_fast as rf
 from redit_fast.backends import cpu
+from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages
 torch.set_num_threads(3)
 n = 20_000
 samples, one = torch.arange(n), torch.ones(1, dtype=torch.float64)
@@ -114,8 +115,8 @@ outputs = [torch.empty(n, dtype=torch.bool if i == 3 else torch.float32) for i i
 rewards = torch.ones(n, 1, dtype=torch.float64)
 tasks = lambda: len(os.listdir("/proc/self/task"))
 before = tasks()
-cpu.group_advantages(*outputs, rewards, None, 4, samples, one, one, "gaussian", 0, 0, "apply", "mean", "group",
-                     "sum_then_normalize", 1e-4, 1)
+options = AdvantageOptions("gaussian", 0, 0, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1)
+cpu.group_advantages(Advantages(*outputs), AdvantageInputs(rewards, None, 4, samples, one, one), options)
 ours = tasks()
 torch.rand(4_000_000).exp().sum()
 print(ours - before, tasks() - ours)

@@ -8,21 +8,17 @@ import pytest
 import torch
 
 from redit_fast.backends import cpu
-from redit_fast.backends.cpu import module
-from redit_fast.backends.cpu.module import CODES, compiled, view
-from redit_fast.backends.cpu.token_loss import _policy
+from redit_fast.backends.args import AdamwOptions, AdvantageOptions, PerturbOptions
+from redit_fast.backends.cpu.module import Processor, code, compiled, view
+from redit_fast.losses.coefficients import PolicyConstants
 from redit_fast.losses.config import LossConfig
-from redit_fast.losses.transforms import LogitTransform
+from redit_fast.losses.transforms import LogitTransform, TransformConstants
 
 refusal = cpu.why_not("token_loss", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")
 ROWS, VOCABULARY, WIDTH = 5, 9, 4
 NONE = (0, 0, 0, 0, 0, 0)
 DTYPES = 6
-
-
-def setting(threads=1, level=-1):
-    return (*module.setting(LogitTransform())[:-2], threads, level)
 
 
 def rows():
@@ -41,31 +37,50 @@ def targets():
     return torch.arange(ROWS)
 
 
-LOSS = LossConfig(beta=0.1, correction="token_mask")
-NAMES = ("uniform", 5, 1, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1, 1)
+POLICY = PolicyConstants.of(LossConfig())
+LOSS = PolicyConstants.of(LossConfig(beta=0.1, correction="token_mask"))
+OPTIONS = AdvantageOptions("uniform", 5, 1, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1)
+PERTURB = PerturbOptions(0.5, 0.5, "stochastic", 3, 1, -1)
+ADAMW = AdamwOptions(0.1, 0.9, 0.99, 1e-8, 0.1)
+TRANSFORM = TransformConstants.of(LogitTransform())
+PROCESSOR = Processor(threads=1, level=-1)
+HOW = TRANSFORM, PROCESSOR
 
 
 HELD = rows(), sums(), torch.randn(ROWS, WIDTH), torch.randn(VOCABULARY, WIDTH), targets()
-SETTING = setting()
 
 
 def head_rows():
     chunk = compiled.HeadRows(view(HELD[4]), VOCABULARY)
-    chunk.anchor_at_targets(view(HELD[2]), view(HELD[3]), NONE, SETTING)
+    chunk.anchor_at_targets([view(HELD[2]), view(HELD[3]), NONE], *HOW)
     return chunk
 
 
 def finished_rows():
     chunk = head_rows()
-    chunk.finish(view(HELD[0]), NONE, view(HELD[1]), SETTING)
+    chunk.finish([view(HELD[0]), NONE, view(HELD[1])], TRANSFORM)
     return chunk
+
+
+def group_advantages(given, options=OPTIONS, processor=PROCESSOR):
+    tensors = list(given.values())
+    compiled.group_advantages(tensors[:6], tensors[6:], options, processor)
+
+
+def token_loss(given, policy):
+    tensors = list(given.values())
+    compiled.token_loss(tensors[:4], tensors[4:6], tensors[6:], policy, 1.0, *HOW)
+
+
+def token_logp_grad(grad_logits, logits, targets, **upstream):
+    compiled.token_logp_grad(grad_logits, [logits, targets], list(upstream.values()), *HOW)
 
 
 # name: the call, of descriptions by name; makers of right tensors; those that may be left out, each with the others
 # that it then asks for; (name, axis) of sizes that nothing else tells.
 ENTRIES = {
     "group_advantages": (
-        lambda **given: compiled.group_advantages(*given.values(), *NAMES),
+        lambda **given: group_advantages(given),
         {
             **dict.fromkeys(("values", "group_mean", "group_std"), rows),
             "dead": lambda: torch.empty(ROWS, dtype=torch.bool),
@@ -80,20 +95,20 @@ ENTRIES = {
         (),
     ),
     "token_logp": (
-        lambda **given: compiled.token_logp(*given.values(), SETTING),
+        lambda logits, targets, **outputs: compiled.token_logp(list(outputs.values()), [logits, targets], *HOW),
         {"logp": rows, "entropy": rows, "sums": sums, "logits": logits, "targets": targets},
         {"entropy": ()},
         (("logits", 1),),
     ),
     "token_logp_grad": (
-        lambda **given: compiled.token_logp_grad(*given.values(), SETTING),
+        token_logp_grad,
         {"grad_logits": logits, "logits": logits, "targets": targets, "sums": sums,
          **dict.fromkeys(("grad_logp", "grad_entropy", "entropy"), rows)},
         {"grad_entropy": (), "entropy": ("grad_entropy",)},
         (),
     ),
     "token_loss": (
-        lambda **given: compiled.token_loss(*given.values(), _policy(LossConfig()), 1.0, SETTING),
+        lambda **given: token_loss(given, POLICY),
         {"loss": lambda: torch.zeros(()), "logp": rows, "entropy": rows, "grad_logits": logits, "logits": logits,
          "targets": targets,
          **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows)},
@@ -101,7 +116,7 @@ ENTRIES = {
         (),
     ),
     "token_loss with KL and correction": (
-        lambda **given: compiled.token_loss(*given.values(), _policy(LOSS), 1.0, SETTING),
+        lambda **given: token_loss(given, LOSS),
         {"loss": lambda: torch.zeros(()), "logp": rows, "entropy": rows, "grad_logits": logits, "logits": logits,
          "targets": targets,
          **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows)},
@@ -109,46 +124,46 @@ ENTRIES = {
         (),
     ),
     "scale_in_place": (
-        lambda x: compiled.scale_in_place(x, 0.5, SETTING),
+        lambda x: compiled.scale_in_place(x, 0.5, PROCESSOR),
         {"x": logits},
         {},
         (("x", 0), ("x", 1)),
     ),
     "HeadRows": (lambda targets: compiled.HeadRows(targets, VOCABULARY), {"targets": targets}, {}, (("targets", 1),)),
     "anchor_at_targets": (
-        lambda **given: head_rows().anchor_at_targets(*given.values(), SETTING),
+        lambda **given: head_rows().anchor_at_targets(list(given.values()), *HOW),
         {"hidden": lambda: torch.randn(ROWS, WIDTH), "weight": lambda: torch.randn(VOCABULARY, WIDTH),
          "bias": lambda: torch.randn(VOCABULARY)},
         {"bias": ()},
         (),
     ),
     "add": (
-        lambda e, tile: head_rows().add(e, tile, 1, 2, SETTING),
+        lambda e, tile: head_rows().add(e, tile, (1, 2), *HOW),
         {"e": logits, "tile": lambda: torch.randn(ROWS - 1, VOCABULARY - 2)},
         {"e": ()},
         (("tile", 0), ("tile", 1)),
     ),
     "finish": (
-        lambda **given: head_rows().finish(*given.values(), SETTING),
+        lambda **given: head_rows().finish(list(given.values()), TRANSFORM),
         {"logp": rows, "entropy": rows, "sums": sums},
         {"entropy": ()},
         (),
     ),
     "resume": (
-        lambda **given: head_rows().resume(*given.values(), SETTING),
-        {"sums": sums, **dict.fromkeys(("entropy", "grad_logp", "grad_entropy"), rows)},
+        lambda **given: head_rows().resume(list(given.values()), TRANSFORM),
+        {"sums": sums, **dict.fromkeys(("grad_logp", "grad_entropy", "entropy"), rows)},
         {"grad_entropy": (), "entropy": ("grad_entropy",)},
         (),
     ),
-    "store_targets": (lambda e: finished_rows().store_targets(e, SETTING), {"e": logits}, {}, ()),
+    "store_targets": (lambda e: finished_rows().store_targets(e, *HOW), {"e": logits}, {}, ()),
     "squared_norm": (
-        lambda out: compiled.squared_norm(out, table(HELD[0]), 1, -1),
+        lambda out: compiled.squared_norm(out, table(HELD[0]), PROCESSOR),
         {"out": lambda: torch.zeros((), dtype=torch.float64)}, {}, (),
     ),
 }  # fmt: skip
 if "avx512_bf16" in cpu.instruction_sets():
     ENTRIES["product"] = (
-        lambda c, a, b: compiled.product(c, False, a, b, 1),
+        lambda c, a, b: compiled.product(c, False, a, b, PROCESSOR),
         {"c": lambda: torch.zeros(ROWS, VOCABULARY), "a": lambda: torch.randn(ROWS, WIDTH).bfloat16(),
          "b": lambda: torch.randn(WIDTH, VOCABULARY).bfloat16()},
         {},
@@ -222,7 +237,7 @@ def test_a_description_that_does_not_fit_is_refused_by_name(name):
 def test_an_output_whose_elements_overlap_is_refused():
     x = torch.zeros(1).expand(ROWS, VOCABULARY)
     with pytest.raises(ValueError, match="x is written, so its elements must not overlap"):
-        compiled.scale_in_place(view(x), 0.5, SETTING)
+        compiled.scale_in_place(view(x), 0.5, PROCESSOR)
     step, t = logits(), targets()
     with pytest.raises(ValueError, match="grad_logits must have the strides of the logits that it overwrites"):
         transposed = torch.as_strided(step, (ROWS, VOCABULARY), (1, ROWS))
@@ -231,7 +246,7 @@ def test_an_output_whose_elements_overlap_is_refused():
 
 def table(*tensors):
     """Entries of the passes over parameters; the tensors must be held by the caller."""
-    return [(0, 0, 0) if x is None else (x.data_ptr(), CODES[x.dtype], x.numel()) for x in tensors]
+    return [(0, 0, 0) if x is None else (x.data_ptr(), code(x.dtype), x.numel()) for x in tensors]
 
 
 def parameter_passes():
@@ -241,15 +256,15 @@ def parameter_passes():
     state = {"params": rows, "masters": rows, "grads": rows, "exp_avgs": rows, "exp_avg_sqs": rows,
              "steps": lambda: torch.zeros(())}  # fmt: skip
     return out, {
-        "squared_norm": (lambda tensors: compiled.squared_norm(one, tensors, 1, -1), {"tensors": rows}, ()),
+        "squared_norm": (lambda tensors: compiled.squared_norm(one, tensors, PROCESSOR), {"tensors": rows}, ()),
         "perturb": (
-            lambda params, grads: compiled.perturb(four, params, grads, [0, 7], 0.5, 0.5, True, 3, 1, -1, 1, -1),
+            lambda params, grads: compiled.perturb(four, params, grads, [0, 7], PERTURB, PROCESSOR),
             {"params": rows, "grads": rows}, (),
         ),
-        "combine": (lambda firsts, grads: compiled.combine(three, firsts, grads, 0.5, 1, -1),
+        "combine": (lambda firsts, grads: compiled.combine(three, firsts, grads, 0.5, PROCESSOR),
                     {"firsts": rows, "grads": rows}, ()),
         "adamw": (
-            lambda **given: compiled.adamw(*given.values(), 1.0, True, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, -1),
+            lambda **given: compiled.adamw(list(given.values()), 1.0, True, ADAMW, PROCESSOR),
             state, ("masters",),
         ),
     }  # fmt: skip
@@ -300,51 +315,44 @@ def test_numbers_that_do_not_fit_are_refused_by_name():
     x, t, kept_sums = logits(), targets(), sums()
 
     def perturb(offsets=(0,), compute_dtype=-1, threads=1, level=-1):
-        compiled.perturb(four, params, grads, list(offsets), 0.5, 1.0, True, 3, 1, compute_dtype, threads, level)
+        options = PERTURB._replace(compute_dtype=compute_dtype)
+        compiled.perturb(four, params, grads, list(offsets), options, Processor(threads, level))
 
     wide = [torch.zeros(ROWS, dtype=torch.float64) for _ in range(2)]
 
     def adamw(params=(p,), masters=(None,), state=(g,)):
         lists = [table(*x) for x in (params, masters, (g,), state, state)]
         step = torch.zeros(())
-        compiled.adamw(*lists, table(step), 1.0, True, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, -1)
+        compiled.adamw([*lists, table(step)], 1.0, True, ADAMW, PROCESSOR)
 
     chunk = compiled.HeadRows(view(t), VOCABULARY)
     tile, anchored, done = view(x), head_rows(), finished_rows()
-    results = view(g), NONE, view(kept_sums), SETTING
-    policy, outputs = _policy(LossConfig()), (torch.zeros(()), rows(), rows(), None)
-    loss = [view(tensor) for tensor in (*outputs, x, t, p, g, None, None, None)]
-    fields = [make() for make in ENTRIES["group_advantages"][1].values()]
-    group, ids = [view(field) for field in fields], torch.tensor([[0, 1, 1, 2, ROWS], [0, 1, -1, 2, 0]])
+    results = [view(g), NONE, view(kept_sums)], TRANSFORM
+    fields = {name: make() for name, make in ENTRIES["group_advantages"][1].items()}
+    group = {name: view(field) for name, field in fields.items()}
+    ids = torch.tensor([[0, 1, 1, 2, ROWS], [0, 1, -1, 2, 0]])
 
     refused = {
         "offsets": [lambda: perturb([-1]), lambda: perturb([2**63 - 2]), lambda: perturb([]), lambda: perturb([0, 1])],
         "compute_dtype": [lambda: perturb(compute_dtype=-2), lambda: perturb(compute_dtype=4)],
-        "threads": [lambda: perturb(threads=0), lambda: compiled.scale_in_place(tile, 0.5, setting(threads=-3))],
+        "threads": [lambda: perturb(threads=0), lambda: compiled.scale_in_place(tile, 0.5, Processor(-3, -1))],
         "level": [lambda: perturb(level=-2), lambda: perturb(level=99),
-                  lambda: compiled.scale_in_place(tile, 0.5, setting(level=3))],
+                  lambda: compiled.scale_in_place(tile, 0.5, Processor(1, 3))],
         "masters": [lambda: adamw(params=(rows().bfloat16(),)), lambda: adamw(masters=(wide[0],))],
         "exp_avgs": [lambda: adamw(state=(wide[0],)), lambda: adamw(params=(wide[0],))],
-        "firsts": [lambda: compiled.combine(view(v[:3]), table(wide[0]), grads, 0.5, 1, -1)],
+        "firsts": [lambda: compiled.combine(view(v[:3]), table(wide[0]), grads, 0.5, PROCESSOR)],
         "vocabulary": [lambda: compiled.HeadRows(view(t), 0), lambda: compiled.HeadRows(view(t), -5)],
-        "add must": [lambda: chunk.add(NONE, tile, 0, 0, SETTING)],
+        "add must": [lambda: chunk.add(NONE, tile, (0, 0), *HOW)],
         "repair must": [lambda: chunk.repair(16), lambda: done.repair(16)],
         "finish must": [lambda: chunk.finish(*results), lambda: done.finish(*results)],
-        "resume must": [lambda: chunk.resume(NONE, NONE, NONE, NONE, SETTING),
-                        lambda: done.resume(NONE, NONE, NONE, NONE, SETTING)],
+        "resume must": [lambda: chunk.resume([NONE] * 4, TRANSFORM), lambda: done.resume([NONE] * 4, TRANSFORM)],
         "store_targets must": [
-            lambda: chunk.store_targets(tile, SETTING), lambda: anchored.store_targets(tile, SETTING)
+            lambda: chunk.store_targets(tile, *HOW), lambda: anchored.store_targets(tile, *HOW)
         ],
         "block": [lambda: anchored.repair(0), lambda: anchored.repair(-16)],
-        "first_row": [lambda: anchored.add(NONE, tile, 1, 0, SETTING), lambda: anchored.add(NONE, tile, -1, 0, SETTING),
-                      lambda: anchored.add(NONE, tile, 2**63 - 1, 0, SETTING)],
-        "first_column": [lambda: anchored.add(NONE, tile, 0, 1, SETTING),
-                         lambda: anchored.add(NONE, tile, 0, -1, SETTING)],
-        "policy": [lambda i=i, value=value: compiled.token_loss(
-            *loss, (*policy[:i], value, *policy[i + 1:]), 1.0, SETTING
-        ) for i in range(3) for value in (-1, 7)],
-        "groups": [lambda i=i: compiled.group_advantages(*group[:7], view(ids[i]), *group[8:], *NAMES)
-                   for i in range(2)],
+        "first_row": [lambda row=row: anchored.add(NONE, tile, (row, 0), *HOW) for row in (1, -1, 2**63 - 1)],
+        "first_column": [lambda column=column: anchored.add(NONE, tile, (0, column), *HOW) for column in (1, -1)],
+        "groups": [lambda i=i: group_advantages(group | {"groups": view(ids[i])}) for i in range(2)],
     }  # fmt: skip
     for name, calls in refused.items():
         for call in calls:
@@ -352,6 +360,48 @@ def test_numbers_that_do_not_fit_are_refused_by_name():
                 call()
     adamw(masters=(None,))
     adamw(params=(wide[0],), state=(wide[1],))
+
+
+def named_tuples():
+    """name: a right one, and the call that takes it."""
+    kept = [{key: make() for key, make in ENTRIES[name][1].items()} for name in ("group_advantages", "token_loss")]
+    advantages, loss = ({key: view(tensor) for key, tensor in tensors.items()} for tensors in kept)
+    p, g, m, v = (rows() for _ in range(4))
+    sums, steps, x = torch.zeros(4, dtype=torch.float64), torch.zeros(()), logits()
+    return (*kept, p, g, m, v, sums, steps, x), {
+        "options": (OPTIONS, lambda options: group_advantages(advantages, options)),
+        "policy": (POLICY, lambda policy: token_loss(loss, policy)),
+        "transform": (TRANSFORM, lambda transform: head_rows().finish([view(p), NONE, view(HELD[1])], transform)),
+        "processor": (PROCESSOR, lambda processor: compiled.scale_in_place(view(x), 0.5, processor)),
+        "options of perturb": (PERTURB, lambda options: compiled.perturb(view(sums), table(p), table(g), [0], options,
+                                                                         PROCESSOR)),
+        "options of adamw": (ADAMW, lambda options: compiled.adamw(
+            [table(p), [(0, 0, 0)], table(g), table(m), table(v), table(steps)], 1.0, True, options, PROCESSOR
+        )),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["options", "policy", "transform", "processor", "options of perturb", "options of adamw"]
+)
+def test_a_named_tuple_with_a_wrong_field_or_number_of_them_is_refused_by_name(name):
+    held, tuples = named_tuples()
+    right, call = tuples[name]
+    call(right)
+    for short in (right[:-1], (*right, 0), (), list(right), None):
+        with pytest.raises(ValueError, match=f"^{name.split()[0]} must be a named tuple of {len(right)} fields"):
+            call(short)
+    for field, value in right._asdict().items():
+        wrong = {
+            bool: (1, "True", None),
+            str: ("novel", "", ", ", 0, None),
+            int: (0.5, "1", None, True, 2**64, -(2**63) - 1),
+            float: ("1", None, 1j, [1.0]),
+        }[type(value)]
+        for other in wrong:
+            with pytest.raises(ValueError, match=f"^{field} must be"):
+                call(right._replace(**{field: other}))
+    assert held
 
 
 def test_no_rows_and_no_tensors_are_fine():

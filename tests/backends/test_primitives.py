@@ -8,10 +8,11 @@ import torch
 
 from redit_fast import backends
 from redit_fast.backends import reference
+from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.transforms import LogitTransform
 
-OPS = ("token_logp", "token_logp_grad", "token_loss", "exp_product", "exp_product_grad", "perturb")
+OPS = ("group_advantages", "token_logp", "token_logp_grad", "token_loss", "exp_product", "exp_product_grad", "perturb")
 ROWS, VOCABULARY, WIDTH = 5, 9, 4
 TRANSFORM = LogitTransform(0.7, 0.5, 9.0)
 
@@ -78,6 +79,66 @@ def test_every_combination_of_missing_arguments_is_right_or_refused(backend, nam
                 continue
             for ours, theirs in zip(run(primitive, missing), run(getattr(reference, op), missing), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_an_argument_of_another_length_is_refused_by_name(backend, name):
+    if backend == "reference":
+        pytest.skip("reference: torch itself refuses what it cannot compute")
+    arguments, _ = cases()[name]
+    primitive, refused = backends.primitive(name.split()[0], torch.device("cpu")), 0
+    for key, value in arguments.items():
+        for axis in range(value.ndim if isinstance(value, torch.Tensor) else 0):
+            if (name, key, axis) == ("token_logp", "logits", 1):  # nothing else tells the vocabulary
+                continue
+            for other in (value.narrow(axis, 0, value.shape[axis] - 1), torch.cat([value, value], axis)):
+                with pytest.raises(ValueError, match="|".join(arguments)):
+                    primitive(*(arguments | {key: other}).values())
+                    pytest.fail(f"{name} took {key} of {tuple(other.shape)}")
+                refused += 1
+    assert refused >= 10
+
+
+def advantages():
+    out = Advantages(
+        *(torch.empty(8, dtype=torch.bool if name == "dead" else torch.float32) for name in Advantages._fields)
+    )
+    rewards, two = torch.arange(16.0).view(8, 2).double() % 5, torch.tensor([1.0, 0.3]).double()
+    groups, ids = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1]), torch.arange(8) * 7
+    options = AdvantageOptions("gaussian", 5, 1, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1)
+    return out, AdvantageInputs(rewards, groups, 4, ids, two, two / 9), options
+
+
+def test_advantages_without_any_of_their_optional_inputs_are_the_references(backend):
+    seen = []
+    for count in range(4):
+        for missing in combinations(("groups", "sample_ids", "half_range"), count):
+            results = []
+            for primitive in (backends.primitive("group_advantages", torch.device("cpu")), reference.group_advantages):
+                out, inputs, options = advantages()
+                primitive(out, inputs._replace(**dict.fromkeys(missing)), options)
+                results.append(out)
+            assert all(map(torch.equal, *results))
+            seen.append(results[0].values)
+    assert len({tuple(values.tolist()) for values in seen}) == 6  # without noise the ids do not matter
+
+
+def test_advantages_of_another_length_are_refused_by_name(backend):
+    if backend == "reference":
+        pytest.skip("reference: torch itself refuses what it cannot compute")
+    out, inputs, options = advantages()
+    primitive = backends.primitive("group_advantages", torch.device("cpu"))
+    primitive(out, inputs, options)
+    for packed in (out, inputs):
+        for name, value in packed._asdict().items():
+            if isinstance(value, int):
+                continue
+            for other in (value[:-1], torch.cat([value, value])):
+                damaged = packed._replace(**{name: other})
+                given = (damaged, inputs) if packed is out else (out, damaged)
+                with pytest.raises(ValueError, match="|".join((*out._fields, *inputs._fields))):
+                    primitive(*given, options)
+                    pytest.fail(f"group_advantages took {name} of {tuple(other.shape)}")
 
 
 def parameter_passes():

@@ -144,6 +144,10 @@ class Uniform(nn.Module):
     """A causal LM to the rollout: it never gets so far."""
 
 
+def output(logp, entropy):
+    return rf.LossOutput(torch.zeros(()), logp, entropy, {}, "logp")
+
+
 def rows(**packed):
     """What every loss takes beside its log-probs, logits or hidden states."""
     config = rf.LossConfig(beta=0.1, correction="token_mask")
@@ -180,8 +184,10 @@ def rows(**packed):
         ),
         "masks_of": may_be_none(
             Argument(
-                (ROW, ROW),
-                ANYTHING | {"one": (ROW,), "no logp": (None, ROW), "other": (OTHER_ROW, ROW), "lists": (ROW, [1.0])},
+                output(ROW, ROW),
+                ANYTHING
+                | {"tuple": (ROW, ROW), "no logp": output(None, ROW), "other": output(OTHER_ROW, ROW)}
+                | {"lists": output(ROW, [1.0])},
             )
         ),
         "step": whole(3, bits=32),

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import redit_fast as rf
+from redit_fast.losses.transforms import LogitTransform
 from redit_fast.ops.token_loss import token_logp_
 from tests.ops.test_linear_loss import leaves
 from tests.tolerance import relative
@@ -225,8 +226,8 @@ def test_operators_pass_torchs_own_checks():
     x, w, t = batch(20)
     z, scale, rows = x @ w.t(), torch.tensor(2.0), torch.zeros(7, 20)
     sums, softcap, factors = torch.zeros(3, 20), 9.0, torch.randn(4, 20)
-    token_logp_(rows[0], rows[1], sums, z, t, 0.7, 1.0, softcap)
-    transform, config = (0.7, 1.0, softcap), rf.LossConfig(beta=0.1).text
+    transform, config = LogitTransform(0.7, 1.0, softcap), rf.LossConfig(beta=0.1).text
+    token_logp_(rows[0], rows[1], sums, z, t, transform)
     grads = torch.zeros_like(x), torch.zeros_like(w), torch.zeros(len(w))
     fields, dead = torch.zeros(5, 20), torch.zeros(20, dtype=torch.bool)
     samples, names = torch.arange(20), ("uniform", 5, 1, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1)

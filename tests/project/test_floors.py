@@ -26,6 +26,7 @@ FLOORS = {
     "redit_fast.backends.cuda": 2,
     "redit_fast.backends.lists": 2,
     "redit_fast.backends.rows": 2,
+    "redit_fast.backends.args": 2,
     "redit_fast.dither": 1,
     "redit_fast.losses": 1,
     "redit_fast.checks": 0,
@@ -50,7 +51,8 @@ PACKAGES = (
     "redit_fast.backends.cpu",
     "redit_fast.backends.triton",
 )  # import their own siblings
-OF_BACKENDS = ("redit_fast.backends.lists", "redit_fast.backends.rows")  # what the backends share
+# what the backends share
+OF_BACKENDS = ("redit_fast.backends.args", "redit_fast.backends.lists", "redit_fast.backends.rows")
 OUTSIDE = ("tests", "benchmarks", "tools")
 KERNEL_IMPORTS = ("torch", "triton")
 

@@ -52,8 +52,8 @@ def test_pass_2_takes_its_own_log_probs_as_the_old_ones_or_those_of_pass_1(job, 
             assert second["old_logp"] is None
         else:
             assert torch.equal(second["old_logp"], first["logp"])
-        for mine, passed in zip((first["logp"], first["entropy"]), second["masks_of"]):
-            assert torch.equal(mine, passed)
+        for name in ("logp", "entropy"):
+            assert torch.equal(first[name], getattr(second["masks_of"], name))
     assert (tmp_path / "calls").read_text() == "2\n" + "12\n" * 2  # by the trial, then once a step
 
 
@@ -123,6 +123,10 @@ MASKS = {
 }
 
 
+def output(logp, entropy):
+    return rf.LossOutput(torch.zeros(()), logp, entropy, {}, "logp")
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_are_those_of_the_pass_they_are_given(name):
     """Which tokens a mask takes shows in the gradient: 0 there, or, in kl_cov, the penalty's, which outweighs A."""
@@ -139,15 +143,15 @@ def test_masks_are_those_of_the_pass_they_are_given(name):
 
     of_first, of_second = chosen(first, entropies[0]), chosen(second, entropies[1])
     assert of_first.any() and not of_first.all() and not torch.equal(of_first, of_second)
-    replayed = chosen(second, entropies[1], (first, entropies[0]))
+    replayed = chosen(second, entropies[1], output(first, entropies[0]))
     assert torch.equal(replayed, of_first)
 
 
 def test_masks_of_that_do_not_fit_are_named():
     logp, entropy = torch.zeros(2, 3), torch.zeros(2, 3)
     for settings, masks_of, words in (
-        (MASKS["top entropy"], (logp, None), "masks_of needs its entropy with top_entropy_quantile=0.3"),
-        (MASKS["clip_cov"], (logp[:1], None), r"masks_of\[0\] must have shape \(2, 3\), got \(1, 3\)"),
+        (MASKS["top entropy"], output(logp, None), "masks_of needs its entropy with top_entropy_quantile=0.3"),
+        (MASKS["clip_cov"], output(logp[:1], None), r"masks_of\.logp must have shape \(2, 3\), got \(1, 3\)"),
     ):
         with pytest.raises(ValueError, match=words):
             rf.policy_loss(logp, torch.ones(2), entropy=entropy, masks_of=masks_of, config=settings)
@@ -166,7 +170,7 @@ def test_clip_cov_drops_the_same_tokens_in_both_passes_of_a_step(model_folder, c
     half = len(calls) // 2
     differ = 0
     for one, other in zip(calls[:half], calls[half:]):
-        assert torch.equal(other["masks_of"][0], one["logp"])
+        assert torch.equal(other["masks_of"].logp, one["logp"])
         picks = []
         for masks_of in (None, other["masks_of"]):
             logp = (one if masks_of is None else other)["logp"].clone().requires_grad_()

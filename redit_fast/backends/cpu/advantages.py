@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.cpu.module import compiled, view
+from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages
+from redit_fast.backends.cpu.module import compiled, processor, views
 
 
-def group_advantages(
-    values: Tensor,
-    group_mean: Tensor,
-    group_std: Tensor,
-    dead: Tensor,
-    dithered_mean: Tensor,
-    dithered_std: Tensor,
-    rewards: Tensor,
-    groups: Tensor | None,
-    group_size: int | None,
-    sample_ids: Tensor | None,
-    weights: Tensor,
-    half_range: Tensor | None,
-    distribution: str,
-    seed: int,
-    step: int,
-    dead_groups: str,
-    baseline: str,
-    scale: str,
-    combine: str,
-    eps: float,
-    ddof: int,
-) -> None:
+def group_advantages(outputs: Advantages, inputs: AdvantageInputs, options: AdvantageOptions) -> None:
     """As `reference.group_advantages`, bit for bit; every tensor contiguous."""
-    outputs = (values, group_mean, group_std, dead, dithered_mean, dithered_std)
+    rewards, groups, group_size, sample_ids, weights, half_range = inputs
     samples = torch.arange(len(rewards))
     groups = samples // group_size if groups is None else groups
     sample_ids = samples if sample_ids is None else sample_ids
-    compiled.group_advantages(
-        *map(view, (*outputs, rewards, groups, sample_ids, weights, half_range)),
-        distribution,
-        seed,
-        step,
-        dead_groups,
-        baseline,
-        scale,
-        combine,
-        eps,
-        ddof,
-        torch.get_num_threads(),
-    )
+    tensors = views(rewards, groups, sample_ids, weights, half_range)
+    compiled.group_advantages(views(*outputs), tensors, options, processor())
     increment_version(outputs)

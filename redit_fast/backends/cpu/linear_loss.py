@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.cpu.module import compiled, multiplies_bfloat16, setting, view
-from redit_fast.losses.transforms import LogitTransform
+from redit_fast.backends.cpu.module import compiled, multiplies_bfloat16, processor, view, views
+from redit_fast.losses.transforms import LogitTransform, TransformConstants
 
 # Of a product tile, rows per thread: 1 MB of float32 a thread. At 512 rows, 32000 x 896 and two threads the products
 # take 153 ms; 128 x 2048 a thread 177, all columns at once 270.
@@ -18,7 +18,7 @@ TILE_ROWS, TILE_COLUMNS = 256, 1024
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     if a.dtype == torch.bfloat16:
-        compiled.product(view(out), add, view(a), view(b), torch.get_num_threads())
+        compiled.product(view(out), add, view(a), view(b), processor())
     elif add:
         out.addmm_(a, b)
     else:
@@ -38,16 +38,17 @@ class _Head:
     """A chunk of rows, its product tiles, and `HeadRows` of csrc/cpu/linear_loss.h around them."""
 
     def __init__(self, hidden, weight, bias, targets, transform: LogitTransform):
-        self.weight, self.bias, self.setting = weight, None if bias is None else bias.contiguous(), setting(transform)
+        self.weight, self.bias = weight, None if bias is None else bias.contiguous()
+        self.transform, self.processor = TransformConstants.of(transform), processor()
         pairs = hidden.dtype == torch.bfloat16 and multiplies_bfloat16()
         self.x = x = hidden if pairs else hidden.float()  # torch's 16-bit products round their result
-        columns, self.tile_rows = min(TILE_COLUMNS, len(weight)), TILE_ROWS * torch.get_num_threads()
+        columns, self.tile_rows = min(TILE_COLUMNS, len(weight)), TILE_ROWS * self.processor.threads
         self.blocks = range(0, len(x), self.tile_rows)
         self.tile = x.new_empty(min(self.tile_rows, len(x)) * columns, dtype=torch.float32)
         self.widened = None if weight.dtype == x.dtype else x.new_empty(columns, weight.shape[1])
         targets = targets.contiguous()  # held until HeadRows has copied them
         self.rows = compiled.HeadRows(view(targets), len(weight))
-        self.rows.anchor_at_targets(view(hidden), view(weight), view(self.bias), self.setting)
+        self.rows.anchor_at_targets(views(hidden, weight, self.bias), self.transform, self.processor)
 
     def add_tiles(self, e: Tensor | None, blocks: Iterable[int]) -> None:
         for column in range(0, len(self.weight), TILE_COLUMNS):
@@ -59,7 +60,7 @@ class _Head:
                 _multiply(z, part, columns, add=False)
                 if self.bias is not None:  # after the product: sums that start at a large bias lose their bits
                     z += self.bias[column : column + TILE_COLUMNS]
-                self.rows.add(view(e), view(z), row, column, self.setting)
+                self.rows.add(view(e), view(z), (row, column), self.transform, self.processor)
 
 
 @torch.no_grad()
@@ -80,9 +81,9 @@ def exp_product(
     broken = head.rows.repair(head.tile_rows)
     if broken:
         head.add_tiles(e, broken)
-    head.rows.finish(view(logp), view(entropy), view(sums), head.setting)
+    head.rows.finish(views(logp, entropy, sums), head.transform)
     if e is not None:
-        head.rows.store_targets(view(e), head.setting)
+        head.rows.store_targets(view(e), head.transform, head.processor)
     increment_version([x for x in (e, logp, entropy, sums) if x is not None])
 
 
@@ -102,7 +103,7 @@ def exp_product_grad(
     """As `reference.exp_product_grad`, but for rows without a number above 0 as their sum; entropy and the gradients
     contiguous, so are the rows of sums and of e."""
     head = _Head(hidden, weight, bias, targets, transform)
-    head.rows.resume(*map(view, (sums, entropy, grad_logp, grad_entropy)), head.setting)
+    head.rows.resume(views(sums, grad_logp, grad_entropy, entropy), head.transform)
     head.add_tiles(e, head.blocks)
-    head.rows.store_targets(view(e), head.setting)
+    head.rows.store_targets(view(e), head.transform, head.processor)
     increment_version(e)

@@ -7,15 +7,15 @@ that `import torch` has put into the process (libtorch_global_deps, with RTLD_GL
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from redit_fast.losses.transforms import LogitTransform
+from redit_fast.backends.args import DTYPES
 
 try:
     import redit_fast._cpu as compiled
@@ -31,14 +31,7 @@ except ImportError as error:
     compiled = None
     missing = f"redit_fast._cpu does not load beside torch {torch.__version__}: {error}"
 
-CODES = {  # Dtype of csrc/cpu/formats.h
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float64: 3,
-    torch.int64: 4,
-    torch.bool: 5,
-}
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 # x86-64's are all in the module and chosen at run time. "avx512_bf16" is "avx512" with bfloat16 products of its own;
 # elsewhere "baseline" is all there is (on aarch64 with NEON).
@@ -70,16 +63,30 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def level() -> int:
-    """What csrc/cpu/rows.h calls it; -1: the highest."""
+class Processor(NamedTuple):
+    threads: int
+    level: int  # as csrc/cpu/rows.h counts instruction sets; -1: the highest
+
+
+def processor() -> Processor:
+    """What the module runs on."""
     chosen = _chosen.get()
-    return -1 if chosen is None else min(_INSTRUCTION_SETS.index(chosen), 2)
+    return Processor(torch.get_num_threads(), -1 if chosen is None else min(_INSTRUCTION_SETS.index(chosen), 2))
 
 
 def multiplies_bfloat16() -> bool:
     """Whether bfloat16 products with float32 results are the module's own: torch has none."""
     chosen = _chosen.get()
     return compiled.has_product() if chosen is None else chosen == "avx512_bf16"
+
+
+def code(dtype: torch.dtype | None) -> int:
+    """Its index among DTYPES; -1: none of them."""
+    return _CODES.get(dtype, -1)
+
+
+def views(*tensors: Tensor | None) -> list[tuple[int, int, int, int, int, int]]:
+    return [view(tensor) for tensor in tensors]
 
 
 def view(tensor: Tensor | None) -> tuple[int, int, int, int, int, int]:
@@ -93,11 +100,4 @@ def view(tensor: Tensor | None) -> tuple[int, int, int, int, int, int]:
             f"{tensor.device}"
         )
     shape, strides = (1, 1, *tensor.shape), (1, 1, *tensor.stride())
-    return (tensor.data_ptr(), CODES.get(tensor.dtype, -1), *shape[-2:], *strides[-2:])
-
-
-def setting(transform: LogitTransform) -> tuple[float, float, float, bool, int, int]:
-    temperature, scale, softcap = transform
-    inner, outer = (1.0, scale) if softcap is None else (scale / softcap, softcap)
-    factors = (scale / temperature, inner, outer / temperature / math.log(2))  # the kernels exponentiate to base 2
-    return (*factors, softcap is not None, torch.get_num_threads(), level())
+    return (tensor.data_ptr(), code(tensor.dtype), *shape[-2:], *strides[-2:])

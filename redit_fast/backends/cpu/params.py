@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.cpu.module import CODES, compiled, level, view
+from redit_fast.backends.args import AdamwOptions, PerturbOptions
+from redit_fast.backends.cpu.module import code, compiled, processor, view
 from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, contiguous, finish
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,14 +24,14 @@ def _table(name: str, tensors: list[Tensor | None]) -> list[tuple[int, int, int]
                 f"{name} of {tensor.dtype}: the cpu backend has float32, bfloat16, float16 and float64; "
                 "use_backend('reference') has every dtype"
             )
-    return [(0, 0, 0) if x is None else (x.data_ptr(), CODES[x.dtype], x.numel()) for x in tensors]
+    return [(0, 0, 0) if x is None else (x.data_ptr(), code(x.dtype), x.numel()) for x in tensors]
 
 
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     """As `reference.squared_norm`, to 2.4e-7."""
     check_lists(tensors=tensors)
     tensors = contiguous(tensors)  # held until the call returns
-    compiled.squared_norm(view(out), _table("tensors", tensors), torch.get_num_threads(), level())
+    compiled.squared_norm(view(out), _table("tensors", tensors), processor())
     increment_version(out)
 
 
@@ -53,20 +54,9 @@ def perturb(
     if compute_dtype is not None and compute_dtype not in _FLOATS:
         raise NotImplementedError(f"compute_dtype {compute_dtype} has no C++ version; use_backend('reference') has it")
     moved, slopes = contiguous(params), contiguous(grads)
-    compiled.perturb(
-        view(sums),
-        _table("params", moved),
-        _table("grads", slopes),
-        offsets,
-        scale.item(),
-        grad_factor,
-        rounding == "stochastic",
-        seed,
-        int(step),
-        -1 if compute_dtype is None else CODES[compute_dtype],
-        torch.get_num_threads(),
-        level(),
-    )
+    tables = _table("params", moved), _table("grads", slopes)
+    options = PerturbOptions(scale.item(), grad_factor, rounding, seed, int(step), code(compute_dtype))
+    compiled.perturb(view(sums), *tables, offsets, options, processor())
     increment_version(sums)
     finish(params, moved)
     if grad_factor != 1:
@@ -79,14 +69,7 @@ def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: floa
     check_lists(grads=grads, firsts=firsts)
     check_pairs(firsts, grads)
     firsts, combined = contiguous(firsts), contiguous(grads)
-    compiled.combine(
-        view(sums),
-        _table("firsts", firsts),
-        _table("grads", combined),
-        ratio,
-        torch.get_num_threads(),
-        level(),
-    )
+    compiled.combine(view(sums), _table("firsts", firsts), _table("grads", combined), ratio, processor())
     increment_version(sums)
     finish(grads, combined)
 
@@ -118,23 +101,9 @@ def adamw(
     work = [contiguous(tensors) for tensors in written]
     grads = contiguous(grads)
     p, master, m, v = map(_table, ("params", "masters", "exp_avgs", "exp_avg_sqs"), work)
-    compiled.adamw(
-        p,
-        master,
-        _table("grads", grads),
-        m,
-        v,
-        _table("steps", steps),
-        factor.item(),
-        bool(finite),
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        torch.get_num_threads(),
-        level(),
-    )
+    lists = [p, master, _table("grads", grads), m, v, _table("steps", steps)]
+    options = AdamwOptions(lr, beta1, beta2, eps, weight_decay)
+    compiled.adamw(lists, factor.item(), bool(finite), options, processor())
     for originals, copies in zip(written, work, strict=True):
         finish(originals, copies)
     increment_version(steps)

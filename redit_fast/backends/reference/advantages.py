@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages
 from redit_fast.noise import exact_sqrt, noise
 
 DEAD_SPREAD = 1e-6
@@ -69,32 +70,10 @@ def _quotient(x: Tensor, divisor: Tensor) -> Tensor:
     return torch.where(divisor > 0, x / divisor, 0.0)
 
 
-def group_advantages(
-    values: Tensor,
-    group_mean: Tensor,
-    group_std: Tensor,
-    dead: Tensor,
-    dithered_mean: Tensor,
-    dithered_std: Tensor,
-    rewards: Tensor,
-    groups: Tensor | None,
-    group_size: int | None,
-    sample_ids: Tensor | None,
-    weights: Tensor,
-    half_range: Tensor | None,
-    distribution: str,
-    seed: int,
-    step: int,
-    dead_groups: str,
-    baseline: str,
-    scale: str,
-    combine: str,
-    eps: float,
-    ddof: int,
-) -> None:
-    """Spec section 1. Outputs (N,) float32, `dead` bool; rewards (N, K) float64 with NaN or inf for unscored; groups
-    (N,) int64 dense in order of first appearance, or None: of group_size consecutive samples each; sample_ids (N,) or
-    None: arange(N); weights (K,), half_range (K,) or None (no dither) float64."""
+def group_advantages(outputs: Advantages, inputs: AdvantageInputs, options: AdvantageOptions) -> None:
+    """Spec section 1."""
+    rewards, groups, group_size, sample_ids, weights, half_range = inputs
+    distribution, seed, step, dead_groups, baseline, scale, combine, eps, ddof = options
     samples = torch.arange(len(rewards), device=rewards.device)
     groups = samples // group_size if groups is None else groups
     sample_ids = samples if sample_ids is None else sample_ids
@@ -156,12 +135,6 @@ def group_advantages(
         batch_mean, batch_std = batch.batch_moments(total, any_scored, ddof)
         advantage = _quotient(total - batch_mean, batch_std + eps)
 
-    values.copy_(torch.where(any_scored & ~silent[groups], advantage, 0.0))
-    for out, statistic in (
-        (group_mean, mean),
-        (group_std, std),
-        (dead, is_dead),
-        (dithered_mean, noisy_mean),
-        (dithered_std, noisy_std),
-    ):
+    outputs.values.copy_(torch.where(any_scored & ~silent[groups], advantage, 0.0))
+    for out, statistic in zip(outputs[1:], (mean, std, is_dead, noisy_mean, noisy_std), strict=True):
         out.copy_(statistic[groups])

@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redit_fast.backends.rows import require, require_loss_rows
+from redit_fast.backends.rows import IGNORE, require, require_loss_rows
 from redit_fast.losses.coefficients import token_coefficients
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.transforms import LogitTransform
 
-IGNORE = -100
 REPAIR = 2.353852668370200e17  # e^40
 BLOCK_ELEMENTS = 1 << 22  # logits per block of rows: bounds the float32 temporaries at 16 MB each
 

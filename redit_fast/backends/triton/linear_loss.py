@@ -7,8 +7,7 @@ from torch.autograd.graph import increment_version
 
 from redit_fast.backends.rows import check_head, check_rows, require
 from redit_fast.kernels import linear_loss as kernels
-from redit_fast.kernels import row_math
-from redit_fast.losses.transforms import LogitTransform
+from redit_fast.losses.transforms import LogitTransform, TransformConstants
 
 
 def exp_product(
@@ -26,7 +25,7 @@ def exp_product(
     check_head(e, sums, hidden, weight, bias, targets)
     check_rows(len(hidden), hidden, logp=logp, entropy=entropy)
     outputs, inputs = (e, logp, entropy, sums), (hidden, weight, bias, targets.contiguous())
-    kernels.exp_product(*outputs, *inputs, row_math.transform_numbers(*transform), transform.softcap is not None)
+    kernels.exp_product(*outputs, *inputs, TransformConstants.of(transform))
     increment_version([x for x in outputs if x is not None])
 
 
@@ -47,8 +46,7 @@ def exp_product_grad(
     check_head(e, sums, hidden, weight, bias, targets)
     check_rows(len(hidden), hidden, entropy=entropy, grad_logp=grad_logp, grad_entropy=grad_entropy)
     inputs = hidden, weight, bias, targets.contiguous(), grad_logp, grad_entropy
-    numbers = row_math.transform_numbers(*transform)
-    kernels.exp_product_grad(e, sums, entropy, *inputs, numbers, transform.softcap is not None)
+    kernels.exp_product_grad(e, sums, entropy, *inputs, TransformConstants.of(transform))
     increment_version(e)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from redit_fast.backends.args import AdamwOptions
 from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, check_sums, contiguous, finish
 from redit_fast.kernels import launch
 from redit_fast.kernels import params as kernels
@@ -103,7 +104,8 @@ def adamw(
         _check_tensors(name, tensors, factor.device)
     check_steps(steps, params, masters)
     p, w, m, v = (contiguous(tensors) for tensors in written)
-    kernels.adamw(p, w, contiguous(grads), m, v, steps, factor, finite, (lr, beta1, beta2, eps, weight_decay))
+    options = AdamwOptions(lr, beta1, beta2, eps, weight_decay)
+    kernels.adamw(p, w, contiguous(grads), m, v, steps, factor, finite, options)
     for originals, copies in zip(written, (p, w, m, v), strict=True):
         finish(originals, copies)
     increment_version(steps)

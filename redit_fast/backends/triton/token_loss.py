@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from redit_fast.backends.rows import check_logits, check_matrix, check_rows, require, require_loss_rows
-from redit_fast.kernels import row_math
 from redit_fast.kernels import token_loss as kernels
+from redit_fast.losses.coefficients import PolicyConstants
 from redit_fast.losses.config import LossConfig
-from redit_fast.losses.transforms import LogitTransform
+from redit_fast.losses.transforms import LogitTransform, TransformConstants
 
 
 def token_logp(
@@ -21,8 +19,7 @@ def token_logp(
     """As `reference.token_logp`; logp and entropy contiguous, so are the rows of sums."""
     check_logits(sums, None, logits, targets)
     check_rows(len(logits), logits, logp=logp, entropy=entropy)
-    numbers = row_math.transform_numbers(*transform)
-    kernels.token_logp(logp, entropy, sums, logits, targets.contiguous(), numbers, transform.softcap is not None)
+    kernels.token_logp(logp, entropy, sums, logits, targets.contiguous(), TransformConstants.of(transform))
     increment_version((logp, sums) if entropy is None else (logp, entropy, sums))
 
 
@@ -40,13 +37,9 @@ def token_logp_grad(
     require("grad_entropy", grad_entropy is not None, entropy=entropy)
     check_logits(sums, grad_logits, logits, targets)
     check_rows(len(logits), logits, grad_logp=grad_logp, grad_entropy=grad_entropy, entropy=entropy)
-    numbers = row_math.transform_numbers(*transform)
     inputs = logits, targets.contiguous(), sums, grad_logp, grad_entropy, entropy
-    kernels.token_logp_grad(grad_logits, *inputs, numbers, transform.softcap is not None)
+    kernels.token_logp_grad(grad_logits, *inputs, TransformConstants.of(transform))
     increment_version(grad_logits)
-
-
-_FORMS = {"gpg": "reinforce"} | {name: name for name in ("cispo", "sapo", "reinforce", "dppo_tv", "dppo_kl", "dro")}
 
 
 def token_loss(
@@ -73,17 +66,6 @@ def token_loss(
     check_matrix("loss", loss, (), logits)
     if grad_scale is not None:
         check_matrix("grad_scale", grad_scale, (), logits, grad_scale.dtype)
-    numbers = (
-        *row_math.transform_numbers(*config.transform),
-        *config.clip_range,
-        math.inf if config.delta is None else config.delta,
-        math.inf if config.dual_clip is None else config.dual_clip,
-        config.sapo_temperature_pos,
-        config.sapo_temperature_neg,
-        config.dro_beta or 0.0,
-        config.beta,
-        *config.correction_range,
-    )
     kernels.token_loss(
         loss,
         logp,
@@ -93,12 +75,8 @@ def token_loss(
         targets.contiguous(),
         *inputs,
         grad_scale,
-        numbers,
-        _FORMS.get(config.loss_type, "clipped"),
-        "none" if config.beta == 0 else config.kl,
-        config.beta != 0 and config.kl_ratio_correction,
-        config.correction,
-        config.softcap is not None,
+        PolicyConstants.of(config),
+        TransformConstants.of(config.transform),
     )
     increment_version((loss, logp, entropy) if grad_logits is None else (loss, logp, entropy, grad_logits))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from verl.trainer.ppo import core_algos, ray_trainer
 from verl.utils.skip import SkipManager
 
+from redit_fast.checks import did_you_mean
 from redit_fast.dither import Dither
 from redit_fast.integrations.options import DitherOptions
 from redit_fast.integrations.verl.loss import SUPPORTED
@@ -47,9 +47,7 @@ def read_dither(section: Mapping[str, object] | None) -> Dither | None:
     known = get_type_hints(DitherOptions)
     for name, value in section.items():
         if name not in known:
-            close = get_close_matches(name, known, 1)
-            options = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
-            raise ValueError(f"algorithm.redit.{name} is not an option; {options}")
+            raise ValueError(f"algorithm.redit.{name} is not an option; {did_you_mean(name, known)}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if known[name] is float and not number:
             raise TypeError(f"algorithm.redit.{name} must be a number, got {value!r}")

@@ -21,7 +21,7 @@ from verl.workers.config import ActorConfig
 from redit_fast.integrations.versions import check_hooks
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.peers import PRESETS
-from redit_fast.losses.rows import Rows
+from redit_fast.losses.rows import LossOutput, Rows
 from redit_fast.losses.terms import DPPO_MAX_RATIO, Terms, clamp_exponent, clip_cov_tokens, dppo_trusts, loss_terms
 
 SUPPORTED = "0.9.1"  # of verl, by running the tests
@@ -126,9 +126,12 @@ class FirstPass:
 _first_pass: ContextVar[FirstPass | None] = ContextVar("first_pass", default=None)  # of gradient regularisation
 
 
-def _first_log_prob(log_prob: Tensor) -> tuple[Tensor, None] | None:
+def _of_first_pass(name: str, log_prob: Tensor) -> LossOutput | None:
+    """What the loss `name` chooses its tokens by in a pass of gradient regularisation."""
     first = _first_pass.get()
-    return None if first is None else (first.of(log_prob), None)
+    if first is None or name not in ("clip_cov", "kl_cov"):
+        return None
+    return LossOutput(log_prob.new_zeros(()), first.of(log_prob), None, {}, "logp")
 
 
 def compute_policy_loss(
@@ -158,9 +161,9 @@ def compute_policy_loss(
         raise ValueError(f"config is required by loss_mode='redit_{name}': the actor's")
     settings = loss_config(name, config)
     seed = int(torch.randint(2**62, ())) if name == "clip_cov" else 0
-    masks_of = _first_log_prob(log_prob) if name in ("clip_cov", "kl_cov") else None
+    first = _of_first_pass(name, log_prob)
     rows = Rows.check(
-        log_prob, advantages, old_log_prob, None, None, response_mask, None, settings, None, 0, seed, masks_of
+        log_prob, advantages, old_log_prob, None, None, response_mask, None, settings, None, 0, seed, first
     )
     logp = torch.where(rows.mask, log_prob.reshape(-1).float(), 0.0)
     terms = loss_terms(rows, logp, rows.mask)
