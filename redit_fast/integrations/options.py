@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 from redit_fast.checks import check_choice
@@ -16,10 +16,10 @@ def described(default: object, text: str) -> object:
     return field(default=default, metadata={"help": text})
 
 
-def of_gr(name: str, **default: object) -> object:
-    """A dataclass field with the default and the help text of a field of `GR`."""
+def of_gr(name: str, default: object = MISSING) -> object:
+    """A dataclass field with the help text of a field of `GR`, and its default where no other is given."""
     source = GR.__dataclass_fields__[name]
-    return field(**{"default": source.default, **default}, metadata=source.metadata)
+    return field(default=source.default if default is MISSING else default, metadata=source.metadata)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class DitherOptions:
 
 @dataclass
 class GROptions:
-    """The fields of `GR` but epsilon="auto", and the optimizer. Off by default."""
+    """The fields of `GR` that are for every host, without epsilon "auto", and the optimizer. Off by default."""
 
     gr_gamma: float = of_gr("gamma", default=0.0)
     gr_epsilon: float = of_gr("epsilon")
@@ -80,7 +80,8 @@ class GROptions:
     )
 
     def gr(self) -> GR:
-        """
+        """The options, of which a host adds what it knows itself.
+
         Raises:
             ValueError, TypeError: an option out of range, naming it.
         """
