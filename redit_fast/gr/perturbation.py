@@ -13,6 +13,7 @@ from torch import Tensor
 
 from redit_fast.backends import primitive
 from redit_fast.gr import shards
+from redit_fast.gr.config import GR
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -42,10 +43,9 @@ def move(
     trainable: list[Tensor],
     step: Tensor,
     fold: float,
-    rounding: str,
+    gr: GR,
     seed: int,
     completed: Tensor,
-    compute_dtype: torch.dtype | None,
 ) -> shards.Sums:
     """Parameters += step .grad, then .grad *= fold; this rank's sums (4,) of `step_metrics`. The stochastic
     rounding counts elements in the concatenation of all `trainable` parameters, of which `params` are some."""
@@ -56,11 +56,11 @@ def move(
     def launch(out: Tensor, members: list[Tensor]) -> None:
         runs: list = []
         for p in members:
-            exact = rounding == "stochastic" and p.dtype in LOW_PRECISION
+            exact = gr.rounding == "stochastic" and p.dtype in LOW_PRECISION
             runs += shards.pieces(p, offsets[p], exact)
         weights, grads, begins = map(list, zip(*runs, strict=True))
         primitive("perturb", out.device)(
-            out, weights, grads, begins, step, fold, rounding, seed, completed, compute_dtype
+            out, weights, grads, begins, step, fold, gr.rounding, seed, completed, gr.compute_dtype
         )
 
     return shards.summed(params, 4, launch)

@@ -157,9 +157,13 @@ class GradientRegularizer(torch.optim.Optimizer):
         """
         if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {described(grad_scaler)}")
-        passes = self._passes
-        passes.groups = self.param_groups  # load_state_dict of an optimizer makes new ones
+        passes = self._current()
         return passes.perturb(loss_scale(grad_scaler, passes.completed.device))
+
+    def _current(self) -> TwoPass:
+        """The passes over the optimizer's groups, of which its load_state_dict makes new ones."""
+        self._passes.groups = self.param_groups
+        return self._passes
 
     # What RegularizedAdamW does differently: where theta is kept, and how the step is taken.
 
@@ -172,8 +176,9 @@ class GradientRegularizer(torch.optim.Optimizer):
             self.optimizer.step()
 
     def restore(self) -> None:
-        """Puts the parameters back bit by bit and drops the gradients of this step; does nothing when not perturbed."""
-        self._passes.restore()
+        """Ends the step under way: puts the parameters back bit by bit and drops the gradients, where perturb() moved
+        the parameters."""
+        self._current().restore()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
@@ -186,8 +191,7 @@ class GradientRegularizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise TypeError("step() takes no closure: use two_pass(closure)")
-        passes = self._passes
-        passes.groups = self.param_groups
+        passes = self._current()
         with ExitStack() as on_failure:
             on_failure.callback(forget, self)
             if passes.due and passes.attempts == 0 and not self.state:
@@ -217,9 +221,10 @@ class GradientRegularizer(torch.optim.Optimizer):
             raise TypeError(f"closure must be callable, got {described(closure)}")
         if model is not None:
             check_module("model", model)
-        replay = Replay(self._passes.params, model)
+        params = self._current().params
+        replay = Replay(params, model)
         with ExitStack() as on_failure:
-            on_failure.callback(gradients.clear, self._passes.params)
+            on_failure.callback(gradients.clear, params)
             loss = closure()
             on_failure.pop_all()
         with self.perturb() as wanted:

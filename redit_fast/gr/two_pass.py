@@ -223,8 +223,7 @@ class TwoPass:
 
     def _move(self, step: Tensor, fold: float) -> shards.Sums:
         """theta += step g1 on the perturbed set, .grad *= fold there; the sums of `perturbation.step_metrics`."""
-        how = self.gr.rounding, self.seed, self.completed, self.gr.compute_dtype
-        sums = perturbation.move(self._moved, self.params, step, fold, *how)
+        sums = perturbation.move(self._moved, self.params, step, fold, self.gr, self.seed, self.completed)
         self._written()
         return sums
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from redit_fast.checks import check_choice
@@ -16,11 +16,12 @@ def described(default: object, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def of_gr(name: str, **default: Any) -> Any:
-    """A dataclass field with the default and the help text of a field of `GR`."""
+def of_gr(name: str, default: Any = MISSING) -> Any:
+    """A dataclass field with the help text of a field of `GR`, and its default where no other is given."""
     source = GR.__dataclass_fields__[name]
-    options: dict[str, Any] = {"default": source.default, **default}
-    return field(**options, metadata=source.metadata)
+    if default is MISSING:
+        default = source.default
+    return field(default=default, metadata=source.metadata)
 
 
 @dataclass
@@ -64,7 +65,7 @@ class DitherOptions:
 
 @dataclass
 class GROptions:
-    """The fields of `GR` but epsilon="auto", and the optimizer. Off by default."""
+    """The fields of `GR` that are for every host, without epsilon "auto", and the optimizer. Off by default."""
 
     gr_gamma: float = of_gr("gamma", default=0.0)
     gr_epsilon: float = of_gr("epsilon")
@@ -81,7 +82,8 @@ class GROptions:
     )
 
     def gr(self) -> GR:
-        """
+        """The options, of which a host adds what it knows itself.
+
         Raises:
             ValueError, TypeError: an option out of range, naming it.
         """

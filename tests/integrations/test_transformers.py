@@ -208,6 +208,14 @@ def test_every_k_steps_regularises_the_multiples_of_k_alone(tmp_path):
     assert ["gr/g1_norm" in entry for entry in logs(trainer)] == [True, False, False, True]
 
 
+def test_every_option_of_gr_reaches_the_second_pass(tmp_path):
+    options = {"epsilon": 0.05, "normalized": True, "perturb_max_norm": 3.0, "rounding": "nearest",
+               "keep_first_grad": True, "every_k_steps": 2}  # fmt: skip
+    trainer = trained(tmp_path, steps=1, gr_gamma=0.03, **{f"gr_{name}": value for name, value in options.items()})
+    assert trainer._gr.passes.gr == rf.GR(gamma=0.03, **options)
+    assert "gr/penalty_ratio" in logs(trainer)[0]  # as the first gradient is kept
+
+
 def test_an_exception_in_the_second_pass_leaves_the_weights_as_they_were(tmp_path):
     class Failing(GRTrainer):
         def compute_loss(self, *args, **kwargs):
@@ -222,11 +230,13 @@ def test_an_exception_in_the_second_pass_leaves_the_weights_as_they_were(tmp_pat
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "gr_every_k_steps": 2, **GR}
+    """Its gamma is 0 at step 0, 2/3 of the whole at step 2; one that began anew would have no second pass."""
+    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "gr_every_k_steps": 2,
+               "gr_gamma_warmup_steps": 3, **GR}  # fmt: skip
     whole = trained(tmp_path / "whole", steps=4, **options)
     trained(tmp_path / "half", steps=2, **options)
     resumed = trained(tmp_path / "half", steps=4, resume=str(tmp_path / "half" / "checkpoint-2"), **options)
-    assert len(resumed.seen) == 3 and len(whole.seen) == 6
+    assert len(resumed.seen) == 3 and len(whole.seen) == 5
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), resumed.model.parameters()))
 
 

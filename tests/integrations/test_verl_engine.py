@@ -337,13 +337,14 @@ def test_an_overflow_of_the_loss_scale_skips_the_step_and_lowers_the_scale(folde
     assert same(weights(worker), start) and worker.engine.scaler.get_scale() == 512.0
 
 
-def test_every_k_steps_goes_on_after_a_checkpoint_of_verls(folder, tmp_path):
-    worker = new_worker(folder, optim={**GR, "gr_every_k_steps": 2})
-    assert "gr/g1_norm" in train(worker, batch_of(rows(1)))
+def test_every_k_steps_and_the_warm_up_go_on_after_a_checkpoint_of_verls(folder, tmp_path):
+    optim = {**GR, "gr_every_k_steps": 2, "gr_gamma_warmup_steps": 3}  # gamma is 0 at step 0, 2/3 of the whole at 2
+    worker = new_worker(folder, optim=optim)
+    assert "gr/g1_norm" not in train(worker, batch_of(rows(1)))
     worker.save_checkpoint(str(tmp_path), None, 1, None)
-    resumed = new_worker(folder, optim={**GR, "gr_every_k_steps": 2})
+    resumed = new_worker(folder, optim=optim)
     resumed.load_checkpoint(str(tmp_path))
-    for seed, regularised in ((2, False), (3, True)):
+    for seed, regularised in ((2, False), (3, True), (4, False)):
         metrics = [train(each, batch_of(rows(seed))) for each in (worker, resumed)]
         assert ["gr/g1_norm" in each for each in metrics] == [regularised] * 2
     assert same(weights(resumed), weights(worker))

@@ -5,6 +5,7 @@ Bound are table cells, headings and fenced snippets, never sentences.
 
 import ast
 import json
+import os
 import re
 import subprocess
 from importlib.util import find_spec
@@ -174,10 +175,10 @@ def test_the_readme_counts_the_losses():
 
 
 def planned(goal, *variables):
-    """The commands that make would run."""
-    return subprocess.run(
-        ["make", "-n", "-B", goal, *variables], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    """The commands that make would run, without the variables of the make that runs these tests."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+    command = ["make", "-n", "-B", goal, *variables]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_make_asks_pytorchs_cpu_index_where_there_is_no_nvidia_driver():

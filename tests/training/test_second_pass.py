@@ -57,6 +57,20 @@ def test_pass_2_takes_its_own_log_probs_as_the_old_ones_or_those_of_pass_1(job, 
     assert (tmp_path / "calls").read_text() == "2\n" + "12\n" * 2  # by the trial, then once a step
 
 
+def test_the_second_pass_is_left_out_where_gr_says_so_and_resumes_so(job, calls, tmp_path):
+    """At step 1 gamma is 0, as its warm-up begins; steps 2 and 4 are none of every other one."""
+    change = {"gr_every_k_steps": 2, "gr_gamma_warmup_steps": 2, "gr_rounding": "nearest", "gr_keep_first_grad": True}
+    settings = config.load(overrides={**job, **change, "steps": 4, "eval_problems": 0})
+    train(settings.model_copy(update={"name": "whole"}))
+    assert len(calls) == 1 + 4 + 1  # the trial's, four first passes and the second one of step 3
+    lines = lines_of(tmp_path / "whole" / "metrics.jsonl")[1:]
+    assert ["gr/step_cos" in line for line in lines] == [False, False, True, False]
+    assert lines[2]["gr/penalty_ratio"] > 0
+    train(settings.model_copy(update={"name": "halves", "steps": 2}))
+    train(settings.model_copy(update={"name": "halves"}), resume=True)
+    assert timeless(tmp_path / "whole" / "metrics.jsonl") == timeless(tmp_path / "halves" / "metrics.jsonl")
+
+
 def test_a_fresh_ratio_is_1_and_pass_1s_weighs_the_tokens(model_folder):
     """The gradients of both by autograd: -A grad logp, and -A r grad logp where the clip lets it pass."""
     model, batch = batch_of(model_folder, MIXED, rf.LossConfig())

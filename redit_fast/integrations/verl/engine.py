@@ -158,7 +158,8 @@ class SecondPass:
 
 class ReditFSDPEngine(FSDPEngineWithLMHead):
     """verl's engine of strategy fsdp2 with GR, whose settings stand in optim.override_optimizer_config: gr_gamma (0:
-    off, the engine is then verl's own), gr_epsilon and the others of `redit_fast.integrations.options.GROptions`.
+    off, the engine is then verl's own), gr_epsilon and the others of `redit_fast.integrations.options.GROptions` but
+    gr_optimizer.
 
     The second pass takes the same mini-batch (its old log-probs too), the same micro-batches, dropout and buffers, and
     the tokens that redit_clip_cov and redit_kl_cov chose in the first.
