@@ -370,9 +370,7 @@ def group_advantages(out, inputs, options) -> None:
             )  # fmt: skip
         if gdpo or by_batch:
             for squares in (False, True):
-                _group_sums_kernel[programs](
-                    sums, x, scored, starts, group_size, batch, n, squares, GROUPS, **LAUNCH
-                )
+                _group_sums_kernel[programs](sums, x, scored, starts, group_size, batch, n, squares, GROUPS, **LAUNCH)
                 _batch_kernel[(1,)](batch, sums, partials, scored, numbers, n, squares, **LAUNCH)
             _values_kernel[(triton.cdiv(n, LANES.value),)](
                 out.values, stats[2], order, x if gdpo else centred, heard, batch, numbers, n,

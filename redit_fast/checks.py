@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Literal, SupportsFloat
+from typing import Literal, SupportsFloat, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
 LARGEST = sys.float_info.max
 FLOAT32 = torch.finfo(torch.float32)
 _A = {"real": "a real", "floating-point": "a floating-point", "integer": "an integer"}
@@ -165,3 +166,9 @@ def check_seed(seed: object) -> int:
 
 def check_step(step: object) -> int:
     return whole_number("step", step, bits=32)
+
+
+def given(value: T | None) -> T:
+    """`value`, which the door has found to be there: for readers and type checkers."""
+    assert value is not None  # noqa: S101
+    return value

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from types import ModuleType
+from typing import ParamSpec
 
 import torch
 
@@ -34,6 +35,7 @@ PRIMITIVES = (
 )
 NAMES = ("cpu", "triton", "reference")
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}  # every other device: reference
+P = ParamSpec("P")
 _forced: ContextVar[str | None] = ContextVar("redit_fast_backend", default=None)
 
 
@@ -59,8 +61,10 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def primitive(op: str, device: torch.device) -> Callable[..., None]:
-    """The function that computes `op` on `device`: the forced backend's, else the first that does not refuse."""
+def primitive(definition: Callable[P, None], device: torch.device) -> Callable[P, None]:
+    """What computes the primitive that `definition`, of the reference, defines: the forced backend's function of that
+    name and these arguments, else that of the first backend that does not refuse."""
+    op = definition.__name__
     forced = _forced.get() or os.environ.get("REDIT_FAST_BACKEND")
     names = (forced,) if forced else _ORDER.get(device.type, ("reference",))
     refusals = []

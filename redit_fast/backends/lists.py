@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+T = TypeVar("T", Tensor, Tensor | None)
 
-def contiguous(tensors: list[Tensor | None]) -> list[Tensor | None]:
+
+def contiguous(tensors: list[T]) -> list[T]:
     """A transposed or channels-last tensor is read through a row-major copy: the rounding's counter is row-major."""
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def finish(originals: list[Tensor | None], written: list[Tensor | None]) -> None:
+def finish(originals: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
     """Version counters of what was written, and row-major copies back to where they came from."""
     for original, copy in zip(originals, written, strict=True):
-        if original is not None and copy is not original:
+        if original is not None and copy is not None and copy is not original:
             original.copy_(copy)
     increment_version([original for original in originals if original is not None])
 
 
-def check_lists(optional: str = "", **lists: list[Tensor | int | None]) -> None:
+def check_lists(optional: str = "", **lists: Sequence[Tensor | int | None]) -> None:
     """Lists of one length, None only in the one named `optional`."""
     first, length = next((name, len(entries)) for name, entries in lists.items())
     for name, entries in lists.items():
@@ -38,7 +43,7 @@ def check_sums(name: str, sums: Tensor, count: int) -> None:
         )
 
 
-def check_like(name: str, tensors: list[Tensor | None], params: list[Tensor], wide: bool) -> None:
+def check_like(name: str, tensors: Sequence[Tensor | None], params: list[Tensor], wide: bool) -> None:
     for tensor, param in zip(tensors, params, strict=True):
         if tensor is None:
             continue

@@ -9,7 +9,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from redit_fast.backends import primitive
+from redit_fast.backends import primitive, reference
 from redit_fast.checks import described, real_number
 from redit_fast.gr import shards
 from redit_fast.gr.config import Rounding
@@ -97,7 +97,7 @@ class _MasterAdamW(torch.optim.Optimizer):
             states = [self.state_of(p) for p in chosen]
             pairs = list(zip(chosen, states, strict=True))
             beta1, beta2 = group["betas"]
-            primitive("adamw", factor.device)(
+            primitive(reference.adamw, factor.device)(
                 [local(p) for p in chosen],
                 [local(state["master"]) if "master" in state else copies.get(p) for p, state in pairs],
                 [local(p.grad) for p in chosen],

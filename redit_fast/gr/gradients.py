@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from redit_fast.backends import primitive
+from redit_fast.backends import primitive, reference
 from redit_fast.gr import shards
 from redit_fast.gr.shards import local
 
@@ -36,7 +36,7 @@ def squares(params: list[Tensor], tensor_of: Callable[[Tensor], Tensor] = of) ->
     """This rank's sums of squares (1,), of gradients or of `tensor_of` parameters."""
 
     def launch(out: Tensor, members: list[Tensor]) -> None:
-        primitive("squared_norm", out.device)(out[0], [tensor_of(p) for p in members])
+        primitive(reference.squared_norm, out.device)(out[0], [tensor_of(p) for p in members])
 
     return shards.summed(params, 1, launch)
 
@@ -63,7 +63,9 @@ def combine(params: list[Tensor], first: dict[Tensor, Tensor], ratio: float) -> 
             first[p] = torch.zeros_like(p.grad)
 
     def launch(out: Tensor, members: list[Tensor]) -> None:
-        primitive("combine", out.device)(out, [local(first[p]) for p in members], [of(p) for p in members], ratio)
+        primitive(reference.combine, out.device)(
+            out, [local(first[p]) for p in members], [of(p) for p in members], ratio
+        )
 
     return params, shards.summed(params, 3, launch)
 

@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from redit_fast.backends import primitive
+from redit_fast.backends import primitive, reference
 from redit_fast.gr import shards
 from redit_fast.gr.config import GR
 
@@ -59,7 +59,7 @@ def move(
             exact = gr.rounding == "stochastic" and p.dtype in LOW_PRECISION
             runs += shards.pieces(p, offsets[p], exact)
         weights, grads, begins = map(list, zip(*runs, strict=True))
-        primitive("perturb", out.device)(
+        primitive(reference.perturb, out.device)(
             out, weights, grads, begins, step, fold, gr.rounding, seed, completed, gr.compute_dtype
         )
 

@@ -51,7 +51,7 @@ class LinearLogpFunction:
             return self.theirs.apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
                                      logit_scale, outputs)  # fmt: skip
         scored = None if self.scored is None or self.scored.numel() != len(targets) else self.scored.flatten()
-        found = linear_logp(
+        found: Any = linear_logp(
             hidden,
             weight.to(hidden.dtype),
             targets,

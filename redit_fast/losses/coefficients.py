@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from redit_fast.checks import given
 from redit_fast.losses.config import KL, LossConfig
 from redit_fast.losses.terms import DPPO_MAX_RATIO, MAX_LOG_RATIO, clamp_exponent, correction_weight, dppo_trusts
 
@@ -33,10 +34,10 @@ class PolicyConstants(NamedTuple):
     @classmethod
     def of(cls, config: LossConfig) -> PolicyConstants:
         return cls(
-            _FORMS.get(config.loss_type, "clipped"),
+            cast(Any, _FORMS.get(config.loss_type, "clipped")),
             config.kl,
             config.kl_ratio_correction,
-            config.correction,
+            cast(Any, config.correction),
             *config.clip_range,
             math.inf if config.delta is None else config.delta,
             math.inf if config.dual_clip is None else config.dual_clip,
@@ -69,7 +70,10 @@ def token_coefficients(
         slope = -A
         loss = slope * logp
     elif config.loss_type == "dro":
-        loss, slope = -A * logp + 0.5 * config.dro_beta * log_ratio.square(), config.dro_beta * log_ratio - A
+        loss, slope = (
+            -A * logp + 0.5 * given(config.dro_beta) * log_ratio.square(),
+            given(config.dro_beta) * log_ratio - A,
+        )
     elif config.loss_type == "cispo":
         slope = -ratio.clamp(low, high) * A
         loss = slope * logp
@@ -92,10 +96,10 @@ def token_coefficients(
             slope = slope * ((loss < most) + 0.5 * (loss == most))
             loss = torch.minimum(loss, most)
     if config.correction != "none":
-        weight = correction_weight(config, old - sampling_logp)
+        weight = correction_weight(config, old - given(sampling_logp))
         loss, slope = loss * weight, slope * weight
     if config.beta != 0:
-        kl, kl_slope = _kl_coefficients(config, ref_logp - logp)
+        kl, kl_slope = _kl_coefficients(config, given(ref_logp) - logp)
         if config.kl_ratio_correction:
             kl, kl_slope = kl * ratio, ratio * (kl_slope + kl * inside)
         loss, slope = loss + config.beta * kl, slope + config.beta * kl_slope

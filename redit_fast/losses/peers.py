@@ -306,7 +306,7 @@ def loss_options(peer: str, version: str | None, loss_type: str | None, override
     preset = _preset(peer, version)
     if loss_type is not None and not isinstance(loss_type, str):
         raise TypeError(f"loss_type must be a string, got {described(loss_type)}")
-    loss_type = preset.names.get(loss_type, loss_type) or preset.loss_type
+    loss_type = preset.loss_type if loss_type is None else preset.names.get(loss_type, loss_type)
     who = f"{peer} {preset.version}"
     if loss_type not in preset.losses:
         known = {name for each in PRESETS.values() for name in (*each.losses, *each.refused)}

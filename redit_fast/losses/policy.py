@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redit_fast.checks import check_tensor, described
+from redit_fast.checks import check_tensor, described, given
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.rows import LossOutput, Rows
 from redit_fast.losses.terms import MAX_LOG_RATIO, Terms, clamp_exponent, loss_terms, top_entropy
@@ -81,14 +81,15 @@ def rows_loss(rows: Rows, logp: Tensor, entropy: Tensor | None, normalizer: floa
         entropy = torch.where(rows.mask, entropy.reshape(-1).float(), 0.0)
     kept = rows.mask
     if config.top_entropy_quantile != 1:
-        kept = top_entropy(rows, entropy.detach() if rows.masks_of is None else rows.masks_of[1])
+        choosing = entropy if rows.masks_of is None else rows.masks_of[1]
+        kept = top_entropy(rows, given(choosing).detach())
     terms = loss_terms(rows, x, kept)
     row_losses = terms.policy if terms.kl is None else terms.policy + config.beta * terms.kl
     loss = (row_losses * rows.weights(normalizer)).sum()
     metrics = loss_metrics(rows, terms, None if entropy is None else entropy.detach())
     if config.entropy_coef != 0:
         metrics["policy_loss"] = loss.detach()
-        bonus = torch.where(kept, entropy, 0.0).sum() / kept.sum().clamp(min=1)
+        bonus = torch.where(kept, given(entropy), 0.0).sum() / kept.sum().clamp(min=1)
         loss = loss - config.entropy_coef * bonus
     return LossOutput(loss, logp, None if entropy is None else entropy.view(shape), metrics, "logp")
 
@@ -123,9 +124,9 @@ def loss_metrics(rows: Rows, terms: Terms, entropy: Tensor | None) -> dict[str, 
         "policy/on_policy": torch.full((), float(rows.old_logp is None), device=mask.device),
     }
     if config.loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = mean(terms.above.float())
+        metrics["cispo_clip_ratio"] = mean(given(terms.above).float())
     elif terms.below is not None:
-        below, above = terms.below.float(), terms.above.float()
+        below, above = terms.below.float(), given(terms.above).float()
         metrics["clip_ratio/low_mean"] = mean(below)
         metrics["clip_ratio/high_mean"] = mean(above)
         metrics["clip_ratio/region_mean"] = mean(below + above)
@@ -139,8 +140,9 @@ def loss_metrics(rows: Rows, terms: Terms, entropy: Tensor | None) -> dict[str, 
     if entropy is not None:
         metrics["entropy"] = rows.mean(entropy)
     if terms.correction is not None:
-        known = mask & terms.gap.isfinite()
-        gap = torch.where(known, terms.gap.abs(), 0.0)
+        gap = given(terms.gap)
+        known = mask & gap.isfinite()
+        gap = torch.where(known, gap.abs(), 0.0)
         metrics["sampling/sampling_logp_difference/mean"] = gap.sum() / known.sum().clamp(min=1)
         metrics["sampling/sampling_logp_difference/max"] = gap.amax()
         by_sequence, least = config.correction.startswith("sequence"), torch.where(mask, terms.correction, torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,9 +93,9 @@ class Rows(NamedTuple):
             raise TypeError(f"config must be a LossConfig, got {described(config)}")
         if masks_of is not None and not isinstance(masks_of, LossOutput):
             raise TypeError(f"masks_of must be the LossOutput of the first pass, got {described(masks_of)}")
-        choosing = (None, None) if masks_of is None else (masks_of.logp, masks_of.entropy)
+        choosing: tuple[Any, Any] = (None, None) if masks_of is None else (masks_of.logp, masks_of.entropy)
         layout = Layout(logp.shape, logp.device, cu_seqlens)
-        for name, tensor, kind, required in (
+        tensors: tuple[tuple[str, Any, Any, bool], ...] = (
             ("advantages", advantages, "real", True),
             ("old_logp", old_logp, "floating-point", False),
             ("ref_logp", ref_logp, "floating-point", False),
@@ -103,7 +103,8 @@ class Rows(NamedTuple):
             ("masks_of.logp", choosing[0], "floating-point", masks_of is not None),
             ("masks_of.entropy", choosing[1], "floating-point", False),
             ("mask", mask, "real", False),
-        ):
+        )
+        for name, tensor, kind, required in tensors:
             if tensor is None and not required:
                 continue
             check_tensor(name, tensor, kind)
@@ -133,7 +134,7 @@ class Rows(NamedTuple):
         )
         _check_normalizer(normalizer, scored)
 
-        def flat(tensor: Tensor | None, wanted: bool = True) -> Tensor | None:
+        def flat(tensor: Tensor | None, wanted: bool = True) -> Any:
             if tensor is None or not wanted:
                 return None
             return torch.where(scored, tensor.detach().reshape(-1).float(), 0.0)
@@ -157,7 +158,7 @@ class Rows(NamedTuple):
         """(R,) float32: the factor of each row's loss in the whole loss; 0 where masked."""
         config, weights = self.config, self.mask.float()
         if config.denominator == "tokens":
-            default = weights.sum().clamp(min=1)
+            default: Any = weights.sum().clamp(min=1)
         elif config.denominator == "sequences":
             default = float(self.layout.count)
         else:

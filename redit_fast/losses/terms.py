@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from redit_fast.checks import given
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.rows import Rows
 from redit_fast.noise import STREAM_CLIP_COV, counter_uniform
@@ -40,7 +41,7 @@ def loss_terms(rows: Rows, logp: Tensor, kept: Tensor) -> Terms:
     old = logp.detach() if rows.old_logp is None else rows.old_logp
     choosing = logp.detach() if rows.masks_of is None else rows.masks_of[0]
     log_ratio = logp - old
-    gap = None if config.correction == "none" else old - rows.sampling_logp
+    gap = None if config.correction == "none" else old - given(rows.sampling_logp)
     correction = None if gap is None else _correction(rows, gap)
     exponent = _exponent(rows, log_ratio, correction, kept)
     ratio = torch.exp(clamp_exponent(exponent))
@@ -49,7 +50,7 @@ def loss_terms(rows: Rows, logp: Tensor, kept: Tensor) -> Terms:
     if config.loss_type in ("gpg", "reinforce"):
         policy = -A * logp
     elif config.loss_type == "dro":
-        policy = -A * logp + 0.5 * config.dro_beta * log_ratio.square()
+        policy = -A * logp + 0.5 * given(config.dro_beta) * log_ratio.square()
     elif config.loss_type == "cispo":
         policy = -ratio.clamp(low, high).detach() * A * logp
         above = (ratio > high) & (A > 0)
@@ -112,7 +113,7 @@ def _vespo_weight(config: LossConfig, log_weight: Tensor, advantages: Tensor) ->
 
 
 def _kl(rows: Rows, logp: Tensor, log_ratio: Tensor) -> Tensor:
-    config, difference = rows.config, rows.ref_logp - logp
+    config, difference = rows.config, given(rows.ref_logp) - logp
     if config.kl == "k1":
         kl = -difference
     elif config.kl == "k2":
@@ -160,7 +161,7 @@ def _on_policy(rows: Rows, logp: Tensor) -> Tensor:
     """off_policy_mask_threshold: A >= 0, or a mean of sampling - logp (old - logp without) of at most the threshold."""
     sampling = rows.old_logp if rows.sampling_logp is None else rows.sampling_logp
     drift = torch.zeros_like(logp) if sampling is None else (sampling - logp).nan_to_num(nan=0.0)
-    return (rows.advantages >= 0) | (rows.sequence_mean(drift) <= rows.config.off_policy_mask_threshold)
+    return (rows.advantages >= 0) | (rows.sequence_mean(drift) <= given(rows.config.off_policy_mask_threshold))
 
 
 def top_entropy(rows: Rows, entropy: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -52,7 +52,7 @@ _KNOWN = re.compile(
 )
 
 
-def logit_transforms(model_config: object) -> dict[str, float | None]:
+def logit_transforms(model_config: Any) -> dict[str, float | None]:
     """{"logit_scale", "softcap"} of a Hugging Face model config (its text config where nested), as the ops take them.
 
     Reads final_logit_softcapping (Gemma), logit_scale (Cohere), output_multiplier, lm_head_multiplier (Falcon-H1) and

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from redit_fast.backends import primitive
+from redit_fast.backends import primitive, reference
 from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages, Baseline, Combine, Scale
 from redit_fast.checks import check_choice, check_dense, check_step, check_tensor, described, real_number, whole_number
 from redit_fast.dither import Dither, per_reward
@@ -109,7 +109,7 @@ def group_advantages_(outputs: Advantages, inputs: AdvantageInputs, options: Adv
     """A seed of 2**63 or more comes as seed - 2**64."""
     if options.seed < 0:
         options = options._replace(seed=options.seed + 2**64)
-    primitive("group_advantages", inputs.rewards.device)(outputs, inputs, options)
+    primitive(reference.group_advantages, inputs.rewards.device)(outputs, inputs, options)
 
 
 def _check(rewards, group_ids, sample_ids, dither, baseline, scale, combine) -> None:

@@ -5,33 +5,37 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Literal, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from redit_fast.checks import check_apart
 
+P = ParamSpec("P")
 
-def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+
+def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Registers the function that it decorates, without its closing underscore, as an operator without autograd, for
     torch.compile. Outside the function is called as it is: an operator hides its products from FLOP counters.
 
     An operator takes tensors and numbers, so a named tuple among the function's arguments is one argument a field
     there; in `mutates` its name stands for all of them."""
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
+    def register(function: Callable[P, None]) -> Callable[P, None]:
         name, kinds = function.__name__.removesuffix("_"), get_type_hints(function)
         del kinds["return"]
         fields = {argument: _fields(argument, kind) for argument, kind in kinds.items()}
         packed = {argument: kind for argument, kind in kinds.items() if hasattr(kind, "_fields")}
 
+        write: Any = function
+
         def unpacked(*arguments: object) -> None:
             rest = iter(arguments)
             values = {argument: [next(rest) for _ in of] for argument, of in fields.items()}
-            function(*(packed[name](*x) if name in packed else x[0] for name, x in values.items()))
+            write(*(packed[name](*x) if name in packed else x[0] for name, x in values.items()))
 
-        unpacked.__signature__ = inspect.Signature(
+        vars(unpacked)["__signature__"] = inspect.Signature(
             [parameter for of in fields.values() for parameter in of], return_annotation=None
         )
         written = [parameter.name for argument in mutates for parameter in fields[argument]]
@@ -40,11 +44,12 @@ def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[..., None]], Cal
         torch.library.register_fake(f"redit_fast::{name}", lambda *arguments: None)
         compiled = getattr(torch.ops.redit_fast, name).default
 
-        def call(*arguments: object) -> None:
+        def call(*arguments: P.args, **_: P.kwargs) -> None:
             if not torch.compiler.is_compiling():
-                return function(*arguments)
+                return write(*arguments)
             flat: list[object] = []
-            for argument, value in zip(kinds, arguments, strict=True):
+            values: Any = arguments
+            for argument, value in zip(kinds, values, strict=True):
                 flat.extend(value if argument in packed else (value,))
             compiled(*flat)
 

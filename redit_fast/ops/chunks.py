@@ -6,12 +6,12 @@ dW += E^T (beta * X) are plain products, and no more than a chunk of the (R, V) 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from redit_fast.backends import primitive
+from redit_fast.backends import primitive, reference
 from redit_fast.losses.coefficients import token_coefficients
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.transforms import LogitTransform
@@ -107,7 +107,8 @@ class Head(NamedTuple):
 
     def rows(self, chunk: slice) -> Tensor:
         """(r, D), zero in the padding; a caller's slice is never copied whole."""
-        place, places = self.scored[chunk], []
+        place = self.scored[chunk]
+        places: list[Tensor] = []
         for size in reversed(self.hidden.shape[1:-1]):
             places.insert(0, place % size)
             place = place // size
@@ -141,10 +142,10 @@ class Head(NamedTuple):
         out[scored] = found
 
 
-def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy, sums) -> Tensor | None:
+def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy, sums) -> Any:
     """Runs `exp_product` on one chunk; its part of e."""
     e = None if e is None else e[: len(x)]
-    primitive("exp_product", head.hidden.device)(
+    primitive(reference.exp_product, head.hidden.device)(
         e,
         logp[chunk],
         None if entropy is None else entropy[chunk],
@@ -161,7 +162,7 @@ def forward(head: Head, chunk: slice, x: Tensor, e: Tensor | None, logp, entropy
 def backward(head: Head, chunk: slice, x: Tensor, e: Tensor, sums, entropy, grad_logp, grad_entropy) -> Tensor:
     """Runs `exp_product_grad` on one chunk; its part of e."""
     e = e[: len(x)]
-    primitive("exp_product_grad", head.hidden.device)(
+    primitive(reference.exp_product_grad, head.hidden.device)(
         e,
         sums[:, chunk],
         None if entropy is None else entropy[chunk],
@@ -176,13 +177,11 @@ def backward(head: Head, chunk: slice, x: Tensor, e: Tensor, sums, entropy, grad
     return e
 
 
-def accumulate(
-    x: Tensor, weight: Tensor, e: Tensor, beta: Tensor, weight_grad, bias_grad, hidden: bool
-) -> Tensor | None:
+def accumulate(x: Tensor, weight: Tensor, e: Tensor, beta: Tensor, weight_grad, bias_grad, hidden: bool) -> Any:
     """weight_grad += E^T (beta * X); bias_grad += sum of beta * E; returns beta * (E W) in float32 where `hidden`."""
     scaled = (beta[:, None] * x).to(e.dtype)
-    rows = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if hidden else None
-    addmm = primitive("addmm", x.device)
+    rows: Any = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if hidden else None
+    addmm = primitive(reference.addmm, x.device)
     no_copies = weight.dtype == e.dtype and bias_grad is None
     columns = len(weight) if whole_chunks(x.device) and no_copies else TILE_V
     for start in range(0, len(weight), columns):
@@ -248,7 +247,7 @@ def linear_logp_(
     the scored rows; targets -100 elsewhere."""
     head = Head.of(hidden, weight, bias, targets, transform, chunk_rows, None)
     rows, row_sums, e = head.new_rows(), head.new_rows(3), head.new_e() if slopes is not None else None
-    entropies = None if entropy is None else head.new_rows()
+    entropies: Any = None if entropy is None else head.new_rows()
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in head.chunks():
             x = head.rows(chunk)

@@ -7,7 +7,7 @@ at once: three products in all.
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from redit_fast.ops.token_loss import EntropyMode, LogpEntropy, as_gradients_are
 ROW_BYTES = 64  # of float32 numbers beside each row
 
 
-def _refuse_parts(name: str, tensor: Tensor) -> None:
+def _refuse_parts(name: str, tensor: Any) -> None:
     """By name what is only partly here: further in it would be a wrong shape, or freed memory."""
     if hasattr(tensor, "full_tensor"):
         raise TypeError(
@@ -73,7 +73,7 @@ def _check_chunk_rows(chunk_rows: object) -> int | None:
     return None if chunk_rows is None else whole_number("chunk_rows", chunk_rows, 1)
 
 
-def _check_parts(hidden: object, weight: object, bias: object) -> None:
+def _check_parts(hidden: Any, weight: Any, bias: Any) -> None:
     check_tensor("hidden", hidden, "floating-point")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None and name == "bias":
@@ -84,7 +84,7 @@ def _check_parts(hidden: object, weight: object, bias: object) -> None:
         raise ValueError(f"weight must have shape (V, D) with V at least 1, got {tuple(weight.shape)}")
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """What autocast would do to the inputs of a linear layer."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -331,7 +331,7 @@ def linear_grpo_loss_and_grad_(
         logp, entropy = (leaf.detach().view(-1) for leaf in leaves)
         linear_logp_(logp, entropy, sums, None, *head)
         with torch.enable_grad():
-            out = detached(rows_loss(rows, *leaves, normalizer))
+            out = detached(rows_loss(rows, leaves[0], leaves[1], normalizer))
             g, h = torch.autograd.grad(out.loss, leaves, allow_unused=True)  # entropy, where it has no coefficient
         h = None if h is None else h.reshape(-1)
         linear_logp_grad_(*grads, g.reshape(-1), h, sums, entropy, *head)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from redit_fast.backends import primitive
+from redit_fast.backends import primitive, reference
 from redit_fast.checks import check_choice, check_flag, check_tensor, described
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.policy import LossOutput, fused_metrics, rows_loss
@@ -64,7 +64,7 @@ def token_logp(
     return logp if entropy == "none" else LogpEntropy(logp, entropies.view(targets.shape))
 
 
-def as_gradients_are(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def as_gradients_are(*tensors: Any) -> tuple[Any, ...]:
     """Detached where gradients are off: `ctx.needs_input_grad` of an autograd.Function says yes to a leaf even then."""
     if torch.is_grad_enabled():
         return tensors
@@ -81,7 +81,7 @@ def token_logp_(
     transform: LogitTransform,
 ) -> None:
     """Writes logp, entropy (R,) and what `token_logp_grad_` needs, sums (3, R), of logits (R, V)."""
-    primitive("token_logp", logits.device)(logp, entropy, sums, logits, targets, transform)
+    primitive(reference.token_logp, logits.device)(logp, entropy, sums, logits, targets, transform)
 
 
 @operator(mutates=("grad_logits",))
@@ -96,7 +96,7 @@ def token_logp_grad_(
     transform: LogitTransform,
 ) -> None:
     """Writes dL/dlogits (R, V), which may be the logits themselves, from the gradients (R,) of logp and entropy."""
-    primitive("token_logp_grad", logits.device)(
+    primitive(reference.token_logp_grad, logits.device)(
         grad_logits, logits, targets, sums, grad_logp, grad_entropy, entropy, transform
     )
 
@@ -119,7 +119,7 @@ def token_loss_(
 ) -> None:
     """Writes loss (), logp and entropy (R,), and grad_scale times dL/dlogits (R, V), which may be the logits
     themselves. `config` is a `LossConfig.text`."""
-    primitive("token_loss", logits.device)(
+    primitive(reference.token_loss, logits.device)(
         loss,
         logp,
         entropy,
@@ -240,13 +240,13 @@ def grpo_loss(
 
 
 def detached(out: LossOutput) -> LossOutput:
-    return out._replace(logp=out.logp.detach(), entropy=out.entropy.detach())
+    return out._replace(logp=out.logp.detach(), entropy=None if out.entropy is None else out.entropy.detach())
 
 
 @operator(mutates=("x",))
 def scale_in_place_(x: Tensor, factor: Tensor) -> None:
     """x (..., n) times factor (), by a kernel that exits at once where that is 1."""
-    primitive("scale_in_place", x.device)(x.view(-1, x.shape[-1]), factor)
+    primitive(reference.scale_in_place, x.device)(x.view(-1, x.shape[-1]), factor)
 
 
 class _GrpoLoss(torch.autograd.Function):

@@ -25,6 +25,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
+from redit_fast.checks import given
 from redit_fast.foreign import Foreign
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.rollout.local import Rollout
@@ -174,7 +175,7 @@ def check_head(model: PreTrainedModel, tokenizer: Tokenizer, settings: rf.LossCo
         hidden = model.get_decoder()(tokens).last_hidden_state[:, :-1]
     expected = torch.log_softmax(logits.float() / settings.temperature, -1)
     expected = expected[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    logp = rf.linear_logp(hidden, head.weight, tokens[:, 1:], bias=head.bias, **settings.transform._asdict())
+    logp: Any = rf.linear_logp(hidden, head.weight, tokens[:, 1:], bias=head.bias, **settings.transform._asdict())
     model.train(training)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.3  # bfloat16 logits are off by up to 0.17
     if (logp - expected).abs().max() > tolerance:
@@ -276,7 +277,7 @@ class Batch:
             for samples, _ in self.micro_batches():
                 hidden, targets, lengths = self.hidden(reference, samples)
                 transform = self.settings.transform._asdict()
-                logp = rf.linear_logp(hidden, head.weight, targets, bias=head.bias, **transform)
+                logp: Any = rf.linear_logp(hidden, head.weight, targets, bias=head.bias, **transform)
                 logps |= zip(samples, logp.split(lengths), strict=True)
         self.ref_logp = self._joined(logps)
 
@@ -303,7 +304,7 @@ class Batch:
                     bias=head.bias,
                     old_logp=None if old_logp is None else self._part(samples, old_logp),
                     ref_logp=None if self.ref_logp is None else self._part(samples, self.ref_logp),
-                    masks_of=masks_of and masks_of.outputs[place],
+                    masks_of=None if masks_of is None else masks_of.outputs[place],
                     cu_seqlens=torch.tensor([0, *lengths], device=model.device).cumsum(0),
                     normalizer=self.normalizer,
                     config=self.settings,
@@ -316,7 +317,7 @@ class Batch:
             outputs.append(out._replace(loss=out.loss.detach()))
             skipped += float(out.metrics.get("head/frac_rows_skipped", 0)) * len(hidden)
             logps |= zip(samples, out.logp.split(lengths), strict=True)
-            entropies |= zip(samples, out.entropy.split(lengths), strict=True)
+            entropies |= zip(samples, given(out.entropy).split(lengths), strict=True)
         logp, entropy = self._joined(logps), self._joined(entropies)
         whole = rf.policy_loss(
             logp,

@@ -60,7 +60,7 @@ def test_every_combination_of_missing_arguments_is_right_or_refused(backend, nam
     torch.manual_seed(0)
     arguments, optional = cases()[name]
     op = name.split()[0]
-    primitive = backends.primitive(op, torch.device("cpu"))
+    primitive = backends.primitive(getattr(reference, op), torch.device("cpu"))
 
     def run(module_op, missing):
         given = {
@@ -86,7 +86,7 @@ def test_an_argument_of_another_length_is_refused_by_name(backend, name):
     if backend == "reference":
         pytest.skip("reference: torch itself refuses what it cannot compute")
     arguments, _ = cases()[name]
-    primitive, refused = backends.primitive(name.split()[0], torch.device("cpu")), 0
+    primitive, refused = backends.primitive(getattr(reference, name.split()[0]), torch.device("cpu")), 0
     for key, value in arguments.items():
         for axis in range(value.ndim if isinstance(value, torch.Tensor) else 0):
             if (name, key, axis) == ("token_logp", "logits", 1):  # nothing else tells the vocabulary
@@ -114,7 +114,10 @@ def test_advantages_without_any_of_their_optional_inputs_are_the_references(back
     for count in range(4):
         for missing in combinations(("groups", "sample_ids", "half_range"), count):
             results = []
-            for primitive in (backends.primitive("group_advantages", torch.device("cpu")), reference.group_advantages):
+            for primitive in (
+                backends.primitive(reference.group_advantages, torch.device("cpu")),
+                reference.group_advantages,
+            ):
                 out, inputs, options = advantages()
                 primitive(out, inputs._replace(**dict.fromkeys(missing)), options)
                 results.append(out)
@@ -127,7 +130,7 @@ def test_advantages_of_another_length_are_refused_by_name(backend):
     if backend == "reference":
         pytest.skip("reference: torch itself refuses what it cannot compute")
     out, inputs, options = advantages()
-    primitive = backends.primitive("group_advantages", torch.device("cpu"))
+    primitive = backends.primitive(reference.group_advantages, torch.device("cpu"))
     primitive(out, inputs, options)
     for packed in (out, inputs):
         for name, value in packed._asdict().items():
@@ -163,7 +166,7 @@ def parameter_passes():
 
 @pytest.mark.parametrize("name", parameter_passes())
 def test_lists_with_a_missing_tensor_or_of_another_length_are_refused_by_name(backend, name):
-    run, arguments = backends.primitive(name, torch.device("cpu")), parameter_passes()[name]
+    run, arguments = backends.primitive(getattr(reference, name), torch.device("cpu")), parameter_passes()[name]
     run(*arguments.values())
     lists = [key for key, value in arguments.items() if isinstance(value, list)]
     before = [x.clone() for key in lists for x in arguments[key] if isinstance(x, torch.Tensor)]

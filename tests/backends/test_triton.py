@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
 from redit_fast import backends
+from redit_fast.backends import reference
 from redit_fast.backends import triton as backend
 from redit_fast.losses.transforms import LogitTransform
 from tests import ROOT
@@ -72,7 +73,7 @@ def test_cpu_tensors_are_refused_with_a_sentence():
 @compiled
 def test_cuda_tensors_get_triton():
     for op in backends.PRIMITIVES:
-        assert backends.primitive(op, torch.device("cuda")) is getattr(backend, op)
+        assert backends.primitive(getattr(reference, op), torch.device("cuda")) is getattr(backend, op)
 
 
 def test_without_triton_the_sentence_says_how_to_get_it_and_the_reference_takes_over():
@@ -81,8 +82,9 @@ import sys
 sys.modules["triton"] = None
 import torch
 from redit_fast import backends
+from redit_fast.backends import reference
 print(backends._backend("triton").why_not("perturb", torch.device("cuda")))
-print(backends.primitive("perturb", torch.device("cuda")).__module__)
+print(backends.primitive(reference.perturb, torch.device("cuda")).__module__)
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     sentence, module = result.stdout.splitlines()

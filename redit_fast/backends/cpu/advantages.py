@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.autograd.graph import increment_version
 
@@ -13,7 +15,7 @@ def group_advantages(outputs: Advantages, inputs: AdvantageInputs, options: Adva
     """As `reference.group_advantages`, bit for bit; every tensor contiguous."""
     rewards, groups, group_size, sample_ids, weights, half_range = inputs
     samples = torch.arange(len(rewards))
-    groups = samples // group_size if groups is None else groups
+    groups = samples // cast(int, group_size) if groups is None else groups
     sample_ids = samples if sample_ids is None else sample_ids
     tensors = views(rewards, groups, sample_ids, weights, half_range)
     compiled.group_advantages(views(*outputs), tensors, options, processor())

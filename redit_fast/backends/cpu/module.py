@@ -82,7 +82,7 @@ def multiplies_bfloat16() -> bool:
 
 def code(dtype: torch.dtype | None) -> int:
     """Its index among DTYPES; -1: none of them."""
-    return _CODES.get(dtype, -1)
+    return -1 if dtype is None else _CODES.get(dtype, -1)
 
 
 def views(*tensors: Tensor | None) -> list[tuple[int, int, int, int, int, int]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.args import AdamwOptions, PerturbOptions
+from redit_fast.backends.args import AdamwOptions, PerturbOptions, Rounding
 from redit_fast.backends.cpu.module import code, compiled, processor, view
 from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, contiguous, finish
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _table(name: str, tensors: list[Tensor | None]) -> list[tuple[int, int, int]]:
+def _table(name: str, tensors: Sequence[Tensor | None]) -> list[tuple[int, int, int]]:
     for tensor in tensors:
         if tensor is None:
             continue
@@ -43,7 +45,7 @@ def perturb(
     offsets: list[int],
     scale: Tensor,
     grad_factor: float,
-    rounding: str,
+    rounding: Rounding,
     seed: int,
     step: Tensor,
     compute_dtype: torch.dtype | None,
@@ -91,7 +93,7 @@ def adamw(
     weight_decay: float,
 ) -> None:
     """As `reference.adamw`, to the last bit or two of float32."""
-    state = {"masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    state: dict[str, Sequence[Tensor | None]] = {"masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     check_lists(optional="masters", params=params, grads=grads, steps=steps, **state)
     check_like("grads", grads, params, wide=False)
     for name, tensors in state.items():

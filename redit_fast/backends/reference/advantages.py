@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ def group_advantages(outputs: Advantages, inputs: AdvantageInputs, options: Adva
     rewards, groups, group_size, sample_ids, weights, half_range = inputs
     distribution, seed, step, dead_groups, baseline, scale, combine, eps, ddof = options
     samples = torch.arange(len(rewards), device=rewards.device)
-    groups = samples // group_size if groups is None else groups
+    groups = samples // cast(int, group_size) if groups is None else groups
     sample_ids = samples if sample_ids is None else sample_ids
     batch, reward_count = _Groups(groups), rewards.shape[1]
     scored = torch.isfinite(rewards)
@@ -113,7 +115,7 @@ def group_advantages(outputs: Advantages, inputs: AdvantageInputs, options: Adva
             _, batch_std = batch.batch_moments(dithered, any_scored, ddof)
             advantage = _quotient(advantage, divisor(batch_std.expand(batch.count), is_dead)[groups])
     else:  # GDPO: normalise every reward within its group, sum, normalise over the batch
-        columns, normalised, dead_columns, silent_columns = [], [], [], []
+        dithered_columns, normalised, dead_columns, silent_columns = [], [], [], []
         for k in range(reward_count):
             n_k, mean_k, _ = batch.moments(rewards[:, k], scored[:, k], ddof)
             dead_k = batch.dead(rewards[:, k], scored[:, k], n_k, mean_k)
@@ -122,14 +124,14 @@ def group_advantages(outputs: Advantages, inputs: AdvantageInputs, options: Adva
             _, mean_k, std_k = batch.moments(column, scored[:, k], ddof)
             silent_k = (n_k < 2) | (dead_k & ~noisy_k)
             z = _quotient(column - mean_k[groups], divisor(std_k, dead_k)[groups])
-            columns.append(column)
+            dithered_columns.append(column)
             normalised.append(torch.where(silent_k[groups], 0.0, z))
             dead_columns.append(dead_k)
             silent_columns.append(silent_k)
         is_dead = torch.stack(dead_columns).all(0)
         silent = torch.stack(silent_columns).all(0)
         _, noisy_mean, noisy_std = batch.moments(
-            _weighted_sum(torch.stack(columns, 1), scored, weights), any_scored, ddof
+            _weighted_sum(torch.stack(dithered_columns, 1), scored, weights), any_scored, ddof
         )
         total = _weighted_sum(torch.stack(normalised, 1), scored, weights)
         batch_mean, batch_std = batch.batch_moments(total, any_scored, ddof)

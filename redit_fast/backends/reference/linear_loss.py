@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def exp_product_grad(
         y = gap(z, anchor[:, None], transform)
         factor = g[:, None]
         if h is not None:
-            factor = factor + h[:, None] * (y - total.log()[:, None] + entropy[:, None])
+            factor = factor + h[:, None] * (y - total.log()[:, None] + cast(Tensor, entropy)[:, None])
         e[:, start:stop] = times_or_zero(torch.exp(y), factor) * slope(z, transform)
     _store_targets(e, targets, at_target * slope(target, transform), total)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from redit_fast.backends.args import Rounding
 from redit_fast.backends.lists import check_like, check_lists
 from redit_fast.noise import rounding_halves
 
@@ -33,7 +36,7 @@ def perturb(
     offsets: list[int],
     scale: Tensor,
     grad_factor: float,
-    rounding: str,
+    rounding: Rounding,
     seed: int,
     step: Tensor,
     compute_dtype: torch.dtype | None,
@@ -103,7 +106,12 @@ def adamw(
     """One AdamW step (torch.optim.AdamW's order of operations) with gradients factor * grads, on the float32 master
     where there is one; params = nearest(master). Where `finite` () is false nothing changes but params, which become
     the master again."""
-    lists = {"grads": grads, "masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists: dict[str, Sequence[Tensor | None]] = {
+        "grads": grads,
+        "masters": masters,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+    }
     check_lists(optional="masters", params=params, steps=steps, **lists)
     for name, tensors in lists.items():
         check_like(name, tensors, params, wide=False)

@@ -7,6 +7,8 @@ row what a backward pass needs: the anchor's raw logit, sum_{j != t} e_j, and s 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -123,7 +125,8 @@ def token_logp_grad(
         # others / total is 1 - p_t without cancellation
         grad = torch.where(is_target(targets[rows], 0, vocabulary), g * (others / total), -g * p)
         if grad_entropy is not None:
-            grad = grad - grad_entropy[rows, None] * times_or_zero(p, y - total.log() + entropy[rows, None])
+            H = cast(Tensor, entropy)[rows, None]
+            grad = grad - grad_entropy[rows, None] * times_or_zero(p, y - total.log() + H)
         grad_logits[rows] = (grad * slope(x, transform)).to(grad_logits.dtype)
 
 

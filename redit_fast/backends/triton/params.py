@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.args import AdamwOptions
+from redit_fast.backends.args import AdamwOptions, Rounding
 from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, check_sums, contiguous, finish
 from redit_fast.kernels import launch
 from redit_fast.kernels import params as kernels
 
 
-def _check_tensors(name: str, tensors: list[Tensor | None], device: torch.device) -> None:
+def _check_tensors(name: str, tensors: Sequence[Tensor | None], device: torch.device) -> None:
     for tensor in tensors:
         if tensor is None:
             continue
@@ -42,7 +44,7 @@ def perturb(
     offsets: list[int],
     scale: Tensor,
     grad_factor: float,
-    rounding: str,
+    rounding: Rounding,
     seed: int,
     step: Tensor,
     compute_dtype: torch.dtype | None,
@@ -94,7 +96,7 @@ def adamw(
     weight_decay: float,
 ) -> None:
     """As `reference.adamw`, to the last bit or two of float32."""
-    state = {"masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    state: dict[str, Sequence[Tensor | None]] = {"masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     check_lists(optional="masters", params=params, grads=grads, steps=steps, **state)
     check_like("grads", grads, params, wide=False)
     written = (params, masters, exp_avgs, exp_avg_sqs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -66,7 +68,8 @@ def token_loss(
     check_matrix("loss", loss, (), logits)
     if grad_scale is not None:
         check_matrix("grad_scale", grad_scale, (), logits, grad_scale.dtype)
-    kernels.token_loss(
+    launch: Any = kernels.token_loss
+    launch(
         loss,
         logp,
         entropy,

@@ -18,6 +18,7 @@ from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.workers.config import ActorConfig
 
+from redit_fast.checks import given
 from redit_fast.integrations.versions import check_hooks
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.peers import PRESETS
@@ -193,7 +194,7 @@ def _metrics(name: str, rows: Rows, terms: Terms, logp: Tensor) -> dict[str, flo
     clipped: Any = None  # or a tensor, as lower
     lower: Any = torch.zeros_like(A)
     if name in ("vanilla", "gspo"):
-        clipped = terms.below | terms.above
+        clipped = given(terms.below) | given(terms.above)
         if name == "vanilla":
             lower = (A < 0) & (clamp_exponent(log_ratio).exp() > cast(float, rows.config.dual_clip))
     elif name in DPPO:
