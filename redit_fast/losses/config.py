@@ -6,7 +6,9 @@ import math
 from ast import literal_eval
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
+
+from torch import Tensor
 
 from redit_fast.checks import check_choice, check_flag, real_number, whole_number
 from redit_fast.losses.peers import Peer, loss_options
@@ -22,6 +24,7 @@ KL = Literal["k1", "k2", "k3", "abs"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Route = Literal["fused", "logp"]
 Denominator = Literal["sequences", "tokens", "length"]
+Number = TypeVar("Number", float, Tensor)
 
 _CLIP = {"epsilon_low", "epsilon_high"}
 _PPO = _CLIP | {"importance", "delta", "dual_clip"}
@@ -288,6 +291,12 @@ class LossConfig:
         if self.loss_type == "dr_grpo":
             return "length"
         return "sequences" if self.loss_type in _PER_SEQUENCE else "tokens"
+
+    def denominator_of(self, sequences: int, tokens: Number) -> Number | float:
+        """The denominator of that many sequences and scored tokens; without max_completion_length dr_grpo's is 0."""
+        if self.denominator == "tokens":
+            return tokens
+        return float(sequences * (1 if self.denominator == "sequences" else self.max_completion_length or 0))
 
     @property
     def clip_range(self) -> tuple[float, float]:

@@ -250,11 +250,7 @@ class Batch:
     @property
     def normalizer(self) -> float:
         """The whole step's denominator, so that micro-batches add up."""
-        if self.settings.denominator == "tokens":
-            return float(sum(self.lengths))
-        if self.settings.denominator == "length":
-            return float(len(self.sequences) * self.settings.max_completion_length)
-        return float(len(self.sequences))
+        return self.settings.denominator_of(len(self.sequences), float(sum(self.lengths)))
 
     def micro_batches(self) -> Iterator[tuple[list[int], bool]]:
         """The samples of each micro-batch, and whether it needs a graph: samples that have no gradient come last."""
