@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from redit_fast.checks import check_choice, check_flag, described, real_number
+from redit_fast.checks import check_choice, check_flag, described, given, real_number
 from redit_fast.integrations.versions import check_version
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.policy import policy_loss
@@ -148,7 +148,7 @@ class PolicyLoss(nn.Module):
             if self.policy_loss_type == "gspo":
                 log_ratio = (log_ratio.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(mask)
             ratio = log_ratio.clamp(-20, 20).exp()
-            low, high = 1 - self.config.epsilon_low, 1 + self.config.epsilon_high
+            low, high = 1 - self.config.epsilon_low, 1 + given(self.config.epsilon_high)
             clip_ratio = _mean((ratio.clamp(low, high) * advantages < ratio * advantages).float(), mask)
             ppo_kl = _mean(old_log_probs - log_probs, mask)
         return out.loss, clip_ratio, ppo_kl, vllm_kl, filtered

@@ -6,7 +6,9 @@ import math
 from ast import literal_eval
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from typing import Literal, get_args
+from typing import ClassVar, Literal, TypeVar, get_args
+
+from torch import Tensor
 
 from redit_fast.checks import check_choice, check_flag, real_number, whole_number
 from redit_fast.losses.peers import Peer, loss_options
@@ -22,6 +24,7 @@ KL = Literal["k1", "k2", "k3", "abs"]
 Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 Route = Literal["fused", "logp"]
 Denominator = Literal["sequences", "tokens", "length"]
+Number = TypeVar("Number", float, Tensor)
 
 _CLIP = {"epsilon_low", "epsilon_high"}
 _PPO = _CLIP | {"importance", "delta", "dual_clip"}
@@ -136,6 +139,8 @@ class LossConfig:
         NotImplementedError: a combination that no route has, naming the field.
     """
 
+    text: ClassVar[str]  # of each config: every field, for torch's operators, which take no objects
+
     loss_type: LossType = "dapo"
     importance: Importance = "token"
     epsilon_low: float = 0.2
@@ -224,8 +229,7 @@ class LossConfig:
                 f"correction={self.correction!r} is not supported by loss_type='vespo', whose weight is the sequence's "
                 "own; use 'token_truncate' or 'token_mask'"
             )
-        # Every field, for torch's operators, which take no objects; infinity has no other literal.
-        object.__setattr__(self, "text", repr(asdict(self)).replace(": inf", ": 1e999"))
+        object.__setattr__(self, "text", repr(asdict(self)).replace(": inf", ": 1e999"))  # its literal
 
     def _check_numbers(self) -> None:
         for name in (*_POSITIVE, *_NOT_NEGATIVE, *_ANY):
@@ -288,6 +292,12 @@ class LossConfig:
         if self.loss_type == "dr_grpo":
             return "length"
         return "sequences" if self.loss_type in _PER_SEQUENCE else "tokens"
+
+    def denominator_of(self, sequences: int, tokens: Number) -> Number | float:
+        """The denominator of that many sequences and scored tokens; without max_completion_length dr_grpo's is 0."""
+        if self.denominator == "tokens":
+            return tokens
+        return float(sequences * (1 if self.denominator == "sequences" else self.max_completion_length or 0))
 
     @property
     def clip_range(self) -> tuple[float, float]:

@@ -157,12 +157,8 @@ class Rows(NamedTuple):
     def weights(self, normalizer: float | Tensor | None) -> Tensor:
         """(R,) float32: the factor of each row's loss in the whole loss; 0 where masked."""
         config, weights = self.config, self.mask.float()
-        if config.denominator == "tokens":
-            default: Any = weights.sum().clamp(min=1)
-        elif config.denominator == "sequences":
-            default = float(self.layout.count)
-        else:
-            default = float(self.layout.count * (config.max_completion_length or 0))
+        tokens: Any = weights.sum().clamp(min=1) if config.denominator == "tokens" else 0.0
+        default = config.denominator_of(self.layout.count, tokens)
         if config.denominator == "sequences" and config.loss_type != "luspo":
             weights = weights / self.layout.spread(self.layout.sum(weights).clamp(min=1))
         if normalizer is None:

@@ -233,12 +233,17 @@ def linear_grpo_loss(
 
 def _fused(grads, hidden, weight, bias, targets, rows: Rows, weights: Tensor, chunk_rows) -> tuple[Tensor, ...]:
     """Loss (), logp and entropy (R,) and the share of rows skipped (); adds into the gradients."""
-    loss, skipped, *row_values = (weights.new_zeros(shape) for shape in ((), (), len(targets), len(targets)))
+    loss, skipped = weights.new_zeros(()), weights.new_zeros(())
+    logp, entropy = weights.new_zeros(len(targets)), weights.new_zeros(len(targets))
+    hidden_grad, weight_grad, bias_grad = grads
     linear_loss_(
         loss,
-        *row_values,
+        logp,
+        entropy,
         skipped,
-        *grads,
+        hidden_grad,
+        weight_grad,
+        bias_grad,
         hidden,
         weight,
         bias,
@@ -251,7 +256,7 @@ def _fused(grads, hidden, weight, bias, targets, rows: Rows, weights: Tensor, ch
         rows.config.text,
         chunk_rows,
     )
-    return loss, *row_values, skipped
+    return loss, logp, entropy, skipped
 
 
 class _LinearGrpoLoss(torch.autograd.Function):
@@ -317,6 +322,7 @@ def linear_grpo_loss_and_grad_(
     mask = (flat != IGNORE).view(targets.shape)
     rows = Rows.check(targets, advantages, old_logp, ref_logp, sampling_logp, mask, cu_seqlens, config, normalizer,
                       step, seed, masks_of)  # fmt: skip
+    hidden_grad: Any
     hidden_grad, *_ = new_gradients(hidden, weight, bias, (True, False, False), chunk_rows)
     grads = hidden_grad, weight_grad, bias_grad
     if rows.config.route == "fused":
@@ -327,14 +333,14 @@ def linear_grpo_loss_and_grad_(
         out = LossOutput(loss, logp.view(targets.shape), entropy.view(targets.shape), metrics, "fused")
     else:
         leaves = [hidden.new_zeros(targets.shape, dtype=torch.float32, requires_grad=True) for _ in range(2)]
-        head, sums = (hidden, weight, bias, flat, *config.transform, chunk_rows), leaves[0].new_zeros(3, len(flat))
+        head, sums = (hidden, weight, bias, flat, config.transform, chunk_rows), leaves[0].new_zeros(3, len(flat))
         logp, entropy = (leaf.detach().view(-1) for leaf in leaves)
         linear_logp_(logp, entropy, sums, None, *head)
         with torch.enable_grad():
             out = detached(rows_loss(rows, leaves[0], leaves[1], normalizer))
             g, h = torch.autograd.grad(out.loss, leaves, allow_unused=True)  # entropy, where it has no coefficient
         h = None if h is None else h.reshape(-1)
-        linear_logp_grad_(*grads, g.reshape(-1), h, sums, entropy, *head)
+        linear_logp_grad_(hidden_grad, weight_grad, bias_grad, g.reshape(-1), h, sums, entropy, *head)
         out = out._replace(loss=out.loss.detach())
     return out, hidden_grad.to(hidden.dtype)
 

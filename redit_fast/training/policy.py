@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -252,11 +252,7 @@ class Batch:
     @property
     def normalizer(self) -> float:
         """The whole step's denominator, so that micro-batches add up."""
-        if self.settings.denominator == "tokens":
-            return float(sum(self.lengths))
-        if self.settings.denominator == "length":
-            return float(len(self.sequences) * cast(int, self.settings.max_completion_length))
-        return float(len(self.sequences))
+        return self.settings.denominator_of(len(self.sequences), float(sum(self.lengths)))
 
     def micro_batches(self) -> Iterator[tuple[list[int], bool]]:
         """The samples of each micro-batch, and whether it needs a graph: samples that have no gradient come last."""

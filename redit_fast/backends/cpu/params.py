@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def adamw(
     for name, tensors in state.items():
         check_like(name, tensors, params, wide=True)
     check_steps(steps, params, masters)
-    written = (params, masters, exp_avgs, exp_avg_sqs)
+    written: tuple[Any, ...] = (params, masters, exp_avgs, exp_avg_sqs)
     work = [contiguous(tensors) for tensors in written]
     grads = contiguous(grads)
     p, master, m, v = map(_table, ("params", "masters", "exp_avgs", "exp_avg_sqs"), work)

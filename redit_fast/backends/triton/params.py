@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def adamw(
     state: dict[str, Sequence[Tensor | None]] = {"masters": masters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     check_lists(optional="masters", params=params, grads=grads, steps=steps, **state)
     check_like("grads", grads, params, wide=False)
-    written = (params, masters, exp_avgs, exp_avg_sqs)
+    written: tuple[Any, ...] = (params, masters, exp_avgs, exp_avg_sqs)
     for name, tensors in state.items():
         check_like(name, tensors, params, wide=True)
     for name, tensors in {"params": params, "grads": grads, **state}.items():
