@@ -53,6 +53,9 @@ gpu-check:
 
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/* tests/backends/*.cpp
+	$(VENV)/bin/mypy
 
 # The tests of the C++ module on a second build of it, with the shipped flags and checks of every access and overflow.
 # CXXFLAGS takes the place of Python's own flags, so without their -fwrapv. libasan must come first in the process, and

@@ -22,6 +22,7 @@ struct SquareRoot {
 template <class Type, class Grad>
 void adamw_block(float* w, float* m, float* v, const typename Grad::Stored* g, typename Type::Stored* out, int64_t n,
                  const AdamwScalars<float>& scalars) {
+  // clang-format off: it would indent the body below the attribute
   const auto step = [&](float* w, float* m, float* v, const typename Grad::Stored* g, typename Type::Stored* out)
       __attribute__((always_inline)) {
     Floats weight = Float32::load(w), mean = Float32::load(m), square = Float32::load(v);
@@ -29,6 +30,7 @@ void adamw_block(float* w, float* m, float* v, const typename Grad::Stored* g, t
     Float32::store(w, weight), Float32::store(m, mean), Float32::store(v, square);
     if (out) put(Type{}, out, weight, nullptr);
   };
+  // clang-format on
   int64_t i = 0;
   for (; i + REDIT_LANES <= n; i += REDIT_LANES) step(w + i, m + i, v + i, g + i, out ? out + i : nullptr);
   if (i < n) {
@@ -51,7 +53,12 @@ void adamw_block(float* w, float* m, float* v, const typename Grad::Stored* g, t
 template <class W>
 AdamwScalars<W> scalars_of(const AdamwStep& args, int64_t tensor) {
   const AdamwOptions& options = args.options;
-  return {double(*args.steps[tensor]) + 1, args.factor, options.lr, options.beta1, options.beta2, options.eps,
+  return {double(*args.steps[tensor]) + 1,
+          args.factor,
+          options.lr,
+          options.beta1,
+          options.beta2,
+          options.eps,
           options.weight_decay};
 }
 

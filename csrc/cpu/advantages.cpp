@@ -1,9 +1,9 @@
 // Dithered group advantages; redit_fast/backends/reference/advantages.py is the definition, bit for bit.
 //
-// float64 inside: members of a group are summed in batch order, the variance takes two passes, batch-wide sums add the group
-// sums in order of first appearance in blocks of 1024 and then the blocks; one rounding to float32 at the store. Groups are
-// independent, so the bits do not depend on the number of threads.
-// Memory: reads 8 K + 16 bytes a sample, writes 21.
+// float64 inside: members of a group are summed in batch order, the variance takes two passes, batch-wide sums add the
+// group sums in order of first appearance in blocks of 1024 and then the blocks; one rounding to float32 at the store.
+// Groups are independent, so the bits do not depend on the number of threads. Memory: reads 8 K + 16 bytes a sample,
+// writes 21.
 
 #include "advantages.h"
 
@@ -17,7 +17,7 @@ namespace redit {
 namespace {
 
 constexpr double kDeadSpread = 1e-6;
-constexpr int64_t kBatchBlock = 1024;      // groups per partial sum of a batch-wide sum
+constexpr int64_t kBatchBlock = 1024;       // groups per partial sum of a batch-wide sum
 constexpr int64_t kSamplesPerThread = 512;  // about 25 us of work; forking a team costs 5 to 10
 
 struct Rows {  // the samples of one group, in batch order

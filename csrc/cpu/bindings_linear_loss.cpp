@@ -87,9 +87,7 @@ class Chunk {
   }
 
  private:
-  Matrix e_of(const Tensor& e, Dtype type) const {
-    return output("e", dense("e", e, type, count_, vocabulary_));
-  }
+  Matrix e_of(const Tensor& e, Dtype type) const { return output("e", dense("e", e, type, count_, vocabulary_)); }
 
   enum Stage { fresh, anchored, finished };
   int64_t count_, vocabulary_;

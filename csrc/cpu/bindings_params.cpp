@@ -42,9 +42,9 @@ Arrays arrays(const char* name, const Table& table, const Sizes& numels, bool op
 void require_wide(const char* name, const Arrays& tensors, const Arrays& params) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Dtype wide = params[i].dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
-    require(!tensors[i].data || tensors[i].dtype == wide,
-            std::string(name) + "[" + std::to_string(i) + "] must be " + name_of(int(wide)) + ", got " +
-                name_of(int(tensors[i].dtype)));
+    require(!tensors[i].data || tensors[i].dtype == wide, std::string(name) + "[" + std::to_string(i) + "] must be " +
+                                                              name_of(int(wide)) + ", got " +
+                                                              name_of(int(tensors[i].dtype)));
   }
 }
 
@@ -56,11 +56,14 @@ SquaredNorm squared_norm_of(const Tensor& out, const Table& tensors) {
 Perturbation perturbation_of(const Tensor& sums, const Table& params, const Table& grads, const Sizes& offsets,
                              py::handle options) {
   const Sizes numels = sizes_of(params);
-  const Perturbation args{vector<double>("sums", sums, 4),  arrays("params", params, numels),
-                          arrays("grads", grads, numels),   numels,
-                          offsets,                          filled<PerturbOptions>("options", options)};
-  require(offsets.size() == numels.size(), "offsets must be a list of " + std::to_string(numels.size()) + ", got " +
-                                               std::to_string(offsets.size()));
+  const Perturbation args{vector<double>("sums", sums, 4),
+                          arrays("params", params, numels),
+                          arrays("grads", grads, numels),
+                          numels,
+                          offsets,
+                          filled<PerturbOptions>("options", options)};
+  require(offsets.size() == numels.size(),
+          "offsets must be a list of " + std::to_string(numels.size()) + ", got " + std::to_string(offsets.size()));
   for (size_t i = 0; i < offsets.size(); ++i)
     require(offsets[i] >= 0 && offsets[i] <= std::numeric_limits<int64_t>::max() - numels[i],
             "offsets must be at least 0 and leave room for their tensor, got " + std::to_string(offsets[i]));
@@ -117,8 +120,8 @@ void call_squared_norm(const Tensor& out, const Table& tensors, py::handle proce
   squared_norm(args, threads, level);
 }
 
-void call_perturb(const Tensor& sums, const Table& params, const Table& grads, const Sizes& offsets,
-                  py::handle options, py::handle processor) {
+void call_perturb(const Tensor& sums, const Table& params, const Table& grads, const Sizes& offsets, py::handle options,
+                  py::handle processor) {
   const Perturbation args = perturbation_of(sums, params, grads, offsets, options);
   const auto [threads, level] = processor_of(processor);
   py::gil_scoped_release release;

@@ -176,13 +176,15 @@ REDIT_INLINE Floats seen_as(Dtype seen, Floats x) {
 }
 
 // n elements from old and slopes on, written to x and, where grad_factor is not 1, to g; halves: of each element and up
-// to 15 more, or null. Past the end zeros are perturbed to zeros, whatever the half. Returns whether Sums held the sums.
+// to 15 more, or null. Past the end zeros are perturbed to zeros, whatever the half. Returns whether Sums held the
+// sums.
 template <class Sums, class Type, class Grad>
 bool perturb_block(double* sums, typename Type::Stored* x, typename Grad::Stored* g, const typename Type::Stored* old,
                    const typename Grad::Stored* slopes, int64_t n, const uint16_t* halves, float scale,
                    float grad_factor, Dtype seen) {
   Sums dot, applied, intended;
   Ints moved[kVectors] = {};
+  // clang-format off: it would indent the body below the attribute
   const auto perturb_16 = [&](typename Type::Stored* x, typename Grad::Stored* g, const typename Type::Stored* old,
                               const typename Grad::Stored* slopes, const uint16_t* halves)
       __attribute__((always_inline)) {
@@ -200,6 +202,7 @@ bool perturb_block(double* sums, typename Type::Stored* x, typename Grad::Stored
       add_products(intended, v, wanted, wanted);
     }
   };
+  // clang-format on
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) perturb_16(x + i, g + i, old + i, slopes + i, halves ? halves + i : nullptr);
   if (i < n) {

@@ -41,8 +41,8 @@ void pack(uint32_t* packed, const Matrix& b, int64_t first, int64_t depth, int64
   for (int64_t p = 0; p < depth; p += 2, packed += kColumns) {
     const bool whole = p + 1 < depth;
     if (b.column_stride == 1) {
-      const __m512i low_half = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                                37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+      const __m512i low_half = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
+                                                6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
       const __m512i high_half = _mm512_add_epi16(low_half, _mm512_set1_epi16(16));
       for (int half = 0; half < 2; ++half) {
         const int64_t left = columns - 32 * half;
@@ -57,8 +57,9 @@ void pack(uint32_t* packed, const Matrix& b, int64_t first, int64_t depth, int64
       const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
       const __m512i offsets = _mm512_mullo_epi32(steps, _mm512_set1_epi32(int(b.column_stride)));
       for (int v = 0; v < kVectors; ++v)
-        _mm512_storeu_si512(packed + 16 * v, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), lanes(columns - 16 * v),
-                                                                         offsets, at(b, first + p, column + 16 * v), 2));
+        _mm512_storeu_si512(packed + 16 * v,
+                            _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), lanes(columns - 16 * v), offsets,
+                                                        at(b, first + p, column + 16 * v), 2));
     } else {
       for (int64_t j = 0; j < kColumns; ++j) {
         const uint32_t low = j < columns ? *at(b, first + p, column + j) : 0;
@@ -74,7 +75,8 @@ void meet(float* c, int64_t c_stride, bool add, const uint16_t* a, int64_t a_str
   __m512 sums[rows][kVectors];
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < kVectors; ++v)
-      sums[r][v] = add ? _mm512_maskz_loadu_ps(lanes(columns - 16 * v), c + r * c_stride + 16 * v) : _mm512_setzero_ps();
+      sums[r][v] =
+          add ? _mm512_maskz_loadu_ps(lanes(columns - 16 * v), c + r * c_stride + 16 * v) : _mm512_setzero_ps();
   for (int64_t p = 0; p < pairs; ++p, packed += kColumns) {
     __m512bh vectors[kVectors];
 #pragma GCC unroll 4
@@ -116,15 +118,14 @@ std::vector<uint16_t> paired(const Matrix& a, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t first = 0; first < a.rows; first += 128)  // 256 bytes of a line of a transposed matrix at a time
     for (int64_t k = 0; k < a.columns; ++k)
-      for (int64_t row = first; row < std::min(first + 128, a.rows); ++row) rows[size_t(row * depth + k)] = *at(a, row, k);
+      for (int64_t row = first; row < std::min(first + 128, a.rows); ++row)
+        rows[size_t(row * depth + k)] = *at(a, row, k);
   return rows;
 }
 
 }  // namespace
 
-bool has_product() {
-  return best_level() == 2 && __builtin_cpu_supports("avx512bf16");
-}
+bool has_product() { return best_level() == 2 && __builtin_cpu_supports("avx512bf16"); }
 
 void product(float* c, int64_t c_stride, bool add, const Matrix& a, const Matrix& b, int threads) {
   const bool direct = a.column_stride == 1 && a.columns % 2 == 0;

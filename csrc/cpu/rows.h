@@ -9,7 +9,7 @@
 
 namespace redit {
 
-struct Processor {  // of redit_fast/backends/cpu/module.py
+struct Processor {     // of redit_fast/backends/cpu/module.py
   int threads, level;  // level 0 baseline, 1 AVX2, 2 AVX-512
 };
 

@@ -139,7 +139,7 @@ struct SquaredNorm {
   Sizes numels;
 };
 
-REDIT_CHOICE(Rounding, nearest, stochastic)
+REDIT_CHOICE(Rounding, stochastic, nearest)
 
 struct PerturbOptions {  // of redit_fast/backends/args.py
   double scale, grad_factor;

@@ -1,6 +1,7 @@
-// Per-element maths, once for C++ and CUDA; redit_fast/noise.py holds the same functions in PyTorch and is the definition.
-// Every line keeps that file's order of operations and uses only + - * / sqrt and integer operations, so the bits are the
-// same everywhere. Compile with -ffp-contract=off (nvcc: -fmad=false): a fused multiply-add would change them.
+// Per-element maths, once for C++ and CUDA; redit_fast/noise.py holds the same functions in PyTorch and is the
+// definition. Every line keeps that file's order of operations and uses only + - * / sqrt and integer operations, so
+// the bits are the same everywhere. Compile with -ffp-contract=off (nvcc: -fmad=false): a fused multiply-add would
+// change them.
 #pragma once
 
 #include <cmath>

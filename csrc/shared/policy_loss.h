@@ -1,5 +1,5 @@
-// The per-token policy loss and its derivative; redit_fast/losses/coefficients.py::token_coefficients is the definition,
-// float32 and with its order of operations.
+// The per-token policy loss and its derivative; redit_fast/losses/coefficients.py::token_coefficients is the
+// definition, float32 and with its order of operations.
 #pragma once
 
 #include <cmath>
@@ -26,8 +26,7 @@ REDIT_HD LossSlope clipped_coefficient(const PolicyConstants& c, float ratio, fl
   const float unclipped = (ratio > c.delta ? c.delta : ratio) * advantage;
   const float clipped = clamped(ratio, c.low, c.high) * advantage;
   const float share = unclipped < clipped ? 1.0f : (unclipped == clipped ? 0.5f : 0.0f);
-  const float passed =
-      share * float(ratio <= c.delta) + (1.0f - share) * float(c.low <= ratio && ratio <= c.high);
+  const float passed = share * float(ratio <= c.delta) + (1.0f - share) * float(c.low <= ratio && ratio <= c.high);
   float loss = unclipped < clipped || unclipped != unclipped ? -unclipped : -clipped;
   float slope = -advantage * ratio * float(inside) * passed;
   if (advantage < 0) {
@@ -47,7 +46,7 @@ REDIT_HD bool dppo_trusts(const PolicyConstants& c, float logp, float old_logp, 
 }
 
 REDIT_HD LossSlope policy_coefficient(const PolicyConstants& c, float logp, float advantage, float old_logp,
-                                           float log_ratio, float ratio, bool inside) {
+                                      float log_ratio, float ratio, bool inside) {
   float slope;
   switch (c.form) {
     case LossForm::reinforce:
@@ -88,7 +87,7 @@ REDIT_HD LossSlope kl_coefficient(Kl kl, float difference) {  // difference = re
 }
 
 REDIT_HD LossSlope token_coefficient(const PolicyConstants& c, float logp, float advantage, float old_logp,
-                                          float ref_logp, float sampling_logp) {
+                                     float ref_logp, float sampling_logp) {
   const float log_ratio = logp - old_logp, ratio = clamped_exp(log_ratio);
   const bool inside = std::fabs(log_ratio) <= 20.0f;
   LossSlope out = policy_coefficient(c, logp, advantage, old_logp, log_ratio, ratio, inside);

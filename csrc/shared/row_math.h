@@ -12,7 +12,7 @@
 
 namespace redit {
 
-constexpr int64_t kIgnore = -100;  // a target that is not scored
+constexpr int64_t kIgnore = -100;                 // a target that is not scored
 constexpr float kRepair = 2.353852668370200e17f;  // e^40
 constexpr float kNaN = __builtin_nanf("");
 constexpr double kLn2 = 0.6931471805599453;

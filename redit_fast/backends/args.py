@@ -14,7 +14,7 @@ from redit_fast.noise import Distribution
 Baseline = Literal["mean", "leave_one_out"]
 Scale = Literal["group", "batch", "none"]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
-Rounding = Literal["nearest", "stochastic"]
+Rounding = Literal["stochastic", "nearest"]
 
 # Dtype of csrc/shared/dtype.h: an index into this.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool)

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from redit_fast.backends.args import Rounding
 from redit_fast.checks import check_choice, check_flag, check_step, described, positive, real_number, whole_number
 
-Rounding = Literal["stochastic", "nearest"]
 Pass2Ratio = Literal["fresh", "pass1"]
 
 

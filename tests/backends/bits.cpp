@@ -65,8 +65,15 @@ void dithered_advantages(const char* op, bool gaussian) {
   const double weights[K] = {1.0, 0.3}, half_range[K] = {0.05, 0.2};
   float values[N], mean[N], std[N], dithered_mean[N], dithered_std[N];
   bool dead[N];
-  const AdvantageOptions options{gaussian ? Distribution::gaussian : Distribution::uniform, 7, 3, DeadGroups::apply,
-                                 Baseline::mean, Scale::batch, Combine::normalize_then_sum, 1e-4, 1};
+  const AdvantageOptions options{gaussian ? Distribution::gaussian : Distribution::uniform,
+                                 7,
+                                 3,
+                                 DeadGroups::apply,
+                                 Baseline::mean,
+                                 Scale::batch,
+                                 Combine::normalize_then_sum,
+                                 1e-4,
+                                 1};
   group_advantages({{values, mean, std, dead, dithered_mean, dithered_std},
                     {rewards.data(), groups.data(), ids.data(), weights, half_range, N, K},
                     options},

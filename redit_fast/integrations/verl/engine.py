@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +19,7 @@ from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from redit_fast.checks import did_you_mean
 from redit_fast.gr import gradients
 from redit_fast.gr.config import GR
 from redit_fast.gr.grad_scaler import loss_scale
@@ -56,9 +56,7 @@ def read_gr(options: Mapping[str, object] | None) -> tuple[GR | None, dict[str, 
             others[name] = value
             continue
         if name not in OPTIONS:
-            close = get_close_matches(name, OPTIONS, 1)
-            known = f"did you mean {close[0]}?" if close else f"the options are {', '.join(OPTIONS)}"
-            raise ValueError(f"optim.{SECTION}.{name} is not an option; {known}")
+            raise ValueError(f"optim.{SECTION}.{name} is not an option; {did_you_mean(name, OPTIONS)}")
         ours[name] = value
     try:
         gr = GROptions(**cast(dict[str, Any], ours)).gr()
