@@ -1,13 +1,13 @@
 """Passes over parameters against the reference, on every backend but it: bits, sums, edges of formats, layouts."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
 
-from redit_fast import backends
 from redit_fast.backends import reference
-from tests.conftest import BACKENDS
+from tests.grid import DEVICES, pairs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [1, 0, 7, 1023, 1025, 65536, 65537, 70_001]  # below and past 16 lanes, a block of 1024, a chunk of 65536
@@ -15,17 +15,21 @@ SUM_ROUNDING = 2.4e-7  # of float32, in which cpu adds up to 64 products at a ti
 OFFSETS = [0, 1, 1, 8, 1031, 2**33 + 3, 2**33 + 65_539, 13]
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
-def backend(request, large_tiles):
+OPS = ("squared_norm", "perturb", "combine", "adamw")
+
+
+@pytest.fixture(params=[pair for pair in pairs(DEVICES) if not pair.id.startswith("reference")])
+def place(request):
+    return request.param
+
+
+@pytest.fixture
+def backend(request, backend):
     """The backend's module."""
-    module = backends._backend(request.param)
-    refusal = module.why_not("perturb", torch.device("cpu"))
     options = request.node.callspec.params
-    if request.param == "triton" and torch.float64 in (options.get("dtype"), options.get("grad_dtype")):
-        refusal = "refuses float64 parameters"
-    if refusal:
-        pytest.skip(f"{request.param}: {refusal}")
-    return module
+    if backend == "triton" and torch.float64 in (options.get("dtype"), options.get("grad_dtype")):
+        pytest.skip("triton: refuses float64 parameters")
+    return import_module(f"redit_fast.backends.{backend}")
 
 
 def sum_rounding(dtype):

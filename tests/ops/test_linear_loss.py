@@ -295,10 +295,10 @@ def test_upstream_gradients_scale(backend):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_autocast_casts_like_a_linear_layer(backend, dtypes):
+def test_autocast_casts_like_a_linear_layer(backend, device, dtypes):
     hidden, weight, bias, targets = head(20, 300, 16, torch.float32, 0.3)
     x, w = leaves(hidden.to(dtypes[0]), weight.to(dtypes[1]))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         out = rf.linear_grpo_loss(x, w, targets, torch.ones(20), bias=bias, config=rf.LossConfig())
         logp = rf.linear_logp(x, w, targets, bias=bias)
         out.loss.backward()
