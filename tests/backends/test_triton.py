@@ -87,7 +87,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from redit_fast import backends
-print(backends._backend("triton").why_not("perturb", torch.device("cuda")))
+print(backends.refusal("perturb", "triton", torch.device("cuda")))
 print(backends.primitive("perturb", torch.device("cuda")).__module__)
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
