@@ -20,7 +20,7 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-newest lock lint sanitize kernel-gates gpu-check
+.PHONY: demo test check test-newest lock lint sanitize kernel-gates gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -29,7 +29,15 @@ demo: $(READY)
 test: $(TESTS) $(TRITON36)
 	PIP_CONSTRAINT=$(abspath $(LOCK)) $(PYTEST)
 
-# The same with the newest releases of the day, in an environment of its own; torch as above, or TORCH=torch.
+# A contributor's loop: lint and the ops' tests. Without the fuzz tests, the hostile logits and the allocator's records,
+# what compiles or interprets, float16, fifty repeats, and the vocabularies of 50,000 and more.
+SLOW := $(addprefix tests/ops/test_,arguments.py hostile_logits.py linear_memory.py compile.py) \
+	tests/backends/test_compilers.py $(wildcard tests/backends/test_triton*.py)
+check: lint
+	$(PYTEST) -q -k "not dtype2 and not fifty and not 50257 and not 151936" \
+		$(filter-out $(SLOW),$(wildcard tests/ops/test_*.py tests/backends/test_*.py))
+
+# The same as `make test` with the newest releases of the day, in an environment of its own; torch as above, or TORCH=torch.
 test-newest:
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest LOCK= TRITON36=
@@ -41,8 +49,9 @@ lock:
 	.venv-lock/bin/pip freeze --all --exclude pip --exclude torch --exclude-editable > tests/lock.txt
 	rm -rf .venv-lock
 
-# What Triton and Triton 3.6 compile, for every architecture, and all of the interpreted tests; `make test` looks at sm_90
-# and bfloat16.
+# What Triton and Triton 3.6 compile, for every architecture, and all of the interpreted tests. `make test` looks at sm_90
+# and, of the interpreted ones, at one case a regime: bfloat16, two numbers of rows with a coefficient of six, two peaks
+# of five, one divisor of the advantages of two (REPEATED in tests/backends/test_triton.py).
 kernel-gates: $(TESTS) $(TRITON36)
 	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/backends/test_triton.py tests/backends/test_triton36.py
 

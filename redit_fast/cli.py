@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
     report.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
     info = commands.add_parser("info", help="show versions and what each backend can run here", allow_abbrev=False)
-    selftest = commands.add_parser("selftest", help="check every backend against the reference", allow_abbrev=False)
+    selftest = commands.add_parser("selftest", help="check every backend against float64", allow_abbrev=False)
     if argv[:1] == ["train"]:
         _add_train_flags(train)
     args, unknown = parser.parse_known_args(argv)
@@ -244,6 +244,6 @@ def _selftest() -> int:
     table = Table("op", "backend", "device", "dtype", "error", "limit", "s", "")
     for result in results:
         *words, error, limit, seconds = result
-        table.add_row(*words, f"{error:.1e}", f"{limit:.0e}", f"{seconds:.1f}", "ok" if result.passed else "WRONG")
+        table.add_row(*words, f"{error:.1e}", f"{limit:.1e}", f"{seconds:.1f}", "ok" if result.passed else "WRONG")
     Console().print(table)
     return 0 if all(result.passed for result in results) else 1

@@ -1,12 +1,12 @@
-"""One test body, every backend that this machine can run: `backend` forces each in turn, a skip prints the refusal. For
-the tests of the trainer: a model and data as a user would bring them, and the settings of a small run.
+"""One test body, every (backend, device) of this machine: `place` is each pair in turn, `backend` forces its backend
+and puts what the test makes on its device; a skip prints the refusal. For the tests of the trainer: a model and data as
+a user would bring them, and the settings of a small run.
 """
 
 import contextlib
 import functools
 import inspect
 import json
-import os
 
 import pytest
 import torch
@@ -14,15 +14,12 @@ import torch
 import redit_fast as rf
 from redit_fast import backends
 from redit_fast.backends import cpu
+from tests.grid import DEVICES, INTERPRETED, MadeOn, pairs
 
 REWARDS = [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps", "answer_format")]
 
-# Kernels are interpreted where TRITON_INTERPRET is set before they are imported: tests/backends/test_triton.py runs the
-# test bodies of every backend in such a process.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import triton.language as tl
-BACKENDS = [name for name in backends.NAMES if name != "triton" or INTERPRETED]
 
 
 def pytest_collection_modifyitems(items):
@@ -60,16 +57,27 @@ def large_tiles(monkeypatch):
         monkeypatch.setattr("redit_fast.kernels.advantages.GROUPS", 512)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request, large_tiles):
-    """A forced backend; the test skips where the backend refuses an op the test's module names in `OPS`."""
-    module = backends._backend(request.param)
+@pytest.fixture(params=pairs(DEVICES))
+def place(request):
+    """(backend, device)"""
+    return request.param
+
+
+@pytest.fixture
+def device(place):
+    return place[1]
+
+
+@pytest.fixture
+def backend(request, place, large_tiles):
+    """A forced backend's name, and tensors made on its device; the test skips where the backend refuses an op the
+    test's module names in `OPS`."""
+    name, device = place
     for op in getattr(request.module, "OPS", ()):
-        refusal = module.why_not(op, torch.device("cpu"))
-        if refusal:
-            pytest.skip(f"{request.param}: {refusal}")
-    with rf.use_backend(request.param):
-        yield request.param
+        if refusal := backends.refusal(op, name, torch.device(device)):
+            pytest.skip(f"{name}: {refusal}")
+    with rf.use_backend(name), contextlib.nullcontext() if device == "cpu" else MadeOn(device):
+        yield name
 
 
 @pytest.fixture
@@ -120,7 +128,7 @@ def settings(model_folder, problems, tmp_path):
 
 def few(backend, rows, most=16):
     """Of rows, as many as Triton's interpreter has the time for: 5 ms a row and pass."""
-    return min(rows, most) if backend == "triton" else rows
+    return min(rows, most) if INTERPRETED and backend == "triton" else rows
 
 
 def skip_float64(backend, dtype=torch.float64):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from redit_fast.checks import given
+
 
 def read(path: Path) -> tuple[dict, dict]:
     """The top-level mapping of a YAML or JSON file, and the place of each key. Tags build no objects.
@@ -21,7 +23,7 @@ def read(path: Path) -> tuple[dict, dict]:
     except OSError as error:
         raise ValueError(f"config {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+        mark = given(error.problem_mark)
         problem = ", ".join(filter(None, (error.context, error.problem)))
         raise ValueError(f"{path}:{mark.line + 1}:{mark.column + 1}: {problem}") from None
     except json.JSONDecodeError as error:

@@ -43,8 +43,14 @@ SUITES = [
     "no_grad",
 ]  # the longest first
 
-# Of tests for three dtypes `make test` interprets the second, bfloat16; most others are float32.
-CASES = "triton" if "KERNEL_ARCHS" in os.environ else "triton and not dtype0 and not dtype2"
+# `make test` interprets one case a regime: of three dtypes the second, bfloat16; of the rows with a coefficient one and
+# all; of the peaks one short of the repair and one past it; of the advantages' divisors the default one.
+REPEATED = (
+    "dtype0", "dtype2", "triton-0.0-0-",
+    *(f"skip_the_gradient_products[triton-dtype1-{used}]" for used in (0, 16, 33, 100)),
+    *(f"improbable_targets[triton-{std}]" for std in ("0.1", "10.0", "100.0")),
+)  # fmt: skip
+CASES = "triton" if "KERNEL_ARCHS" in os.environ else " and not ".join(["triton", *REPEATED])
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 compiled = pytest.mark.skipif(interpreted, reason="TRITON_INTERPRET is set: kernels were decorated to be interpreted")
@@ -83,7 +89,7 @@ sys.modules["triton"] = None
 import torch
 from redit_fast import backends
 from redit_fast.backends import reference
-print(backends._backend("triton").why_not("perturb", torch.device("cuda")))
+print(backends.refusal("perturb", "triton", torch.device("cuda")))
 print(backends.primitive(reference.perturb, torch.device("cuda")).__module__)
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

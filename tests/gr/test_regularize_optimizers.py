@@ -113,12 +113,12 @@ def test_the_first_gradient_is_kept_by_itself_where_folding_would_round_it(dtype
     assert math.isfinite(opt.metrics()["gr/penalty_ratio"]) == kept
 
 
-def scaled_steps(make, dtype, scale, **gr):
+def scaled_steps(device, make, dtype, scale, **gr):
     """Weights and metrics after three steps, the loss scaled by `scale`, or not at all."""
     torch.manual_seed(0)
     model = network(dtype)
     opt = make(model.parameters(), lr=1e-2, **{"gamma": 0.3, "epsilon": 0.1, "max_norm": 0.05, **gr})
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    scaler = torch.amp.GradScaler(device, init_scale=scale or 1.0, enabled=scale is not None)
     for _ in range(3):
         x = torch.randn(8, 16)
         scaler.scale(loss_of(model, x)).backward()
@@ -136,28 +136,28 @@ def scaled_steps(make, dtype, scale, **gr):
     [{}, {"keep_first_grad": True}, {"gamma": 0.1}, {"gamma": 0.0}, {"normalized": True},
      {"epsilon": "auto", "gamma": 1e-3}],
 )  # fmt: skip
-def test_any_scale_of_the_loss_gives_the_same_step(backend, make, gr):
-    plain, metrics = scaled_steps(make, torch.float32, None, **gr)
+def test_any_scale_of_the_loss_gives_the_same_step(backend, device, make, gr):
+    plain, metrics = scaled_steps(device, make, torch.float32, None, **gr)
     for scale in (1.0, 2.0**8, 2.0**16, 1000.0):
-        weights, scaled = scaled_steps(make, torch.float32, scale, **gr)
+        weights, scaled = scaled_steps(device, make, torch.float32, scale, **gr)
         torch.testing.assert_close(weights, plain, rtol=1e-5, atol=1e-6)
         assert scaled == pytest.approx(metrics, rel=1e-3, nan_ok=True)
 
 
 @pytest.mark.parametrize("make", [sgd, adamw])
-def test_in_float16_any_scale_gives_the_same_step_to_its_precision(backend, make):
+def test_in_float16_any_scale_gives_the_same_step_to_its_precision(backend, device, make):
     """The gradients here are normal float16 numbers at every one of these scales."""
-    plain, metrics = scaled_steps(make, torch.float16, None, rounding="nearest")
+    plain, metrics = scaled_steps(device, make, torch.float16, None, rounding="nearest")
     for scale in (2.0**2, 2.0**8, 2.0**12):
-        weights, scaled = scaled_steps(make, torch.float16, scale, rounding="nearest")
+        weights, scaled = scaled_steps(device, make, torch.float16, scale, rounding="nearest")
         assert (weights - plain).norm() < 1e-3 * plain.norm()
         assert scaled["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=2e-2)
 
 
-def test_unscaling_and_clipping_round_a_float16_gradient_once(backend):
+def test_unscaling_and_clipping_round_a_float16_gradient_once(backend, device):
     """Together a factor of 2e-6, which as a float16 would have five bits."""
     p = nn.Parameter(torch.zeros(100, dtype=torch.float16))
-    opt, scaler = sgd([p], gamma=0.0, max_norm=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    opt, scaler = sgd([p], gamma=0.0, max_norm=0.1), torch.amp.GradScaler(device, init_scale=2.0**12)
     (scaler.scale(p.float() @ torch.linspace(0.5, 1.5, 100))).backward()
     scaled = p.grad.double()
     scaler.step(opt)
@@ -169,11 +169,11 @@ def test_unscaling_and_clipping_round_a_float16_gradient_once(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("gr", [{}, {"keep_first_grad": True}, {"gamma": 0.1}])
 @pytest.mark.parametrize("bad", [1, 2])
-def test_an_overflow_in_either_pass_skips_the_step_and_lowers_the_scale(backend, make, dtype, gr, bad):
+def test_an_overflow_in_either_pass_skips_the_step_and_lowers_the_scale(backend, device, make, dtype, gr, bad):
     """GradScaler looks at .grad after both passes only: the first one's infinities must still be seen there."""
     model, x = network(dtype), torch.randn(8, 16)
     opt = make(model.parameters(), **{"gamma": 0.3, "epsilon": 0.1, **gr})
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
     before = copy.deepcopy(model.state_dict())
     for i in (1, 2):
         scaler.scale(loss_of(model, x)).backward()

@@ -15,16 +15,16 @@ MAKERS = [sgd, adamw]
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_one_autocast_context_around_everything_never_runs_on_a_cast_of_other_weights(backend, make):
+def test_one_autocast_context_around_everything_never_runs_on_a_cast_of_other_weights(backend, device, make):
     """Autocast keeps its bfloat16 casts of float32 weights until the outermost context ends."""
     model, x = network(), torch.randn(8, 16)
 
     def fresh():
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             return model(x)
 
     opt = make(model.parameters(), lr=0.1, gamma=0.5, epsilon=0.5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         first = model(x)
         first.float().square().mean().backward()
         assert opt.perturb()

@@ -11,6 +11,7 @@ import torch
 import redit_fast as rf
 from redit_fast.dither import per_reward
 from redit_fast.noise import noise
+from tests.conftest import few
 
 OPS = ("group_advantages",)
 NAN = math.nan
@@ -110,11 +111,13 @@ ESTIMATORS = [
 @pytest.mark.parametrize("dither", DITHERS, ids=lambda d: f"{d.distribution}-{d.dead_groups}" if d else "clean")
 @pytest.mark.parametrize(("baseline", "scale", "combine"), ESTIMATORS)
 @pytest.mark.parametrize(("eps", "ddof"), [(1e-4, 1), (0.0, 0)])
-def test_every_option_follows_the_oracle_on_hostile_rewards(backend, dither, baseline, scale, combine, eps, ddof):
+def test_every_option_follows_the_oracle_on_hostile_rewards(
+    backend, device, dither, baseline, scale, combine, eps, ddof
+):
     weights = [1.0, 0.5, -0.25, 2.0]
     ids = [i // 4 for i in range(len(HOSTILE))]
     out = rf.group_advantages(
-        HOSTILE.double(), group_size=4, reward_weights=weights, dither=dither, step=9,
+        HOSTILE.double().to(device), group_size=4, reward_weights=weights, dither=dither, step=9,
         baseline=baseline, scale=scale, combine=combine, eps=eps, ddof=ddof,
     )  # fmt: skip
     expected = oracle(HOSTILE, ids, weights, dither, 9, baseline, scale, combine, eps, ddof)
@@ -138,9 +141,9 @@ def test_rewards_that_are_equal_only_on_paper_give_exactly_0(backend, dtype, opt
             assert (out.values == 0).all() and out.dead.all() and (out.group_std == 0).all()
 
 
-def test_statistics_are_those_of_the_samples_own_group(backend):
+def test_statistics_are_those_of_the_samples_own_group(backend, device):
     dither = rf.Dither(level=0.1, seed=1)
-    out = rf.group_advantages(HOSTILE[:8].double(), group_size=4, dither=dither)
+    out = rf.group_advantages(HOSTILE[:8].double().to(device), group_size=4, dither=dither)
     mean, std = mean_std([1.5, 1.7, 2.2, 1.8], 1)
     assert out.group_mean[:4].tolist() == pytest.approx([mean] * 4, rel=1e-6)
     assert out.group_std[:4].tolist() == pytest.approx([std] * 4, rel=1e-6)
@@ -150,12 +153,12 @@ def test_statistics_are_those_of_the_samples_own_group(backend):
 
 def test_bits_are_those_of_the_reference_for_many_unequal_shuffled_groups(backend):
     generator = torch.Generator().manual_seed(1)
-    n = 1500 if backend == "triton" else 20_000  # more than 1024 groups: two blocks of batch sums
+    n = few(backend, 20_000, 1500)  # more than 1024 groups: two blocks of batch sums
     ids = torch.randint(-1500, 1500, (n,), generator=generator)
     rewards = torch.randn(n, 3, generator=generator).double()
     rewards[torch.rand(n, 3, generator=generator) < 0.1] = NAN
     for baseline, scale, combine in ESTIMATORS:
-        for dither in DITHERS[:: 3 if backend == "triton" else 1]:
+        for dither in DITHERS[:: 9 // few(backend, 9, 3)]:
             options = dict(baseline=baseline, scale=scale, combine=combine, step=2, reward_weights=[1, 0.3, 2])
             if dither:
                 dither = rf.Dither(dither.distribution, 0.2, dead_groups=dither.dead_groups, seed=11)
@@ -199,7 +202,7 @@ def test_level_zero_is_bitwise_no_dither(backend):
 @pytest.mark.parametrize(("group_size", "rms"), [(2, 0.67), (8, 0.93), (16, 0.95)])
 @pytest.mark.parametrize("level", [0.01, 0.05, 0.5])
 def test_a_dithered_dead_group_gets_full_size_random_advantages_at_any_level(backend, group_size, rms, level):
-    rewards = torch.zeros(group_size * (400 if backend == "triton" else 4000))
+    rewards = torch.zeros(group_size * few(backend, 4000, 400))
     values = rf.group_advantages(
         rewards, group_size=group_size, dither=rf.Dither(level=level, distribution="gaussian")
     ).values

@@ -7,11 +7,18 @@ from torch._dynamo.utils import counters
 import redit_fast as rf
 from redit_fast.losses.transforms import LogitTransform
 from redit_fast.ops.token_loss import token_logp_
+from tests.grid import pairs
 from tests.ops.test_linear_loss import leaves
 from tests.tolerance import relative
 
 WIDTH, VOCABULARY = 16, 300
 OPTIONS = rf.LossConfig(beta=0.1, kl_ratio_correction=True, correction="token_truncate", softcap=9.0, temperature=0.7)
+
+
+@pytest.fixture(params=pairs(["cpu"]))
+def place(request):
+    """On the CPU: torch.compile would trace into what puts a test's tensors on another device."""
+    return request.param
 
 
 def logits(x, w):

@@ -12,7 +12,7 @@ from redit_fast.losses.config import LossType
 from tests.conftest import few
 from tests.losses.test_loss_config import REQUIRED
 from tests.ops.test_token_loss import LOSSES, oracle
-from tests.tolerance import relative, sliced
+from tests.tolerance import assert_gradient_no_worse, assert_no_worse, relative, sliced
 
 OPS = ("exp_product", "scale_in_place")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,13 +41,44 @@ def sequences(rows):
     return torch.tensor([0, rows // 3, rows // 3, 2 * rows // 3 + 1, rows])
 
 
-def exact_logp(hidden, weight, bias, targets, **transform):
-    z = hidden.double() @ weight.double().t() + (0 if bias is None else bias.double())
+def head_oracle(hidden, weight, bias, targets, **transform):
+    """logp and entropy in the dtype of the inputs."""
+    z = hidden @ weight.t() + (0 if bias is None else bias)
     return oracle(z, targets, **transform)
+
+
+def exact_logp(hidden, weight, bias, targets, **transform):
+    bias = None if bias is None else bias.double()
+    return head_oracle(hidden.double(), weight.double(), bias, targets, **transform)
 
 
 def leaves(*tensors):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def oracle_gradients(loss, *inputs):
+    """For each of `inputs` its gradient of `loss(*inputs)` in float64 and in float32, on the rounded inputs."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        wide = leaves(*(x.to(dtype) for x in inputs))
+        loss(*wide).backward()
+        found.append([x.grad for x in wide])
+    return list(zip(*found, strict=True))
+
+
+# Relative Frobenius limits of spec section 3 for bfloat16's gradients of hidden, weight and bias as they are stored. It
+# keeps E in bfloat16, so that against float32 PyTorch, rounded once, these err 1.9, 2.2 and 1.5 times as much: 3.2e-3,
+# 3.6e-3 and 2.7e-3, to 1.8e-3 each. PyTorch with its logits in bfloat16 has 6e-3. Other dtypes hold the rule.
+BFLOAT16_LIMITS = (3e-3, 4e-3, 4e-3)
+
+
+def assert_right(grad, exact_and_low, kind):
+    """The rule for a stored gradient of hidden, weight or bias, `kind` 0, 1 or 2."""
+    exact, low = exact_and_low
+    if grad.dtype == torch.bfloat16:
+        assert relative(grad, exact) < BFLOAT16_LIMITS[kind]
+    else:
+        assert_gradient_no_worse(grad, low, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,11 +88,12 @@ def test_linear_logp_is_float32_exact(backend, rows, vocabulary, width, dtype, t
     hidden, weight, bias, targets = head(rows, vocabulary, width, dtype)
     logp, entropy = rf.linear_logp(hidden, weight, targets, bias=bias, entropy="metric", chunk_rows=16, **transform)
     exact, exact_entropy = exact_logp(hidden, weight, bias, targets, **transform)
-    float32_logits, _ = oracle(hidden.float() @ weight.float().t() + bias.float(), targets, **transform)
-    allowed = max(1e-5, 1.25 * (float32_logits - exact).abs().amax().item()) if rows else 0
-    torch.testing.assert_close(logp.double(), exact, rtol=0, atol=allowed)
-    torch.testing.assert_close(entropy.double(), exact_entropy, rtol=0, atol=2e-5)
-    assert vocabulary == 1 or rows == 0 or logp.abs().max() > 0.1
+    low, low_entropy = head_oracle(hidden.float(), weight.float(), bias.float(), targets, **transform)
+    if vocabulary == 1 or rows == 0:
+        assert (logp == 0).all() and (entropy == 0).all()
+        return
+    assert_no_worse(logp, low, exact, floor=1e-5)
+    assert_no_worse(entropy, low_entropy, exact_entropy, floor=2e-5)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
@@ -71,16 +103,9 @@ def test_improbable_targets_take_the_repair(backend, scale):
     targets[:20], targets[20:40] = z[:20].argmin(1), z[20:40].argmax(1)
     logp = rf.linear_logp(hidden, weight, targets, bias=bias)
     exact, _ = exact_logp(hidden, weight, bias, targets)
-    low, _ = oracle(z, targets)
-    assert (logp - exact).abs().max() <= max(1e-5, 1.25 * (low - exact).abs().max())
+    assert_no_worse(logp, oracle(z, targets)[0], exact, floor=1e-5)
     if scale == 30:
         assert (exact < -40).any()
-
-
-# Relative Frobenius limits of spec section 3 for the gradients of hidden, weight and bias as they are stored, and of
-# weight and bias in float32; float16 keeps E in float32 and rounds the gradient to 11 bits.
-LIMITS = {torch.float32: [3e-6] * 3, torch.bfloat16: [3e-3, 4e-3, 4e-3], torch.float16: [1e-3] * 3}
-FLOAT32_LIMIT = {torch.float32: 3e-6, torch.bfloat16: 3e-3, torch.float16: 1e-3}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,17 +116,20 @@ def test_gradients_of_linear_logp_for_every_subset_of_inputs(backend, dtype, nee
     inputs = head(rows, few(backend, 4200, 1100), 24, dtype, 0.3)
     targets, g, h = inputs[3], torch.randn(rows), torch.randn(rows)
     ours = [x.clone().requires_grad_(need) for x, need in zip(inputs[:3], needs)]
-    exact = [x.double().requires_grad_(need) for x, need in zip(inputs[:3], needs)]
     transform = {"temperature": 0.8, "softcap": 12.0}
     out = rf.linear_logp(ours[0], ours[1], targets, bias=ours[2], entropy=entropy, chunk_rows=32, **transform)
-    true = exact_logp(*exact, targets, **transform)
     loss = (out * g).sum() if entropy == "none" else (out.logp * g + out.entropy * h).sum()
     loss.backward()
-    ((true[0] * g).sum() + (0 if entropy == "none" else (true[1] * h).sum())).backward()
-    for x, y, need, limit in zip(ours, exact, needs, LIMITS[dtype]):
+
+    def oracle_loss(*inputs):
+        true = head_oracle(*inputs, targets, **transform)
+        return (true[0] * g).sum() + (0 if entropy == "none" else (true[1] * h).sum())
+
+    for kind, (x, right, need) in enumerate(zip(ours, oracle_gradients(oracle_loss, *inputs[:3]), needs)):
         assert (x.grad is not None) == need
         if need:
-            assert x.grad.dtype == dtype and relative(x.grad, y.grad) < limit
+            assert x.grad.dtype == dtype
+            assert_right(x.grad, right, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,19 +144,22 @@ def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
     kwargs = dict(old_logp=old, ref_logp=ref, sampling_logp=sampling, mask=mask,
                   cu_seqlens=sequences(rows), config=config)  # fmt: skip
 
-    exact = leaves(hidden.double(), weight.double(), bias.double())
-    true_logp, true_entropy = exact_logp(*exact, targets, **config.transform._asdict())
-    true = rf.policy_loss(true_logp, advantages, entropy=true_entropy, **kwargs)
-    true.loss.backward()
+    def oracle_loss(*inputs):
+        logp, entropy = head_oracle(*inputs, targets, **config.transform._asdict())
+        return rf.policy_loss(logp, advantages, entropy=entropy, **kwargs)
 
+    true = oracle_loss(hidden.double(), weight.double(), bias.double())
+    low = oracle_loss(hidden.float(), weight.float(), bias.float())
+    right = oracle_gradients(lambda *inputs: oracle_loss(*inputs).loss, hidden, weight, bias)
     ours = leaves(hidden, weight, bias)
     out = rf.linear_grpo_loss(ours[0], ours[1], targets, advantages, bias=ours[2], chunk_rows=32, **kwargs)
     out.loss.backward()
     assert out.route == ("logp" if name in ("gspo", "entropy") else "fused")
-    assert out.loss.item() == pytest.approx(true.loss.item(), rel=1e-4, abs=1e-6)
-    torch.testing.assert_close(out.logp[mask].double(), true_logp[mask], rtol=0, atol=2e-5)
-    for x, y, limit in zip(ours, exact, LIMITS[dtype]):
-        assert x.grad.dtype == dtype and relative(x.grad, y.grad) < limit
+    assert abs(out.loss - true.loss) <= 1.25 * abs(low.loss - true.loss) + 1e-6 + 1e-5 * abs(true.loss)
+    assert_no_worse(out.logp[mask], low.logp[mask], true.logp[mask], floor=1e-5)
+    for kind, x in enumerate(ours):
+        assert x.grad.dtype == dtype
+        assert_right(x.grad, right[kind], kind)
 
     weight_grad, bias_grad = torch.full_like(weight, 2**-6, dtype=torch.float32), torch.zeros(len(bias))
     direct, hidden_grad = rf.linear_grpo_loss_and_grad_(
@@ -144,9 +175,17 @@ def test_linear_grpo_loss_is_policy_loss_of_the_log_probs(backend, name, dtype):
     )
     assert direct.route == out.route and torch.equal(direct.loss, out.loss.detach()) and not direct.loss.requires_grad
     assert torch.equal(hidden_grad, ours[0].grad)
-    # added to what was there
-    assert relative(weight_grad - 2**-6, exact[1].grad) < FLOAT32_LIMIT[dtype] + 1e-5
-    assert relative(bias_grad, exact[2].grad) < FLOAT32_LIMIT[dtype]
+    # added to what was there, in float32
+    for grad, (exact, low), added in ((weight_grad - 2**-6, right[1], 1e-5), (bias_grad, right[2], 1e-6)):
+        if dtype == torch.bfloat16:  # E in bfloat16, see BFLOAT16_LIMITS
+            assert relative(grad, exact) < 3e-3 + added
+        else:
+            assert_gradient_no_worse(grad, low, exact, floor=added)
+
+
+# Parts of the norm. A sequence's coefficient is a function of its sum of log-ratios, and the sum's float32 rounding is
+# chance: errors of up to 8e-6 and 2e-5 here, and of up to 6e-6 and 1e-5 in PyTorch.
+FLOORS = {"rloo": 1e-5, "vespo": 3e-5}
 
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
@@ -160,14 +199,17 @@ def test_every_loss_type_has_the_gradients_of_materialised_logits(backend, loss_
         kwargs = dict(old_logp=logp + 0.3 * torch.randn(rows), ref_logp=logp + 0.3 * torch.randn(rows), config=config,
                       mask=torch.rand(rows) > 0.1, cu_seqlens=sequences(rows))  # fmt: skip
         advantages = torch.randn(4)
-        expected, ours = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
-        logp, entropy = oracle(expected[0] @ expected[1].t() + expected[2], targets, temperature=0.9)
-        rf.policy_loss(logp, advantages, entropy=entropy, **kwargs).loss.backward()
+        ours = leaves(hidden, weight, bias)
+
+        def oracle_loss(*inputs, advantages=advantages, kwargs=kwargs):
+            logp, entropy = head_oracle(*inputs, targets, temperature=0.9)
+            return rf.policy_loss(logp, advantages, entropy=entropy, **kwargs).loss
+
         rf.linear_grpo_loss(
             ours[0], ours[1], targets, advantages, bias=ours[2], chunk_rows=32, **kwargs
         ).loss.backward()
-        for x, y in zip(ours, expected):
-            assert relative(x.grad, y.grad) < 3e-5  # vespo's weights are exponentials of a sequence's sums
+        for x, (exact, low) in zip(ours, oracle_gradients(oracle_loss, hidden, weight, bias)):
+            assert_gradient_no_worse(x.grad, low, exact, floor=FLOORS.get(loss_type, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,14 +241,14 @@ def test_targets_200_nats_below_the_maximum_are_exact(backend, dtype):
     targets[far] = 7
     ours = leaves(hidden, weight, bias)
     logp = rf.linear_logp(ours[0], ours[1], targets, bias=ours[2])
-    exact = leaves(hidden.double(), weight.double(), bias.double())
-    true, _ = exact_logp(*exact, targets)
+    true, _ = exact_logp(hidden, weight, bias, targets)
     assert (true[far] < -200).all()
-    low, _ = oracle(hidden.float() @ weight.float().t() + bias.float(), targets)
-    allowed = max(1e-5, 1.25 * (low - true).abs().max())
-    assert (logp - true).abs().max() <= allowed
-    logp[far].sum().backward(), true[far].sum().backward()
-    assert all(relative(x.grad, y.grad) < limit for x, y, limit in zip(ours, exact, LIMITS[dtype]))
+    low, _ = head_oracle(hidden.float(), weight.float(), bias.float(), targets)
+    assert_no_worse(logp, low, true, floor=1e-5)
+    logp[far].sum().backward()
+    right = oracle_gradients(lambda *inputs: head_oracle(*inputs, targets)[0][far].sum(), hidden, weight, bias)
+    for kind, x in enumerate(ours):
+        assert_right(x.grad, right[kind], kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -244,14 +286,20 @@ def test_any_upstream_gradient_is_right(backend, kind, entropy):
     inputs = head(40, 300, 16, torch.float32, 0.3)
     targets, g, h = inputs[3], UPSTREAM[kind](), UPSTREAM[kind]()
     for count in (1, 3):  # a frozen head has a backward pass of its own
-        ours, exact = leaves(*inputs[:3]), leaves(*(x.double() for x in inputs[:3]))
+        ours = leaves(*inputs[:3])
         out = rf.linear_logp(ours[0], *(x if count == 3 else x.detach() for x in ours[1:2]), targets,
                              bias=ours[2] if count == 3 else ours[2].detach(), entropy="grad")  # fmt: skip
-        true = exact_logp(*exact, targets)
         torch.autograd.backward(out if entropy else out[:1], (g, h) if entropy else (g,))
-        torch.autograd.backward(true if entropy else true[:1], (g.double(), h.double()) if entropy else (g.double(),))
-        for x, y in zip(ours[:count], exact):
-            assert (x.grad == 0).all() if kind == "zeros" else relative(x.grad, y.grad) < 3e-6
+
+        def oracle_loss(*inputs):
+            logp, entropies = head_oracle(*inputs, targets)
+            return (logp * g).sum() + ((entropies * h).sum() if entropy else 0)
+
+        for x, (exact, low) in zip(ours[:count], oracle_gradients(oracle_loss, *inputs[:3])):
+            if kind == "zeros":
+                assert (x.grad == 0).all()
+            else:
+                assert_gradient_no_worse(x.grad, low, exact)
 
 
 def test_activation_checkpointing_around_it_changes_nothing(backend):
@@ -295,10 +343,10 @@ def test_upstream_gradients_scale(backend):
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_autocast_casts_like_a_linear_layer(backend, dtypes):
+def test_autocast_casts_like_a_linear_layer(backend, device, dtypes):
     hidden, weight, bias, targets = head(20, 300, 16, torch.float32, 0.3)
     x, w = leaves(hidden.to(dtypes[0]), weight.to(dtypes[1]))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         out = rf.linear_grpo_loss(x, w, targets, torch.ones(20), bias=bias, config=rf.LossConfig())
         logp = rf.linear_logp(x, w, targets, bias=bias)
         out.loss.backward()

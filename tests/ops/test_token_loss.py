@@ -144,10 +144,11 @@ def test_a_target_of_probability_zero_is_minus_infinity(backend):
     assert logp[1] == -math.inf and torch.isfinite(logp[[0, 2]]).all() and torch.isfinite(entropy).all()
 
 
+@pytest.mark.parametrize("vocabulary", [31, 50257])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("at_target", [True, False])
-def test_a_poisoned_row_is_nan_alone(backend, value, at_target):
-    logits, targets = torch.randn(5, 31), torch.randint(1, 31, (5,))
+def test_a_poisoned_row_is_nan_alone(backend, value, at_target, vocabulary):
+    logits, targets = torch.randn(5, vocabulary), torch.randint(1, vocabulary, (5,))
     logits[2, targets[2] if at_target else 0] = value
     leaf = logits.requires_grad_()
     logp, entropy = rf.token_logp(leaf, targets, entropy="grad")
@@ -195,11 +196,12 @@ def test_masked_rows_are_never_read(backend):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_has_the_same_bits_wherever_it_stands(backend, threads):
+def test_a_row_has_the_same_bits_wherever_it_stands(backend, device, threads):
+    """On a GPU a few rows' tiles are programs of their own, and among 300 a row is one program."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        count = few(backend, 70)
+        count = 300 if device == "cuda" else few(backend, 70)
         for vocabulary in (31, 1000, 50257):
             logits = (torch.randn(count, vocabulary) * 4).requires_grad_()
             targets = torch.randint(vocabulary, (count,))
@@ -222,11 +224,15 @@ def views():
     yield "transposed", base[..., :16].transpose(0, 2)
     yield "expanded", base[:1].expand(2, -1, -1)
     yield "one batch row", base[1:2]
+    wide = torch.randn(33, 2 * 1003).to(torch.bfloat16)
+    yield "every other of a prime", wide[:, 1::2]
+    yield "column by column", wide[:, :1003].t().contiguous().t()
 
 
 @pytest.mark.parametrize("name", [name for name, _ in views()])
 def test_any_strides(backend, name):
     logits = dict(views())[name].detach()
+    logits = logits[: few(backend, len(logits), 4)]
     targets = torch.randint(logits.shape[-1], logits.shape[:-1])
     upstream = torch.randn(2, *targets.shape).transpose(-1, -2).contiguous().transpose(-1, -2)[0]
 
@@ -236,6 +242,32 @@ def test_any_strides(backend, name):
         return leaf.grad
 
     torch.testing.assert_close(run(logits), run(logits.clone(memory_format=torch.contiguous_format)), rtol=0, atol=0)
+
+
+def test_70_000_rows(backend):
+    """More than the blocks that any axis of a GPU's grid but the first takes."""
+    rows = few(backend, 70_000, 70)
+    logits, targets = sliced(rows, 64, dtype=torch.bfloat16, scale=3.0), torch.randint(64, (rows,))
+    check_values(logits, targets)
+    check_gradient(logits, targets)
+
+
+@pytest.mark.parametrize("vocabulary", [50257, 151936])
+def test_repeats_give_the_same_bits(backend, device, vocabulary):
+    rows, repeats = (300, 49) if device == "cuda" else (3, 2)
+    logits, targets = sliced(rows, vocabulary, dtype=torch.bfloat16, scale=3.0), torch.randint(vocabulary, (rows,))
+    advantages = torch.randn(rows)
+
+    def run():
+        leaf = logits.detach().requires_grad_()
+        out = rf.grpo_loss(leaf, targets, advantages, config=rf.LossConfig(), normalizer=1.0)
+        out.loss.backward()
+        return out.loss.detach(), out.logp, out.entropy, leaf.grad
+
+    first = run()
+    assert all((x != 0).any() for x in first)
+    for _ in range(repeats):
+        assert all(map(torch.equal, run(), first))
 
 
 def test_upstream_gradients_of_every_kind(backend):
