@@ -56,11 +56,11 @@ def cases():
 
 
 @pytest.mark.parametrize("name", cases())
-def test_every_combination_of_missing_arguments_is_right_or_refused(backend, name):
+def test_every_combination_of_missing_arguments_is_right_or_refused(backend, device, name):
     torch.manual_seed(0)
     arguments, optional = cases()[name]
     op = name.split()[0]
-    primitive = backends.primitive(getattr(reference, op), torch.device("cpu"))
+    primitive = backends.primitive(getattr(reference, op), torch.device(device))
 
     def run(module_op, missing):
         given = {
@@ -82,11 +82,11 @@ def test_every_combination_of_missing_arguments_is_right_or_refused(backend, nam
 
 
 @pytest.mark.parametrize("name", cases())
-def test_an_argument_of_another_length_is_refused_by_name(backend, name):
+def test_an_argument_of_another_length_is_refused_by_name(backend, device, name):
     if backend == "reference":
         pytest.skip("reference: torch itself refuses what it cannot compute")
     arguments, _ = cases()[name]
-    primitive, refused = backends.primitive(getattr(reference, name.split()[0]), torch.device("cpu")), 0
+    primitive, refused = backends.primitive(getattr(reference, name.split()[0]), torch.device(device)), 0
     for key, value in arguments.items():
         for axis in range(value.ndim if isinstance(value, torch.Tensor) else 0):
             if (name, key, axis) == ("token_logp", "logits", 1):  # nothing else tells the vocabulary
@@ -103,19 +103,19 @@ def advantages():
     out = Advantages(
         *(torch.empty(8, dtype=torch.bool if name == "dead" else torch.float32) for name in Advantages._fields)
     )
-    rewards, two = torch.arange(16.0).view(8, 2).double() % 5, torch.tensor([1.0, 0.3]).double()
+    rewards, two = torch.arange(16.0).view(8, 2).double() % 5, torch.tensor([1.0, 0.3], device="cpu").double()
     groups, ids = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1]), torch.arange(8) * 7
     options = AdvantageOptions("gaussian", 5, 1, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1)
     return out, AdvantageInputs(rewards, groups, 4, ids, two, two / 9), options
 
 
-def test_advantages_without_any_of_their_optional_inputs_are_the_references(backend):
+def test_advantages_without_any_of_their_optional_inputs_are_the_references(backend, device):
     seen = []
     for count in range(4):
         for missing in combinations(("groups", "sample_ids", "half_range"), count):
             results = []
             for primitive in (
-                backends.primitive(reference.group_advantages, torch.device("cpu")),
+                backends.primitive(reference.group_advantages, torch.device(device)),
                 reference.group_advantages,
             ):
                 out, inputs, options = advantages()
@@ -126,11 +126,11 @@ def test_advantages_without_any_of_their_optional_inputs_are_the_references(back
     assert len({tuple(values.tolist()) for values in seen}) == 6  # without noise the ids do not matter
 
 
-def test_advantages_of_another_length_are_refused_by_name(backend):
+def test_advantages_of_another_length_are_refused_by_name(backend, device):
     if backend == "reference":
         pytest.skip("reference: torch itself refuses what it cannot compute")
     out, inputs, options = advantages()
-    primitive = backends.primitive(reference.group_advantages, torch.device("cpu"))
+    primitive = backends.primitive(reference.group_advantages, torch.device(device))
     primitive(out, inputs, options)
     for packed in (out, inputs):
         for name, value in packed._asdict().items():
@@ -165,8 +165,8 @@ def parameter_passes():
 
 
 @pytest.mark.parametrize("name", parameter_passes())
-def test_lists_with_a_missing_tensor_or_of_another_length_are_refused_by_name(backend, name):
-    run, arguments = backends.primitive(getattr(reference, name), torch.device("cpu")), parameter_passes()[name]
+def test_lists_with_a_missing_tensor_or_of_another_length_are_refused_by_name(backend, device, name):
+    run, arguments = backends.primitive(getattr(reference, name), torch.device(device)), parameter_passes()[name]
     run(*arguments.values())
     lists = [key for key, value in arguments.items() if isinstance(value, list)]
     before = [x.clone() for key in lists for x in arguments[key] if isinstance(x, torch.Tensor)]
