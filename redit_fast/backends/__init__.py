@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
-from types import ModuleType
-from typing import ParamSpec
+from typing import ParamSpec, Protocol, cast
 
 import torch
 
@@ -39,10 +38,16 @@ P = ParamSpec("P")
 _forced: ContextVar[str | None] = ContextVar("redit_fast_backend", default=None)
 
 
-def _backend(name: str) -> ModuleType:
+class Backend(Protocol):
+    """A backend's module. It exports each primitive too, under the name and with the arguments of the reference's."""
+
+    def why_not(self, op: str, device: torch.device) -> str | None: ...
+
+
+def _backend(name: str) -> Backend:
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(NAMES)}")
-    return import_module(f"{__name__}.{name}")
+    return cast(Backend, import_module(f"{__name__}.{name}"))
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Each primitive with every combination of missing arguments, on every backend: what the reference gives, or a
 ValueError that names the argument, before anything is written."""
 
+import inspect
 from itertools import combinations
 
 import pytest
 import torch
 
 from redit_fast import backends
-from redit_fast.backends import reference
+from redit_fast.backends import cpu, reference, triton
 from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.transforms import LogitTransform
@@ -53,6 +54,14 @@ def cases():
         "exp_product_grad": ({"e": torch.zeros_like(logits), **kept, **head, **upstream},
                              {"bias": None} | entropies),
     }  # fmt: skip
+
+
+def test_every_backend_takes_the_references_arguments():
+    pytest.importorskip("triton")
+    for op in backends.PRIMITIVES:
+        expected = list(inspect.signature(getattr(reference, op)).parameters)
+        for module in (cpu, triton):
+            assert list(inspect.signature(getattr(module, op)).parameters) == expected, (op, module)
 
 
 @pytest.mark.parametrize("name", cases())
