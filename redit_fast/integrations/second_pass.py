@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -196,12 +196,14 @@ class SecondPassHooks:
     """The methods of transformers.Trainer around which GR is built; the trainer's class comes behind it. Off while
     `_gr` is None."""
 
-    args: Any  # of the trainer: what is read here
-    model: Any
-    optimizer: Any
-    optimizer_cls_and_kwargs: Any
-    is_deepspeed_enabled: bool
-    is_fsdp_enabled: bool
+    if TYPE_CHECKING:  # of the trainer: what is read here
+        args: Any
+        model: Any
+        optimizer: Any
+        optimizer_cls_and_kwargs: Any
+        is_deepspeed_enabled: bool
+        is_fsdp_enabled: bool
+
     _gr: SecondPass | None = None
 
     def _start_gr(self, options: GROptions) -> None:

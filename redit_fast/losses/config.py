@@ -293,12 +293,6 @@ class LossConfig:
             return "length"
         return "sequences" if self.loss_type in _PER_SEQUENCE else "tokens"
 
-    def denominator_of(self, sequences: int, tokens: Number) -> Number | float:
-        """The denominator of that many sequences and scored tokens; without max_completion_length dr_grpo's is 0."""
-        if self.denominator == "tokens":
-            return tokens
-        return float(sequences * (1 if self.denominator == "sequences" else self.max_completion_length or 0))
-
     @property
     def clip_range(self) -> tuple[float, float]:
         """The bounds of r; in gmpo of the log-ratio, in dppo_tv and dppo_kl of the divergence."""
@@ -319,3 +313,10 @@ class LossConfig:
 
 
 _DEFAULTS = {each.name: each.default for each in fields(LossConfig)}
+
+
+def denominator_of(config: LossConfig, sequences: int, tokens: Number) -> Number | float:
+    """The denominator of that many sequences and scored tokens; without max_completion_length dr_grpo's is 0."""
+    if config.denominator == "tokens":
+        return tokens
+    return float(sequences * (1 if config.denominator == "sequences" else config.max_completion_length or 0))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from redit_fast.checks import as_float, check_seed, check_step, check_tensor, described, in_float32
-from redit_fast.losses.config import LossConfig, Route
+from redit_fast.losses.config import LossConfig, Route, denominator_of
 
 
 class Layout:
@@ -158,7 +158,7 @@ class Rows(NamedTuple):
         """(R,) float32: the factor of each row's loss in the whole loss; 0 where masked."""
         config, weights = self.config, self.mask.float()
         tokens: Any = weights.sum().clamp(min=1) if config.denominator == "tokens" else 0.0
-        default = config.denominator_of(self.layout.count, tokens)
+        default = denominator_of(config, self.layout.count, tokens)
         if config.denominator == "sequences" and config.loss_type != "luspo":
             weights = weights / self.layout.spread(self.layout.sum(weights).clamp(min=1))
         if normalizer is None:

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import redit_fast as rf
 from redit_fast.checks import given
 from redit_fast.foreign import Foreign
+from redit_fast.losses.config import denominator_of
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.rollout.local import Rollout
 
@@ -252,7 +253,7 @@ class Batch:
     @property
     def normalizer(self) -> float:
         """The whole step's denominator, so that micro-batches add up."""
-        return self.settings.denominator_of(len(self.sequences), float(sum(self.lengths)))
+        return denominator_of(self.settings, len(self.sequences), float(sum(self.lengths)))
 
     def micro_batches(self) -> Iterator[tuple[list[int], bool]]:
         """The samples of each micro-batch, and whether it needs a graph: samples that have no gradient come last."""

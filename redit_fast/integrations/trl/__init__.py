@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -73,7 +73,7 @@ class ReditOptions(DitherOptions, GROptions):
     """
 
     # A list, as transformers' parser takes no number or list; one entry is a number for every reward function.
-    dither_reward_scale: Any = field(
+    dither_reward_scale: list[float] = field(  # type: ignore[assignment]  # of DitherOptions: a number
         default_factory=lambda: [1.0],
         metadata={"help": "The full scale of the rewards: one number, or one for each reward function."},
     )
@@ -84,7 +84,7 @@ class ReditOptions(DitherOptions, GROptions):
         if isinstance(self, GRPOConfig):
             super().__post_init__()  # type: ignore[misc]  # GRPOConfig's
         if isinstance(self.dither_reward_scale, list | tuple) and len(self.dither_reward_scale) == 1:
-            (self.dither_reward_scale,) = self.dither_reward_scale
+            (self.dither_reward_scale,) = self.dither_reward_scale  # type: ignore[assignment]
         check_flag("fused_head", self.fused_head)
         self.dither(seed=0)
         self.gr()
@@ -127,15 +127,17 @@ class _Generation(NamedTuple):
 class ReditHooks(SecondPassHooks):
     """The methods of GRPOTrainer and RLOOTrainer around which dithering and GR are built; one of those comes behind."""
 
-    state: Any  # of the trainer: what is read here, beside SecondPassHooks
-    accelerator: Any
-    ref_model: Any
-    reward_funcs: list
-    reward_func_names: list[str]
-    reward_weights: Tensor
-    num_generations: int
-    _metrics: Any
-    _logs: Any
+    if TYPE_CHECKING:  # of the trainer: what is read here, beside SecondPassHooks
+        state: Any
+        accelerator: Any
+        ref_model: Any
+        reward_funcs: list
+        reward_func_names: list[str]
+        reward_weights: Tensor
+        num_generations: int
+        _metrics: Any
+        _logs: Any
+
     _dither: Dither | None = None
     _policy_head: trl_head.FusedHead | None = None
     _loss_config: LossConfig | None = None  # where the loss is `linear_grpo_loss`

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def _number(function: RewardFunction, sample: int, value: Any) -> float:
         value = value.item() if getattr(value, "ndim", None) == 0 else value  # of a tensor or an array
         if value is None:
             return math.nan
-        if isinstance(value, Real) and not abs(as_float(value)) > sys.float_info.max:  # NaN passes
+        if isinstance(value, Real) and not abs(cast(Any, value)) > sys.float_info.max:  # NaN passes
             return float(value)
         told = repr(value)
     raise RewardError(
