@@ -21,7 +21,8 @@ class Mbarrier:
 
     def __init__(self, count):
         self.count = self.pending = count
-        self.bytes = self.phase = 0
+        self.bytes = self.phase = self.expected = 0
+        self.over_since = 0  # the time of the end of its last phase, if that had no bytes
         self.landed = []  # copies that no thread has waited for
 
 
@@ -100,10 +101,12 @@ def arrive(m, place, threads, incoming):
     barrier = barrier_at(m, place)
     barrier.pending -= threads
     barrier.bytes += incoming
+    barrier.expected += max(incoming, 0)
     if barrier.pending < 0:
         raise Fault(f"more threads arrive at the mbarrier at {m.shared.describe(place)} than it counts")
     if barrier.pending == barrier.bytes == 0:
-        barrier.pending, barrier.phase = barrier.count, barrier.phase + 1
+        barrier.over_since = 0 if barrier.expected else m.clock.time
+        barrier.pending, barrier.phase, barrier.expected = barrier.count, barrier.phase + 1, 0
         m.state[m.state == 3] = 0
 
 
@@ -114,9 +117,10 @@ def try_wait(m, o, a, s):
         phases[places == place] = barrier_at(m, place).phase
     over = phases & 1 != m.read(a[2], "u32", s) & 1
     for place in np.unique(places[over]):
-        for copy in m.barriers[place].landed:
-            m.shared.busy[copy.places] = 0
-        m.barriers[place].landed.clear()
+        barrier, waited = m.barriers[place], ids[over & (places == place)]
+        m.clock.acquired[waited] = np.maximum(m.clock.acquired[waited], barrier.over_since)
+        while barrier.landed:
+            m.shared.busy[barrier.landed.pop().places] = 0
     m.write(a[0], over, s)
     m.state[ids[~over]] = 3
     return True

@@ -1,5 +1,5 @@
-"""Instructions of one thread, and the warp's shuffle. A function gets the machine, the opcode's modifiers and types, the
-operands and the threads. A result that is true ends the step.
+"""Instructions of one thread, and the warp's shuffle. A function gets the machine, the opcode's modifiers and types,
+the operands and the threads. A result that is true ends the step.
 """
 
 import operator
@@ -87,13 +87,11 @@ def rounding(exact, near):
     """Float32 with a modifier is rounded from the `exact` result in float64, all else by NumPy."""
 
     def instruction(m, o, a, s):
-        read, special = values(m, o, a[1:], s), {"rz", "rm", "rp", "sat", "ftz"} & set(o)
-        if o[-1] == "f32" and (special or near is None):
-            m.write(a[0], rounded(exact(*(x.astype(np.float64) for x in read)), o), s)
-        elif special or near is None:
-            raise Fault(f"unknown modifiers {' '.join(special)} of {o[-1]}")
-        else:
-            m.write(a[0], near(*read), s)
+        read, special = values(m, o, a[1:], s), near is None or {"rz", "rm", "rp", "sat", "ftz"} & set(o)
+        if special and o[-1] != "f32":
+            raise Fault(f"unknown opcode: fma of {o[-1]}, or a rounding of it")
+        result = rounded(exact(*(x.astype(np.float64) for x in read)), o) if special else near(*read)
+        m.write(a[0], result, s)
 
     return instruction
 

@@ -146,6 +146,7 @@ class Machine:
             ends = pc >= stop or function in (instructions.branch, instructions.leave)
             if ends:
                 self.pc[ids] = pc
+            self.clock.time += 1
             count = len(ids) if acting is s else len(acting)
             if count:
                 self.instructions[instruction.opcode] += count

@@ -1,6 +1,7 @@
-"""Memory, and who touched a byte last. Two accesses, one of them a write, are a race when they are by threads of a block
-in one epoch of the block, by blocks of a cluster in one epoch of the cluster, or by two clusters; a barrier begins a new
-epoch. The last writer and the last reader are kept, or that there were several.
+"""Memory, and who touched a byte last. Two accesses, one of them a write, are a race when they are by threads of a
+block in one epoch of the block, by blocks of a cluster in one epoch of the cluster, or by two clusters. A barrier
+starts an epoch. An mbarrier's phase without bytes orders, for who waits for it, what was before. The last writer and
+the last reader are kept, or that there were several.
 """
 
 import ctypes
@@ -22,6 +23,7 @@ class Clock:
         self.threads, count, clusters = threads, blocks * threads, blocks // cluster
         self.block_epoch, self.cluster_epoch = np.zeros(blocks, np.int64), np.zeros(clusters, np.int64)
         self.of_block, self.of_cluster, self.of_all = count + 1, count + 1 + blocks, count + 1 + blocks + clusters
+        self.time, self.acquired = 0, np.zeros(count, np.int64)
         thread, block = np.arange(count), np.arange(blocks)
         self.block = np.concatenate([[-1], thread // threads, block, np.full(clusters + 1, -1)])
         of_threads = [thread // threads // cluster, block // cluster, np.arange(clusters)]
@@ -59,7 +61,7 @@ def cells(flat, n, size):
 class Memory:
     def __init__(self, flat, units, clock):
         self.bytes, self.clock = flat, clock
-        self.written, self.read = np.zeros(units, np.int64), np.zeros(units, np.int64)
+        self.written, self.read, self.time = (np.zeros(units, np.int64) for _ in range(3))
 
     def load(self, at, n, size, ids):
         place, units = self.find(at, n, ids)
@@ -74,19 +76,22 @@ class Memory:
     def touch(self, units, ids, store):
         """Thread ids[i] reads or writes units[i]."""
         now = np.broadcast_to(self.clock.stamp(ids)[:, None], units.shape)
+        recent = self.time[units] >= self.clock.acquired[ids][:, None]
+        self.time[units] = self.clock.time
         for last, did in ((self.written, "wrote"), (self.read, "read"))[: 1 + store]:
-            self.fault_where(self.clock.unordered(last[units], now), last, units, now, store, did)
+            self.fault_where(recent & self.clock.unordered(last[units], now), last, units, now, store, did)
         if store:
             self.written[units] = now
             self.fault_where(self.written[units] != now, self.written, units, now, store, "writes too")
         else:
             old = self.read[units]
-            open_too = self.clock.unordered(old, now)
+            open_too = recent & self.clock.unordered(old, now)
             mine = np.where(open_too, self.clock.several(old, now), now) if open_too.any() else now
             self.read[units] = mine
             old = self.read[units]
-            if (old != mine).any():  # several threads of this instruction
-                self.read[units] = np.where(old == mine, old, self.clock.several(old, now))
+            apart = old != mine
+            if apart.any():  # several threads of this instruction
+                self.read[units[apart]] = self.clock.several(old[apart], now[apart])
 
     def fault_where(self, bad, last, units, now, store, did):
         if bad.any():
