@@ -262,6 +262,27 @@ struct alignas(1024) Tiles {
   uint16_t x[128 * kDeep], w[128 * kDeep];
 };
 
+// The 8 rows from `more` and 64 columns from `n` of a matrix, found where the swizzle puts them: 16 bytes apart by row.
+struct BoxArgs {
+  TensorMap map;
+  uint16_t* y;
+  int n, more;
+};
+extern "C" __global__ void __launch_bounds__(64) box(const __grid_constant__ BoxArgs args) {
+  __shared__ __align__(1024) uint16_t tile[8 * 64];
+  __shared__ uint64_t full;
+  const int t = int(threadIdx.x);
+  if (t == 0) {
+    mbarrier_init(&full, 1);
+    fence_mbarrier_init();
+    mbarrier_expect(&full, sizeof tile);
+    tensor_load(tile, &args.map, args.n, args.more, &full);
+  }
+  __syncthreads();
+  mbarrier_wait(&full, 0);
+  for (int row = 0; row < 8; ++row) args.y[row * 64 + t] = tile[row * 64 + (t ^ row * 8)];
+}
+
 template <int broken>
 REDIT_DEVICE void head(const HeadArgs& args) {
   extern __shared__ __align__(1024) unsigned char stages[];

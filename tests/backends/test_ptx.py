@@ -297,27 +297,111 @@ def test_integers(kernels):
         assert y[:, i].tolist() == [signed(value, 64) for value in expected], (p, q)
 
 
+def run_text(body, shape=(32, 4)):
+    """A kernel that writes to %rd3, the thread's row of y."""
+    text = f"""
+.visible .entry kernel(.param .u64 kernel_0)
+{{
+    .reg .b32 %r<9>; .reg .b64 %rd<4>; .reg .pred %p<3>;
+    .shared .align 4 .b8 room[128];
+    ld.param.u64 %rd1, [kernel_0];
+    mov.u32 %r1, %tid.x;
+    mul.wide.u32 %rd2, %r1, {4 * shape[1]};
+    add.s64 %rd3, %rd1, %rd2;
+    {body}
+    ret;
+}}"""
+    y = placed(np.zeros(shape, np.uint32))
+    Machine(Module(text), Launch("kernel", 1, len(y), params=struct.pack("<Q", y.ctypes.data)), [y]).run()
+    return y
+
+
 def test_memory_and_registers_begin_as_ones():
     """What nothing has written is NaN, so that a missing write shows; a predicate is true."""
-    text = """
-.visible .entry fresh(.param .u64 fresh_0)
-{
-    .reg .b32 %r<4>; .reg .b64 %rd<4>; .reg .pred %p<2>;
-    .shared .align 4 .b8 room[128];
-    ld.param.u64 %rd1, [fresh_0];
-    mov.u32 %r1, %tid.x;
+    y = run_text(
+        """
     mad.lo.s32 %r3, %r1, 4, room;
-    mul.wide.u32 %rd2, %r1, 16;
-    add.s64 %rd3, %rd1, %rd2;
     @!%p1 bra SKIP;
     ld.shared.u32 %r3, [%r3];
     st.global.v2.u32 [%rd3], {%r2, %r3};
-SKIP:
-    ret;
-}"""
-    y = placed(np.zeros((32, 4), np.uint32))
-    Machine(Module(text), Launch("fresh", 1, 32, params=struct.pack("<Q", y.ctypes.data)), [y]).run()
+SKIP:"""
+    )
     assert (y == [0xFFFFFFFF, 0xFFFFFFFF, 0, 0]).all()
+
+
+def test_shifts_past_the_width_shift_out_everything():
+    y = run_text(
+        """
+    mov.b32 %r2, -5; mov.b32 %r3, 32; mov.b32 %r4, 7;
+    shl.b32 %r5, %r2, %r3; shr.u32 %r6, %r2, %r3; shr.s32 %r7, %r2, %r3; shr.s32 %r8, %r4, %r3;
+    st.global.v4.u32 [%rd3], {%r5, %r6, %r7, %r8};"""
+    )
+    assert (y == [0, 0, 0xFFFFFFFF, 0]).all()
+
+
+def test_braces_are_a_scope_of_registers_and_labels():
+    block = "{ .reg .b32 own; mov.u32 own, 5; @%p1 bra over; mov.u32 own, 7; over: add.u32 %r2, %r2, own; }"
+    y = run_text(
+        f"""
+    .reg .b32 own; mov.u32 own, 1; mov.u32 %r2, 0;
+    setp.lt.u32 %p1, %r1, 16; {block}
+    setp.lt.u32 %p1, %r1, 8; {block}
+    st.global.v2.u32 [%rd3], {{%r2, own}};""",
+        (32, 2),
+    )
+    assert (y == [[(5 if t < 16 else 7) + (5 if t < 8 else 7), 1] for t in range(32)]).all()
+
+
+WGMMA = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r2, %r3, %r4, %r5}, %rd2, %rd2, %p1, "
+REFUSED = {
+    "mov.u32 %r2, nobody;": "unknown operand nobody",
+    "add.s32 %r2, {%r1;": "cannot read",
+    "add.sat.s32 %r2, %r1, %r1;": "unknown opcode add.sat.s32|or a rounding of it",
+    "add.rz.f64 %rd2, %rd1, %rd1;": "a rounding of it",
+    "mul.wide.u64 %rd2, %rd1, %rd1;": "a product of 128 bits",
+    "rcp.approx.ftz.f64 %rd2, %rd1;": "an approximation of f64",
+    "cvt.rz.f32.s32 %r2, %r1;": "unknown conversion",
+    "bar.sync 1, 32;": "only barrier 0, of all threads, is known",
+    "barrier.cluster.wait.acquire.aligned;": "waits at the cluster's barrier without having arrived",
+    "mbarrier.arrive.shared::cta.b64 _, [room];": "there is no mbarrier at shared byte 0",
+    "cp.async.bulk.global.shared::cta.bulk_group [%rd1], [room], 24;": "misaligned: a bulk copy of 24 bytes",
+    "setp.lt.u32 %p1, %r1, 64; @%p1 wgmma.commit_group.sync.aligned;": "wgmma by part of a warpgroup",
+    WGMMA + "1, 1, 0, 0;": "unknown descriptor",
+    WGMMA + "1, 1, 1, 0;": "unknown operands",
+    "mov.b64 %rd2, 0x4000000000003FFF;" + WGMMA + "1, 1, 0, 0;": "out of bounds: a tile",
+}
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_what_it_does_not_know_is_a_fault(body):
+    with pytest.raises(Fault, match=REFUSED[body]):
+        run_text(body, (128, 4))
+
+
+def test_half_a_warpgroup_and_arrays_with_gaps_are_refused():
+    with pytest.raises(Fault, match="whole warps"):
+        run_text("wgmma.fence.sync.aligned;", (64, 4))
+    with pytest.raises(ValueError, match="arrays must be contiguous"):
+        Machine(Module(".entry k() {ret;}"), Launch("k", 1, 32), [np.zeros((4, 4))[:, ::2]])
+
+
+def test_a_box_of_a_matrix_lies_swizzled_and_is_zero_outside(kernels):
+    x = placed(np.arange(1, 1 + 20 * 96, dtype=np.uint16).reshape(20, 96))
+
+    def box(row, column):
+        y = placed(np.zeros((8, 64), np.uint16))
+        params = struct.pack("<6q", x.ctypes.data, 20, 96, 192, 8, 64).ljust(128, b"\0")
+        params = (params + struct.pack("<Qii", y.ctypes.data, column, row)).ljust(192, b"\0")
+        Machine(kernels, Launch("box", 1, 64, params=params), [x, y]).run()
+        return y
+
+    for row, column in ((0, 0), (5, 32), (15, 64)):
+        expected = np.zeros((8, 64), np.uint16)
+        part = x[row : row + 8, column : column + 64]
+        expected[: part.shape[0], : part.shape[1]] = part
+        assert (box(row, column) == expected).all()
+    with pytest.raises(Fault, match="a box that begins outside its tensor"):
+        box(-3, 0)
 
 
 def head(kernels, broken=0, **choices):

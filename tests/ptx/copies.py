@@ -138,7 +138,7 @@ def issue_load(m, thread, copy):
     """From here until a thread has waited for the mbarrier nobody may touch the bytes."""
     m.shared.touch(copy.places[None], thread.one, store=True)
     m.shared.written[copy.places] = m.shared.read[copy.places] = m.shared.dirty[copy.places] = 0
-    m.shared.busy[copy.places], m.shared.bytes[copy.places] = LOADING, 0xFF
+    m.shared.busy[copy.places] = LOADING
     m.loads.append(copy)
     if not m.late:
         land_latest(m)
@@ -169,9 +169,7 @@ def check_fenced(m, places):
     unfenced = (who != 0) & (m.shared.fences[who - 1] == after)
     if unfenced.any():
         place, name = places[unfenced][0], m.clock.name(who[unfenced][0])
-        raise Fault(
-            f"no fence.proxy.async: {name} wrote {m.shared.describe(place)}, and an asynchronous operation reads it"
-        )
+        raise Fault(f"no fence.proxy.async: {name} wrote {m.shared.describe(place)}, read by an asynchronous operation")
 
 
 @each_thread

@@ -35,9 +35,8 @@ def move(m, o, a, s):
         m.write(to, bool(source) if isinstance(source, int) else m.predicate(source, s), s)
     elif isinstance(source, tuple):  # the low part first
         bits, whole = int(o[-1][1:]) // len(source), U[int(o[-1][1:]) // 8]
-        m.write(
-            to, sum(m.read(part, f"b{bits}", s).astype(whole) << whole(i * bits) for i, part in enumerate(source)), s
-        )
+        parts = (m.read(part, f"b{bits}", s).astype(whole) << whole(i * bits) for i, part in enumerate(source))
+        m.write(to, sum(parts), s)
     elif isinstance(to, tuple):
         bits, whole = int(o[-1][1:]) // len(to), m.read(source, o[-1], s)
         for i, part in enumerate(to):

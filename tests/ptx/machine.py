@@ -56,7 +56,8 @@ class Machine:
         entry, threads, cluster = module.entries[launch.kernel], launch.threads, launch.cluster
         width, height = launch.grid if isinstance(launch.grid, tuple) else (launch.grid, 1)
         self.blocks, self.count = width * height, width * height * threads
-        if threads % 32 or not 0 < threads <= entry.most_threads or width % cluster or self.blocks < 1:
+        self.unit = 128 if any(instruction.opcode.startswith("wgmma") for instruction in entry.code) else 32
+        if threads % self.unit or not 0 < threads <= entry.most_threads or width % cluster or self.blocks < 1:
             raise Fault(f"it takes whole warps, whole clusters and at most {entry.most_threads} threads: {launch[:5]}")
         if len(launch.params) != entry.parameter_bytes:
             raise Fault(f"{launch.kernel} takes {entry.parameter_bytes} bytes of parameters, got {len(launch.params)}")
@@ -81,7 +82,6 @@ class Machine:
         self.registers |= {f"%{name}": np.full(self.count, value, np.uint32) for name, value in special.items()}
         self.pc, self.state = np.zeros(self.count, np.int64), np.zeros(self.count, np.int8)
         self.arrived = np.zeros(self.count, bool)  # at the cluster's barrier
-        self.unit = 128 if any(instruction.opcode.startswith("wgmma") for instruction in self.code) else 32
         self.barriers, self.loads, self.stores, self.products = {}, [], {}, {}
         self.instructions, self.bytes, self.flop = Counter(), Counter(), 0
 

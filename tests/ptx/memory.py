@@ -96,12 +96,8 @@ class Memory:
     def fault_where(self, bad, last, units, now, store, did):
         if bad.any():
             i = tuple(np.argwhere(bad)[0])
-            me, other, does = (
-                self.clock.name(now[i] & WHO),
-                self.clock.name(last[units[i]] & WHO),
-                "reads writes".split()[store],
-            )
-            raise Fault(f"race: {me} {does} {self.describe(units[i])}, which {other} {did}")
+            me, other = (self.clock.name(stamp & WHO) for stamp in (now[i], last[units[i]]))
+            raise Fault(f"race: {me} {'writes' if store else 'reads'} {self.describe(units[i])}, which {other} {did}")
 
 
 def check_alignment(at, n, space):

@@ -6,9 +6,7 @@ from typing import NamedTuple
 
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", re.S)
-TOKEN = re.compile(
-    r"\s*(?:(?P<label>[\w$]+):(?!:)|(?P<open>\{)|(?P<close>\})|(?P<code>[^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)"
-)
+TOKEN = re.compile(r"\s*(?:([\w$]+):(?!:)|(\{)|(\})|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)")  # label, braces, statement
 OPERAND = re.compile(r"\{[^}]*\}|\[(?:[^\[\]]|\[[^\]]*\])*\]|[^,\s]+")
 ADDRESS = re.compile(r"\[\s*([^\s,+\]]+)(?:\s*\+\s*(-?\w+))?\s*(?:,\s*(\{.*\}))?\s*\]", re.S)
 
@@ -73,14 +71,15 @@ def _body(text, at, places):
         m = TOKEN.match(text, at)
         if m is None:
             raise Fault(f"cannot read the PTX at {text[at : at + 60]!r}")
-        at, names, code = m.end(), inside[-1], " ".join((m["code"] or "").split())
-        if m["open"]:
+        label, opens, closes, code = m.groups()
+        at, names, code = m.end(), inside[-1], " ".join((code or "").split())
+        if opens:
             inside.append(names.new_child({"#": f"#{at}"}))
-        elif m["close"]:
+        elif closes:
             inside.pop()
-        elif m["label"]:
-            names[m["label"]] = m["label"] + names["#"]
-            tokens.append((names, m["label"], True))
+        elif label:
+            names[label] = label + names["#"]
+            tokens.append((names, label, True))
         elif code.startswith(".reg"):
             _, kind, declared = code.split(" ", 2)
             for name, count in re.findall(r"([%\w$]+)(?:<(\d+)>)?", declared):
@@ -112,6 +111,5 @@ def _operand(text, names, places):
         return int(text[2:], 16)
     if re.fullmatch(r"-?(0[xX][\da-fA-F]+|\d+)U?", text):
         return int(text.rstrip("U"), 0)
-    return (
-        places.get(text) if text in places else text[: text[0] == "!"] + names.get(text.lstrip("!"), text.lstrip("!"))
-    )
+    name = text.lstrip("!")
+    return places[text] if text in places else text[: -len(name)] + names.get(name, name)

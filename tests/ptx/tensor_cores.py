@@ -22,6 +22,8 @@ def tensor_load(m, thread, to, source, barrier, mask=None):
     at = int(m.address(source, thread.one)[0])
     base, rows, columns, step, box_rows, box_columns = m.params[at : at + 48].view(np.int64).tolist()
     column, row = (thread.number(x, "s32") for x in source.coordinates)
+    if column < 0 or row < 0:
+        raise Fault("a box that begins outside its tensor")
     box = np.zeros((box_rows, box_columns), np.uint16)
     inside = box[: max(rows - row, 0), : max(columns - column, 0)]
     for i, cells in enumerate(inside if inside.size else ()):
