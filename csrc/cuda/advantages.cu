@@ -6,8 +6,17 @@
 // threads makes the noise of a sample, a tile of as many samples as threads at a time, and adds up a group in batch
 // order. What a thread needs of other samples lies in shared memory; a tile is made again when it comes up again, so
 // that nothing of a sample goes through global memory, and once only where one tile has all of the block's samples.
-// What is normalised over the batch is one cluster of 8 blocks of 1024 groups, the spec's order of sums, or five
-// launches where there are more groups: sums, batch_mean, squares, batch_std, values.
+// What is normalised over the batch is one cluster of 8 blocks of 1024 groups, in the order of sums that the reference
+// has, up to 8192 samples; else five launches: sums, mean, squares, std, values.
+//
+//   kernel   threads  groups a block  shared bytes  registers: sm_80  sm_90a  sm_100
+//   whole        256       up to 256         25088             80      74      90
+//   sums         256       up to 256         25088             79      82      90
+//   squares      256       up to 256         25088             83      86      90
+//   values       256       up to 256         25088             83      86      88
+//   cluster      512      up to 1024         86784              -      87      94
+//   mean        1024               -             0             32      32      32
+//   std         1024               -             0             32      32      32
 
 #include <cmath>
 
@@ -307,6 +316,7 @@ REDIT_DEVICE void add_groups(const AdvantagesLaunch& a) {
       advantages_##part(const __grid_constant__ AdvantagesLaunch a) {                       \
     advantages<Part::part, threads, groups>(a);                                             \
   }
+static_assert(sizeof(Room<256, 256>) == 25088 && sizeof(Room<512, kBatchBlock>) == 86784, "the table above");
 REDIT_ADVANTAGES(whole, 256, 256)
 REDIT_ADVANTAGES(sums, 256, 256)
 REDIT_ADVANTAGES(squares, 256, 256)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -22,10 +23,12 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 NAN = math.nan
 ORDERS = ("lowest", "highest", "random")
 LAYOUT = "<6Q5Q2q5?3xiiQI4xdi4x2Q2qi4x4Q"  # AdvantagesLaunch
-SHARED = {256: 25_088, 512: 86_784}  # Room
 BATCH_LAUNCHES = ("sums", "mean", "squares", "std", "values")
 FLAGS = ("-arch=sm_90a", "-std=c++17", "-fmad=false", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}")
 SOURCE = ROOT / "csrc" / "cuda" / "advantages.cu"
+ROW = re.compile(r"//   (\w+) +(\d+) +[-\w ]+? +(\d+) +([-\d]+) +(\d+) +(\d+)\n")  # of the table in its comment
+TABLE = {row[0]: row[1:] for row in ROW.findall(SOURCE.read_text())}
+ARCHES = os.environ.get("KERNEL_ARCHS", "90").split()
 
 
 @pytest.fixture(scope="session")
@@ -78,10 +81,9 @@ def on_cuda(
     parts = ["cluster"] if cluster else BATCH_LAUNCHES if batch_wide else ["whole"]
     machines = []
     for part in parts:
-        threads, blocks, size = {"cluster": (512, 8, 8), "mean": (1024, 1, 1), "std": (1024, 1, 1)}.get(
-            part, (256, -(-groups // per_block), 1)
-        )
-        launch = Launch(f"advantages_{part}", blocks, threads, size, SHARED.get(threads, 0), params)
+        threads, shared = map(int, TABLE[part][:2])
+        blocks, size = {"cluster": (8, 8), "mean": (1, 1), "std": (1, 1)}.get(part, (-(-groups // per_block), 1))
+        launch = Launch(f"advantages_{part}", blocks, threads, size, shared, params)
         machines.append(Machine(kernels, launch, [array for array in arrays if array is not None], **choices).run())
     return [torch.from_numpy(array) for array in out], machines
 
@@ -201,3 +203,14 @@ def test_bytes_are_what_the_kernel_s_comment_says(kernels):
     _, (machine,) = check(kernels, torch.rand(n, K), ["lowest"], group_size=8, sample_ids=ids, dither=rf.Dither())
     assert machine.bytes["global written"] == 21 * n
     assert machine.bytes["global read"] == (8 * K + 8) * n + 16 * K * n
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_no_register_is_spilled_and_the_table_is_kept(arch, tmp_path):
+    name, column = {"80": ("sm_80", 2), "90": ("sm_90a", 3), "100": ("sm_100", 4)}[arch]
+    flags = [f"-arch={name}", "-cubin", "-Xptxas", "-v", *FLAGS[1:]]
+    report = subprocess.run([NVCC, *flags, SOURCE, "-o", tmp_path / "out"], check=True, capture_output=True, text=True)
+    found = re.findall(r"'advantages_(\w+)' for.*?(\d+) bytes stack.*?Used (\d+) registers", report.stderr, re.S)
+    assert {kernel for kernel, *_ in found} == {kernel for kernel, row in TABLE.items() if row[column] != "-"}
+    for kernel, stack, registers in found:
+        assert stack == "0" and int(registers) <= int(TABLE[kernel][column]), kernel
