@@ -1,0 +1,197 @@
+// What a kernel asks of the device that C++ has no word for. All inline assembly of csrc/cuda is here; the PTX ISA's
+// own names are in the comments. Clusters, mbarriers and bulk copies need sm_90.
+#pragma once
+
+#include <cstdint>
+
+#define REDIT_DEVICE __device__ __forceinline__
+
+namespace redit::device {
+
+REDIT_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// 2^x, at most 2 ulp off, subnormal results flushed: ex2.approx.ftz
+REDIT_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The larger; NaN if either is: max.NaN
+REDIT_DEVICE float max_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+// Two floats as 16-bit numbers in a word, to nearest even.
+REDIT_DEVICE uint32_t pack_bfloat16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+REDIT_DEVICE uint32_t pack_float16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Clusters: barrier.cluster, mapa.
+
+REDIT_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+REDIT_DEVICE int cluster_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return int(index);
+}
+REDIT_DEVICE int cluster_count() {
+  uint32_t count;
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return int(count);
+}
+
+// Writes before are visible to the whole cluster after.
+REDIT_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Address of p's place in the shared memory of block `rank` of the cluster.
+REDIT_DEVICE uint32_t peer_address(const void* p, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+REDIT_DEVICE void store_peer(float* p, int rank, float x) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(peer_address(p, rank)), "f"(x) : "memory");
+}
+REDIT_DEVICE void store_peer(double* p, int rank, double x) {
+  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(peer_address(p, rank)), "d"(x) : "memory");
+}
+
+// mbarriers: a phase is over when `count` threads have arrived and all bytes that they expect have come.
+
+REDIT_DEVICE void mbarrier_init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+// After the inits, before the cluster's barrier that shows them to others: fence.mbarrier_init
+REDIT_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+REDIT_DEVICE void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+REDIT_DEVICE void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+REDIT_DEVICE void mbarrier_arrive_peer(uint64_t* barrier, int rank) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_address(barrier, rank))
+               : "memory");
+}
+// Until the phase of this parity is over. A debug build traps after 2^26 tries, so that a hang names its barrier.
+REDIT_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done = 0;
+  [[maybe_unused]] int tries = 0;
+  while (!done) {
+    asm volatile(
+        "{\n.reg .pred over;\nmbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\nselp.u32 %0, 1, 0, over;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+#ifdef REDIT_DEBUG
+    if (++tries == 1 << 26) __trap();
+#endif
+  }
+}
+
+// Bulk copies, of multiples of 16 bytes between addresses that are multiples of 16: cp.async.bulk
+
+REDIT_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+// Of shared memory that other instructions wrote: after their thread's fence_async and a barrier.
+REDIT_DEVICE void bulk_store(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
+               "r"(bytes)
+               : "memory");
+}
+REDIT_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until all but the last `open` groups of this thread's bulk stores have read their bytes, or have written them.
+template <int open>
+REDIT_DEVICE void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(open) : "memory");
+}
+template <int open>
+REDIT_DEVICE void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(open) : "memory");
+}
+// Shows this thread's writes to asynchronous copies: fence.proxy.async
+REDIT_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Boxes of a matrix of 16-bit elements, 64 wide, stored with the 128-byte swizzle: cp.async.bulk.tensor
+
+struct alignas(64) TensorMap {  // a CUtensorMap
+  unsigned char bytes[128];
+};
+REDIT_DEVICE void tensor_load(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+// Into the same place of every block whose bit is set, whose mbarrier at the same place counts the bytes.
+REDIT_DEVICE void tensor_load_multicast(void* to, const TensorMap* map, int column, int row, uint64_t* barrier,
+                                        int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "h"(uint16_t(blocks))
+      : "memory");
+}
+
+// Products of bfloat16 by a warpgroup, sm_90a only: wgmma. Thread t has of row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2)
+// the column 8 (i / 4) + 2 (t % 4) + i % 2 in d[i].
+
+template <int columns>
+struct Accumulator {
+  float d[columns / 2];
+};
+// A tile in shared memory with the 128-byte swizzle, `step` bytes from eight rows to the next.
+REDIT_DEVICE uint64_t wgmma_tile(const void* p, int step) {
+  return (shared_address(p) & 0x3FFFF) >> 4 | uint64_t(1) << 16 | uint64_t(step >> 4) << 32 | uint64_t(1) << 62;
+}
+REDIT_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+REDIT_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int open>
+REDIT_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(open) : "memory");
+}
+// a += x w^T, 64 x 16 times 16 x 128
+REDIT_DEVICE void wgmma(Accumulator<128>& a, uint64_t x, uint64_t w) {
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.eq.u32 keep, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21,"
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41,"
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61,"
+      "%62, %63"
+      "}, %64, %65, keep, 1, 1, 0, 0;\n}"
+      : "+f"(a.d[0]), "+f"(a.d[1]), "+f"(a.d[2]), "+f"(a.d[3]), "+f"(a.d[4]), "+f"(a.d[5]), "+f"(a.d[6]), "+f"(a.d[7]),
+        "+f"(a.d[8]), "+f"(a.d[9]), "+f"(a.d[10]), "+f"(a.d[11]), "+f"(a.d[12]), "+f"(a.d[13]), "+f"(a.d[14]),
+        "+f"(a.d[15]), "+f"(a.d[16]), "+f"(a.d[17]), "+f"(a.d[18]), "+f"(a.d[19]), "+f"(a.d[20]), "+f"(a.d[21]),
+        "+f"(a.d[22]), "+f"(a.d[23]), "+f"(a.d[24]), "+f"(a.d[25]), "+f"(a.d[26]), "+f"(a.d[27]), "+f"(a.d[28]),
+        "+f"(a.d[29]), "+f"(a.d[30]), "+f"(a.d[31]), "+f"(a.d[32]), "+f"(a.d[33]), "+f"(a.d[34]), "+f"(a.d[35]),
+        "+f"(a.d[36]), "+f"(a.d[37]), "+f"(a.d[38]), "+f"(a.d[39]), "+f"(a.d[40]), "+f"(a.d[41]), "+f"(a.d[42]),
+        "+f"(a.d[43]), "+f"(a.d[44]), "+f"(a.d[45]), "+f"(a.d[46]), "+f"(a.d[47]), "+f"(a.d[48]), "+f"(a.d[49]),
+        "+f"(a.d[50]), "+f"(a.d[51]), "+f"(a.d[52]), "+f"(a.d[53]), "+f"(a.d[54]), "+f"(a.d[55]), "+f"(a.d[56]),
+        "+f"(a.d[57]), "+f"(a.d[58]), "+f"(a.d[59]), "+f"(a.d[60]), "+f"(a.d[61]), "+f"(a.d[62]), "+f"(a.d[63])
+      : "l"(x), "l"(w));
+}
+
+}  // namespace redit::device
