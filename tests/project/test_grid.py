@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import FunctionType
 
 import torch
 
@@ -16,7 +17,8 @@ def test_on_cuda_is_every_backend_that_has_kernels_and_the_reference():
 
 def test_what_a_test_makes_is_moved_with_the_same_numbers_and_what_the_package_makes_is_not():
     def made(module):
-        return eval("torch.zeros(2, requires_grad=True)", {"torch": torch, "__name__": module})
+        code = (lambda: torch.zeros(2, requires_grad=True)).__code__
+        return FunctionType(code, {"torch": torch, "__name__": module})()
 
     with MadeOn("meta"):
         assert torch.zeros(2).device.type == "meta" and torch.zeros(2, device="cpu").device.type == "cpu"
