@@ -14,12 +14,16 @@ import torch
 import redit_fast as rf
 from redit_fast import backends
 from redit_fast.backends import cpu
-from tests.grid import DEVICES, INTERPRETED, MadeOn, pairs
+from redit_fast.backends.cuda import module
+from tests import cuda as cuda_without_a_gpu
+from tests.grid import CUDA_INTERPRETED, DEVICES, INTERPRETED, MadeOn, pairs
 
 REWARDS = [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps", "answer_format")]
 
 if INTERPRETED:
     import triton.language as tl
+if CUDA_INTERPRETED:
+    module.run_launches = cuda_without_a_gpu.interpret
 
 
 def pytest_collection_modifyitems(items):
@@ -81,6 +85,17 @@ def backend(request, place, large_tiles):
 
 
 @pytest.fixture
+def cuda(monkeypatch):
+    """The CUDA backend, forced, its kernels interpreted."""
+    if cuda_without_a_gpu.NVCC is None:
+        pytest.skip("nvcc is not installed")
+    monkeypatch.setenv("REDIT_FAST_CUDA_INTERPRET", "1")
+    monkeypatch.setattr(module, "run_launches", cuda_without_a_gpu.interpret)
+    with rf.use_backend("cuda"):
+        yield
+
+
+@pytest.fixture
 def countable():
     """Products that torch sees."""
     widest = next((name for name in reversed(cpu.instruction_sets()) if name != "avx512_bf16"), None)
@@ -127,8 +142,9 @@ def settings(model_folder, problems, tmp_path):
 
 
 def few(backend, rows, most=16):
-    """Of rows, as many as Triton's interpreter has the time for: 5 ms a row and pass."""
-    return min(rows, most) if INTERPRETED and backend == "triton" else rows
+    """Of rows, as many as an interpreter has the time for: Triton's takes 5 ms a row and pass."""
+    slow = INTERPRETED and backend == "triton" or CUDA_INTERPRETED and backend == "cuda"
+    return min(rows, most) if slow else rows
 
 
 def skip_float64(backend, dtype=torch.float64):

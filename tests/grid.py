@@ -12,7 +12,9 @@ from redit_fast import backends
 # Kernels are interpreted, on the CPU, where TRITON_INTERPRET is set before they are imported:
 # tests/backends/test_triton.py runs the test bodies of every backend in such a process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = ["cpu"] + ["cuda"] * (torch.cuda.is_available() and not INTERPRETED)
+CUDA_INTERPRETED = os.environ.get("REDIT_FAST_CUDA_INTERPRET") == "1"  # as tests/backends/test_cuda.py does
+ON_CPU = ["cpu"] + ["cuda"] * CUDA_INTERPRETED + ["triton"] * INTERPRETED + ["reference"]
+DEVICES = ["cpu"] + ["cuda"] * (torch.cuda.is_available() and not INTERPRETED and not CUDA_INTERPRETED)
 
 
 def pairs(devices):
@@ -20,7 +22,7 @@ def pairs(devices):
     found = []
     for device in devices:
         for name in backends.NAMES:
-            if device == "cpu" and (name != "triton" or INTERPRETED):
+            if device == "cpu" and name in ON_CPU:
                 found.append(pytest.param((name, device), id=name))
             elif device != "cpu" and name != "cpu":
                 marks = [pytest.mark.gpu] * (device == "cuda")

@@ -21,7 +21,7 @@ RUN = {  # backend -> column, and where its tests have run
     "reference": ("reference (PyTorch)", "CPU"),
     "cpu": ("CPU (C++)", "x86-64: AVX-512, AVX2, baseline; emulated ARM: noise and token losses"),
     "triton": ("Triton", "its interpreter on the CPU; compiled for sm_80, sm_90, sm_100; no GPU yet"),
-    "cuda": ("CUDA", "nothing"),
+    "cuda": ("CUDA", "nvcc's PTX, interpreted on the CPU"),
 }
 HOSTS = {  # name in SUPPORTED -> what a user writes, page
     "TRL": ("`with patch(trainer, dither_level=0.05, gr_gamma=1e-3): trainer.train()`", "trl"),

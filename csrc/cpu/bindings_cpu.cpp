@@ -5,6 +5,7 @@
 
 #include "advantages.h"
 #include "bindings.h"
+#include "bindings/advantages.h"
 
 namespace py = pybind11;
 
@@ -17,37 +18,14 @@ void bind_params(py::module_& module);
 
 namespace {
 
-GroupAdvantages group_advantages_of(const Tensors<6>& outputs, const Tensors<5>& inputs, py::handle options) {
-  const auto& [values, group_mean, group_std, dead, dithered_mean, dithered_std] = outputs;
-  const auto& [rewards, groups, sample_ids, weights, half_range] = inputs;
-  const int64_t samples = std::get<2>(rewards), reward_count = std::get<3>(rewards);
-  if (reward_count < 1) throw std::invalid_argument("rewards must have at least one column, got " + describe(rewards));
-  const AdvantagesOut out{vector<float>("values", values, samples),
-                          vector<float>("group_mean", group_mean, samples),
-                          vector<float>("group_std", group_std, samples),
-                          vector<bool>("dead", dead, samples),
-                          vector<float>("dithered_mean", dithered_mean, samples),
-                          vector<float>("dithered_std", dithered_std, samples)};
-  const Matrix all_rewards = dense("rewards", rewards, Dtype::float64, samples, reward_count);
-  if (samples >= 2 && all_rewards.row_stride != reward_count)
-    throw std::invalid_argument("rewards must be contiguous, got " + describe(rewards));
-  const AdvantagesIn in{static_cast<const double*>(all_rewards.data),
-                        vector<int64_t>("groups", groups, samples),
-                        vector<int64_t>("sample_ids", sample_ids, samples),
-                        vector<double>("weights", weights, reward_count),
-                        vector_or_null<double>("half_range", half_range, reward_count),
-                        samples,
-                        reward_count};
-  for (int64_t i = 0; i < samples; ++i)
-    if (in.groups[i] < 0 || in.groups[i] >= samples)
-      throw std::invalid_argument("groups must be in [0, " + std::to_string(samples) + "), got " +
-                                  std::to_string(in.groups[i]));
-  return {out, in, filled<AdvantageOptions>("options", options)};
-}
-
 void call_group_advantages(const Tensors<6>& outputs, const Tensors<5>& inputs, py::handle options,
                            py::handle processor) {
+  require(given(inputs[1]) && given(inputs[2]), "groups and sample_ids must be given, got None");
   const GroupAdvantages args = group_advantages_of(outputs, inputs, options);
+  for (int64_t i = 0; i < args.in.samples; ++i)
+    if (args.in.groups[i] < 0 || args.in.groups[i] >= args.in.samples)
+      throw std::invalid_argument("groups must be in [0, " + std::to_string(args.in.samples) + "), got " +
+                                  std::to_string(args.in.groups[i]));
   const int threads = processor_of(processor).threads;
   py::gil_scoped_release release;
   group_advantages(args, threads);

@@ -1,6 +1,7 @@
 // The head's working rows as redit_fast._cpu.HeadRows, and its products; see bindings_cpu.cpp.
 
 #include "bindings.h"
+#include "bindings/token_loss.h"
 #include "linear_loss.h"
 #include "product.h"
 

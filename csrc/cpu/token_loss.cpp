@@ -87,6 +87,7 @@ void token_loss(const TokenLoss& args, const Run& run) {
   const Matrix &grad = args.grad, &logits = args.logits.matrix;
   const LossRows& rows = args.rows;
   const int64_t* targets = args.logits.targets;
+  const float grad_scale = args.grad_scale ? *args.grad_scale : 1;
   if (grad.data && grad.data != logits.data) advise_huge_pages(grad, run);
   std::vector<float> row_losses(size_t(logits.rows));
   for_each_row(logits.rows, logits.columns, scratch_elements(logits, grad), run, [&](int64_t r, void* scratch) {
@@ -104,7 +105,7 @@ void token_loss(const TokenLoss& args, const Run& run) {
     const LossSlope token =
         token_coefficient(args.policy, row.logp, rows.advantages[r], old_logp, ref_logp, sampling_logp);
     row_losses[r] = weight * token.loss;
-    if (grad.data) backward(grad, r, x, targets[r], row, weight * token.slope * args.grad_scale, 0, run, scratch);
+    if (grad.data) backward(grad, r, x, targets[r], row, weight * token.slope * grad_scale, 0, run, scratch);
   });
   double sum = 0;
   for (float row_loss : row_losses) sum += double(row_loss);

@@ -20,41 +20,15 @@
 
 #include <cmath>
 
+#include "cuda/advantages.h"
 #include "cuda/device.h"
-#include "shared/args.h"
 #include "shared/element.h"
 
 namespace redit {
 
-struct Moments {
-  double n, mean, std;
-};
-
-struct ColumnResult {  // of one reward in one group
-  double mean, divisor;
-  bool noisy, silent;
-};
-
-struct AdvantagesLaunch {
-  AdvantagesOut out;
-  AdvantagesIn in;
-  AdvantageOptions options;
-  // By ids: the samples sorted by group, in batch order within it, and the first place of each of `groups` + 1 groups;
-  // further groups are empty. Null: groups of group_size consecutive samples.
-  const int64_t *order, *starts;
-  int64_t group_size, groups;
-  int groups_per_block;
-  ColumnResult* columns;  // (groups, K): room for normalize_then_sum
-  // Room for the five launches: of each group a sum and its number of scored samples, and the batch's Moments.
-  double *sums, *counts;
-  Moments* batch;
-};
-
 namespace {
 
 constexpr double kDeadSpread = 1e-6, kInfinity = __builtin_huge_val();
-constexpr int kBatchBlock = 1024;  // groups per partial sum of a batch-wide sum
-constexpr int kPeers = 8;
 
 // What a launch does with its groups: everything; everything within a cluster that has the whole batch; or one of the
 // launches that go over the batch together.
@@ -138,11 +112,11 @@ struct Block {
       double clean = 0, dithered = 0, normalized = 0;
       bool scored = false;
       for (int k = whole ? 0 : column; k < (whole ? K : column + 1); ++k) {
-        const double reward = a.in.rewards[i * K + k], weight = whole ? a.in.weights[k] : 1.0;
+        const double reward = a.in.rewards[i * K + k], weight = whole ? a.weights[k] : 1.0;
         if (!(std::fabs(reward) < kInfinity)) continue;
         double x = reward;
-        if (a.in.half_range && (!results || results[k].noisy))
-          x = reward + noise(a.options.distribution == Distribution::gaussian, a.in.half_range[k], a.options.seed, id,
+        if (a.dithered && (!results || results[k].noisy))
+          x = reward + noise(a.options.distribution == Distribution::gaussian, a.half_range[k], a.options.seed, id,
                              uint32_t(k), a.options.step);
         scored = true;
         clean += weight * reward;
@@ -184,7 +158,7 @@ struct Block {
       own.mean = own.sum / at_least_one(own.scored);
       // An overflowed sum (NaN) makes the mean NaN and the comparison false: not dead.
       own.dead = own.scored < 2 || own.high - own.low <= kDeadSpread * at_least_one(std::fabs(own.mean));
-      own.noisy = a.in.half_range && a.options.dead_groups != (own.dead ? DeadGroups::skip : DeadGroups::only);
+      own.noisy = a.dithered && a.options.dead_groups != (own.dead ? DeadGroups::skip : DeadGroups::only);
       own.silent = own.scored < 2 || (own.dead && !own.noisy);
       if (gdpo && column == kWeightedSums) own.dead = own.all_dead, own.silent = own.all_silent, own.noisy = true;
     } else if (pass == kSquares) {
@@ -317,7 +291,7 @@ REDIT_DEVICE void add_groups(const AdvantagesLaunch& a) {
       advantages_##part(const __grid_constant__ AdvantagesLaunch a) {  \
     advantages<Part::part, threads, groups>(a);                        \
   }
-static_assert(sizeof(Room<256, 256>) == 25088 && sizeof(Room<512, kBatchBlock>) == 86784, "the table above");
+static_assert(sizeof(Room<256, 256>) == kShared && sizeof(Room<512, kBatchBlock>) == kClusterShared);
 REDIT_ADVANTAGES(whole, 256, 256)
 REDIT_ADVANTAGES(sums, 256, 256)
 REDIT_ADVANTAGES(squares, 256, 256)
@@ -334,6 +308,15 @@ extern "C" __global__ void __launch_bounds__(kBatchBlock, 1)
 extern "C" __global__ void __launch_bounds__(kBatchBlock, 1)
     advantages_std(const __grid_constant__ AdvantagesLaunch a) {
   add_groups<true>(a);
+}
+
+cuda::Kernels cuda::advantages_kernels() {
+  return {REDIT_KERNEL(advantages_whole),  REDIT_KERNEL(advantages_sums), REDIT_KERNEL(advantages_squares),
+          REDIT_KERNEL(advantages_values), REDIT_KERNEL(advantages_mean), REDIT_KERNEL(advantages_std),
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+          REDIT_KERNEL(advantages_cluster)
+#endif
+  };
 }
 
 }  // namespace redit

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #define REDIT_DEVICE __device__ __forceinline__
+#define REDIT_KERNEL(name) {#name, reinterpret_cast<const void*>(&name)}  // of a list of cuda/launch.h
 
 namespace redit::device {
 

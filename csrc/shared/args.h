@@ -25,8 +25,8 @@ struct AdvantagesOut {  // (N,) each
 
 struct AdvantagesIn {
   const double* rewards;      // (N, K) contiguous; NaN or inf: unscored
-  const int64_t* groups;      // (N,) dense group index in order of first appearance
-  const int64_t* sample_ids;  // (N,)
+  const int64_t* groups;      // (N,) dense group index in order of first appearance; null: group_size each
+  const int64_t* sample_ids;  // (N,); null: 0 to N - 1
   const double* weights;      // (K,)
   const double* half_range;   // (K,), or null: no dither
   int64_t samples, reward_count;
@@ -115,7 +115,7 @@ struct TokenLoss {
   Logits logits;
   LossRows rows;
   PolicyConstants policy;
-  float grad_scale;
+  const float* grad_scale;  // null: 1
 };
 
 struct Head {  // (R, D), (V, D) and (1, V) or absent, of one `type`

@@ -32,8 +32,8 @@ PRIMITIVES = (
     "combine",
     "adamw",
 )
-NAMES = ("cpu", "triton", "reference")
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}  # every other device: reference
+NAMES = ("cpu", "cuda", "triton", "reference")
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # every other device: reference
 P = ParamSpec("P")
 _forced: ContextVar[str | None] = ContextVar("redit_fast_backend", default=None)
 

@@ -4,97 +4,34 @@ import json
 import math
 import os
 import re
-import shutil
-import struct
 import subprocess
 from itertools import product
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 import redit_fast as rf
-from redit_fast.backends.args import Baseline, Combine, DeadGroups, Scale
-from redit_fast.dither import per_reward
+from redit_fast.backends.cuda import module
 from tests import ROOT
-from tests.ptx import Launch, Machine, Module
+from tests.cuda import NVCC, ORDERS, TARGETS, choose, compiled, flags
 
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+pytestmark = [pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"), pytest.mark.usefixtures("cuda")]
 NAN = math.nan
-ORDERS = ("lowest", "highest", "random")
-LAYOUT = "<6Q5Q2qi4xQI4i4xdi4x2Q2qi4x4Q"  # AdvantagesLaunch
-BATCH_LAUNCHES = ("sums", "mean", "squares", "std", "values")
-FLAGS = ("-arch=sm_90a", "-std=c++17", "-fmad=false", f"-I{ROOT / 'csrc'}")
 SOURCE = ROOT / "csrc" / "cuda" / "advantages.cu"
 ROW = re.compile(r"//   (\w+) +(\d+) +[-\w ]+? +(\d+) +([-\d]+) +(\d+) +(\d+)\n")  # of the table in its comment
 TABLE = {row[0]: row[1:] for row in ROW.findall(SOURCE.read_text())}
 ARCHES = os.environ.get("KERNEL_ARCHS", "90").split()
 
 
-@pytest.fixture(scope="session")
-def ptx(tmp_path_factory):
-    path = tmp_path_factory.mktemp("advantages") / "advantages.ptx"
-    subprocess.run([NVCC, "-ptx", *FLAGS, SOURCE, "-o", path], check=True)
-    return path.read_text()
-
-
-@pytest.fixture(scope="session")
-def kernels(ptx):
-    return Module(ptx)
-
-
-def on_cuda(
-    kernels, rewards, group_size=None, group_ids=None, reward_weights=None, dither=None, step=0, sample_ids=None,
-    baseline="mean", scale="group", combine="sum_then_normalize", eps=1e-4, ddof=1, cluster=True, **choices,
-):  # fmt: skip
-    """rf.group_advantages by the CUDA kernels, and the machines that ran them."""
-    rewards = np.ascontiguousarray(rewards.double().view(len(rewards), -1).numpy())
-    n, K = rewards.shape
-    weights = per_reward("reward_weights", 1.0 if reward_weights is None else reward_weights, K).numpy()
-    level = dither.level_at(step) if dither else 0
-    half_range = level * per_reward("reward_scale", dither.reward_scale, K).numpy() if level else None
-    policy = dither.dead_groups if level else "apply"
-    index = order = starts = None
-    if group_ids is not None:
-        _, first, index = np.unique(np.asarray(group_ids), return_index=True, return_inverse=True)
-        index = np.argsort(np.argsort(first))[index]  # dense, in order of first appearance
-        order = np.argsort(index, kind="stable")
-        starts = np.searchsorted(index[order], np.arange(n + 1))
-    batch_wide = scale == "batch" or combine == "normalize_then_sum"
-    cluster = cluster and batch_wide and n <= 8192
-    groups = n if group_size is None else n // group_size
-    per_block = 1024 if cluster else 32 if group_size is None else max(1, 256 // group_size)
-    out = [np.full(n, 7, bool if i == 3 else np.float32) for i in range(6)]
-    inputs = rewards, index, None if sample_ids is None else sample_ids.numpy(), weights, half_range
-    columns, sums, counts, batch = np.zeros((groups, K, 3)), np.zeros(groups), np.zeros(groups), np.zeros(3)
-    room = columns.view(np.uint8), sums, counts, batch
-    arrays = [*out, *inputs, order, starts, *room]
-    addresses = [0 if array is None else array.ctypes.data for array in arrays]
-    options = (
-        dither is not None and dither.distribution == "gaussian", dither.seed if dither else 0, step,
-        get_args(DeadGroups).index(policy), get_args(Baseline).index(baseline), get_args(Scale).index(scale),
-        get_args(Combine).index(combine), eps, ddof,
-    )  # fmt: skip
-    params = struct.pack(
-        LAYOUT, *addresses[:11], n, K, *options, *addresses[11:13], group_size or 0, groups, per_block, *addresses[13:]
-    )
-    parts = ["cluster"] if cluster else BATCH_LAUNCHES if batch_wide else ["whole"]
-    machines = []
-    for part in parts:
-        threads, shared = map(int, TABLE[part][:2])
-        blocks, size = {"cluster": (8, 8), "mean": (1, 1), "std": (1, 1)}.get(part, (-(-groups // per_block), 1))
-        launch = Launch(f"advantages_{part}", blocks, threads, size, shared, params)
-        machines.append(Machine(kernels, launch, [array for array in arrays if array is not None], **choices).run())
-    return [torch.from_numpy(array) for array in out], machines
-
-
-def check(kernels, rewards, orders=ORDERS, cluster=True, **options):
+def check(rewards, orders=ORDERS, cluster=True, **options):
+    """What the reference gives, and the machines of the last order."""
     with rf.use_backend("reference"):
         expected = rf.group_advantages(rewards, **options)
     for order in orders:
-        ours, machines = on_cuda(kernels, rewards, order=order, cluster=cluster, **options)
+        with pytest.MonkeyPatch.context() as patch, choose(order=order) as machines:
+            patch.setattr(module, "described", module.described._replace(clusters=int(cluster)))
+            ours = rf.group_advantages(rewards, **options)
         for name, x, y in zip(expected._fields, ours, expected):
             assert torch.equal(x.nan_to_num(nan=1e30), y.nan_to_num(nan=1e30)), (name, order, options)
     return expected, machines
@@ -121,64 +58,62 @@ ESTIMATORS = [
 
 @pytest.mark.parametrize("dither", DITHERS, ids=lambda d: f"{d.distribution}-{d.dead_groups}" if d else "clean")
 @pytest.mark.parametrize(("baseline", "scale", "combine"), ESTIMATORS)
-def test_every_option_on_hostile_rewards(kernels, dither, baseline, scale, combine):
+def test_every_option_on_hostile_rewards(dither, baseline, scale, combine):
     options = dict(dither=dither, step=2**32 - 1, baseline=baseline, scale=scale, combine=combine)
-    expected, _ = check(
-        kernels, HOSTILE, ["lowest"], group_size=4, reward_weights=[1.0, 0.5, -0.25], eps=0.0, ddof=0, **options
-    )
+    expected, _ = check(HOSTILE, ["lowest"], group_size=4, reward_weights=[1.0, 0.5, -0.25], eps=0.0, ddof=0, **options)
     assert (expected.values != 0).sum() >= 4
-    check(kernels, HOSTILE[:20], ["random"], cluster=False, group_ids=torch.tensor([5, 3, 5, 3, 9] * 4), **options)
+    check(HOSTILE[:20], ["random"], cluster=False, group_ids=torch.tensor([5, 3, 5, 3, 9] * 4), **options)
 
 
 @pytest.mark.parametrize(("scale", "combine"), [estimator[1:] for estimator in ESTIMATORS[3:]])
-def test_rewards_whose_sums_overflow(kernels, scale, combine):
+def test_rewards_whose_sums_overflow(scale, combine):
     rewards = torch.tensor([[1e308, 1e308], [-1e308, 2.0], [1.0, -1e308], [1e308, 1e308]] * 2, dtype=torch.float64)
     rewards[4:6] = 1e308
     for dither in (None, rf.Dither(dead_groups="skip")):
         options = dict(dither=dither, scale=scale, combine=combine, reward_weights=10.0, group_size=2)
-        expected, _ = check(kernels, rewards, ["lowest"], **options)
+        expected, _ = check(rewards, ["lowest"], **options)
         assert torch.isnan(expected.group_mean).any()
 
 
 @pytest.mark.parametrize("group_size", [1, 3, 8, 256, 257])
-def test_groups_below_at_and_above_a_block(kernels, group_size):
+def test_groups_below_at_and_above_a_block(group_size):
     rewards = torch.rand(group_size * (40 if group_size < 256 else 2), 2)
     orders = ORDERS if group_size < 256 else ["random"]
-    check(kernels, rewards, orders, group_size=group_size, dither=rf.Dither(seed=1))
+    check(rewards, orders, group_size=group_size, dither=rf.Dither(seed=1))
 
 
 @pytest.mark.parametrize(("scale", "combine"), [estimator[1:] for estimator in ESTIMATORS[3:]])
 @pytest.mark.parametrize("cluster", [True, False])
-def test_unequal_shuffled_groups(kernels, scale, combine, cluster):
+def test_unequal_shuffled_groups(scale, combine, cluster):
     generator = torch.Generator().manual_seed(1)
     rewards = torch.randn(300, 2, generator=generator).double()
     rewards[torch.rand(300, 2, generator=generator) < 0.1] = NAN
     ids = (torch.randn(300, generator=generator) * 15).long()  # from 8 samples down to one
     options = dict(scale=scale, combine=combine, group_ids=ids, sample_ids=torch.arange(300) - 2**62)
-    check(kernels, rewards, cluster=cluster, dither=rf.Dither(seed=4, dead_groups="only"), **options)
+    check(rewards, cluster=cluster, dither=rf.Dither(seed=4, dead_groups="only"), **options)
 
 
 @pytest.mark.parametrize("cluster", [True, False])
-def test_batch_wide_sums_keep_their_order(kernels, cluster):
+def test_batch_wide_sums_keep_their_order(cluster):
     """Rewards of 0.1 with noise of 1e-14: the rounding of the sums reaches the advantages. 1024 groups are a block."""
     rewards = torch.full((3600,), 0.1, dtype=torch.float64)
     options = dict(group_size=3, dither=rf.Dither(level=1e-14, seed=4), scale="batch", eps=0.0)
-    expected, _ = check(kernels, rewards, ["lowest"], cluster=cluster, **options)
+    expected, _ = check(rewards, ["lowest"], cluster=cluster, **options)
     assert expected.values.abs().max() > 1
     with rf.use_backend("reference"):
         moved = rf.group_advantages(rewards, sample_ids=torch.arange(3600).roll(1800), **options).values
     assert not torch.equal(moved.roll(-1800), expected.values)  # another order of the groups shows
 
 
-def test_a_cluster_has_all_of_8192_samples(kernels):
+def test_a_cluster_has_all_of_8192_samples():
     """7168 groups are seven blocks: the eighth has the groups of eight."""
     ids = torch.cat([torch.arange(7200), torch.arange(992) // 8 + 10_000])
-    expected, machines = check(kernels, torch.rand(8192), ["lowest"], group_ids=ids, scale="batch", baseline="mean")
+    expected, machines = check(torch.rand(8192), ["lowest"], group_ids=ids, scale="batch", baseline="mean")
     assert len(machines) == 1 and (expected.values[7200:] != 0).all()
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
-def test_known_answers(kernels, distribution):
+def test_known_answers(distribution):
     """A sample a group and half range 1: the dithered mean is the noise, rounded to float32. The streams are those of
     the first columns; the cases beyond are other counters of the same Philox."""
     known = [case for case in json.loads((ROOT / "tests" / "known_answers.json").read_text()) if case["stream"] < 4]
@@ -188,23 +123,23 @@ def test_known_answers(kernels, distribution):
         rewards[:, case["stream"]] = 0.0
         ids = torch.tensor([case["sample_id"]] * 2)
         dither = rf.Dither(distribution, 1.0, seed=case["seed"])
-        out, _ = on_cuda(kernels, rewards, group_size=1, dither=dither, step=case["step"], sample_ids=ids)
+        out = rf.group_advantages(rewards, group_size=1, dither=dither, step=case["step"], sample_ids=ids)
         uniform, normal = (float.fromhex(case[name]) for name in ("uniform", "normal_float32"))
         xi = 2 * uniform - 1 if distribution == "uniform" else 1 / 1.7320508075688772 * normal
-        assert out[4].tolist() == [np.float32(xi)] * 2, case
+        assert out.dithered_mean.tolist() == [np.float32(xi)] * 2, case
 
 
-def test_no_multiply_add_is_fused(ptx):
+def test_no_multiply_add_is_fused():
+    ptx = compiled("advantages", "sm_90a").read_text()
     assert len(re.findall(r"\bmul(?:\.rn)?\.f64", ptx)) > 50 and "fma" not in ptx
 
 
-def test_bytes_are_what_the_kernel_s_comment_says(kernels):
-    """Besides the samples' own, each thread reads each reward's weight and range, which a cache keeps."""
+def test_bytes_are_what_the_kernel_s_comment_says():
     n, K = 1024, 2
     ids = torch.arange(n)
-    _, (machine,) = check(kernels, torch.rand(n, K), ["lowest"], group_size=8, sample_ids=ids, dither=rf.Dither())
+    _, (machine,) = check(torch.rand(n, K), ["lowest"], group_size=8, sample_ids=ids, dither=rf.Dither())
     assert machine.bytes["global written"] == 21 * n
-    assert machine.bytes["global read"] == (8 * K + 8) * n + 16 * K * n
+    assert machine.bytes["global read"] == (8 * K + 8) * n
 
 
 def other_release():
@@ -213,12 +148,35 @@ def other_release():
     return "release 13.0" not in told
 
 
+def test_a_launch_has_the_threads_and_bytes_of_the_table(monkeypatch):
+    launched = {}
+    monkeypatch.setattr(module, "run_launches", lambda launches, _: launched.update({x.kernel: x for x in launches}))
+    for clusters in (0, 1):
+        monkeypatch.setattr(module, "described", module.described._replace(clusters=clusters))
+        for scale in ("group", "batch"):
+            rf.group_advantages(torch.rand(8), group_size=4, scale=scale)
+    assert set(launched) == {f"advantages_{part}" for part in TABLE}
+    for part, (threads, shared, *_) in TABLE.items():
+        launch = launched[f"advantages_{part}"]
+        assert (launch.threads, launch.shared) == (int(threads), int(shared)), part
+
+
 @pytest.mark.skipif(other_release(), reason="the table is of nvcc 13.0")
 @pytest.mark.parametrize("arch", ARCHES)
 def test_no_register_is_spilled_and_the_table_is_kept(arch, tmp_path):
-    name, column = {"80": ("sm_80", 2), "90": ("sm_90a", 3), "100": ("sm_100", 4)}[arch]
-    flags = [f"-arch={name}", "-cubin", "-Xptxas", "-v", *FLAGS[1:]]
-    report = subprocess.run([NVCC, *flags, SOURCE, "-o", tmp_path / "out"], check=True, capture_output=True, text=True)
+    column = {"80": 2, "90": 3, "100": 4}[arch]
+    command = [
+        NVCC,
+        f"-arch={TARGETS[arch]}",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        *flags(SOURCE),
+        SOURCE,
+        "-o",
+        tmp_path / "out",
+    ]
+    report = subprocess.run(command, check=True, capture_output=True, text=True)
     found = re.findall(r"'advantages_(\w+)' for.*?(\d+) bytes stack.*?Used (\d+) registers", report.stderr, re.S)
     assert {kernel for kernel, *_ in found} == {kernel for kernel, row in TABLE.items() if row[column] != "-"}
     for kernel, stack, registers in found:

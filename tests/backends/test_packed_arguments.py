@@ -8,11 +8,14 @@ import torch
 
 from redit_fast.backends import args
 from redit_fast.backends.cpu.module import Processor
+from redit_fast.backends.cuda.module import Device
 from redit_fast.losses.coefficients import PolicyConstants
 from redit_fast.losses.transforms import TransformConstants
 from tests import ROOT
 
-HEADERS = "".join((ROOT / "csrc" / name).read_text() for name in ("shared/dtype.h", "shared/args.h", "cpu/rows.h"))
+HEADERS = "".join(
+    (ROOT / "csrc" / name).read_text() for name in ("shared/dtype.h", "shared/args.h", "cpu/rows.h", "cuda/launch.h")
+)
 PACKED = (
     args.AdvantageOptions,
     args.PerturbOptions,
@@ -20,6 +23,7 @@ PACKED = (
     PolicyConstants,
     TransformConstants,
     Processor,
+    Device,
 )
 NUMBERS = {"bool": bool, "float": float, "double": float, "int": int, "uint32_t": int, "uint64_t": int}
 

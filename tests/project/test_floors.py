@@ -27,6 +27,7 @@ FLOORS = {
     "redit_fast.backends.lists": 2,
     "redit_fast.backends.rows": 2,
     "redit_fast.backends.args": 2,
+    "redit_fast.backends.addresses": 2,
     "redit_fast.dither": 1,
     "redit_fast.losses": 1,
     "redit_fast.checks": 0,
@@ -50,9 +51,10 @@ PACKAGES = (
     "redit_fast.backends.reference",
     "redit_fast.backends.cpu",
     "redit_fast.backends.triton",
+    "redit_fast.backends.cuda",
 )  # import their own siblings
 # what the backends share
-OF_BACKENDS = ("redit_fast.backends.args", "redit_fast.backends.lists", "redit_fast.backends.rows")
+OF_BACKENDS = tuple(f"redit_fast.backends.{name}" for name in ("addresses", "args", "lists", "rows"))
 OUTSIDE = ("tests", "benchmarks", "tools")
 KERNEL_IMPORTS = ("torch", "triton")
 

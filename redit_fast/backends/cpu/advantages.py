@@ -7,8 +7,9 @@ from typing import cast
 import torch
 from torch.autograd.graph import increment_version
 
+from redit_fast.backends.addresses import views
 from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages
-from redit_fast.backends.cpu.module import compiled, processor, views
+from redit_fast.backends.cpu.module import compiled, processor
 
 
 def group_advantages(outputs: Advantages, inputs: AdvantageInputs, options: AdvantageOptions) -> None:

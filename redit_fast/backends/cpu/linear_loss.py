@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.cpu.module import compiled, multiplies_bfloat16, processor, view, views
+from redit_fast.backends.addresses import view, views
+from redit_fast.backends.cpu.module import compiled, multiplies_bfloat16, processor
 from redit_fast.losses.transforms import LogitTransform, TransformConstants
 
 # Of a product tile, rows per thread: 1 MB of float32 a thread. At 512 rows, 32000 x 896 and two threads the products

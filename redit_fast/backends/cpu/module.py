@@ -1,5 +1,5 @@
-"""`redit_fast._cpu`, csrc/ compiled, which links nothing of PyTorch and gets raw pointers: whether it is there, which
-of its instruction sets runs, and tensors as it takes them.
+"""`redit_fast._cpu`, csrc/ compiled, which links nothing of PyTorch and gets raw pointers: whether it is there,
+which of its instruction sets runs.
 
 `_cpu` is compiled for OpenMP but linked to no OpenMP library. Its symbols resolve, when it is loaded, to the runtime
 that `import torch` has put into the process (libtorch_global_deps, with RTLD_GLOBAL), so both share one thread pool.
@@ -13,9 +13,6 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
-from redit_fast.backends.args import DTYPES
 
 try:
     import redit_fast._cpu as compiled
@@ -30,8 +27,6 @@ except ModuleNotFoundError:
 except ImportError as error:
     compiled = None
     missing = f"redit_fast._cpu does not load beside torch {torch.__version__}: {error}"
-
-_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 # x86-64's are all in the module and chosen at run time. "avx512_bf16" is "avx512" with bfloat16 products of its own;
 # elsewhere "baseline" is all there is (on aarch64 with NEON).
@@ -78,26 +73,3 @@ def multiplies_bfloat16() -> bool:
     """Whether bfloat16 products with float32 results are the module's own: torch has none."""
     chosen = _chosen.get()
     return compiled.has_product() if chosen is None else chosen == "avx512_bf16"
-
-
-def code(dtype: torch.dtype | None) -> int:
-    """Its index among DTYPES; -1: none of them."""
-    return -1 if dtype is None else _CODES.get(dtype, -1)
-
-
-def views(*tensors: Tensor | None) -> list[tuple[int, int, int, int, int, int]]:
-    return [view(tensor) for tensor in tensors]
-
-
-def view(tensor: Tensor | None) -> tuple[int, int, int, int, int, int]:
-    """Address, dtype, rows, columns and their strides, for csrc/cpu/bindings.h to check; 0s for None; one row for a
-    vector or a number."""
-    if tensor is None:
-        return (0, 0, 0, 0, 0, 0)
-    if tensor.device.type != "cpu" or tensor.ndim > 2:
-        raise ValueError(
-            f"the cpu backend needs tensors of at most two dimensions on the CPU, got {tuple(tensor.shape)} on "
-            f"{tensor.device}"
-        )
-    shape, strides = (1, 1, *tensor.shape), (1, 1, *tensor.stride())
-    return (tensor.data_ptr(), code(tensor.dtype), *shape[-2:], *strides[-2:])

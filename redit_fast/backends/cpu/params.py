@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from redit_fast.backends.addresses import code, view
 from redit_fast.backends.args import AdamwOptions, PerturbOptions, Rounding
-from redit_fast.backends.cpu.module import code, compiled, processor, view
+from redit_fast.backends.cpu.module import compiled, processor
 from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, contiguous, finish
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.cpu.module import compiled, processor, view, views
+from redit_fast.backends.addresses import view, views
+from redit_fast.backends.cpu.module import compiled, processor
 from redit_fast.backends.lists import contiguous
 from redit_fast.losses.coefficients import PolicyConstants
 from redit_fast.losses.config import LossConfig
@@ -59,12 +60,13 @@ def token_loss(
     """As `reference.token_loss`; the rows' numbers (R,) float32."""
     # held until the call returns: a contiguous copy is read through its address
     targets, rows = targets.contiguous(), contiguous([weights, advantages, old_logp, ref_logp, sampling_logp])
+    grad_scale = None if grad_scale is None else grad_scale.float()
     compiled.token_loss(
         views(loss, logp, entropy, grad_logits),
         views(logits, targets),
         views(*rows),
         PolicyConstants.of(config),
-        1.0 if grad_scale is None else grad_scale.item(),
+        view(grad_scale),
         TransformConstants.of(config.transform),
         processor(),
     )

@@ -1,0 +1,37 @@
+"""Tensors as the compiled modules take them, for csrc/bindings/ to check."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from redit_fast.backends.args import DTYPES
+
+View = tuple[int, int, int, int, int, int]
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+def code(dtype: torch.dtype | None) -> int:
+    """Its index among DTYPES; -1: none of them."""
+    return -1 if dtype is None else _CODES.get(dtype, -1)
+
+
+def view(tensor: Tensor | None, device: str = "cpu") -> View:
+    """Address, dtype, rows, columns and their strides; 0s for None; one row for a vector or a number.
+
+    Raises:
+        ValueError: the tensor lies on another type of device, or has more than two dimensions.
+    """
+    if tensor is None:
+        return (0, 0, 0, 0, 0, 0)
+    if tensor.device.type != device or tensor.ndim > 2:
+        raise ValueError(
+            f"the backend needs tensors of at most two dimensions on {device}, got {tuple(tensor.shape)} on "
+            f"{tensor.device}"
+        )
+    shape, strides = (1, 1, *tensor.shape), (1, 1, *tensor.stride())
+    return (tensor.data_ptr(), code(tensor.dtype), *shape[-2:], *strides[-2:])
+
+
+def views(*tensors: Tensor | None, device: str = "cpu") -> list[View]:
+    return [view(tensor, device) for tensor in tensors]

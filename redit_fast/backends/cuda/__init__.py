@@ -1,0 +1,24 @@
+"""The CUDA backend, csrc/cuda/: built where nvcc is, for tensors on a GPU. What it does not have yet, it refuses."""
+
+import torch
+
+from redit_fast.backends.cuda import module
+from redit_fast.backends.cuda.advantages import group_advantages
+
+__all__ = ["group_advantages", "why_not"]
+
+
+def why_not(op: str, device: torch.device) -> str | None:
+    if op not in __all__:
+        return "has no kernel for it yet"
+    if module.missing:
+        return module.missing
+    if module.interpreted():
+        if device.type != "cpu":
+            return f"computes on CPU tensors only while REDIT_FAST_CUDA_INTERPRET is set, got {device}"
+        if module.run_launches is None:
+            return "REDIT_FAST_CUDA_INTERPRET is set and no interpreter is; tests/ptx has one, which the tests set"
+        return None
+    if device.type != "cuda":
+        return f"computes on CUDA tensors only, got {device}"
+    return module.why_no_kernels(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,0 +1,96 @@
+"""The CUDA backend on a machine without a GPU: refusals, and the shared test bodies on the PTX of its kernels."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import redit_fast as rf
+from redit_fast import backends
+from redit_fast.backends import cuda as backend
+from redit_fast.backends import reference
+from redit_fast.backends.cuda import module
+from tests import ROOT
+from tests.cuda import NVCC
+
+SUITES = ["advantages"]  # the longest first
+built = pytest.mark.skipif(module.missing is not None, reason=f"cuda: {module.missing}")
+
+
+@built
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_kernels_pass_the_test_bodies_of_every_backend(suite):
+    """In a process of its own, since the grid of backends is made when tests are collected."""
+    (file,) = (ROOT / "tests").glob(f"*/test_{suite}.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", file]
+    environment = os.environ | {"REDIT_FAST_CUDA_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@built
+def test_cpu_tensors_are_refused_with_a_sentence():
+    with (
+        rf.use_backend("cuda"),
+        pytest.raises(NotImplementedError, match="cuda: computes on CUDA tensors only, got cpu"),
+    ):
+        rf.group_advantages(torch.rand(8), group_size=4)
+
+
+@built
+def test_without_an_interpreter_that_is_the_sentence(monkeypatch):
+    monkeypatch.setenv("REDIT_FAST_CUDA_INTERPRET", "1")
+    monkeypatch.setattr(module, "run_launches", None)
+    with rf.use_backend("cuda"), pytest.raises(NotImplementedError, match="no interpreter is"):
+        rf.group_advantages(torch.rand(8), group_size=4)
+    assert "on CPU tensors only" in backend.why_not("group_advantages", torch.device("cuda"))
+
+
+@built
+def test_a_driver_that_is_not_there_is_one_sentence_and_triton_is_next(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a driver")
+    assert "cudaErrorInsufficientDriver" in backend.why_not("group_advantages", torch.device("cuda", 0))
+    monkeypatch.setattr(backends.import_module("redit_fast.backends.triton"), "why_not", lambda op, device: None)
+    chosen = backends.primitive(reference.group_advantages, torch.device("cuda", 0))
+    assert chosen.__module__ == "redit_fast.backends.triton.advantages"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [
+        (90, "sm_80 sm_90a"), (90, "sm_90"), (90, "compute_80"), (90, "sm_80 compute_90a"), (86, "sm_80"),
+        (120, "sm_80 sm_90a sm_100 compute_100"), (103, "sm_100"),
+    ],
+)  # fmt: skip
+def test_architectures_that_run(monkeypatch, architecture, targets):
+    assert refusal_on(monkeypatch, architecture, targets) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [(90, "sm_80"), (80, "sm_86"), (80, "sm_90a compute_90"), (100, "sm_90a compute_90a"), (75, "sm_80")],
+)
+def test_architectures_that_do_not(monkeypatch, architecture, targets):
+    sentence = refusal_on(monkeypatch, architecture, targets)
+    name = f"{architecture // 10}.{architecture % 10}"
+    assert targets in sentence and f"TORCH_CUDA_ARCH_LIST={name} " in sentence
+
+
+def refusal_on(monkeypatch, architecture, targets):
+    class compiled:
+        architectures, toolkit = targets, 13000
+
+        @staticmethod
+        def device(index):
+            return (index, architecture, 132, 232448, 0)
+
+    monkeypatch.setattr(module, "compiled", compiled)
+    module._device.cache_clear(), module.why_no_kernels.cache_clear()
+    try:
+        return module.why_no_kernels(0)
+    finally:
+        module._device.cache_clear(), module.why_no_kernels.cache_clear()

@@ -1,0 +1,94 @@
+"""The CUDA backend without a GPU: the PTX that nvcc makes of csrc/cuda, run by tests/ptx on CPU tensors. conftest.py
+puts `interpret` into the backend where REDIT_FAST_CUDA_INTERPRET is set; the fixture `cuda` does so for one test."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from contextvars import ContextVar
+
+import torch
+
+from tests import ROOT
+from tests.ptx import Launch, Machine, Module
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+ORDERS = ("lowest", "highest", "random")
+TARGETS = {"80": "sm_80", "90": "sm_90a", "100": "sm_100"}  # of KERNEL_ARCHS
+# A kernel's name begins with its file's.
+SOURCES = sorted((file.stem for file in (ROOT / "csrc" / "cuda").glob("*.cu")), key=len, reverse=True)
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_choices: ContextVar[dict | None] = ContextVar("choices", default=None)
+
+
+def flags(source):
+    exact = ["-fmad=false"] * ("-fmad=false" in source.read_text())  # the file's own comment says so
+    return ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *exact]
+
+
+def compiled(name, target, *more, kind="ptx"):
+    """The file that nvcc makes of csrc/cuda/`name`.cu: kept in build/ until a source changes."""
+    source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+    headers = sorted((ROOT / "csrc").glob("shared/*.h")) + sorted((ROOT / "csrc").glob("cuda/*.h"))
+    command = [NVCC, f"-{kind}", f"-arch={target}", *flags(source), *more]
+    key = hashlib.sha256("".join([*command, *(file.read_text() for file in [source, *headers])]).encode())
+    path = ROOT / "build" / "ptx" / f"{name}-{target}-{key.hexdigest()[:16]}.{kind}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, source, "-o", draft], check=True)
+        os.replace(draft, path)
+    return path
+
+
+@functools.cache
+def kernels(name, target):
+    return Module(compiled(name, target).read_text())
+
+
+def arrays(tensors):
+    """The memory of the tensors: of a matrix whose rows are apart, each row."""
+    found = {}
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        words = tensor.detach().view(WORDS[tensor.element_size()])
+        if words.ndim == 2 and words.stride(0) == 1:
+            words = words.t()
+        apart = words.ndim == 2 and words.stride(1) == 1 and not words.is_contiguous()
+        found |= {row.data_ptr(): row.numpy() for row in (words if apart else [span(words)])}
+    return list(found.values())
+
+
+def span(words):
+    """From the first element of a tensor to its last."""
+    count = 1 + sum((size - 1) * stride for size, stride in zip(words.shape, words.stride()))
+    return words.as_strided([count], [1])
+
+
+def interpret(launches, tensors):
+    choices = dict(_choices.get() or {})
+    target, watched = choices.pop("target", "sm_90a"), choices.pop("watched", None)
+    for launch in launches:
+        size = launch.threads, launch.cluster, launch.shared, launch.params
+        file = next(name for name in SOURCES if launch.kernel.startswith(name))
+        machine = Machine(
+            kernels(file, target), Launch(launch.kernel, launch.blocks, *size), arrays(tensors), **choices
+        )
+        machine.run()
+        if watched is not None:
+            watched.append(machine)
+
+
+@contextlib.contextmanager
+def choose(**choices):
+    """Inside the block: `order`, `seed`, `late`, `ulps` of a Machine, and the `target` that nvcc compiles for. Gives
+    the list of the machines that have run."""
+    watched = []
+    token = _choices.set((_choices.get() or {}) | choices | {"watched": watched})
+    try:
+        yield watched
+    finally:
+        _choices.reset(token)
