@@ -17,7 +17,6 @@ from pathlib import Path
 from setuptools.errors import CompileError
 
 FLAGS = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all"]
-EXACT = ("advantages.cu", "params.cu")  # pinned to the bit, so without contraction, which the other kernels gain by
 ARCHITECTURES = "8.0 9.0a 10.0+PTX"  # plain 9.0 has no wgmma; PTX is for devices that come later
 OLDEST = (12, 4)
 # A CUDA runtime of its own, of which the module shows no symbol: torch has another one in the same process.
@@ -87,7 +86,7 @@ def compiled(source, command, threads, made_with):
     """The object of `source`; that of an earlier build where it was made so, of files that are older than it."""
     path = OBJECTS / Path(source).stem
     target, headers, record = (path.with_suffix(end) for end in (".o", ".d", ".txt"))
-    command = [*command, *["-fmad=false"] * (os.path.basename(source) in EXACT)]
+    command = [*command, *["-fmad=false"] * ("-fmad=false" in Path(source).read_text())]  # by the file's own comment
     text, start = "\n".join([*command, *made_with]), time.time()
     if record.exists() and record.read_text() == text:
         files = [Path(name) for name in headers.read_text().replace("\\\n", " ").split()[2:]]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import venv
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 
 from tests import ROOT
 from tests.project.fake_nvcc import Toolkit
-from tests.project.test_install import NO_COMPILER, checkout, only, run
+from tests.project.test_install import NO_COMPILER, checkout, only, python, run
 from tests.project.test_setup_cuda import NVCC, REFUSED, SETTINGS
 
 
@@ -149,8 +150,10 @@ def answer():
     try: return str(cuda.device(0))
     except RuntimeError as error: return str(error).replace("\\n", " ")
 child = os.fork()
-print("child" if child == 0 else f"child is {child}", flush=True)
-if child == 0: print(answer(), flush=True); os._exit(0)
+if child == 0:
+    print("child", os.getpid(), flush=True)
+    print(answer(), flush=True)
+    os._exit(0)
 os.waitpid(child, 0)
 print(answer())
 """
@@ -158,21 +161,27 @@ print(answer())
     code, said = outcome(sys.executable, "-c", script, cwd=tmp_path, **environment)
     assert code == 0, said
     lines = said.splitlines()
-    child = int(re.search(r"child is (\d+)", said)[1])
-    assert lines[0] == "imported" and lines.index(f"driver of {child}") > lines.index("child")
+    child = re.search(r"^child (\d+)$", said, re.M)[1]
+    assert lines[0] == "imported" and lines.index(f"driver of {child}") > lines.index(f"child {child}")
     answers = [line for line in lines if "cuda" in line]
     assert len(answers) == 2 and answers[0] == answers[1] and "nitialization" not in answers[0]
+
+
+def without_cpu(source, folder):
+    """A copy that has nothing to compile for redit_fast._cpu, which would take most of the time."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("build"))
+    for path in (folder / "csrc" / "cpu").glob("*.cpp"):
+        path.unlink()
+    return folder
 
 
 @pytest.fixture(scope="module")
 def wheel(module, source, tmp_path_factory):
     """With the objects that `make` has compiled, so that nvcc has nothing to do; without redit_fast._cpu."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = shutil.copytree(source, folder / "source")
+    source = without_cpu(source, folder / "source")
     if (ROOT / "build" / "cuda").exists():
         shutil.copytree(ROOT / "build" / "cuda", source / "build" / "cuda")
-    for path in (source / "csrc" / "cpu").glob("*.cpp"):
-        path.unlink()
     build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder)
     done = run(*build, cwd=source, REDIT_FAST_CUDA="1")
     return only(folder, "*.whl"), done
@@ -201,5 +210,41 @@ def test_host_code_compiles_without_a_warning(compiler, tmp_path):
         cwd=tmp_path)  # fmt: skip
 
 
-# By `make kernel-gates`: builds of everything, in isolated environments, minutes each.
-gates = pytest.mark.skipif("KERNEL_ARCHS" not in os.environ, reason="make kernel-gates builds everything anew")
+# By `make kernel-gates`: everything compiled anew, in isolated environments.
+gates = pytest.mark.skipif("KERNEL_ARCHS" not in os.environ, reason="make kernel-gates compiles everything anew")
+
+
+@gates
+@pytest.mark.parametrize(
+    ("asked", "names"), [("9.0a", "sm_90a"), (None, "sm_80 sm_90a sm_100 compute_100")], ids=["one", "default"]
+)
+def test_a_wheel_is_built_from_the_sdist(source, module, tmp_path, capsys, asked, names):
+    settings = {"REDIT_FAST_CUDA": "1"} | ({"TORCH_CUDA_ARCH_LIST": asked} if asked else {})
+    source, start = without_cpu(source, tmp_path / "source"), time.monotonic()
+    code, said = outcome(sys.executable, "-m", "build", "--outdir", tmp_path, cwd=source, **settings)
+    assert code == 0, said
+    (line,) = re.findall(r"^redit_fast._cuda: CUDA .*", said, re.M)
+    with capsys.disabled():
+        print(
+            f"\n{line}; sdist and wheel {time.monotonic() - start:.0f} s, {only(tmp_path, '*.whl').stat().st_size} bytes"
+        )
+    assert f", {names}, " in line and only(tmp_path, "*.whl").stat().st_size < 8e6
+    with zipfile.ZipFile(only(tmp_path, "*.whl")) as archive:
+        archive.extractall(tmp_path / "there")
+    script = "import redit_fast._cuda as cuda; print(cuda.__file__, cuda.architectures)"
+    path, *found = python(script, tmp_path, PYTHONPATH=str(tmp_path / "there"))
+    assert Path(path).is_relative_to(tmp_path) and found == names.split()
+
+
+@gates
+def test_an_editable_install_has_the_module(source, module, tmp_path):
+    source = without_cpu(source, tmp_path / "source")
+    venv.create(tmp_path / "venv", with_pip=True)
+    bin = tmp_path / "venv" / "bin"
+    settings = {"REDIT_FAST_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    code, said = outcome(bin / "pip", "install", "-q", "--no-deps", "-e", source, cwd=tmp_path, **settings)
+    assert code == 0, said
+    site = run(bin / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    assert "CUDA module: CUDA" in run(bin / "redit-fast", "info", cwd=tmp_path)
+    assert only(source / "redit_fast", "_cuda.*.so") and only(source / "build" / "cuda", "advantages.o")

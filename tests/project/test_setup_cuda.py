@@ -35,6 +35,9 @@ def bare(tmp_path, monkeypatch):
         (folder / "csrc" / f"{name}.cu").write_text(f'#include "csrc/{name}.h"\n#include "csrc/shared.h"\n')
         (folder / "csrc" / f"{name}.h").write_text("")
     (folder / "csrc" / "shared.h").write_text("")
+    for name in ("advantages", "params"):
+        with (folder / "csrc" / f"{name}.cu").open("a") as file:
+            file.write("// compiled with -fmad=false\n")
     age(folder, 10)
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
@@ -160,9 +163,9 @@ def test_what_cannot_be_compiled_for_is_left_out_in_one_line(
 
 
 # What nvcc 13.0 prints.
-REFUSED = """/usr/local/cuda-13.0/targets/x86_64-linux/include/crt/host_config.h:137:2: error: #error -- unsupported GNU \
-version! gcc versions later than 15 are not supported! The nvcc flag '-allow-unsupported-compiler' can be used to \
-override this version check; however, using an unsupported host compiler may cause compilation failure.
+REFUSED = """/usr/local/cuda-13.0/include/crt/host_config.h:137:2: error: #error -- unsupported GNU version! gcc \
+versions later than 15 are not supported! The nvcc flag '-allow-unsupported-compiler' can be used to override \
+this version check; however, using an unsupported host compiler may cause compilation failure.
 """
 REFUSED_CLANG = """#error -- unsupported clang version! clang version must be less than 21 and greater than 3.2 . The \
 nvcc flag '-allow-unsupported-compiler' can be used
