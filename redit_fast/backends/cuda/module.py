@@ -85,9 +85,10 @@ def why_no_kernels(index: int) -> str | None:
     if any(_runs(target, architecture) for target in compiled.architectures.split()):
         return None
     name = f"{architecture // 10}.{architecture % 10}"
+    asked = {"9.0": "9.0a"}.get(name, name)  # plain 9.0 has no wgmma
     return (
         f"redit_fast._cuda has code for {compiled.architectures} and none for this device's {name}; in the source "
-        f"folder run `TORCH_CUDA_ARCH_LIST={name}{'a' if name == '9.0' else ''} REDIT_FAST_CUDA=1 pip install --no-deps --force-reinstall .`"
+        f"folder run `TORCH_CUDA_ARCH_LIST={asked} REDIT_FAST_CUDA=1 pip install --no-deps --force-reinstall .`"
     )
 
 
