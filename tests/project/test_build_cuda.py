@@ -224,10 +224,9 @@ def test_a_wheel_is_built_from_the_sdist(source, module, tmp_path, capsys, asked
     code, said = outcome(sys.executable, "-m", "build", "--outdir", tmp_path, cwd=source, **settings)
     assert code == 0, said
     (line,) = re.findall(r"^redit_fast._cuda: CUDA .*", said, re.M)
+    seconds, size = time.monotonic() - start, only(tmp_path, "*.whl").stat().st_size
     with capsys.disabled():
-        print(
-            f"\n{line}; sdist and wheel {time.monotonic() - start:.0f} s, {only(tmp_path, '*.whl').stat().st_size} bytes"
-        )
+        print(f"\n{line}; sdist and wheel {seconds:.0f} s, {size} bytes")
     assert f", {names}, " in line and size < 8e6
     with zipfile.ZipFile(only(tmp_path, "*.whl")) as archive:
         archive.extractall(tmp_path / "there")

@@ -195,6 +195,42 @@ SENTENCES = {
 }  # fmt: skip
 
 
+NO_RUNTIME = "has no libcudart_static.a in {}; install its toolkit's runtime"
+PAGE = (ROOT / "docs" / "build_cuda.md").read_text()
+
+
+def rows(heading):
+    """The first cells of the table there, as patterns."""
+    section = PAGE.split(f"## {heading}")[1].split("\n## ")[0]
+    return {cell: re.escape(cell).replace(r"\.\.\.", ".*") for cell in re.findall(r"^\| `(.*?)` \|", section, re.M)}
+
+
+def test_the_page_has_every_sentence_and_no_other():
+    said = [
+        f"/cuda/bin/nvcc {sentence}" if sentence.startswith("is of") else sentence
+        for _, _, sentence in SENTENCES.values()
+    ]
+    said += ["/cuda/bin/nvcc " + NO_RUNTIME.format("/lib"), "REDIT_FAST_CUDA=1 and no nvcc; looked for /cuda/bin/nvcc"]
+    said += ["REDIT_FAST_CUDA must be auto, 0 or 1, got 'yes'"]
+    patterns = rows("What each failure prints")
+    for sentence in said:
+        if "clang" not in sentence and "?" not in sentence:
+            assert any(re.fullmatch(pattern, sentence) for pattern in patterns.values()), sentence
+    code = "".join(path.read_text() for path in (ROOT / "redit_fast" / "backends" / "cuda").glob("*.py"))
+    for cell, pattern in patterns.items():
+        later = cell.split("CUDA 13.0")[0].split(" for sm_80")[0].split(" ...")[0].rstrip(";,")
+        assert any(re.fullmatch(pattern, sentence) for sentence in said) or later in code, cell
+
+
+def test_the_page_has_the_settings():
+    module = setup_cuda()
+    assert set(rows("What can be set")) == {"REDIT_FAST_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CUDA_HOME`, `CUDA_PATH",
+                                            "NVCC_CCBIN", "NVCC_APPEND_FLAGS"}  # fmt: skip
+    assert (
+        f"| `{module.ARCHITECTURES}`, of these" in PAGE and f"CUDA {'.'.join(map(str, module.OLDEST))} or newer" in PAGE
+    )
+
+
 @pytest.mark.parametrize("case", SENTENCES)
 def test_each_failure_has_its_sentence(bare, toolkit, monkeypatch, case):
     says, settings, sentence = SENTENCES[case]
@@ -210,7 +246,7 @@ def test_each_failure_has_its_sentence(bare, toolkit, monkeypatch, case):
 def test_a_toolkit_without_the_static_runtime_is_named(bare, toolkit, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(toolkit.home))
     (toolkit.home / "lib" / "libcudart_static.a").unlink()
-    with pytest.raises(CompileError, match=f"has no libcudart_static.a in {toolkit.home}/lib; install"):
+    with pytest.raises(CompileError, match=NO_RUNTIME.format(f"{toolkit.home}/lib")):
         compile_kernels()
     assert toolkit.compiled() == {}
     debian = f"#$ INCLUDES=\n#$ LIBRARIES=  -L/nowhere/stubs -L{toolkit.home}/include\n"  # without quotation marks
