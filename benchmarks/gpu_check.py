@@ -2,8 +2,8 @@
 
 Installs nothing: the python3 that runs it needs torch, triton and pytest. Builds the compiled modules, runs the tests
 marked gpu, some of them under compute-sanitizer where that is installed, the self-test and the benchmarks; goes on
-after a failure, each part for at most its own time, 570 s in all. Leaves gpu_check.json, gpu_check.txt and the output of every
-part in OUT.
+after a failure, each part for at most its own time, 570 s in all. Leaves gpu_check.json, gpu_check.txt and the
+output of every part in OUT.
 """
 
 import argparse
