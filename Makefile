@@ -51,9 +51,10 @@ lock:
 
 # What Triton and Triton 3.6 compile, for every architecture, and all of the interpreted tests. `make test` looks at sm_90
 # and, of the interpreted ones, at one case a regime: bfloat16, two numbers of rows with a coefficient of six, two peaks
-# of five, one divisor of the advantages of two (REPEATED in tests/backends/test_triton.py).
+# of five, one divisor of the advantages of two (REPEATED in tests/backends/test_triton.py). And what takes nvcc minutes.
 kernel-gates: $(TESTS) $(TRITON36)
-	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/backends/test_triton.py tests/backends/test_triton36.py tests/backends/test_advantages_cuda.py
+	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/backends/test_triton.py tests/backends/test_triton36.py \
+		tests/backends/test_advantages_cuda.py tests/project/test_build_cuda.py
 
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
 OUT ?= gpu-check

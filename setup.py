@@ -1,15 +1,24 @@
-"""Builds redit_fast._cpu (csrc/, C++17) where a compiler works; without one the package installs as pure Python.
+"""Builds redit_fast._cpu (csrc/cpu, C++17) where a compiler works and redit_fast._cuda (csrc/cuda) where nvcc does;
+without them the package installs as pure Python.
 
-Nothing here imports or links PyTorch: the module takes raw pointers, so it builds in an isolated environment and the
-same binary serves every torch version. `redit-fast info` says which backends an installation has.
+Nothing here imports or links PyTorch: the modules take raw pointers, so they build in an isolated environment and the
+same binaries serve every torch version. `redit-fast info` says which backends an installation has.
 """
 
+import os
 import sys
+import time
 from glob import glob
+from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+sys.path.insert(0, str(Path(__file__).parent))  # pip does not put this folder there
+import setup_cuda
 
 # x86-64 baseline (no -march): the wheel runs on every machine. No contraction and no fast-math: the results are pinned
 # to the bit, and linking with -ffast-math would switch the whole process to flush-to-zero. Without errno sqrt is one
@@ -29,11 +38,47 @@ cpu = Extension(
     optional=True,
 )
 
+cuda = Extension(
+    "redit_fast._cuda",
+    sources=sorted(glob("csrc/cuda/*.cpp")),
+    include_dirs=["csrc", pybind11.get_include()],
+    extra_compile_args=FLAGS,
+    language="c++",
+    optional=setup_cuda.CHOICE == "auto",
+)
+
+
+class Build(build_ext):
+    def run(self):
+        modules = [self.get_ext_filename(ext.name) for ext in (cpu, cuda)]
+        for module in modules:  # of an earlier build, perhaps with other settings
+            Path(self.build_lib, module).unlink(missing_ok=True)
+        super().run()
+        for module in modules if self.inplace else ():
+            if not Path(self.build_lib, module).exists():
+                Path(module).unlink(missing_ok=True)
+
+    def build_extension(self, ext):
+        if ext is not cuda:
+            return super().build_extension(ext)
+        start = time.monotonic()
+        if setup_cuda.CHOICE == "auto" and setup_cuda.find_nvcc()[0] is None:
+            print("redit_fast._cuda: left out, there is no nvcc")
+            return
+        try:
+            made_by = setup_cuda.compile_kernels(ext, sorted(glob("csrc/cuda/*.cu"), key=os.path.getsize)[::-1])
+            super().build_extension(ext)
+        except OSError as error:
+            raise CompileError(str(error)) from error
+        print(f"redit_fast._cuda: {made_by}, {time.monotonic() - start:.0f} s", flush=True)
+
+
 ParallelCompile().install()  # a source on each core
 setup(
     # kernels/ has no __init__.py (a top-level package of that name would shadow Hugging Face's), so it is named here.
     packages=[*find_packages(include=["redit_fast", "redit_fast.*"]), "redit_fast.kernels"],
     package_dir={"redit_fast.kernels": "kernels"},
     package_data={"redit_fast": ["py.typed"]},
-    ext_modules=[cpu],
+    ext_modules=[cpu] if setup_cuda.CHOICE == "0" else [cuda, cpu],  # REDIT_FAST_CUDA=1 without nvcc fails at once
+    cmdclass={"build_ext": Build},
 )

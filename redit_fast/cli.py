@@ -1,5 +1,5 @@
-"""The command `redit-fast`: train, report, info, selftest. Bad input gets one line on stderr and exit code 2, Ctrl-C
-130, SIGTERM 143.
+"""The command `redit-fast`: train, report, info (also named doctor), selftest. Bad input gets one line on stderr and
+exit code 2, Ctrl-C 130, SIGTERM 143.
 
 Heavy imports are inside the functions, so that --help and --version answer at once.
 """
@@ -7,6 +7,7 @@ Heavy imports are inside the functions, so that --help and --version answer at o
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -72,16 +73,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
     report.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
-    info = commands.add_parser("info", help="show versions and what each backend can run here", allow_abbrev=False)
-    selftest = commands.add_parser("selftest", help="check every backend against float64", allow_abbrev=False)
+    info = commands.add_parser(
+        "info",
+        aliases=["doctor"],
+        help="versions, what each backend runs here or why not, what to type then",
+        allow_abbrev=False,
+    )
+    info.add_argument("--json", action="store_true", help="the same as JSON")
+    commands.add_parser("selftest", help="check every backend against float64", allow_abbrev=False)
     if argv[:1] == ["train"]:
         _add_train_flags(train)
     args, unknown = parser.parse_known_args(argv)
     format_of_a_library, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         if unknown:
-            known = {"train": train, "report": report, "info": info, "selftest": selftest}.get(args.command, parser)
-            raise ValueError(_unknown(unknown[0], known))
+            raise ValueError(_unknown(unknown[0], commands.choices.get(args.command, parser)))
         if args.version:
             from redit_fast import __version__
 
@@ -94,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run_report.write(args.run)
             print(Path(args.run, "report.html"))
-        elif args.command == "info":
-            _info()
+        elif args.command in ("info", "doctor"):
+            _info(args.json)
         elif args.command == "selftest":
             return _selftest()
         else:
@@ -206,31 +212,10 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _info() -> None:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
+def _info(as_json: bool) -> None:
+    from redit_fast import info
 
-    import torch
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from redit_fast import __version__, backends
-
-    versions = {"redit-fast": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "triton"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    console = Console()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    console.print(", ".join(f"{name} {number}" for name, number in versions.items()), highlight=False, soft_wrap=True)
-    console.print(f"{torch.get_num_threads()} threads, GPU: {gpu}", highlight=False)
-    table = Table("op", "backend", "state")
-    for row in backends.report():
-        table.add_row(*map(escape, row))
-    console.print(table)
+    print(json.dumps(info.found(), indent=1) if as_json else info.text(info.found()))
 
 
 def _selftest() -> int:

@@ -53,7 +53,9 @@ def test_without_an_interpreter_that_is_the_sentence(monkeypatch):
 def test_a_driver_that_is_not_there_is_one_sentence_and_triton_is_next(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("this machine has a driver")
-    assert "cudaErrorInsufficientDriver" in backend.why_not("group_advantages", torch.device("cuda", 0))
+    sentence = backend.why_not("group_advantages", torch.device("cuda", 0))
+    assert "finds no driver or an older one (device 0: cudaErrorInsufficientDriver: " in sentence
+    assert "install a newer driver, or build with a toolkit that is not newer than" in sentence
     monkeypatch.setattr(backends.import_module("redit_fast.backends.triton"), "why_not", lambda op, device: None)
     chosen = backends.primitive(reference.group_advantages, torch.device("cuda", 0))
     assert chosen.__module__ == "redit_fast.backends.triton.advantages"
@@ -63,7 +65,7 @@ def test_a_driver_that_is_not_there_is_one_sentence_and_triton_is_next(monkeypat
     ("architecture", "targets"),
     [
         (90, "sm_80 sm_90a"), (90, "sm_90"), (90, "compute_80"), (90, "sm_80 compute_90a"), (86, "sm_80"),
-        (120, "sm_80 sm_90a sm_100 compute_100"), (103, "sm_100"),
+        (120, "sm_80 sm_90a sm_100 compute_100"), (103, "sm_100"), (103, "sm_100f"), (103, "compute_100f"),
     ],
 )  # fmt: skip
 def test_architectures_that_run(monkeypatch, architecture, targets):
@@ -72,12 +74,16 @@ def test_architectures_that_run(monkeypatch, architecture, targets):
 
 @pytest.mark.parametrize(
     ("architecture", "targets"),
-    [(90, "sm_80"), (80, "sm_86"), (80, "sm_90a compute_90"), (100, "sm_90a compute_90a"), (75, "sm_80")],
-)
+    [
+        (90, "sm_80"), (80, "sm_86"), (80, "sm_90a compute_90"), (100, "sm_90a compute_90a"), (75, "sm_80"),
+        (120, "sm_100f compute_100f"),
+    ],
+)  # fmt: skip
 def test_architectures_that_do_not(monkeypatch, architecture, targets):
     sentence = refusal_on(monkeypatch, architecture, targets)
     name = f"{architecture // 10}.{architecture % 10}"
-    assert targets in sentence and f"TORCH_CUDA_ARCH_LIST={name} " in sentence
+    best = {"9.0": "9.0a"}.get(name, name)  # plain 9.0 has no wgmma
+    assert targets in sentence and f"TORCH_CUDA_ARCH_LIST={best} " in sentence
 
 
 def refusal_on(monkeypatch, architecture, targets):

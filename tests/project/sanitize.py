@@ -1,11 +1,12 @@
-"""For `make sanitize` alone: the module that its tests run is the instrumented one."""
+"""For `make sanitize` alone: the modules that its tests run are the instrumented ones."""
 
 from pathlib import Path
 
-from redit_fast.backends import cpu
+from redit_fast.backends import cpu, cuda
 
 
-def test_the_cpu_module_checks_accesses_and_overflows_and_stops():
-    code = Path(cpu.module.compiled.__file__).read_bytes()
-    # -fwrapv would leave out the overflow handler; its name ends in _abort with -fno-sanitize-recover.
-    assert b"__asan_init" in code and b"__ubsan_handle_add_overflow_abort" in code
+def test_the_cpu_module_and_the_host_code_of_cuda_check_accesses_and_overflows_and_stop():
+    for compiled in filter(None, (cpu.module.compiled, cuda.module.compiled)):  # the second where nvcc is
+        code = Path(compiled.__file__).read_bytes()
+        # -fwrapv would leave out the overflow handler; its name ends in _abort with -fno-sanitize-recover.
+        assert b"__asan_init" in code and b"__ubsan_handle_add_overflow_abort" in code

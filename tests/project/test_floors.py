@@ -15,6 +15,7 @@ FLOORS = {
     "redit_fast.__main__": 7,
     "redit_fast.cli": 6,
     "redit_fast.selftest": 5,
+    "redit_fast.info": 5,
     "redit_fast.training": 5,
     "redit_fast.integrations": 5,
     "redit_fast.gr": 4,

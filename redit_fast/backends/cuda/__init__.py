@@ -15,9 +15,13 @@ def why_not(op: str, device: torch.device) -> str | None:
         return module.missing
     if module.interpreted():
         if device.type != "cpu":
-            return f"computes on CPU tensors only while REDIT_FAST_CUDA_INTERPRET is set, got {device}"
+            sentence = "computes on CPU tensors only while REDIT_FAST_CUDA_INTERPRET is set"
+            return f"{sentence}, got {device}; run `unset REDIT_FAST_CUDA_INTERPRET`"
         if module.run_launches is None:
-            return "REDIT_FAST_CUDA_INTERPRET is set and no interpreter is; tests/ptx has one, which the tests set"
+            return (
+                "REDIT_FAST_CUDA_INTERPRET is set and no interpreter is; tests/ptx has one, which the tests set; run "
+                "`unset REDIT_FAST_CUDA_INTERPRET`"
+            )
         return None
     if device.type != "cuda":
         return f"computes on CUDA tensors only, got {device}"

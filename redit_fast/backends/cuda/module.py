@@ -65,8 +65,8 @@ def _runs(target: str, architecture: int) -> bool:
     built = int(number.rstrip("af"))
     if number.endswith("a"):
         return architecture == built
-    newer = architecture >= built
-    return newer and architecture // 10 == built // 10 if kind == "sm" else newer
+    in_family = kind == "sm" or number.endswith("f")
+    return architecture >= built and (architecture // 10 == built // 10 or not in_family)
 
 
 @functools.cache
@@ -75,13 +75,20 @@ def why_no_kernels(index: int) -> str | None:
     try:
         architecture = _device(index).architecture
     except RuntimeError as error:
-        return f"redit_fast._cuda, of CUDA {compiled.toolkit // 1000}.{compiled.toolkit % 1000 // 10}: {error}"
+        toolkit = f"{compiled.toolkit // 1000}.{compiled.toolkit % 1000 // 10}"
+        if "cudaErrorInsufficientDriver" not in str(error):
+            return f"redit_fast._cuda, of CUDA {toolkit}: {error}"
+        return (
+            f"redit_fast._cuda, of CUDA {toolkit}, finds no driver or an older one ({error}); install a newer driver, "
+            "or build with a toolkit that is not newer than the CUDA version which `nvidia-smi` prints"
+        )
     if any(_runs(target, architecture) for target in compiled.architectures.split()):
         return None
     name = f"{architecture // 10}.{architecture % 10}"
+    asked = {"9.0": "9.0a"}.get(name, name)  # plain 9.0 has no wgmma
     return (
         f"redit_fast._cuda has code for {compiled.architectures} and none for this device's {name}; in the source "
-        f"folder run `TORCH_CUDA_ARCH_LIST={name} REDIT_FAST_CUDA=1 pip install --no-deps --force-reinstall .`"
+        f"folder run `TORCH_CUDA_ARCH_LIST={asked} REDIT_FAST_CUDA=1 pip install --no-deps --force-reinstall .`"
     )
 
 

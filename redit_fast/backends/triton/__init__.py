@@ -35,7 +35,7 @@ def why_not(op: str, device: torch.device) -> str | None:
     if missing:
         return missing
     if INTERPRETED and device.type != "cpu":
-        return f"computes on CPU tensors only while TRITON_INTERPRET is set, got {device}"
+        return f"computes on CPU tensors only while TRITON_INTERPRET is set, got {device}; run `unset TRITON_INTERPRET`"
     if not INTERPRETED and device.type != "cuda":
         return f"computes on CUDA tensors, and on CPU tensors under TRITON_INTERPRET=1 only, got {device}"
     return None
