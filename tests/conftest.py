@@ -148,5 +148,5 @@ def few(backend, rows, most=16):
 
 
 def skip_float64(backend, dtype=torch.float64):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("triton: refuses float64 parameters")
+    if backend in ("cuda", "triton") and dtype == torch.float64:
+        pytest.skip(f"{backend}: refuses float64 parameters")

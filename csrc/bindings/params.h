@@ -54,9 +54,12 @@ inline SquaredNorm squared_norm_of(const Tensor& out, const Table& tensors) {
 }
 
 inline Perturbation perturbation_of(const Tensor& sums, const Table& params, const Table& grads, const Sizes& offsets,
-                                    pybind11::handle options) {
+                                    const Tensors<2>& numbers, pybind11::handle options) {
+  const auto& [scale, step] = numbers;
   const Sizes numels = sizes_of(params);
   const Perturbation args{vector<double>("sums", sums, 4),
+                          vector<const double>("scale", scale, 1),
+                          vector<const int64_t>("step", step, 1),
                           arrays("params", params, numels),
                           arrays("grads", grads, numels),
                           numels,
@@ -85,9 +88,10 @@ inline Combination combination_of(const Tensor& sums, const Table& firsts, const
   return args;
 }
 
-inline AdamwStep adamw_step_of(const std::array<Table, 6>& lists, double factor, bool finite,
+inline AdamwStep adamw_step_of(const std::array<Table, 6>& lists, const Tensors<2>& numbers,
                                pybind11::handle options) {
   const auto& [params, masters, grads, exp_avgs, exp_avg_sqs, steps] = lists;
+  const auto& [factor, finite] = numbers;
   const Sizes numels = sizes_of(params);
   AdamwStep args{arrays("params", params, numels),
                  arrays("masters", masters, numels, true),
@@ -96,8 +100,8 @@ inline AdamwStep adamw_step_of(const std::array<Table, 6>& lists, double factor,
                  arrays("exp_avg_sqs", exp_avg_sqs, numels),
                  {},
                  numels,
-                 factor,
-                 finite,
+                 vector<const double>("factor", factor, 1),
+                 vector<const bool>("finite", finite, 1),
                  filled<AdamwOptions>("options", options)};
   require_wide("masters", args.masters, args.params);
   require_wide("exp_avgs", args.exp_avgs, args.params);

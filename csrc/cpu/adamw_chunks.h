@@ -52,14 +52,9 @@ void adamw_block(float* w, float* m, float* v, const typename Grad::Stored* g, t
 
 template <class W>
 AdamwScalars<W> scalars_of(const AdamwStep& args, int64_t tensor) {
+  const double step = double(*args.steps[tensor]) + 1;
   const AdamwOptions& options = args.options;
-  return {double(*args.steps[tensor]) + 1,
-          args.factor,
-          options.lr,
-          options.beta1,
-          options.beta2,
-          options.eps,
-          options.weight_decay};
+  return {options, std::pow(options.beta1, step), std::pow(options.beta2, step), *args.factor};
 }
 
 template <class Type>
@@ -67,7 +62,7 @@ void adamw(const AdamwStep& args, int64_t tensor, int64_t begin, int64_t end) {
   using Stored = typename Type::Stored;
   const Array &param = args.params[tensor], &master = args.masters[tensor], &grad = args.grads[tensor];
   auto* weights = static_cast<float*>((master.data ? master : param).data);
-  if (!args.finite) {
+  if (!*args.finite) {
     if (master.data) store<float>(param, begin, end - begin, weights + begin);
     return;
   }
@@ -91,11 +86,12 @@ void adamw_doubles(const AdamwStep& args, int64_t tensor, int64_t begin, int64_t
   auto* m = static_cast<double*>(args.exp_avgs[tensor].data);
   auto* v = static_cast<double*>(args.exp_avg_sqs[tensor].data);
   const auto scalars = scalars_of<double>(args, tensor);
+  const bool finite = *args.finite;
   alignas(64) double buffer[kBlock];
   for (; begin < end; begin += kBlock) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
     const double* g = load(buffer, args.grads[tensor], begin, n) - begin;
-    for (int64_t i = begin; args.finite && i < begin + n; ++i)
+    for (int64_t i = begin; finite && i < begin + n; ++i)
       adamw_element(w[i], m[i], v[i], g[i], scalars, SquareRoot{});
     if (master.data) store<double>(param, begin, n, w + begin);
   }

@@ -16,9 +16,11 @@ void call_squared_norm(const Tensor& out, const Table& tensors, py::handle proce
   squared_norm(args, threads, level);
 }
 
-void call_perturb(const Tensor& sums, const Table& params, const Table& grads, const Sizes& offsets, py::handle options,
-                  py::handle processor) {
-  const Perturbation args = perturbation_of(sums, params, grads, offsets, options);
+void call_perturb(const Tensor& sums, const Table& params, const Table& grads, const Sizes& offsets,
+                  const Tensors<2>& numbers, py::handle options, py::handle processor) {
+  const Perturbation args = perturbation_of(sums, params, grads, offsets, numbers, options);
+  require(*args.step >= 0 && *args.step < int64_t(1) << 32,
+          "step must be in [0, 2^32), got " + std::to_string(*args.step));
   const auto [threads, level] = processor_of(processor);
   py::gil_scoped_release release;
   perturb(args, threads, level);
@@ -31,9 +33,9 @@ void call_combine(const Tensor& sums, const Table& firsts, const Table& grads, d
   combine(args, threads, level);
 }
 
-void call_adamw(const std::array<Table, 6>& lists, double factor, bool finite, py::handle options,
+void call_adamw(const std::array<Table, 6>& lists, const Tensors<2>& numbers, py::handle options,
                 py::handle processor) {
-  const AdamwStep args = adamw_step_of(lists, factor, finite, options);
+  const AdamwStep args = adamw_step_of(lists, numbers, options);
   const auto [threads, level] = processor_of(processor);
   py::gil_scoped_release release;
   adamw(args, threads, level);

@@ -236,12 +236,14 @@ void perturb_and_add(double* sums, typename Type::Stored* x, typename Grad::Stor
 }
 
 template <class Type>
-void perturb(double* sums, const Array& param, const Array& grad, int64_t begin, int64_t end, int64_t offset,
-             const PerturbOptions& options) {
+void perturb(double* sums, const Perturbation& args, int64_t tensor, int64_t begin, int64_t end) {
   using Stored = typename Type::Stored;
-  auto* x = static_cast<Stored*>(param.data);
+  const PerturbOptions& options = args.options;
+  const Array& grad = args.grads[tensor];
+  const int64_t offset = args.offsets[tensor];
+  auto* x = static_cast<Stored*>(args.params[tensor].data);
   for (int k = 0; k < 4; ++k) sums[k] = 0;
-  const float scale = float(options.scale), factor = float(options.grad_factor);
+  const float scale = float(*args.scale), factor = float(options.grad_factor);
   const Dtype seen = options.compute_dtype < 0 ? dtype_of(Type{}) : Dtype(options.compute_dtype);
   alignas(64) uint16_t halves[kBlock + 8 + 8 * kCalls];
   alignas(64) float buffer[kBlock];
@@ -249,7 +251,7 @@ void perturb(double* sums, const Array& param, const Array& grad, int64_t begin,
     const int64_t n = end - begin < kBlock ? end - begin : kBlock, first = offset + begin;
     const uint16_t* of_element = nullptr;
     if (options.rounding == Rounding::stochastic && sizeof(Stored) == 2) {
-      philox_halves(halves, (first % 8 + n + 7) / 8, uint64_t(first / 8), options.seed, options.step);
+      philox_halves(halves, (first % 8 + n + 7) / 8, uint64_t(first / 8), options.seed, uint32_t(*args.step));
       of_element = halves + first % 8;
     }
     if (grad.dtype == dtype_of(Type{}))
@@ -332,16 +334,18 @@ double seen_as(Dtype seen, double x) {
   return x;
 }
 
-void perturb_doubles(double* sums, const Array& param, const Array& grad, int64_t begin, int64_t end, int64_t,
-                     const PerturbOptions& options) {
-  auto* x = static_cast<double*>(param.data);
+void perturb_doubles(double* sums, const Perturbation& args, int64_t tensor, int64_t begin, int64_t end) {
+  const PerturbOptions& options = args.options;
+  const Array& grad = args.grads[tensor];
+  auto* x = static_cast<double*>(args.params[tensor].data);
+  const double scale = *args.scale;
   const Dtype seen = options.compute_dtype < 0 ? Dtype::float64 : Dtype(options.compute_dtype);
   alignas(64) double buffer[kBlock], lanes[4][kLanes] = {};
   for (; begin < end; begin += kBlock) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
     const double* g = load(buffer, grad, begin, n);
     for (int64_t i = 0; i < n; ++i) {
-      const double old = x[begin + i], intended = options.scale * g[i], now = old + intended;
+      const double old = x[begin + i], intended = scale * g[i], now = old + intended;
       const double applied = seen_as(seen, now) - seen_as(seen, old);
       x[begin + i] = now;
       lanes[0][i % kLanes] += applied * intended;

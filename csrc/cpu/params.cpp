@@ -35,8 +35,7 @@ constexpr Dtype kDtype = sizeof(W) == 8 ? Dtype::float64 : Dtype::float32;
 
 struct ChunkKernels {  // elements [begin, end) of one tensor
   double (*sum_of_squares)(const void* tensor, int64_t begin, int64_t end);
-  void (*perturb)(double* sums, const Array& param, const Array& grad, int64_t begin, int64_t end, int64_t offset,
-                  const PerturbOptions& options);
+  void (*perturb)(double* sums, const Perturbation& args, int64_t tensor, int64_t begin, int64_t end);
   void (*combine)(double* sums, const Array& first, const Array& grad, int64_t begin, int64_t end, double ratio);
   void (*adamw)(const AdamwStep& args, int64_t tensor, int64_t begin, int64_t end);
 };
@@ -86,11 +85,10 @@ void squared_norm(const SquaredNorm& args, int threads, int level) {
 
 void perturb(const Perturbation& args, int threads, int level) {
   std::fill(args.sums, args.sums + 4, 0.0);
-  if (args.options.scale == 0) return;  // also where a gradient is NaN
+  if (*args.scale == 0) return;  // also where a gradient is NaN
   sum_over_chunks<4>(args.sums, args.numels, threads, [&](double* out, const Chunk& chunk) {
-    const Array &param = args.params[chunk.tensor], &grad = args.grads[chunk.tensor];
-    kernels(level)[int(param.dtype)].perturb(out, param, grad, chunk.begin, chunk.end, args.offsets[chunk.tensor],
-                                             args.options);
+    const Dtype type = args.params[chunk.tensor].dtype;
+    kernels(level)[int(type)].perturb(out, args, chunk.tensor, chunk.begin, chunk.end);
   });
 }
 
@@ -105,7 +103,7 @@ void adamw(const AdamwStep& args, int threads, int level) {
   for_each_chunk(chunks_of(args.numels), threads, [&](int64_t, const Chunk& chunk) {
     kernels(level)[int(args.params[chunk.tensor].dtype)].adamw(args, chunk.tensor, chunk.begin, chunk.end);
   });
-  if (args.finite)
+  if (*args.finite)
     for (float* step : args.steps) *step += 1;
 }
 

@@ -37,6 +37,12 @@ REDIT_DEVICE uint32_t pack_float16(float low, float high) {
   return pair;
 }
 
+REDIT_DEVICE float from_float16(uint16_t half) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+  return x;
+}
+
 // Clusters: barrier.cluster, mapa.
 
 REDIT_DEVICE int cluster_rank() {

@@ -123,7 +123,8 @@ struct Head {  // (R, D), (V, D) and (1, V) or absent, of one `type`
   Dtype type;
 };
 
-// Passes over parameters: lists of contiguous tensors, their elements counted by numels.
+// Passes over parameters: lists of contiguous tensors, their elements counted by numels. What a step computes lies
+// where the tensors do, so that nobody waits for it: a pointer to one number.
 
 struct Array {
   void* data;  // null: absent
@@ -142,15 +143,16 @@ struct SquaredNorm {
 REDIT_CHOICE(Rounding, stochastic, nearest)
 
 struct PerturbOptions {  // of redit_fast/backends/args.py
-  double scale, grad_factor;
+  double grad_factor;
   Rounding rounding;
   uint64_t seed;
-  uint32_t step;
   int compute_dtype;  // a Dtype, or -1: each parameter's own
 };
 
 struct Perturbation {
   double* sums;  // <applied, intended>, |applied|^2, |intended|^2, number moved
+  const double* scale;
+  const int64_t* step;  // in [0, 2^32)
   Arrays params, grads;
   Sizes numels, offsets;  // offsets: each tensor's first element in the concatenation of all trainable parameters
   PerturbOptions options;
@@ -171,8 +173,8 @@ struct AdamwStep {
   Arrays params, masters, grads, exp_avgs, exp_avg_sqs;
   std::vector<float*> steps;
   Sizes numels;
-  double factor;  // of the gradients
-  bool finite;    // else nothing changes but params, which become their masters again
+  const double* factor;  // of the gradients
+  const bool* finite;    // else nothing changes but params, which become their masters again
   AdamwOptions options;
 };
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "shared/macros.h"
+#include "shared/args.h"
 
 namespace redit {
 
@@ -90,17 +90,17 @@ template <class T>
 struct AdamwScalars {  // see adamw_element.h
   T factor, lerp, other_lerp, beta2, one_minus_beta2, root_correction2, eps, minus_step_size, decay;
   bool from_grad;  // torch.lerp starts from the nearer end
-  REDIT_HD AdamwScalars(double step, double factor, double lr, double beta1, double beta2, double eps,
-                        double weight_decay)
+  // power1, power2: of the betas to the number of steps, this one included.
+  REDIT_HD AdamwScalars(const AdamwOptions& options, double power1, double power2, double factor)
       : factor(T(factor)),
-        lerp(T(1 - beta1)),
+        lerp(T(1 - options.beta1)),
         other_lerp(lerp - T(1)),
-        beta2(T(beta2)),
-        one_minus_beta2(T(1 - beta2)),
-        root_correction2(T(std::sqrt(1 - std::pow(beta2, step)))),
-        eps(T(eps)),
-        minus_step_size(T(-(lr / (1 - std::pow(beta1, step))))),
-        decay(T(1 - lr * weight_decay)),
+        beta2(T(options.beta2)),
+        one_minus_beta2(T(1 - options.beta2)),
+        root_correction2(T(std::sqrt(1 - power2))),
+        eps(T(options.eps)),
+        minus_step_size(T(-(options.lr / (1 - power1)))),
+        decay(T(1 - options.lr * options.weight_decay)),
         from_grad(!(lerp < T(0.5))) {}
 };
 

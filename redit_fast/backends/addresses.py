@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,11 @@ def view(tensor: Tensor | None, device: str = "cpu") -> View:
         )
     shape, strides = (1, 1, *tensor.shape), (1, 1, *tensor.stride())
     return (tensor.data_ptr(), code(tensor.dtype), *shape[-2:], *strides[-2:])
+
+
+def table(tensors: Sequence[Tensor | None]) -> list[tuple[int, int, int]]:
+    """Address, dtype and elements of each; 0s for None."""
+    return [(0, 0, 0) if x is None else (x.data_ptr(), code(x.dtype), x.numel()) for x in tensors]
 
 
 def views(*tensors: Tensor | None, device: str = "cpu") -> list[View]:

@@ -53,11 +53,9 @@ class AdvantageOptions(NamedTuple):
 
 
 class PerturbOptions(NamedTuple):
-    scale: float
     grad_factor: float
     rounding: Rounding
     seed: int  # in [0, 2**64)
-    step: int  # in [0, 2**32)
     compute_dtype: int  # an index into DTYPES; -1: each parameter's own
 
 

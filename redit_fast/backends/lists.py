@@ -35,6 +35,24 @@ def check_lists(optional: str = "", **lists: Sequence[Tensor | int | None]) -> N
             raise ValueError(f"{name} must hold no None, got one at index {entries.index(None)}")
 
 
+def check_tensors(
+    backend: str, dtypes: Sequence[torch.dtype], device: torch.device, **lists: Sequence[Tensor | None]
+) -> None:
+    """All on `device`, and of `dtypes`, those that the backend has a version for."""
+    for name, tensors in lists.items():
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if tensor.device != device:
+                raise ValueError(f"{name} must lie on {device} as the others do, got a tensor on {tensor.device}")
+            if tensor.dtype not in dtypes:
+                *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise NotImplementedError(
+                    f"{name} of {tensor.dtype}: the {backend} backend has {', '.join(most)} and {last}; "
+                    "use_backend('reference') has every dtype"
+                )
+
+
 def check_sums(name: str, sums: Tensor, count: int) -> None:
     if sums.dtype != torch.float64 or sums.numel() != count or not sums.is_contiguous():
         raise ValueError(

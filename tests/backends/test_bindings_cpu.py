@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from redit_fast.backends import cpu
-from redit_fast.backends.addresses import code, view
+from redit_fast.backends.addresses import table, view, views
 from redit_fast.backends.args import AdamwOptions, AdvantageOptions, PerturbOptions
 from redit_fast.backends.cpu.module import Processor, compiled
 from redit_fast.losses.coefficients import PolicyConstants
@@ -41,7 +41,7 @@ def targets():
 POLICY = PolicyConstants.of(LossConfig())
 LOSS = PolicyConstants.of(LossConfig(beta=0.1, correction="token_mask"))
 OPTIONS = AdvantageOptions("uniform", 5, 1, "apply", "mean", "group", "sum_then_normalize", 1e-4, 1)
-PERTURB = PerturbOptions(0.5, 0.5, "stochastic", 3, 1, -1)
+PERTURB = PerturbOptions(0.5, "stochastic", 3, -1)
 ADAMW = AdamwOptions(0.1, 0.9, 0.99, 1e-8, 0.1)
 TRANSFORM = TransformConstants.of(LogitTransform())
 PROCESSOR = Processor(threads=1, level=-1)
@@ -247,9 +247,8 @@ def test_an_output_whose_elements_overlap_is_refused():
         cpu.token_logp_grad(transposed, step, t, sums(), rows(), None, None, LogitTransform())
 
 
-def table(*tensors):
-    """Entries of the passes over parameters; the tensors must be held by the caller."""
-    return [(0, 0, 0) if x is None else (x.data_ptr(), code(x.dtype), x.numel()) for x in tensors]
+HALF, STEP, FINITE = torch.tensor(0.5).double(), torch.tensor(1), torch.tensor(True)
+MOVE, ADVANCE = views(HALF, STEP), views(HALF, FINITE)  # a perturbation's numbers and those of an AdamW step
 
 
 def parameter_passes():
@@ -261,13 +260,13 @@ def parameter_passes():
     return out, {
         "squared_norm": (lambda tensors: compiled.squared_norm(one, tensors, PROCESSOR), {"tensors": rows}, ()),
         "perturb": (
-            lambda params, grads: compiled.perturb(four, params, grads, [0, 7], PERTURB, PROCESSOR),
+            lambda params, grads: compiled.perturb(four, params, grads, [0, 7], MOVE, PERTURB, PROCESSOR),
             {"params": rows, "grads": rows}, (),
         ),
         "combine": (lambda firsts, grads: compiled.combine(three, firsts, grads, 0.5, PROCESSOR),
                     {"firsts": rows, "grads": rows}, ()),
         "adamw": (
-            lambda **given: compiled.adamw(list(given.values()), 1.0, True, ADAMW, PROCESSOR),
+            lambda **given: compiled.adamw(list(given.values()), ADVANCE, ADAMW, PROCESSOR),
             state, ("masters",),
         ),
     }  # fmt: skip
@@ -279,7 +278,7 @@ def test_lists_that_do_not_fit_are_refused_by_name(name):
     held, passes = parameter_passes()
     call, makers, optional = passes[name]
     kept = {key: [make(), make()] for key, make in makers.items()}
-    given = {key: table(*tensors) for key, tensors in kept.items()}
+    given = {key: table(tensors) for key, tensors in kept.items()}
     call(**given)
     assert held.sum() != 0 or name == "adamw"
     for key in makers:
@@ -314,19 +313,19 @@ def test_lists_that_do_not_fit_are_refused_by_name(name):
 
 def test_numbers_that_do_not_fit_are_refused_by_name():
     p, g, v = rows(), rows(), torch.zeros(4, dtype=torch.float64)
-    four, params, grads = view(v), table(p), table(g)
+    four, params, grads = view(v), table([p]), table([g])
     x, t, kept_sums = logits(), targets(), sums()
 
     def perturb(offsets=(0,), compute_dtype=-1, threads=1, level=-1):
         options = PERTURB._replace(compute_dtype=compute_dtype)
-        compiled.perturb(four, params, grads, list(offsets), options, Processor(threads, level))
+        compiled.perturb(four, params, grads, list(offsets), MOVE, options, Processor(threads, level))
 
     wide = [torch.zeros(ROWS, dtype=torch.float64) for _ in range(2)]
 
     def adamw(params=(p,), masters=(None,), state=(g,)):
-        lists = [table(*x) for x in (params, masters, (g,), state, state)]
+        lists = [table(x) for x in (params, masters, (g,), state, state)]
         step = torch.zeros(())
-        compiled.adamw([*lists, table(step)], 1.0, True, ADAMW, PROCESSOR)
+        compiled.adamw([*lists, table([step])], ADVANCE, ADAMW, PROCESSOR)
 
     chunk = compiled.HeadRows(view(t), VOCABULARY)
     tile, anchored, done = view(x), head_rows(), finished_rows()
@@ -343,7 +342,7 @@ def test_numbers_that_do_not_fit_are_refused_by_name():
                   lambda: compiled.scale_in_place(tile, 0.5, Processor(1, 3))],
         "masters": [lambda: adamw(params=(rows().bfloat16(),)), lambda: adamw(masters=(wide[0],))],
         "exp_avgs": [lambda: adamw(state=(wide[0],)), lambda: adamw(params=(wide[0],))],
-        "firsts": [lambda: compiled.combine(view(v[:3]), table(wide[0]), grads, 0.5, PROCESSOR)],
+        "firsts": [lambda: compiled.combine(view(v[:3]), table(wide[:1]), grads, 0.5, PROCESSOR)],
         "vocabulary": [lambda: compiled.HeadRows(view(t), 0), lambda: compiled.HeadRows(view(t), -5)],
         "add must": [lambda: chunk.add(NONE, tile, (0, 0), *HOW)],
         "repair must": [lambda: chunk.repair(16), lambda: done.repair(16)],
@@ -365,6 +364,35 @@ def test_numbers_that_do_not_fit_are_refused_by_name():
     adamw(params=(wide[0],), state=(wide[1],))
 
 
+def test_numbers_where_the_tensors_lie_are_refused_by_name():
+    p, g, v = rows(), rows(), torch.zeros(4, dtype=torch.float64)
+    held = rows(), rows(), torch.zeros(())
+    lists = [table([x]) for x in (p, None, g, *held)]
+    calls = {
+        "scale": lambda scale: compiled.perturb(
+            view(v), table([p]), table([g]), [0], [scale, MOVE[1]], PERTURB, PROCESSOR
+        ),
+        "step": lambda step: compiled.perturb(
+            view(v), table([p]), table([g]), [0], [MOVE[0], step], PERTURB, PROCESSOR
+        ),
+        "factor": lambda factor: compiled.adamw(lists, [factor, ADVANCE[1]], ADAMW, PROCESSOR),
+        "finite": lambda finite: compiled.adamw(lists, [ADVANCE[0], finite], ADAMW, PROCESSOR),
+    }
+    before, two = p.clone(), torch.zeros(2)
+    for name, call in calls.items():
+        for wrong in (NONE, view(HALF.float()), view(two.double()), view(two.long()), view(two.bool())):
+            with pytest.raises(ValueError, match=f"^{name} must be"):
+                call(wrong)
+    for step in (-1, 2**32):
+        beyond = torch.tensor(step)
+        with pytest.raises(ValueError, match="^step must be in"):
+            calls["step"](view(beyond))
+    assert torch.equal(p, before)
+    for name, right in zip(calls, MOVE + ADVANCE):
+        calls[name](right)
+    assert not torch.equal(p, before)
+
+
 def named_tuples():
     """name: a right one, and the call that takes it."""
     kept = [{key: make() for key, make in ENTRIES[name][1].items()} for name in ("group_advantages", "token_loss")]
@@ -376,10 +404,10 @@ def named_tuples():
         "policy": (POLICY, lambda policy: token_loss(loss, policy)),
         "transform": (TRANSFORM, lambda transform: head_rows().finish([view(p), NONE, view(HELD[1])], transform)),
         "processor": (PROCESSOR, lambda processor: compiled.scale_in_place(view(x), 0.5, processor)),
-        "options of perturb": (PERTURB, lambda options: compiled.perturb(view(sums), table(p), table(g), [0], options,
-                                                                         PROCESSOR)),
+        "options of perturb": (PERTURB, lambda options: compiled.perturb(view(sums), table([p]), table([g]), [0], MOVE,
+                                                                         options, PROCESSOR)),
         "options of adamw": (ADAMW, lambda options: compiled.adamw(
-            [table(p), [(0, 0, 0)], table(g), table(m), table(v), table(steps)], 1.0, True, options, PROCESSOR
+            [table([x]) for x in (p, None, g, m, v, steps)], ADVANCE, options, PROCESSOR
         )),
     }  # fmt: skip
 

@@ -60,7 +60,7 @@ def test_a_struct_has_the_fields_of_its_named_tuple(packed):
         ("AdamwOptions", "beta1, beta2", "beta2, beta1"),
         ("PolicyConstants", "float low, high", "float high, low"),
         ("PolicyConstants", "  bool kl_ratio_correction;\n", ""),
-        ("PerturbOptions", "double scale, grad_factor", "int scale, grad_factor"),
+        ("PerturbOptions", "double grad_factor", "int grad_factor"),
         ("AdvantageOptions", "REDIT_CHOICE(Scale, group, batch", "REDIT_CHOICE(Scale, group, rows"),
     ],
 )

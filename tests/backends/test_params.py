@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from redit_fast.backends import reference
+from tests.conftest import skip_float64
 from tests.grid import DEVICES, pairs
 from tests.tolerance import assert_gradient_no_worse, assert_no_worse
 
@@ -30,8 +31,8 @@ def place(request):
 def backend(request, backend):
     """The backend's module."""
     options = request.node.callspec.params
-    if backend == "triton" and torch.float64 in (options.get("dtype"), options.get("grad_dtype")):
-        pytest.skip("triton: refuses float64 parameters")
+    for name in ("dtype", "grad_dtype"):
+        skip_float64(backend, options.get(name))
     return import_module(f"redit_fast.backends.{backend}")
 
 

@@ -9,33 +9,32 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.addresses import code, view
+from redit_fast.backends.addresses import code, table, view, views
 from redit_fast.backends.args import AdamwOptions, PerturbOptions, Rounding
 from redit_fast.backends.cpu.module import compiled, processor
-from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, contiguous, finish
+from redit_fast.backends.lists import (
+    check_like,
+    check_lists,
+    check_pairs,
+    check_steps,
+    check_tensors,
+    contiguous,
+    finish,
+)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _table(name: str, tensors: Sequence[Tensor | None]) -> list[tuple[int, int, int]]:
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} must lie on the CPU as the others do, got a tensor on {tensor.device}")
-        if tensor.dtype not in _FLOATS:
-            raise NotImplementedError(
-                f"{name} of {tensor.dtype}: the cpu backend has float32, bfloat16, float16 and float64; "
-                "use_backend('reference') has every dtype"
-            )
-    return [(0, 0, 0) if x is None else (x.data_ptr(), code(x.dtype), x.numel()) for x in tensors]
+def _check_tensors(**lists: Sequence[Tensor | None]) -> None:
+    check_tensors("cpu", _FLOATS, torch.device("cpu"), **lists)
 
 
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     """As `reference.squared_norm`, to 2.4e-7."""
     check_lists(tensors=tensors)
+    _check_tensors(tensors=tensors)
     tensors = contiguous(tensors)  # held until the call returns
-    compiled.squared_norm(view(out), _table("tensors", tensors), processor())
+    compiled.squared_norm(view(out), table(tensors), processor())
     increment_version(out)
 
 
@@ -55,12 +54,13 @@ def perturb(
     """As `reference.perturb`: the parameters bit for bit, the sums to 2.4e-7."""
     check_lists(params=params, grads=grads, offsets=offsets)
     check_like("grads", grads, params, wide=False)
+    _check_tensors(params=params, grads=grads)
     if compute_dtype is not None and compute_dtype not in _FLOATS:
         raise NotImplementedError(f"compute_dtype {compute_dtype} has no C++ version; use_backend('reference') has it")
     moved, slopes = contiguous(params), contiguous(grads)
-    tables = _table("params", moved), _table("grads", slopes)
-    options = PerturbOptions(scale.item(), grad_factor, rounding, seed, int(step), code(compute_dtype))
-    compiled.perturb(view(sums), *tables, offsets, options, processor())
+    numbers = views(scale, step)
+    options = PerturbOptions(grad_factor, rounding, seed, code(compute_dtype))
+    compiled.perturb(view(sums), table(moved), table(slopes), offsets, numbers, options, processor())
     increment_version(sums)
     finish(params, moved)
     if grad_factor != 1:
@@ -72,8 +72,9 @@ def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: floa
     """As `reference.combine`: the gradients bit for bit, the sums to 2.4e-7; both of one dtype."""
     check_lists(grads=grads, firsts=firsts)
     check_pairs(firsts, grads)
+    _check_tensors(firsts=firsts, grads=grads)
     firsts, combined = contiguous(firsts), contiguous(grads)
-    compiled.combine(view(sums), _table("firsts", firsts), _table("grads", combined), ratio, processor())
+    compiled.combine(view(sums), table(firsts), table(combined), ratio, processor())
     increment_version(sums)
     finish(grads, combined)
 
@@ -100,14 +101,15 @@ def adamw(
     check_like("grads", grads, params, wide=False)
     for name, tensors in state.items():
         check_like(name, tensors, params, wide=True)
+    _check_tensors(params=params, grads=grads, **state)
     check_steps(steps, params, masters)
     written: tuple[Any, ...] = (params, masters, exp_avgs, exp_avg_sqs)
     work = [contiguous(tensors) for tensors in written]
     grads = contiguous(grads)
-    p, master, m, v = map(_table, ("params", "masters", "exp_avgs", "exp_avg_sqs"), work)
-    lists = [p, master, _table("grads", grads), m, v, _table("steps", steps)]
+    p, master, m, v = map(table, work)
+    lists = [p, master, table(grads), m, v, table(steps)]
     options = AdamwOptions(lr, beta1, beta2, eps, weight_decay)
-    compiled.adamw(lists, factor.item(), bool(finite), options, processor())
+    compiled.adamw(lists, views(factor, finite), options, processor())
     for originals, copies in zip(written, work, strict=True):
         finish(originals, copies)
     increment_version(steps)

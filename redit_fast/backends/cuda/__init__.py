@@ -4,8 +4,9 @@ import torch
 
 from redit_fast.backends.cuda import module
 from redit_fast.backends.cuda.advantages import group_advantages
+from redit_fast.backends.cuda.params import adamw, combine, perturb, squared_norm
 
-__all__ = ["group_advantages", "why_not"]
+__all__ = ["adamw", "combine", "group_advantages", "perturb", "squared_norm", "why_not"]
 
 
 def why_not(op: str, device: torch.device) -> str | None:

@@ -10,29 +10,29 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from redit_fast.backends.args import AdamwOptions, Rounding
-from redit_fast.backends.lists import check_like, check_lists, check_pairs, check_steps, check_sums, contiguous, finish
+from redit_fast.backends.lists import (
+    check_like,
+    check_lists,
+    check_pairs,
+    check_steps,
+    check_sums,
+    check_tensors,
+    contiguous,
+    finish,
+)
 from redit_fast.kernels import launch
 from redit_fast.kernels import params as kernels
 
 
-def _check_tensors(name: str, tensors: Sequence[Tensor | None], device: torch.device) -> None:
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device != device:
-            raise ValueError(f"{name} must lie on {device} as the others do, got a tensor on {tensor.device}")
-        if tensor.dtype not in launch.TYPES:
-            raise NotImplementedError(
-                f"{name} of {tensor.dtype}: the triton backend has float32, bfloat16 and float16; "
-                "use_backend('reference') has every dtype"
-            )
+def _check_tensors(device: torch.device, **lists: Sequence[Tensor | None]) -> None:
+    check_tensors("triton", tuple(launch.TYPES), device, **lists)
 
 
 def squared_norm(out: Tensor, tensors: list[Tensor]) -> None:
     """As `reference.squared_norm`, to 2.4e-7: 8 squares at a time are added in float32."""
     check_lists(tensors=tensors)
     check_sums("out", out, 1)
-    _check_tensors("tensors", tensors, out.device)
+    _check_tensors(out.device, tensors=tensors)
     kernels.squared_norm(out, contiguous(tensors))
     increment_version(out)
 
@@ -54,8 +54,7 @@ def perturb(
     check_lists(params=params, grads=grads, offsets=offsets)
     check_sums("sums", sums, 4)
     check_like("grads", grads, params, wide=False)
-    _check_tensors("params", params, sums.device)
-    _check_tensors("grads", grads, sums.device)
+    _check_tensors(sums.device, params=params, grads=grads)
     if compute_dtype not in (None, torch.float64, *launch.TYPES):
         raise NotImplementedError(f"compute_dtype {compute_dtype} has no Triton version; use_backend('reference')")
     moved, slopes = contiguous(params), contiguous(grads)
@@ -73,7 +72,7 @@ def combine(sums: Tensor, firsts: list[Tensor], grads: list[Tensor], ratio: floa
     check_lists(grads=grads, firsts=firsts)
     check_sums("sums", sums, 3)
     check_pairs(firsts, grads)
-    _check_tensors("grads", firsts + grads, sums.device)
+    _check_tensors(sums.device, firsts=firsts, grads=grads)
     combined = contiguous(grads)
     kernels.combine(sums, contiguous(firsts), combined, ratio)
     increment_version(sums)
@@ -103,8 +102,7 @@ def adamw(
     written: tuple[Any, ...] = (params, masters, exp_avgs, exp_avg_sqs)
     for name, tensors in state.items():
         check_like(name, tensors, params, wide=True)
-    for name, tensors in {"params": params, "grads": grads, **state}.items():
-        _check_tensors(name, tensors, factor.device)
+    _check_tensors(factor.device, params=params, grads=grads, **state)
     check_steps(steps, params, masters)
     p, w, m, v = (contiguous(tensors) for tensors in written)
     options = AdamwOptions(lr, beta1, beta2, eps, weight_decay)
