@@ -61,6 +61,8 @@ std::tuple<int, int, int, int, int> call_device(int index) {
 
 }  // namespace
 
+void bind_token_loss(py::module_& module);
+
 void bind(py::module_& module) {
   py::class_<Launch>(module, "Launch")
       .def_readonly("kernel", &Launch::kernel)
@@ -74,6 +76,7 @@ void bind(py::module_& module) {
   module.def("device", &call_device);
   module.def("launch", &call_launch);
   module.def("group_advantages", &call_group_advantages);
+  bind_token_loss(module);
 }
 
 }  // namespace redit

@@ -4,8 +4,9 @@ import torch
 
 from redit_fast.backends.cuda import module
 from redit_fast.backends.cuda.advantages import group_advantages
+from redit_fast.backends.cuda.token_loss import scale_in_place, token_logp, token_logp_grad, token_loss
 
-__all__ = ["group_advantages", "why_not"]
+__all__ = ["group_advantages", "scale_in_place", "token_logp", "token_logp_grad", "token_loss", "why_not"]
 
 
 def why_not(op: str, device: torch.device) -> str | None:
