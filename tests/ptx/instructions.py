@@ -174,15 +174,20 @@ def convert(m, o, a, s):
     m.write(a[0], x, s)
 
 
+AGAIN = "again"  # a result: the threads wait for others, then execute the instruction
+
+
 def shuffle(source):
-    """Of whole warps, from the lane `source`; beyond the warp, a lane's own."""
+    """Of whole warps, from the lane `source`; beyond the warp, a lane's own. Lanes wait for those that are elsewhere."""
 
     def instruction(m, o, a, s):
         ids, lane = m.ids(s), np.arange(32)
-        if len(ids) % 32 or (ids.reshape(-1, 32) != ids[::32, None] // 32 * 32 + lane).any():
+        clamp, members = m.read(a[3], "u32", s), m.read(a[4], "u32", s)
+        if (clamp != 31).any() or (members != 0xFFFFFFFF).any() or (m.pc.reshape(-1, 32)[ids // 32] == DONE).any():
             raise Fault("a shuffle of part of a warp")
-        if (m.read(a[3], "u32", s) != 31).any():
-            raise Fault("unknown operands: only shuffles over whole warps are known")
+        if len(ids) % 32 or (ids.reshape(-1, 32) != ids[::32, None] // 32 * 32 + lane).any():
+            m.state[ids] = 4
+            return AGAIN
         value, by = (np.broadcast_to(m.read(x, "b32", s), ids.shape).reshape(-1, 32) for x in a[1:3])
         wanted = source(lane, by.astype(np.int64))
         inside = wanted < 32
