@@ -233,7 +233,7 @@ REDIT_DEVICE void block_rows(const Launch& a) {
           for (int s = 0; s < a.slices.count; ++s) total += slices[s].total(warps);
           const double other = __shfl_xor_sync(~0u, total, 16);
           const RowSums sums{float(t < 16 ? total : other), float(t < 16 ? other : total)};
-          const RowEnd found = finish_or_repair(a, row, repaired, anchor, at_target, sums, number);
+          const RowEnd found = finish_or_repair(a, row, repaired, anchor, at_target, sums, number, t == 0);
           if (t == 0) shared_end = found;
         }
         __syncthreads();

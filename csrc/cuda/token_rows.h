@@ -172,12 +172,12 @@ struct WarpSums {
   REDIT_DEVICE void put(float others, float weighted) {
     if (threadIdx.x % 32 == 0) of[0][threadIdx.x / 32] = others, of[1][threadIdx.x / 32] = weighted;
   }
-  REDIT_DEVICE double total(int warps) const {
+  REDIT_DEVICE float total(int warps) const {
     const int lane = int(threadIdx.x) % 32;
     double x = lane % 16 < warps ? of[lane / 16][lane % 16] : 0.0;
 #pragma unroll
     for (int step = 8; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
+    return float(x);
   }
   REDIT_DEVICE float largest(int warps) const {
     const int lane = int(threadIdx.x) % 32;
@@ -187,7 +187,7 @@ struct WarpSums {
 
 // What all threads must know of a row when one warp has finished it.
 struct RowEnd {
-  float anchor;               // of the next turn, if `again`
+  float anchor;
   float constant, at_target;  // of the gradient
   bool again, zero;           // zero: so is the gradient
 };
@@ -206,16 +206,16 @@ REDIT_DEVICE float row_number(const TokenLossLaunch& a, int64_t row) {
 }
 REDIT_DEVICE float row_number(const TokenLogpLaunch&, int64_t) { return 0; }
 
-// By one warp: results of the row, and its gradient's numbers.
+// By one warp: the row's results, which the thread that `writes` stores, and its gradient's numbers.
 REDIT_DEVICE RowEnd finish_row(const TokenLossLaunch& a, int64_t row, float anchor, float target, const RowSums& sums,
-                               float number) {
+                               float number, bool writes) {
   const Row end = finish(anchor, target, sums, a.transform);
   float of[6];
 #pragma unroll
   for (int i = 0; i < 6; ++i) of[i] = __shfl_sync(~0u, number, i);
   const LossSlope token =
       token_coefficient(a.op.policy, end.logp, of[1], a.op.rows.old_logp ? of[2] : end.logp, of[3], of[4]);
-  if (threadIdx.x == 0) {
+  if (writes) {
     a.op.logp[row] = end.logp, a.op.entropy[row] = end.entropy;
     a.row_losses[row] = of[0] * token.loss;
   }
@@ -233,9 +233,9 @@ REDIT_DEVICE void store_row(const RowResults& out, int64_t row, const Row& end) 
 }
 
 REDIT_DEVICE RowEnd finish_row(const TokenLogpLaunch& a, int64_t row, float anchor, float target, const RowSums& sums,
-                               float) {
+                               float, bool writes) {
   const Row end = finish(anchor, target, sums, a.transform);
-  if (threadIdx.x == 0) store_row(a.op.out, row, end);
+  if (writes) store_row(a.op.out, row, end);
   return {};
 }
 
@@ -248,9 +248,9 @@ REDIT_DEVICE void finish_masked(const TokenLogpLaunch& a, int64_t row) { store_r
 // By one warp that has the row's sums: another turn, once, where they need a larger anchor; else the end.
 template <class Launch>
 REDIT_DEVICE RowEnd finish_or_repair(const Launch& a, int64_t row, bool repaired, float anchor, float target,
-                                     const RowSums& sums, float number) {
+                                     const RowSums& sums, float number, bool writes) {
   if (!repaired && needs_repair(anchor, sums.others)) return {0, 0, 0, true, false};
-  return finish_row(a, row, anchor, target, sums, number);
+  return finish_row(a, row, anchor, target, sums, number, writes);
 }
 
 template <class Stored>

@@ -174,6 +174,17 @@ def convert(m, o, a, s):
     m.write(a[0], x, s)
 
 
+def permute(x, y, selector):
+    """Four bytes of eight, chosen by four bits each, of which the highest asks for copies of the byte's sign."""
+    eight, result = y.astype(np.uint64) << np.uint64(32) | x, np.uint32(0)
+    for i in range(0, 32, 8):
+        choice = (selector >> np.uint32(i // 2) & np.uint32(15)).astype(np.uint64)
+        byte = (eight >> (choice & np.uint64(7)) * np.uint64(8)).astype(np.uint8)
+        byte = np.where(choice & np.uint64(8), np.where(byte >= 128, 255, 0), byte)
+        result = result | byte.astype(np.uint32) << np.uint32(i)
+    return result
+
+
 AGAIN = "again"  # a result: the threads wait for others, then execute the instruction
 
 
@@ -249,6 +260,7 @@ TABLE = {
     "setp": (set_predicate, " ".join([*COMPARE, *(f"{name}u" for name in COMPARE), *COMBINE, "num nan ftz"])),
     "cvt": (convert, f"{ROUNDINGS} {' '.join(WHOLE)}"),
     "shf.r.wrap": (plain(funnel), ""),
+    "prmt": (plain(permute), ""),
     "copysign": (plain(lambda sign, x: np.copysign(x, sign)), ""),
     "shfl.sync.bfly": (shuffle(lambda lane, by: lane ^ by), ""),
     "shfl.sync.down": (shuffle(lambda lane, by: lane + by), ""),
