@@ -62,6 +62,7 @@ std::tuple<int, int, int, int, int> call_device(int index) {
 }  // namespace
 
 void bind_params(py::module_& module);
+void bind_token_loss(py::module_& module);
 
 void bind(py::module_& module) {
   py::class_<Launch>(module, "Launch")
@@ -77,6 +78,7 @@ void bind(py::module_& module) {
   module.def("launch", &call_launch);
   module.def("group_advantages", &call_group_advantages);
   bind_params(module);
+  bind_token_loss(module);
 }
 
 }  // namespace redit

@@ -18,6 +18,13 @@ REDIT_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x, at most 1 ulp off: rcp.approx
+REDIT_DEVICE float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The larger; NaN if either is: max.NaN
 REDIT_DEVICE float max_nan(float x, float y) {
   float z;
@@ -37,10 +44,40 @@ REDIT_DEVICE uint32_t pack_float16(float low, float high) {
   return pair;
 }
 
-REDIT_DEVICE float from_float16(uint16_t half) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
-  return x;
+REDIT_DEVICE float float_of_float16(uint16_t x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
+// 16 bytes of global memory at a multiple of 16. What is read again soon should stay in the L2 cache, what is not should
+// make room: createpolicy, ld with a cache hint.
+
+struct alignas(16) Vector {
+  uint32_t word[4];
+};
+REDIT_DEVICE uint64_t keep_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+REDIT_DEVICE uint64_t drop_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+REDIT_DEVICE Vector load16(const void* p, uint64_t policy) {
+  Vector v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(p), "l"(policy)
+               : "memory");
+  return v;
+}
+REDIT_DEVICE void store16(void* p, const Vector& v) {
+  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
+               "r"(v.word[3])
+               : "memory");
 }
 
 // Clusters: barrier.cluster, mapa.

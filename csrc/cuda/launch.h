@@ -47,5 +47,7 @@ struct Kernel {
 using Kernels = std::vector<Kernel>;
 Kernels advantages_kernels();
 Kernels params_kernels();
+Kernels token_loss_kernels();
+Kernels token_loss_cluster_kernels();
 
 }  // namespace redit::cuda

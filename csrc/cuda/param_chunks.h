@@ -37,7 +37,7 @@ struct Packed {
     const uint32_t word = words[i / kInWord];
     if constexpr (type == Dtype::float32) return __uint_as_float(word);
     if constexpr (type == Dtype::bfloat16) return __uint_as_float(i % 2 ? word & 0xFFFF0000u : word << 16);
-    return device::from_float16(uint16_t(i % 2 ? word >> 16 : word));
+    return device::float_of_float16(uint16_t(i % 2 ? word >> 16 : word));
   }
   // i is even; to nearest.
   REDIT_DEVICE void set(int i, float x, float next) {

@@ -88,7 +88,7 @@ struct Rounder {
 // As a forward pass in `seen` has it, a type of 16 bits.
 REDIT_DEVICE float as_seen(float x, Dtype seen) {
   if (seen == Dtype::bfloat16) return __uint_as_float(device::pack_bfloat16(x, 0.0f) << 16);
-  return device::from_float16(uint16_t(device::pack_float16(x, 0.0f)));
+  return device::float_of_float16(uint16_t(device::pack_float16(x, 0.0f)));
 }
 
 template <Dtype param, Dtype grad>

@@ -2,15 +2,52 @@
 
 import numpy as np
 
+from tests.ptx.parse import Fault
+
+
+def exact_sum(x, y):
+    """x + y of float64, and what rounding it lost."""
+    total = np.asarray(x + y)
+    back = total - x
+    return total, (x - (total - back)) + (y - back)
+
+
+def exact_product(x, y):
+    """x y of float64, and what rounding it lost; below 2^900 and above 2^-900."""
+    halves = []
+    for number in (x, y):
+        wide = number * 134217729.0
+        high = wide - (wide - number)
+        halves.append((high, number - high))
+    (a, b), (c, d) = halves
+    return x * y, ((a * c - x * y) + a * d + b * c) + b * d
+
 
 def odd_sum(x, y):
     """x + y of float64; where that is not exact its last bit is odd, so that rounding it to float32 rounds once."""
-    total = np.asarray(x + y)
-    back = total - x
-    lost = (x - (total - back)) + (y - back)
+    total, lost = exact_sum(x, y)
     bits = total.view(np.int64)
     move = np.where((lost != 0) & np.isfinite(total) & (bits & 1 == 0), np.where((lost > 0) == (total > 0), 1, -1), 0)
     return (bits + move).view(np.float64)
+
+
+def fused(x, y, z):
+    """x y + z of float64 with one rounding (Boldo and Melquiond 2008)."""
+    x, y, z = np.broadcast_arrays(x, y, z)
+    plain, product = x * y + z, np.abs(x * y)
+    numbers = np.isfinite(plain) & (x != 0) & (y != 0)
+    largest = np.maximum(np.maximum(np.abs(x), np.abs(y)), np.maximum(np.abs(z), product))
+    if (numbers & ((product < 2.0**-900) | (largest > 2.0**900))).any():
+        raise Fault("unknown: a fused multiply-add of float64 beyond 2^900 or below 2^-900")
+    high, low = exact_product(x, y)
+    upper, lost = exact_sum(z, low)
+    total, rest = exact_sum(high, upper)
+    return np.where(numbers, total + odd_sum(lost, rest), plain)
+
+
+def gross_reciprocal(x):
+    """Of float64 on the device: the upper half of the nearest."""
+    return (np.reciprocal(x).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
 
 
 def rounded(x, modifiers):

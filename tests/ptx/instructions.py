@@ -6,7 +6,7 @@ import operator
 
 import numpy as np
 
-from tests.ptx.floats import approximate, flushed, odd_sum, rounded, to_bfloat16, to_integer
+from tests.ptx.floats import approximate, flushed, fused, gross_reciprocal, odd_sum, rounded, to_bfloat16, to_integer
 from tests.ptx.memory import U, cells, check_alignment
 from tests.ptx.parse import Fault
 
@@ -86,9 +86,10 @@ def rounding(exact, near):
     """Float32 with a modifier is rounded from the `exact` result in float64, all else by NumPy."""
 
     def instruction(m, o, a, s):
-        read, special = values(m, o, a[1:], s), near is None or {"rz", "rm", "rp", "sat", "ftz"} & set(o)
-        if special and o[-1] != "f32":
-            raise Fault(f"unknown opcode: fma of {o[-1]}, or a rounding of it")
+        read, special = values(m, o, a[1:], s), {"rz", "rm", "rp", "sat", "ftz"} & set(o)
+        if o[-1] != "f32" and special:
+            raise Fault(f"unknown opcode: a rounding of {o[-1]}")
+        special = special or near is fused and o[-1] == "f32"
         result = rounded(exact(*(x.astype(np.float64) for x in read)), o) if special else near(*read)
         m.write(a[0], result, s)
 
@@ -97,6 +98,8 @@ def rounding(exact, near):
 
 def approximation(exact):
     def instruction(m, o, a, s):
+        if o == ("ftz", "f64") and exact is np.reciprocal:
+            return m.write(a[0], gross_reciprocal(m.read(a[1], "f64", s)), s)
         if o[-1] != "f32":
             raise Fault(f"unknown opcode: an approximation of {o[-1]}")
         read = values(m, o, a[1:], s)
@@ -171,15 +174,44 @@ def convert(m, o, a, s):
     m.write(a[0], x, s)
 
 
-def shuffle(m, o, a, s):
-    """Of whole warps, by exclusive or."""
-    ids, lane = m.ids(s), np.arange(32)
-    if len(ids) % 32 or (ids.reshape(-1, 32) != ids[::32, None] // 32 * 32 + lane).any():
-        raise Fault("a shuffle of part of a warp")
-    value, by = (np.broadcast_to(m.read(x, "b32", s), ids.shape).reshape(-1, 32) for x in a[1:3])
-    to, inside = a[0] if isinstance(a[0], tuple) else (a[0], "_"), np.True_
-    m.write(to[0], np.take_along_axis(value, lane ^ by.astype(np.int64), 1).ravel(), s)
-    m.write(to[1], inside, s)
+def permute(x, y, selector):
+    """Four bytes of eight, chosen by four bits each, of which the highest asks for copies of the byte's sign."""
+    eight, result = y.astype(np.uint64) << np.uint64(32) | x, np.uint32(0)
+    for i in range(0, 32, 8):
+        choice = (selector >> np.uint32(i // 2) & np.uint32(15)).astype(np.uint64)
+        byte = (eight >> (choice & np.uint64(7)) * np.uint64(8)).astype(np.uint8)
+        byte = np.where(choice & np.uint64(8), np.where(byte >= 128, 255, 0), byte)
+        result = result | byte.astype(np.uint32) << np.uint32(i)
+    return result
+
+
+AGAIN = "again"  # a result: the threads wait for others, then execute the instruction
+
+
+def shuffle(source):
+    """Of whole warps, from the lane `source`; beyond the warp, a lane's own. Lanes wait for those that are elsewhere."""
+
+    def instruction(m, o, a, s):
+        ids, lane = m.ids(s), np.arange(32)
+        clamp, members = m.read(a[3], "u32", s), m.read(a[4], "u32", s)
+        if (clamp != 31).any() or (members != 0xFFFFFFFF).any() or (m.pc.reshape(-1, 32)[ids // 32] == DONE).any():
+            raise Fault("a shuffle of part of a warp")
+        if len(ids) % 32 or (ids.reshape(-1, 32) != ids[::32, None] // 32 * 32 + lane).any():
+            m.state[ids] = 4
+            return AGAIN
+        value, by = (np.broadcast_to(m.read(x, "b32", s), ids.shape).reshape(-1, 32) for x in a[1:3])
+        wanted = source(lane, by.astype(np.int64))
+        inside = wanted < 32
+        to = a[0] if isinstance(a[0], tuple) else (a[0], "_")
+        m.write(to[0], np.take_along_axis(value, np.where(inside, wanted, lane), 1).ravel(), s)
+        m.write(to[1], np.broadcast_to(inside, value.shape).ravel(), s)
+
+    return instruction
+
+
+def funnel(low, high, n):
+    """64 bits to the right, of which the low half stays."""
+    return (high.astype(np.uint64) << np.uint64(32) | low).__rshift__(n.astype(np.uint64) & 31).astype(np.uint32)
 
 
 CACHES = "nc ca cg cs lu cv wt wb L1::no_allocate L1::evict_first L1::evict_last L2::cache_hint L2::128B L2::256B"
@@ -207,7 +239,7 @@ TABLE = {
     "add": (rounding(odd_sum, operator.add), ROUNDINGS),
     "sub": (rounding(lambda x, y: odd_sum(x, -y), operator.sub), ROUNDINGS),
     "mul": (rounding(operator.mul, operator.mul), ROUNDINGS),
-    "fma": (rounding(lambda x, y, z: odd_sum(x * y, z), None), ROUNDINGS),
+    "fma": (rounding(lambda x, y, z: odd_sum(x * y, z), fused), ROUNDINGS),
     "mul.lo": (plain(operator.mul), ""),
     "mad.lo": (plain(lambda x, y, z: x * y + z), ""),
     "mul.hi": (plain(high_half), ""),
@@ -227,5 +259,10 @@ TABLE = {
     "selp": (select, ""),
     "setp": (set_predicate, " ".join([*COMPARE, *(f"{name}u" for name in COMPARE), *COMBINE, "num nan ftz"])),
     "cvt": (convert, f"{ROUNDINGS} {' '.join(WHOLE)}"),
-    "shfl.sync.bfly": (shuffle, ""),
+    "shf.r.wrap": (plain(funnel), ""),
+    "prmt": (plain(permute), ""),
+    "copysign": (plain(lambda sign, x: np.copysign(x, sign)), ""),
+    "shfl.sync.bfly": (shuffle(lambda lane, by: lane ^ by), ""),
+    "shfl.sync.down": (shuffle(lambda lane, by: lane + by), ""),
+    "shfl.sync.idx": (shuffle(lambda lane, by: by & 31), ""),
 }

@@ -20,8 +20,8 @@ TABLE = {
     for names, entry in file.TABLE.items()
     for name in names.split()
 }
-WAITS = ("runs", "waits at a block barrier", "waits at a cluster barrier", "waits at an mbarrier")
-RUNS, AT_BLOCK, AT_CLUSTER, AT_MBARRIER = range(4)
+WAITS = ("runs", "waits at a block barrier", "waits at a cluster barrier", "waits at an mbarrier", "waits at a shuffle")
+RUNS, AT_BLOCK, AT_CLUSTER, AT_MBARRIER, AT_SHUFFLE = range(5)
 
 
 class Launch(NamedTuple):
@@ -154,11 +154,17 @@ class Machine:
                     blocks = function(self, modifiers, instruction.operands, acting)
                 except Fault as fault:
                     raise Fault(f"{fault} [{instruction.text}, statement {pc - 1}]") from None
-                if blocks and not ends:
+                if blocks == instructions.AGAIN:
+                    self.pc[ids], ends = pc - 1, True
+                elif blocks and not ends:
                     self.pc[ids] = ends = pc
 
     def _release(self):
-        """Full barriers. A block's does not wait for threads that have left, a cluster's does."""
+        """Full barriers, and warps whose lanes have met. A block's barrier does not wait for threads that have left, a
+        cluster's does."""
+        pc = self.pc.reshape(-1, 32)
+        warp = (self.state == AT_SHUFFLE).reshape(-1, 32).all(1) & (pc == pc[:, :1]).all(1)
+        self.state[np.repeat(warp, 32)] = RUNS
         left = (self.pc == DONE).reshape(self.blocks, -1)
         block = ((self.state == AT_BLOCK).reshape(self.blocks, -1) | left).all(1) & ~left.all(1)
         cluster = (self.state == AT_CLUSTER).reshape(self.blocks // self.cluster, -1).all(1)
@@ -168,7 +174,7 @@ class Machine:
             for first in np.flatnonzero(full) * size:
                 members = slice(first, first + size)
                 self.state[members], self.arrived[members] = RUNS, False
-        return bool(block.any() or cluster.any())
+        return bool(warp.any() or block.any() or cluster.any())
 
     def _census(self):
         left = np.flatnonzero(self.pc < DONE)

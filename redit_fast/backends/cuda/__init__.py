@@ -5,8 +5,20 @@ import torch
 from redit_fast.backends.cuda import module
 from redit_fast.backends.cuda.advantages import group_advantages
 from redit_fast.backends.cuda.params import adamw, combine, perturb, squared_norm
+from redit_fast.backends.cuda.token_loss import scale_in_place, token_logp, token_logp_grad, token_loss
 
-__all__ = ["adamw", "combine", "group_advantages", "perturb", "squared_norm", "why_not"]
+__all__ = [
+    "adamw",
+    "combine",
+    "group_advantages",
+    "perturb",
+    "scale_in_place",
+    "squared_norm",
+    "token_logp",
+    "token_logp_grad",
+    "token_loss",
+    "why_not",
+]
 
 
 def why_not(op: str, device: torch.device) -> str | None:
