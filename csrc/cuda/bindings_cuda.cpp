@@ -10,6 +10,9 @@
 namespace py = pybind11;
 
 namespace redit {
+
+void bind_linear_loss(py::module_& module);
+
 namespace {
 
 using cuda::Device, cuda::Launch, cuda::Launches;
@@ -74,6 +77,7 @@ void bind(py::module_& module) {
   module.def("device", &call_device);
   module.def("launch", &call_launch);
   module.def("group_advantages", &call_group_advantages);
+  bind_linear_loss(module);
 }
 
 }  // namespace redit

@@ -18,6 +18,13 @@ REDIT_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x, at most 1 ulp off: rcp.approx.ftz
+REDIT_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The larger; NaN if either is: max.NaN
 REDIT_DEVICE float max_nan(float x, float y) {
   float z;
@@ -35,6 +42,14 @@ REDIT_DEVICE uint32_t pack_float16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// A 16-bit number's bits as a float.
+REDIT_DEVICE float widen_bfloat16(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+REDIT_DEVICE float widen_float16(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
 }
 
 // Clusters: barrier.cluster, mapa.

@@ -46,5 +46,6 @@ struct Kernel {
 };
 using Kernels = std::vector<Kernel>;
 Kernels advantages_kernels();
+Kernels linear_loss_kernels();
 
 }  // namespace redit::cuda

@@ -1,5 +1,7 @@
 """float32 arithmetic with one rounding, through float64, and what a GPU computes approximately."""
 
+from fractions import Fraction
+
 import numpy as np
 
 
@@ -11,6 +13,22 @@ def odd_sum(x, y):
     bits = total.view(np.int64)
     move = np.where((lost != 0) & np.isfinite(total) & (bits & 1 == 0), np.where((lost > 0) == (total > 0), 1, -1), 0)
     return (bits + move).view(np.float64)
+
+
+def fused(x, y, z):
+    """x * y + z of float64 with one rounding, by fractions: 4 us each, for the few threads that end a row."""
+    numbers = np.broadcast_arrays(x, y, z)
+    near = np.array(numbers[0] * numbers[1] + numbers[2])
+    for i in np.flatnonzero(np.isfinite(near)):
+        a, b, c = (Fraction(float(each.flat[i])) for each in numbers)
+        near.flat[i] = float(a * b + c) or near.flat[i]  # a zero keeps its sign
+    return near
+
+
+def gross_reciprocal(x):
+    """rcp.approx.ftz.f64: of the upper 32 bits, and no lower ones."""
+    upper = np.uint64(0xFFFFFFFF << 32)
+    return (np.reciprocal((x.view(np.uint64) & upper).view(np.float64)).view(np.uint64) & upper).view(np.float64)
 
 
 def rounded(x, modifiers):

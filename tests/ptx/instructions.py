@@ -6,7 +6,16 @@ import operator
 
 import numpy as np
 
-from tests.ptx.floats import approximate, flushed, odd_sum, rounded, to_bfloat16, to_integer
+from tests.ptx.floats import (
+    approximate,
+    flushed,
+    fused,
+    gross_reciprocal,
+    odd_sum,
+    rounded,
+    to_bfloat16,
+    to_integer,
+)
 from tests.ptx.memory import U, cells, check_alignment
 from tests.ptx.parse import Fault
 
@@ -83,12 +92,13 @@ def plain(compute):
 
 
 def rounding(exact, near):
-    """Float32 with a modifier is rounded from the `exact` result in float64, all else by NumPy."""
+    """Float32 with a modifier, and its fma, is rounded from the `exact` result in float64, all else `near`."""
 
     def instruction(m, o, a, s):
-        read, special = values(m, o, a[1:], s), near is None or {"rz", "rm", "rp", "sat", "ftz"} & set(o)
+        special = {"rz", "rm", "rp", "sat", "ftz"} & set(o)
+        read, special = values(m, o, a[1:], s), special or near is fused and o[-1] == "f32"
         if special and o[-1] != "f32":
-            raise Fault(f"unknown opcode: fma of {o[-1]}, or a rounding of it")
+            raise Fault(f"unknown opcode: a rounding of {o[-1]}")
         result = rounded(exact(*(x.astype(np.float64) for x in read)), o) if special else near(*read)
         m.write(a[0], result, s)
 
@@ -97,9 +107,12 @@ def rounding(exact, near):
 
 def approximation(exact):
     def instruction(m, o, a, s):
+        read = values(m, o, a[1:], s)
+        if o[-1] == "f64" and exact is np.reciprocal:
+            m.write(a[0], gross_reciprocal(*read), s)
+            return
         if o[-1] != "f32":
             raise Fault(f"unknown opcode: an approximation of {o[-1]}")
-        read = values(m, o, a[1:], s)
         m.write(a[0], flushed(approximate(exact(*(x.astype(np.float64) for x in read)), read[0], m.ulps), o), s)
 
     return instruction
@@ -196,6 +209,7 @@ TABLE = {
     "st": (store, SPACES),
     "neg": (plain(operator.neg), "ftz"),
     "abs": (plain(np.abs), "ftz"),
+    "copysign": (plain(lambda sign, x: np.copysign(x, sign)), ""),
     "and": (plain(operator.and_), ""),
     "or": (plain(operator.or_), ""),
     "xor": (plain(operator.xor), ""),
@@ -207,7 +221,7 @@ TABLE = {
     "add": (rounding(odd_sum, operator.add), ROUNDINGS),
     "sub": (rounding(lambda x, y: odd_sum(x, -y), operator.sub), ROUNDINGS),
     "mul": (rounding(operator.mul, operator.mul), ROUNDINGS),
-    "fma": (rounding(lambda x, y, z: odd_sum(x * y, z), None), ROUNDINGS),
+    "fma": (rounding(lambda x, y, z: odd_sum(x * y, z), fused), ROUNDINGS),
     "mul.lo": (plain(operator.mul), ""),
     "mad.lo": (plain(lambda x, y, z: x * y + z), ""),
     "mul.hi": (plain(high_half), ""),

@@ -4,8 +4,9 @@ import torch
 
 from redit_fast.backends.cuda import module
 from redit_fast.backends.cuda.advantages import group_advantages
+from redit_fast.backends.cuda.linear_loss import addmm, exp_product, exp_product_grad
 
-__all__ = ["group_advantages", "why_not"]
+__all__ = ["addmm", "exp_product", "exp_product_grad", "group_advantages", "why_not"]
 
 
 def why_not(op: str, device: torch.device) -> str | None:
