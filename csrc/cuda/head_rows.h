@@ -11,6 +11,8 @@ namespace redit {
 constexpr float kFar = 57.70780163555854f;  // 40 log2 e
 constexpr float kInf = __builtin_huge_valf();
 
+REDIT_DEVICE bool is_number(float total) { return total > 0 && total < kInf; }
+
 // Element i of an array of float32, bfloat16 or float16.
 REDIT_DEVICE float element(const void* data, int64_t i, Dtype type) {
   if (type == Dtype::float32) return static_cast<const float*>(data)[i];
@@ -57,12 +59,17 @@ REDIT_DEVICE float sum_over(float x) {
 // part with a logit more than 40 above the row's anchor is seen from its largest instead, so that nothing overflows;
 // `finish` brings all parts to one anchor. Sums are of eight in a tree, then of the eights in order, then of the lanes.
 template <bool sums, bool capped, int lanes, int count, class LeftOut>
-REDIT_DEVICE HeadPart exponentials(float (&x)[count], const HeadRow& row, LeftOut left_out,
+REDIT_DEVICE HeadPart exponentials(float (&x)[count], const HeadRow& row, bool some, LeftOut left_out,
                                    const TransformConstants& t) {
   HeadPart part{0, 0, -kInf, row.anchor};
+  if (some) {  // rare, and two comparisons an element
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      if (left_out(i)) x[i] = -kInf;
+  }
   if (sums) {
 #pragma unroll
-    for (int i = 0; i < count; ++i) part.largest = device::max_nan(part.largest, left_out(i) ? -kInf : x[i]);
+    for (int i = 0; i < count; ++i) part.largest = device::max_nan(part.largest, x[i]);
     part.largest = max_over<lanes>(part.largest);
     if (!(gap<capped>(part.largest, row.anchor, t) <= kFar) && row.anchor == row.anchor) part.anchor = part.largest;
     if (part.anchor == -kInf) part.anchor = 0;  // all are -inf, and e is 0
@@ -73,7 +80,7 @@ REDIT_DEVICE HeadPart exponentials(float (&x)[count], const HeadRow& row, LeftOu
     float e[8], weighted[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float u = left_out(first + i) ? -kInf : squash<capped>(x[first + i], t);
+      const float u = capped && left_out(first + i) ? -kInf : squash<capped>(x[first + i], t);
       const float y = device::max_nan((u - from) * t.outer, -200);  // there e is 0: e y is never 0 times infinity
       e[i] = device::exp2_approx(y);
       weighted[i] = e[i] * y;

@@ -23,7 +23,7 @@ void check(cudaError_t error, const std::string& what) {
 const void* function_of(const std::string& name) {
   static const std::map<std::string, const void*> functions = [] {
     std::map<std::string, const void*> all;
-    for (const Kernels& kernels : {advantages_kernels(), linear_loss_kernels()})
+    for (const Kernels& kernels : {advantages_kernels(), linear_loss_kernels(), linear_loss_product_kernels()})
       for (const Kernel& kernel : kernels) all[kernel.name] = kernel.function;
     return all;
   }();

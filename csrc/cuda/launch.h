@@ -47,5 +47,6 @@ struct Kernel {
 using Kernels = std::vector<Kernel>;
 Kernels advantages_kernels();
 Kernels linear_loss_kernels();
+Kernels linear_loss_product_kernels();
 
 }  // namespace redit::cuda

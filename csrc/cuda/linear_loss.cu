@@ -23,8 +23,6 @@ namespace {
 
 constexpr int kWarps = kRowThreads / 32;
 
-REDIT_DEVICE bool is_number(float total) { return total > 0 && total < kInf; }
-
 // Of all threads of a block of kRowThreads, in the order of the warps. `shared` may be used again after a barrier.
 REDIT_DEVICE float block_sum(float x, float (&shared)[kWarps]) {
   x = sum_over<32>(x);
@@ -45,7 +43,7 @@ REDIT_DEVICE float target_logit(const HeadLaunch& a, int64_t row, float (&shared
     sum += element(hidden.data, row * hidden.row_stride + d * hidden.column_stride, type) *
            element(weight.data, target * weight.row_stride + d * weight.column_stride, type);
   const float logit = block_sum(sum, shared);
-  return bias.data ? logit + element(bias.data, target * bias.column_stride, type) : logit;
+  return bias.data ? logit + element(bias.data, target, type) : logit;
 }
 
 REDIT_DEVICE void anchor(const HeadLaunch& a) {
@@ -105,11 +103,10 @@ REDIT_DEVICE void tile(const HeadLaunch& a) {
   const float4 low = logits[0], high = logits[1];
   float x[kPerThread]{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
   if (const Matrix& bias = a.head.bias; bias.data)
-    for (int i = 0; i < kPerThread && i < left; ++i)
-      x[i] += element(bias.data, (first + i) * bias.column_stride, a.head.type);
+    for (int i = 0; i < kPerThread && i < left; ++i) x[i] += element(bias.data, first + i, a.head.type);
   const auto left_out = [&](int i) { return i >= left || i == target; };
-  const HeadPart part = a.transform.capped ? exponentials<sums, true, 32>(x, row, left_out, a.transform)
-                                           : exponentials<sums, false, 32>(x, row, left_out, a.transform);
+  const HeadPart part = a.transform.capped ? exponentials<sums, true, 32>(x, row, true, left_out, a.transform)
+                                           : exponentials<sums, false, 32>(x, row, true, left_out, a.transform);
   if (sums && threadIdx.x % 32 == 0) a.parts[r * a.part_count + first / kPart] = part;
   if (!a.e.data) return;
 #pragma unroll

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "cuda/tensor_map.h"
 #include "shared/args.h"
 
 namespace redit {
@@ -38,12 +39,23 @@ struct HeadLaunch {
   int64_t first_column;
 };
 
-// A product comes before each of the tiles.
-struct HeadPlan {
-  cuda::Launches before, tiles, after;
+// The product with the exponentials at its end, linear_loss_product.cu: its tile, and the ring that brings it.
+constexpr int kProductRows = 128, kProductPeers = 2, kProductThreads = 384, kStages = 4;
+constexpr int kProductShared = 1024 + kStages * (kProductRows + kPart) * 2 * cuda::kBoxColumns + kStages * 16;
+
+struct ProductLaunch {
+  device::TensorMap hidden, weight;  // boxes of kProductRows rows
+  HeadLaunch head;
 };
 
-HeadPlan plan_exp_product(const HeadLaunch& args);
-HeadPlan plan_exp_product_grad(const HeadLaunch& args);
+struct HeadPlan {
+  cuda::Launches before, tiles, after;  // before each of the tiles comes its product
+};
+
+// Whether the exponentials come at the end of a product of our own; then there are no tiles, and no logits.
+bool has_product(const HeadLaunch& args, const cuda::Device& device);
+
+HeadPlan plan_exp_product(const HeadLaunch& args, const cuda::Device& device);
+HeadPlan plan_exp_product_grad(const HeadLaunch& args, const cuda::Device& device);
 
 }  // namespace redit

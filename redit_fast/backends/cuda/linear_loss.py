@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from redit_fast.backends.cuda.module import compiled, run, view, views
+from redit_fast.backends.cuda.module import compiled, device_of, run, view, views
 from redit_fast.backends.rows import check_head, check_rows, require
 from redit_fast.losses.transforms import LogitTransform, TransformConstants
 
@@ -43,31 +41,37 @@ def _product(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
         torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
 
 
-class _Scratch:
-    """Of a chunk: what the kernels hand on of each row and of its parts, and a tile of its logits."""
+class _Chunk:
+    """Its inputs, and scratch: what the kernels hand on of each row and of its parts, and a tile of the logits where
+    the product is not one of our own."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, e_width: int, parts: bool):
-        rows, vocabulary = len(hidden), len(weight)
+    def __init__(self, e, hidden, weight, bias, targets, transform: LogitTransform, parts: bool):
+        rows, self.device = len(hidden), device_of(hidden)
 
         def floats(*shape: int) -> Tensor:
             return hidden.new_empty(shape, dtype=torch.float32)
 
-        self.rows = floats(6 * rows)
-        self.parts = floats(4 * rows * -(-vocabulary // PART)) if parts else None
-        self.logits = floats(rows, tile_columns(vocabulary, e_width))
+        bias = None if bias is None else bias.contiguous()
+        self.e, self.inputs = e, (hidden, weight, bias, targets.contiguous())
+        self.transform = TransformConstants.of(transform)
+        own = compiled.has_product(view(e), views(*self.inputs), self.transform, self.device)
+        columns = tile_columns(len(weight), 2 if hidden.dtype == torch.bfloat16 else 4)
+        self.scratch = (
+            floats(6 * rows),
+            floats(4 * rows * -(-len(weight) // PART)) if parts else None,
+            None if own else floats(rows, columns),
+        )
 
-    def run(self, plan: Any, hidden: Tensor, weight: Tensor, *tensors: Tensor | None) -> None:
+    def run(self, plan: tuple[list, list, list], *tensors: Tensor | None) -> None:
         before, tiles, after = plan
-        tensors = (hidden, weight, self.rows, self.parts, self.logits, *tensors)
+        hidden, weight, *_ = self.inputs
+        logits, tensors = self.scratch[-1], (self.e, *self.inputs, *self.scratch, *tensors)
         run(before, *tensors)
-        for launch, columns in zip(tiles, weight.split(self.logits.shape[1]), strict=True):
-            _product(self.logits[:, : len(columns)], hidden, columns)
-            run([launch], *tensors)
+        if logits is not None:
+            for launch, columns in zip(tiles, weight.split(logits.shape[1]), strict=True):
+                _product(logits[:, : len(columns)], hidden, columns)
+                run([launch], *tensors)
         run(after, *tensors)
-
-
-def _e_width(dtype: torch.dtype) -> int:
-    return 2 if dtype == torch.bfloat16 else 4
 
 
 @torch.no_grad()
@@ -87,16 +91,9 @@ def exp_product(
     check_rows(len(hidden), hidden, logp=logp, entropy=entropy)
     if len(hidden) == 0:
         return
-    targets = targets.contiguous()
-    scratch = _Scratch(hidden, weight, _e_width(hidden.dtype), parts=True)
-    plan = compiled.exp_product(
-        view(e),
-        views(logp, entropy, sums),
-        views(hidden, weight, bias, targets),
-        TransformConstants.of(transform),
-        views(scratch.rows, scratch.parts, scratch.logits),
-    )
-    scratch.run(plan, hidden, weight, bias, targets, e, logp, entropy, sums)
+    chunk, outputs = _Chunk(e, hidden, weight, bias, targets, transform, parts=True), (logp, entropy, sums)
+    inputs, scratch = views(*chunk.inputs), views(*chunk.scratch)
+    chunk.run(compiled.exp_product(view(e), views(*outputs), inputs, chunk.transform, scratch, chunk.device), *outputs)
     increment_version([x for x in (e, logp, entropy, sums) if x is not None])
 
 
@@ -119,14 +116,11 @@ def exp_product_grad(
     check_rows(len(hidden), hidden, entropy=entropy, grad_logp=grad_logp, grad_entropy=grad_entropy)
     if len(hidden) == 0:
         return
-    targets = targets.contiguous()
-    scratch = _Scratch(hidden, weight, _e_width(hidden.dtype), parts=False)
-    plan = compiled.exp_product_grad(
-        view(e),
-        views(hidden, weight, bias, targets),
-        views(sums, grad_logp, grad_entropy, entropy),
-        TransformConstants.of(transform),
-        views(scratch.rows, scratch.parts, scratch.logits),
+    chunk, upstream = (
+        _Chunk(e, hidden, weight, bias, targets, transform, parts=False),
+        (sums, grad_logp, grad_entropy, entropy),
     )
-    scratch.run(plan, hidden, weight, bias, targets, e, sums, grad_logp, grad_entropy, entropy)
+    inputs, scratch = views(*chunk.inputs), views(*chunk.scratch)
+    plan = compiled.exp_product_grad(view(e), inputs, views(*upstream), chunk.transform, scratch, chunk.device)
+    chunk.run(plan, *upstream)
     increment_version(e)
