@@ -20,8 +20,8 @@ REDIT_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-// 1 / x, at most 1 ulp off: rcp.approx.ftz
-REDIT_DEVICE float reciprocal_approx(float x) {
+// 1 / x, at most 1 ulp off: rcp.approx
+REDIT_DEVICE float rcp_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -46,12 +46,10 @@ REDIT_DEVICE uint32_t pack_float16(float low, float high) {
   return pair;
 }
 
-// A 16-bit number's bits as a float.
-REDIT_DEVICE float widen_bfloat16(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
-REDIT_DEVICE float widen_float16(uint16_t bits) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-  return x;
+REDIT_DEVICE float float_of_float16(uint16_t x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
 }
 
 // Clusters: barrier.cluster, mapa.

@@ -13,11 +13,13 @@ constexpr float kInf = __builtin_huge_valf();
 
 REDIT_DEVICE bool is_number(float total) { return total > 0 && total < kInf; }
 
+REDIT_DEVICE float float_of_bfloat16(uint16_t x) { return __uint_as_float(uint32_t(x) << 16); }
+
 // Element i of an array of float32, bfloat16 or float16.
 REDIT_DEVICE float element(const void* data, int64_t i, Dtype type) {
   if (type == Dtype::float32) return static_cast<const float*>(data)[i];
   const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  return type == Dtype::bfloat16 ? device::widen_bfloat16(bits) : device::widen_float16(bits);
+  return type == Dtype::bfloat16 ? float_of_bfloat16(bits) : device::float_of_float16(bits);
 }
 REDIT_DEVICE void set_element(void* data, int64_t i, Dtype type, float x) {
   if (type == Dtype::float32)
@@ -31,7 +33,8 @@ REDIT_DEVICE void set_element(void* data, int64_t i, Dtype type, float x) {
 template <bool capped>
 REDIT_DEVICE float squash(float x, const TransformConstants& t) {
   if (!capped) return x;
-  return 1 - 2 * device::reciprocal_approx(1 + device::exp2_approx(x * (t.inner * float(2 / kLn2))));
+  const float inner = t.inner * float(2 / kLn2);
+  return fmaf(-2.0f, device::rcp_approx(1.0f + device::exp2_approx(x * inner)), 1.0f);
 }
 
 // y(x) - y(anchor), in powers of 2.
@@ -85,7 +88,7 @@ REDIT_DEVICE HeadPart exponentials(float (&x)[count], const HeadRow& row, bool s
       e[i] = device::exp2_approx(y);
       weighted[i] = e[i] * y;
       x[first + i] = e[i] * (sums ? row.constant : row.constant + row.by_gap * y);
-      if (capped) x[first + i] *= 1 - u * u;
+      if (capped) x[first + i] *= fmaf(-u, u, 1.0f);
     }
     if constexpr (sums) {
 #pragma unroll

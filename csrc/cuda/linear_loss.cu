@@ -150,7 +150,7 @@ REDIT_DEVICE void finish(const HeadLaunch& a, Finished& shared) {
   const HeadPart* parts = a.parts + r * a.part_count;
   const float target = a.rows[r].at_target;
   RowSums sums{0, 0};
-  float largest = -kInf, away = 0;
+  float largest = target, away = 0;
   for (int64_t p = threadIdx.x; p < a.part_count; p += kRowThreads) {
     const HeadPart part = parts[p];
     sums.others += part.others, sums.weighted += part.weighted;

@@ -89,7 +89,7 @@ REDIT_DEVICE void exponentials(const HeadLaunch& a, int64_t r, int64_t part, flo
     const auto* from = static_cast<const uint16_t*>(bias.data) + first;
 #pragma unroll
     for (int i = 0; i < kPerRow; ++i)
-      if (column(i) < left) x[i] += device::widen_bfloat16(from[column(i)]);
+      if (column(i) < left) x[i] += float_of_bfloat16(from[column(i)]);
   }
   const auto left_out = [&](int i) { return column(i) >= left || column(i) == target; };
   const bool some = left < kPart || target >= 0;
