@@ -10,6 +10,9 @@
 namespace py = pybind11;
 
 namespace redit {
+
+void bind_linear_loss(py::module_& module);
+
 namespace {
 
 using cuda::Device, cuda::Launch, cuda::Launches;
@@ -79,6 +82,7 @@ void bind(py::module_& module) {
   module.def("group_advantages", &call_group_advantages);
   bind_params(module);
   bind_token_loss(module);
+  bind_linear_loss(module);
 }
 
 }  // namespace redit

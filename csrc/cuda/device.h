@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cuda/tensor_map.h"
+
 #define REDIT_DEVICE __device__ __forceinline__
 #define REDIT_KERNEL(name) {#name, reinterpret_cast<const void*>(&name)}  // of a list of cuda/launch.h
 
@@ -179,9 +181,6 @@ REDIT_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" 
 
 // Boxes of a matrix of 16-bit elements, 64 wide, stored with the 128-byte swizzle: cp.async.bulk.tensor
 
-struct alignas(64) TensorMap {  // a CUtensorMap
-  unsigned char bytes[128];
-};
 REDIT_DEVICE void tensor_load(void* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -216,26 +215,52 @@ template <int open>
 REDIT_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(open) : "memory");
 }
+// setmaxnreg, by all warps of a warpgroup: how many registers a thread of it has from here on.
+template <int registers>
+REDIT_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+REDIT_DEVICE void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+#define REDIT_D8(i)                                                                                       \
+  "+f"(a.d[i]), "+f"(a.d[i + 1]), "+f"(a.d[i + 2]), "+f"(a.d[i + 3]), "+f"(a.d[i + 4]), "+f"(a.d[i + 5]), \
+      "+f"(a.d[i + 6]), "+f"(a.d[i + 7])
+#define REDIT_D64(i)                                                                                    \
+  REDIT_D8(i), REDIT_D8(i + 8), REDIT_D8(i + 16), REDIT_D8(i + 24), REDIT_D8(i + 32), REDIT_D8(i + 40), \
+      REDIT_D8(i + 48), REDIT_D8(i + 56)
 // a += x w^T, 64 x 16 times 16 x 128
 REDIT_DEVICE void wgmma(Accumulator<128>& a, uint64_t x, uint64_t w) {
   asm volatile(
       "{\n.reg .pred keep;\nsetp.eq.u32 keep, 0, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21,"
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41,"
-      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61,"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
       "%62, %63"
       "}, %64, %65, keep, 1, 1, 0, 0;\n}"
-      : "+f"(a.d[0]), "+f"(a.d[1]), "+f"(a.d[2]), "+f"(a.d[3]), "+f"(a.d[4]), "+f"(a.d[5]), "+f"(a.d[6]), "+f"(a.d[7]),
-        "+f"(a.d[8]), "+f"(a.d[9]), "+f"(a.d[10]), "+f"(a.d[11]), "+f"(a.d[12]), "+f"(a.d[13]), "+f"(a.d[14]),
-        "+f"(a.d[15]), "+f"(a.d[16]), "+f"(a.d[17]), "+f"(a.d[18]), "+f"(a.d[19]), "+f"(a.d[20]), "+f"(a.d[21]),
-        "+f"(a.d[22]), "+f"(a.d[23]), "+f"(a.d[24]), "+f"(a.d[25]), "+f"(a.d[26]), "+f"(a.d[27]), "+f"(a.d[28]),
-        "+f"(a.d[29]), "+f"(a.d[30]), "+f"(a.d[31]), "+f"(a.d[32]), "+f"(a.d[33]), "+f"(a.d[34]), "+f"(a.d[35]),
-        "+f"(a.d[36]), "+f"(a.d[37]), "+f"(a.d[38]), "+f"(a.d[39]), "+f"(a.d[40]), "+f"(a.d[41]), "+f"(a.d[42]),
-        "+f"(a.d[43]), "+f"(a.d[44]), "+f"(a.d[45]), "+f"(a.d[46]), "+f"(a.d[47]), "+f"(a.d[48]), "+f"(a.d[49]),
-        "+f"(a.d[50]), "+f"(a.d[51]), "+f"(a.d[52]), "+f"(a.d[53]), "+f"(a.d[54]), "+f"(a.d[55]), "+f"(a.d[56]),
-        "+f"(a.d[57]), "+f"(a.d[58]), "+f"(a.d[59]), "+f"(a.d[60]), "+f"(a.d[61]), "+f"(a.d[62]), "+f"(a.d[63])
+      : REDIT_D64(0)
       : "l"(x), "l"(w));
 }
+// a += x w^T, 64 x 16 times 16 x 256
+REDIT_DEVICE void wgmma(Accumulator<256>& a, uint64_t x, uint64_t w) {
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.eq.u32 keep, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+      "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+      "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "
+      "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "
+      "%119, %120, %121, %122, %123, %124, %125, %126, %127"
+      "}, %128, %129, keep, 1, 1, 0, 0;\n}"
+      : REDIT_D64(0), REDIT_D64(64)
+      : "l"(x), "l"(w));
+}
+#undef REDIT_D8
+#undef REDIT_D64
 
 }  // namespace redit::device

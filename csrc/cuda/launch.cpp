@@ -24,7 +24,8 @@ const void* function_of(const std::string& name) {
   static const std::map<std::string, const void*> functions = [] {
     std::map<std::string, const void*> all;
     for (const Kernels& kernels :
-         {advantages_kernels(), params_kernels(), token_loss_kernels(), token_loss_cluster_kernels()})
+         {advantages_kernels(), params_kernels(), token_loss_kernels(), token_loss_cluster_kernels(),
+          linear_loss_kernels(), linear_loss_product_kernels()})
       for (const Kernel& kernel : kernels) all[kernel.name] = kernel.function;
     return all;
   }();

@@ -49,5 +49,7 @@ Kernels advantages_kernels();
 Kernels params_kernels();
 Kernels token_loss_kernels();
 Kernels token_loss_cluster_kernels();
+Kernels linear_loss_kernels();
+Kernels linear_loss_product_kernels();
 
 }  // namespace redit::cuda

@@ -180,10 +180,6 @@ KERNEL(half_a_warp) {
   static_cast<float*>(args.y)[threadIdx.x] = __shfl_xor_sync(0x55555555u, float(threadIdx.x), 2);
 }
 KERNEL(atomic) { atomicAdd(static_cast<float*>(args.y), 1.0f); }
-KERNEL(fused_double) {
-  auto* y = static_cast<double*>(args.y) + threadIdx.x;
-  *y = fma(*y, 2.0, 1.0);
-}
 KERNEL(for_ever) {
   while (true) asm volatile("" ::: "memory");
 }
@@ -214,6 +210,15 @@ KERNEL(floats) {
       __fmul_ru(x, y),   __fsub_rd(x, y), fmaxf(x, y), max_nan(x, y), fminf(x, y),   __saturatef(x),
       rintf(x),          truncf(x),   exp2_approx(x),  exp2_approx(y)};
   for (int k = 0; k < 16; ++k) out[k * n + i] = results[k];
+}
+KERNEL(doubles) {
+  const int i = int(threadIdx.x), n = args.n;
+  const auto* in = static_cast<const double*>(args.x);
+  auto* out = static_cast<double*>(args.y);
+  const double x = in[i], y = in[n + i], z = in[2 * n + i];
+  double reciprocal;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(reciprocal) : "d"(x));
+  out[i] = fma(x, y, z), out[n + i] = reciprocal, out[2 * n + i] = copysign(x, y);
 }
 KERNEL(halves) {
   const int i = int(threadIdx.x), n = args.n;

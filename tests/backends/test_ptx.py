@@ -131,7 +131,6 @@ STRAY = {
     "two barriers": ("different_barriers", dict(), "deadlock: 32 .* at a block barrier .* 32 .* at a cluster barrier"),
     "half a warp": ("half_a_warp", dict(), "a shuffle of part of a warp"),
     "atomics": ("atomic", dict(), r"unknown opcode (atom|red)\S*\.add\.f32"),
-    "a fused float64": ("fused_double", dict(threads=32), "unknown opcode: fma of f64"),
     "a loop without end": ("for_ever", dict(most_steps=50), "not done after 50 steps: 64 threads: runs"),
     "a trap": ("trapped", dict(), "thread 5 of block 0 traps"),
     "too many threads": ("copy", dict(threads=2048), "at most 1024 threads"),
@@ -221,6 +220,23 @@ def test_float_arithmetic_is_exact(kernels):
     assert same(y[2], np.sqrt(np.abs(x[0])))
     twice = (x[0] * x[1] + x[2]).astype(np.float32)
     assert not same(y[0], twice)  # rounding twice shows
+
+
+def test_float64_arithmetic_is_exact(kernels):
+    n, random = 128, np.random.default_rng(1)
+    x = random.standard_normal((3, n)) * 2.0 ** random.integers(-30, 30, (3, n))
+    x[2, :64] = -(x[0] * x[1])[:64]  # what the product's rounding lost is all that remains
+    x[:, -6:] = [[np.nan, np.inf, 1e308, -0.0, 0.0, 1e300], [1, 0, 1e308, 3, -3, 1e300], [1, 1, 1, -0.0, -0.0, -np.inf]]
+    x, y = placed(x), placed(np.zeros((3, n)))
+    with np.errstate(all="ignore"):
+        run(kernels, "doubles", x, y, n, threads=n)
+        twice, reciprocal = x[0] * x[1] + x[2], 1 / x[0]
+        rough = np.abs(y[1] / reciprocal - 1)[:-6]
+    a, b, c = ([Fraction(value) for value in row[:-6]] for row in x)
+    assert same(y[0, :-6], np.array([float(p * q + r) for p, q, r in zip(a, b, c)]))
+    assert (y[0, :64] != twice[:64]).all() and same(y[0, -6:], twice[-6:])
+    assert 2**-22 < rough.mean() < rough.max() < 2**-19 and (y[1].view(np.uint64) & 0xFFFFFFFF == 0).all()
+    assert same(y[2], np.copysign(x[0], x[1]))
 
 
 def test_special_numbers(kernels):
@@ -356,10 +372,10 @@ WGMMA = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r2, %r3, %r4, %r5
 REFUSED = {
     "mov.u32 %r2, nobody;": "unknown operand nobody",
     "add.s32 %r2, {%r1;": "cannot read",
-    "add.sat.s32 %r2, %r1, %r1;": "unknown opcode add.sat.s32|or a rounding of it",
-    "add.rz.f64 %rd2, %rd1, %rd1;": "a rounding of it",
+    "add.sat.s32 %r2, %r1, %r1;": "a rounding of s32",
+    "add.rz.f64 %rd2, %rd1, %rd1;": "a rounding of f64",
     "mul.wide.u64 %rd2, %rd1, %rd1;": "a product of 128 bits",
-    "rcp.approx.ftz.f64 %rd2, %rd1;": "an approximation of f64",
+    "rsqrt.approx.ftz.f64 %rd2, %rd1;": "an approximation of f64",
     "cvt.rz.f32.s32 %r2, %r1;": "unknown conversion",
     "bar.sync 1, 32;": "only barrier 0, of all threads, is known",
     "barrier.cluster.wait.acquire.aligned;": "waits at the cluster's barrier without having arrived",

@@ -46,8 +46,9 @@ def fused(x, y, z):
 
 
 def gross_reciprocal(x):
-    """Of float64 on the device: the upper half of the nearest."""
-    return (np.reciprocal(x).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
+    """rcp.approx.ftz.f64: of the upper 32 bits, and no lower ones."""
+    upper = np.uint64(0xFFFFFFFF << 32)
+    return (np.reciprocal((x.view(np.uint64) & upper).view(np.float64)).view(np.uint64) & upper).view(np.float64)
 
 
 def rounded(x, modifiers):

@@ -83,7 +83,7 @@ def plain(compute):
 
 
 def rounding(exact, near):
-    """Float32 with a modifier is rounded from the `exact` result in float64, all else by NumPy."""
+    """Float32 with a modifier, and its fma, is rounded from the `exact` result in float64, all else `near`."""
 
     def instruction(m, o, a, s):
         read, special = values(m, o, a[1:], s), {"rz", "rm", "rp", "sat", "ftz"} & set(o)
@@ -102,7 +102,6 @@ def approximation(exact):
             return m.write(a[0], gross_reciprocal(m.read(a[1], "f64", s)), s)
         if o[-1] != "f32":
             raise Fault(f"unknown opcode: an approximation of {o[-1]}")
-        read = values(m, o, a[1:], s)
         m.write(a[0], flushed(approximate(exact(*(x.astype(np.float64) for x in read)), read[0], m.ulps), o), s)
 
     return instruction
@@ -228,6 +227,7 @@ TABLE = {
     "st": (store, SPACES),
     "neg": (plain(operator.neg), "ftz"),
     "abs": (plain(np.abs), "ftz"),
+    "copysign": (plain(lambda sign, x: np.copysign(x, sign)), ""),
     "and": (plain(operator.and_), ""),
     "or": (plain(operator.or_), ""),
     "xor": (plain(operator.xor), ""),

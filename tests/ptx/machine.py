@@ -62,7 +62,7 @@ class Machine:
         if len(launch.params) != entry.parameter_bytes:
             raise Fault(f"{launch.kernel} takes {entry.parameter_bytes} bytes of parameters, got {len(launch.params)}")
         self.order, self.random, self.late, self.ulps = order, np.random.default_rng(seed), late, ulps
-        self.most_steps, self.threads, self.cluster = most_steps, threads, cluster
+        self.most_steps, self.threads, self.cluster, self.kernel = most_steps, threads, cluster, launch.kernel
         self.code, self.labels = entry.code, entry.labels
         self.decoded = [decode(instruction.opcode) for instruction in self.code]
         self.clock = Clock(self.blocks, threads, cluster)

@@ -4,12 +4,16 @@ import torch
 
 from redit_fast.backends.cuda import module
 from redit_fast.backends.cuda.advantages import group_advantages
+from redit_fast.backends.cuda.linear_loss import addmm, exp_product, exp_product_grad
 from redit_fast.backends.cuda.params import adamw, combine, perturb, squared_norm
 from redit_fast.backends.cuda.token_loss import scale_in_place, token_logp, token_logp_grad, token_loss
 
 __all__ = [
     "adamw",
+    "addmm",
     "combine",
+    "exp_product",
+    "exp_product_grad",
     "group_advantages",
     "perturb",
     "scale_in_place",

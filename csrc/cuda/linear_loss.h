@@ -1,0 +1,61 @@
+// What the plan of the head hands to its kernels.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/tensor_map.h"
+#include "shared/args.h"
+
+namespace redit {
+
+constexpr int kPart = 256;       // columns whose exponentials are one partial sum
+constexpr int kPerThread = 8;    // columns of a tile that a thread has
+constexpr int kMostTile = 4096;  // columns of a tile
+constexpr int kRowThreads = 256;
+
+// A row between its kernels. E is e_j (constant + by_gap y_j) dz/dx_j with the exponentials taken from `anchor`.
+struct HeadRow {
+  float at_target;  // the target's logit; NaN for a target outside the vocabulary
+  float anchor, constant, by_gap;
+  float e_at_target, total;
+};
+
+struct alignas(16) HeadPart {  // of kPart columns of a row, without the target's
+  float others, weighted, largest;
+  float anchor;  // what these exponentials were taken from: the target's logit, or the largest of these
+};
+
+struct HeadLaunch {
+  Matrix e;  // absent: the sums alone
+  Dtype e_type;
+  Head head;
+  const int64_t* targets;
+  TransformConstants transform;
+  RowResults out;        // of exp_product
+  RowUpstream upstream;  // of exp_product_grad
+  HeadRow* rows;         // (R,)
+  HeadPart* parts;       // (R, part_count), of exp_product
+  int64_t part_count;
+  Matrix logits;  // (R, columns of a tile) float32, of the tile that begins at first_column
+  int64_t first_column;
+};
+
+// The product with the exponentials at its end, linear_loss_product.cu: its tile, and the ring that brings it.
+constexpr int kProductRows = 128, kProductPeers = 2, kProductThreads = 384, kStages = 4;
+constexpr int kProductShared = 1024 + kStages * (kProductRows + kPart) * 2 * cuda::kBoxColumns + kStages * 16;
+
+struct ProductLaunch {
+  device::TensorMap hidden, weight;  // boxes of kProductRows rows
+  HeadLaunch head;
+};
+
+struct HeadPlan {
+  cuda::Launches before, tiles, after;  // before each of the tiles comes its product
+};
+
+// Whether the exponentials come at the end of a product of our own; then there are no tiles, and no logits.
+bool has_product(const HeadLaunch& args, const cuda::Device& device);
+
+HeadPlan plan_exp_product(const HeadLaunch& args, const cuda::Device& device);
+HeadPlan plan_exp_product_grad(const HeadLaunch& args, const cuda::Device& device);
+
+}  // namespace redit
