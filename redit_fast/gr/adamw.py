@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class _MasterAdamW(torch.optim.Optimizer):
         super().__init__(_checked_params(params), defaults)
         self.versions: dict[Tensor, tuple] = {}  # shards.version(p) when its master, or copy, was last equal to it
         self.without_master = Copies()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "versions": self.versions, "without_master": self.without_master}
 
     def add_param_group(self, param_group: dict) -> None:
         param_group |= _checked(param_group)
@@ -132,7 +135,11 @@ class _MasterAdamW(torch.optim.Optimizer):
             p = state[i]
             wide = torch.promote_types(p.dtype, torch.float32)
             self.state[p] = {
-                name: torch.as_tensor(value).to(p.device, torch.float32 if name == "step" else wide, copy=True)
+                name: (
+                    value.to(p.device, torch.float32 if name == "step" else wide, copy=True)
+                    if isinstance(value, Tensor)
+                    else torch.tensor(value, dtype=torch.float32, device=p.device)
+                )
                 for name, value in values.items()
                 if name in ("step", "exp_avg", "exp_avg_sq", "master")
             }

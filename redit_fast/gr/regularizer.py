@@ -143,6 +143,10 @@ class GradientRegularizer(torch.optim.Optimizer):
     def seed(self) -> int:
         return self._passes.seed
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: torch.optim.Optimizer's has the groups and the state, which are `optimizer`'s here."""
+        return {name: vars(self)[name] for name in ("optimizer", "max_norm", "_passes")}
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(gamma={self.gamma}, epsilon={self.epsilon}, {self.optimizer!r})"
 

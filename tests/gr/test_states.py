@@ -2,6 +2,7 @@
 AdamW that goes another way, is refused. What is refused changes nothing."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -167,3 +168,32 @@ def test_counters_beside_the_groups_are_read_too(make):
     optimizer = make(model)
     optimizer.load_state_dict(old)
     assert optimizer.state_dict()["param_groups"][0][COUNTERS] == old[COUNTERS]
+
+
+@pytest.mark.parametrize("twice", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+@pytest.mark.parametrize("make", [ours, around_sgd])
+def test_a_copy_goes_on_as_the_optimizer_does(make, twice):
+    """With its options, counters, masters and momentum; the scheduler's hooks stay with the one that has it."""
+    model = network().bfloat16()
+    first = make(model)
+    first.gamma, first.max_norm = 2e-3, 0.5
+    x = torch.randn(8, 16).bfloat16()
+
+    def take_step(optimizer, model):
+        loss_of(model, x).backward()
+        with optimizer.perturb():
+            loss_of(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    take_step(first, model)
+    torch.optim.lr_scheduler.StepLR(first, 1)
+    start = [p.detach().clone() for p in model.parameters()]
+    second_model, second = twice((model, first))
+    for optimizer, of in ((second, second_model), (first, model)):
+        take_step(optimizer, of)
+        take_step(optimizer, of)
+    pairs = list(zip(model.parameters(), second_model.parameters(), start, strict=True))
+    assert all(torch.equal(p, q) and not torch.equal(p, old) for p, q, old in pairs)
+    assert second.gr == first.gr and second.max_norm == 0.5
+    assert repr(second.state_dict()) == repr(first.state_dict())
