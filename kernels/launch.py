@@ -16,7 +16,7 @@ _in_graphs: list[Tensor] = []  # CUDA graphs read them at every replay
 
 def bits(*numbers: float) -> tuple[int, ...]:
     """The 64 bits of each float64, for a table; a float argument would become float32."""
-    return tuple(torch.tensor(numbers, dtype=torch.float64).view(torch.int64).tolist())
+    return tuple(torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64).tolist())
 
 
 def word(x: int) -> int:
@@ -37,10 +37,10 @@ def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
         if len(_tables) >= 256:
             _tables.clear()
         if device.type == "cuda":
-            host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+            host = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
             _tables[key] = host.to(device, non_blocking=True)
         else:
-            _tables[key] = torch.tensor(numbers, dtype=torch.int64)
+            _tables[key] = torch.tensor(numbers, dtype=torch.int64, device=device)
     return _tables[key]
 
 

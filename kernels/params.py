@@ -305,8 +305,8 @@ class _Group:
         sizes = tuple(-(-row[0] // CHUNK.value) for row in rows)
         self.programs = sum(sizes)
         if (sizes, device) not in _chunk_tables:
-            chunks = torch.tensor([(t, c) for t, size in enumerate(sizes) for c in range(size)], dtype=torch.int64)
-            _chunk_tables[sizes, device] = chunks.to(device)
+            chunks = [(t, c) for t, size in enumerate(sizes) for c in range(size)]
+            _chunk_tables[sizes, device] = torch.tensor(chunks, dtype=torch.int64, device=device)
         self.chunks = _chunk_tables[sizes, device]  # (row, chunk of its tensor) of each program
         self.tensors = table(tuple(x for row in rows for x in row), device)  # (numel, address or number, ...) of each
 

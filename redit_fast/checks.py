@@ -145,7 +145,7 @@ def check_apart(name: str, written: Tensor) -> None:
         apart &= stride >= extent
         extent += stride * (size - 1)
     if not apart and dims[0][0] > 0:  # strides may interleave without meeting: one mark for each address tells
-        marks = torch.zeros(extent, dtype=torch.bool)
+        marks = torch.zeros(extent, dtype=torch.bool, device="cpu")
         marks.as_strided(written.shape, written.stride()).fill_(True)
         apart = int(marks.sum()) == written.numel()
     if not apart:

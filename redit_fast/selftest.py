@@ -145,11 +145,11 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
     rows = PROMPTS * GROUP, LENGTH
     logits = 3 * normal(*rows, VOCABULARY)
-    targets = torch.randint(VOCABULARY, rows, generator=generator)
+    targets = torch.randint(VOCABULARY, rows, generator=generator, device="cpu")
     logp = torch.log_softmax(logits / 0.8, -1).gather(-1, targets[..., None]).squeeze(-1)
     wide = {
         "rewards": normal(PROMPTS * GROUP),
@@ -157,7 +157,7 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         "old_logp": logp + 0.1 * normal(*rows),
         "ref_logp": logp + 0.1 * normal(*rows),
         "targets": targets,
-        "mask": torch.rand(rows, generator=generator) > 0.2,
+        "mask": torch.rand(rows, generator=generator, dtype=torch.float32, device="cpu") > 0.2,
     }
     narrow = {"logits": logits, "hidden": normal(*rows, WIDTH), "weight": 0.3 * normal(VOCABULARY, WIDTH)}
     return {name: x.to(device) for name, x in wide.items()} | {name: x.to(device, dtype) for name, x in narrow.items()}

@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class _MasterAdamW(torch.optim.Optimizer):
         super().__init__(_checked_params(params), defaults)
         self.versions: dict[Tensor, tuple] = {}  # shards.version(p) when its master, or copy, was last equal to it
         self.without_master = Copies()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "versions": self.versions, "without_master": self.without_master}
 
     def add_param_group(self, param_group: dict) -> None:
         param_group |= _checked(param_group)
@@ -120,27 +123,23 @@ class _MasterAdamW(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         state = dict(zip(ids, params, strict=False))  # unequal numbers are refused below
+        for group in state_dict["param_groups"]:
+            _check_saved_group(group)
         for i, values in state_dict["state"].items():
-            for name, value in values.items():
-                if i not in state or name == "step":
-                    continue
-                if not isinstance(value, Tensor):
-                    raise TypeError(f"{name} of parameter {i} in state_dict must be a tensor, got {described(value)}")
-                if value.shape != state[i].shape:
-                    raise ValueError(
-                        f"{name} of parameter {i} has shape {tuple(value.shape)}, the parameter {tuple(state[i].shape)}"
-                    )
-                if shards.is_shard(value) != shards.is_shard(state[i]):
-                    raise ValueError(
-                        f"{name} of parameter {i} is {'a shard' if shards.is_shard(value) else 'whole'}, the parameter "
-                        "is not: load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-                    )
+            if i not in ids:
+                raise ValueError(f"state_dict has a state of parameter {i!r}, which is in none of its groups")
+            if i in state:
+                _check_saved_state(i, values, state[i])
         super().load_state_dict({**state_dict, "state": {}})
         for i, values in state_dict["state"].items():
             p = state[i]
             wide = torch.promote_types(p.dtype, torch.float32)
             self.state[p] = {
-                name: torch.as_tensor(value).to(p.device, torch.float32 if name == "step" else wide, copy=True)
+                name: (
+                    value.to(p.device, torch.float32 if name == "step" else wide, copy=True)
+                    if isinstance(value, Tensor)
+                    else torch.tensor(value, dtype=torch.float32, device=p.device)
+                )
                 for name, value in values.items()
                 if name in ("step", "exp_avg", "exp_avg_sq", "master")
             }
@@ -161,6 +160,43 @@ def _checked(options: dict) -> dict:
             raise ValueError(f"betas must be in [0, 1), got {betas}")
         return {**numbers, "betas": decays}
     return numbers
+
+
+def _check_saved_group(group: dict) -> None:
+    """One group of a state that is to be loaded: AdamW's numbers, and nothing that would make it another optimizer."""
+    missing = [name for name in (*_NUMBERS, "betas") if name not in group]
+    if missing:
+        raise ValueError(f"state_dict must be of an AdamW, a parameter group of it lacks {', '.join(missing)}")
+    _checked(group)
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"state_dict must be of an AdamW without {name}, got {name}={described(group[name])}")
+    if group["weight_decay"] and not group.get("decoupled_weight_decay", True):
+        raise ValueError("state_dict must be of an AdamW, got one of Adam, whose weight_decay is part of the gradient")
+
+
+def _check_saved_state(i: int, values: dict, p: Tensor) -> None:
+    """The state of one parameter, in a state that is to be loaded."""
+    for name, value in values.items():
+        if name == "step":
+            continue
+        what = f"{name} of parameter {i} in state_dict"
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{what} must be a floating-point tensor, got {described(value)}")
+        if value.shape != p.shape:
+            raise ValueError(f"{what} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
+        if shards.is_shard(value) != shards.is_shard(p):
+            raise ValueError(
+                f"{what} is {'a shard' if shards.is_shard(value) else 'whole'}, the parameter is not: load it by "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
+    missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in values]
+    if values and missing:
+        raise ValueError(f"state_dict must be of an AdamW, its state of parameter {i} lacks {', '.join(missing)}")
+    if values:
+        step = values["step"]
+        is_number = isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex()
+        real_number(f"step of parameter {i} in state_dict", step.item() if is_number else step, least=0)
 
 
 def _checked_params(params: object) -> list:

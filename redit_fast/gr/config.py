@@ -11,6 +11,8 @@ from redit_fast.backends.args import Rounding
 from redit_fast.checks import check_choice, check_flag, check_step, described, positive, real_number, whole_number
 
 Pass2Ratio = Literal["fresh", "pass1"]
+PUBLISHED = 1e-3  # the GR paper's epsilon, everywhere; "auto" is never below it
+FACTOR = 2.0**64  # of gamma and epsilon: with a warm-up of 2**32 steps a gradient is multiplied by 2**96 at most
 
 
 def _option(default: object, text: str) -> Any:
@@ -49,7 +51,7 @@ class GR:
 
     gamma: float = _option(1e-3, "Weight of gradient regularisation, L + gamma / 2 |grad L|^2. 0 is off.")
     epsilon: float | Literal["auto"] = _option(
-        1e-3, "Length of the second pass's step, epsilon times the first gradient."
+        PUBLISHED, "Length of the second pass's step, epsilon times the first gradient."
     )
     normalized: bool = _option(
         False, "Whether the step is epsilon long and the objective L + gamma |grad L| (SAM, Zhao et al. 2022)."
@@ -81,12 +83,19 @@ class GR:
         else:
             object.__setattr__(self, "epsilon", positive("epsilon", self.epsilon))
         object.__setattr__(self, "gamma", real_number("gamma", self.gamma, least=0, float32=True))
+        least = PUBLISHED if isinstance(self.epsilon, str) else self.epsilon
+        if self.gamma and not 1 / FACTOR <= self.gamma / least <= FACTOR:
+            raise ValueError(
+                f"gamma must be 0 or within a factor of 2**64 of epsilon ({self.epsilon}), since gradients are "
+                f"multiplied by their quotient, got {self.gamma}"
+            )
         object.__setattr__(self, "perturb_max_norm", positive("perturb_max_norm", self.perturb_max_norm))
         check_flag("normalized", self.normalized)
         check_choice("rounding", self.rounding, get_args(Rounding))
         if self.keep_first_grad is not None:
             check_flag("keep_first_grad", self.keep_first_grad)
-        object.__setattr__(self, "gamma_warmup_steps", whole_number("gamma_warmup_steps", self.gamma_warmup_steps))
+        warmup = whole_number("gamma_warmup_steps", self.gamma_warmup_steps, bits=32)
+        object.__setattr__(self, "gamma_warmup_steps", warmup)
         object.__setattr__(self, "every_k_steps", whole_number("every_k_steps", self.every_k_steps, 1))
         check_choice("pass2_ratio", self.pass2_ratio, get_args(Pass2Ratio))
         dtype = self.compute_dtype

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from redit_fast.gr.config import PUBLISHED
 from redit_fast.gr.perturbation import step_metrics
 from redit_fast.gr.shards import Sums
 
-PUBLISHED = 1e-3  # the GR paper's epsilon, everywhere
 COSINE = 0.95
 LENGTH = 0.02  # the step is at most this share of |theta|
 EVERY = 100  # steps from one search to the next

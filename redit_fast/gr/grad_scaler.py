@@ -12,7 +12,7 @@ def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Ten
     """What `scaler` multiplies the loss by, () float64 on the device; None where there is none or it is disabled."""
     if scaler is None or not scaler.is_enabled():
         return None
-    return scaler.scale(torch.ones((), device=device)).double()
+    return scaler.scale(torch.ones((), dtype=torch.float32, device=device)).double()
 
 
 def leave_a_mark(params: list[Tensor], finite: Tensor) -> None:

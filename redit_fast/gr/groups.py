@@ -6,7 +6,9 @@ import re
 
 from torch import nn
 
-from redit_fast.checks import check_module, described
+from redit_fast.checks import check_flag, check_module, described, positive, whole_number
+
+COUNTERS = "gradient_regularizer"  # in the first parameter group of a state: `TwoPass.state_dict`
 
 
 def parameter_groups(model: nn.Module, perturb: str | re.Pattern = "decoder_layers") -> list[dict]:
@@ -62,9 +64,26 @@ def check_state(state_dict: object) -> None:
         raise ValueError(f"{wanted}, with a list 'param_groups' and a dict 'state', got a dict of {_keys(state_dict)}")
     if not groups or not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
         raise ValueError(f"{wanted}, but not each of its {len(groups)} 'param_groups' is a dict with a list 'params'")
+    for group in groups:
+        check_flag("perturb of a parameter group in state_dict", group.get("perturb", True))
     for i, values in state.items():
         if not isinstance(values, dict):
             raise TypeError(f"{wanted}, but its state of parameter {i} is no dict, got {described(values)}")
+
+
+def counters_in(state_dict: dict) -> dict:
+    """What `TwoPass.state_dict` gave, in a state that `check_state` has seen; the first states had it beside the
+    groups. Empty in a state of the wrapped optimizer alone."""
+    counters = state_dict["param_groups"][0].get(COUNTERS, state_dict.get(COUNTERS, {}))
+    if not isinstance(counters, dict):
+        raise TypeError(f"{COUNTERS} in state_dict must be a dict, got {described(counters)}")
+    for name, value in counters.items():
+        what = f"{name} of {COUNTERS} in state_dict"
+        if name in ("attempts", "completed", "skipped") or (name == "searched_at" and value is not None):
+            whole_number(what, value)
+        elif name == "epsilon":
+            positive(what, value)
+    return counters
 
 
 def _keys(found: dict) -> str:

@@ -83,11 +83,17 @@ def step_metrics(sums: Tensor, count: int) -> dict[str, Tensor]:
     }
 
 
-def warn_if_swallowed(cosine: float, epsilon: float) -> None:
-    if cosine < 0.9:
+def warn_if_swallowed(metrics: dict[str, float], epsilon: float) -> None:
+    cosine = metrics.get("gr/step_cos", 1.0)
+    nothing = metrics.get("gr/step_norm_ratio") == 0  # the cosine is NaN then
+    if cosine < 0.9 or nothing:
+        found = (
+            "nothing of the perturbation is applied"
+            if nothing
+            else f"the applied perturbation has cosine {cosine:.2f} with the intended one"
+        )
         warnings.warn(
-            f"the applied perturbation has cosine {cosine:.2f} with the intended one: rounding swallows it. Use a "
-            f"larger epsilon than {epsilon:.3g}, epsilon='auto', rounding='stochastic', or float32 parameters and "
-            "compute",
+            f"{found}: rounding swallows it. Use a larger epsilon than {epsilon:.3g}, epsilon='auto', "
+            "rounding='stochastic', or float32 parameters and compute",
             stacklevel=4,
         )

@@ -26,12 +26,10 @@ from redit_fast.checks import check_flag, check_module, check_seed, described, p
 from redit_fast.gr import gradients, shards
 from redit_fast.gr.config import GR, Rounding
 from redit_fast.gr.grad_scaler import forget, loss_scale, scale_in_step
-from redit_fast.gr.groups import check_group, check_state
+from redit_fast.gr.groups import COUNTERS, check_group, check_state, counters_in
 from redit_fast.gr.perturbation import Perturbation
 from redit_fast.gr.replay import Replay
 from redit_fast.gr.two_pass import Combined, Copies, Store, TwoPass
-
-COUNTERS = "gradient_regularizer"  # in the first parameter group of a state: `TwoPass.state_dict`
 
 
 def _option(name: str) -> property:
@@ -144,6 +142,10 @@ class GradientRegularizer(torch.optim.Optimizer):
     @property
     def seed(self) -> int:
         return self._passes.seed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: torch.optim.Optimizer's has the groups and the state, which are `optimizer`'s here."""
+        return {name: vars(self)[name] for name in ("optimizer", "max_norm", "_passes")}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(gamma={self.gamma}, epsilon={self.epsilon}, {self.optimizer!r})"
@@ -261,15 +263,21 @@ class GradientRegularizer(torch.optim.Optimizer):
         return {**state, "param_groups": [{**first, COUNTERS: self._passes.state_dict()}, *others]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes what `state_dict` gave, or a state of the wrapped optimizer alone.
+        """Takes what `state_dict` gave, or a state of the wrapped optimizer alone: groups in which `perturb` is not
+        named keep theirs.
 
         Raises:
             ValueError, TypeError: what is neither, naming what does not fit.
         """
         self._refuse_while_perturbed("load_state_dict")
         check_state(state_dict)
-        self.optimizer.load_state_dict(state_dict)
-        self._passes.load_state_dict(self.param_groups[0].pop(COUNTERS, {}))
+        counters = counters_in(state_dict)
+        flags = [{"perturb": group["perturb"]} if "perturb" in group else {} for group in self.param_groups]
+        self.optimizer.load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+        for group, flag in zip(self.param_groups, flags, strict=True):  # torch replaces whole groups
+            group |= flag | group
+        self.param_groups[0].pop(COUNTERS, None)
+        self._passes.load_state_dict(counters)
 
     def _refuse_while_perturbed(self, verb: str) -> None:
         if self._passes.perturbed:

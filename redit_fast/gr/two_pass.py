@@ -21,7 +21,7 @@ from torch import Tensor
 
 from redit_fast.gr import epsilon as auto_epsilon
 from redit_fast.gr import gradients, perturbation, shards
-from redit_fast.gr.config import GR
+from redit_fast.gr.config import GR, PUBLISHED
 from redit_fast.gr.grad_scaler import leave_a_mark
 from redit_fast.gr.perturbation import LOW_PRECISION, Perturbation
 from redit_fast.gr.shards import local
@@ -105,7 +105,7 @@ class TwoPass:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.asked = False
         self.scale: Tensor | None = None
-        self._found_epsilon = auto_epsilon.PUBLISHED  # of "auto"
+        self._found_epsilon = PUBLISHED  # of "auto"
         self._searched_at: int | None = None  # the step whose parameters chose it
         self._moved: list[Tensor] = []  # the perturbed set, while it is perturbed
         self._first_pass: _FirstPass | None = None
@@ -302,7 +302,7 @@ class TwoPass:
         """The last step's numbers, as `GradientRegularizer.metrics`; the only call that waits for the device."""
         values = {name: float(value) for name, value in self._metrics.items()}
         values |= {"gr/epsilon": self.epsilon, "gr/skipped_steps": float(self.skipped)}
-        perturbation.warn_if_swallowed(values.get("gr/step_cos", 1.0), self.epsilon)
+        perturbation.warn_if_swallowed(values, self.epsilon)
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,5 +321,5 @@ class TwoPass:
         self.attempts = counters.get("attempts", 0)
         self.completed.fill_(counters.get("completed", 0))
         self.skipped.fill_(counters.get("skipped", 0))
-        self._found_epsilon = counters.get("epsilon", auto_epsilon.PUBLISHED)
+        self._found_epsilon = counters.get("epsilon", PUBLISHED)
         self._searched_at = counters.get("searched_at")

@@ -96,7 +96,7 @@ def _a_batch(model: PreTrainedModel) -> dict:
     special = set(_special_tokens(model.config.to_dict()))
     plain = [token for token in range(rows) if token not in special] or list(range(rows))
     length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
-    places = torch.arange(2 * SEQUENCES * length)
+    places = torch.arange(2 * SEQUENCES * length, device=model.device)
     tokens = torch.tensor(plain, device=model.device)[(places * 7919 + 3) % len(plain)]
     ids, labels = tokens.view(2, SEQUENCES, length)
     labels = labels.clone()

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from redit_fast.checks import given
 from redit_fast.losses.config import KL, LossConfig
-from redit_fast.losses.terms import DPPO_MAX_RATIO, MAX_LOG_RATIO, clamp_exponent, correction_weight, dppo_trusts
+from redit_fast.losses.terms import (
+    DPPO_MAX_RATIO,
+    MAX_LOG_RATIO,
+    clamp_exponent,
+    correction_weight,
+    dppo_trusts,
+    of_sign,
+)
 
 
 class PolicyConstants(NamedTuple):
@@ -81,19 +88,19 @@ def token_coefficients(
         slope = -A * ratio.clamp(max=DPPO_MAX_RATIO) * dppo_trusts(config, logp, old, A)
         loss = slope * logp
     elif config.loss_type == "sapo":
-        temperature = torch.where(A > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+        temperature = of_sign(A > 0, A, config.sapo_temperature_pos, config.sapo_temperature_neg)
         x = temperature * (ratio - 1)
         gate = torch.sigmoid(x)
         loss, slope = -(4 / temperature) * gate * A, -4 * A * gate * torch.sigmoid(-x) * ratio * inside
     else:
         bound = torch.inf if config.delta is None else config.delta
         unclipped, clipped = ratio.clamp(max=bound) * A, ratio.clamp(low, high) * A
-        share = (unclipped < clipped) + 0.5 * (unclipped == clipped)
+        share = (unclipped < clipped).float() + 0.5 * (unclipped == clipped).float()
         passed = share * (ratio <= bound) + (1 - share) * ((low <= ratio) & (ratio <= high))
         loss, slope = -torch.minimum(unclipped, clipped), -A * ratio * inside * passed
         if config.dual_clip is not None:
             most = torch.where(A < 0, -config.dual_clip * A, torch.inf)
-            slope = slope * ((loss < most) + 0.5 * (loss == most))
+            slope = slope * ((loss < most).float() + 0.5 * (loss == most).float())
             loss = torch.minimum(loss, most)
     if config.correction != "none":
         weight = correction_weight(config, old - given(sampling_logp))

@@ -121,7 +121,7 @@ def loss_metrics(rows: Rows, terms: Terms, entropy: Tensor | None) -> dict[str, 
         "ratio/mean": rows.mean(ratio),
         "ratio/max_abs_dev": torch.where(mask, (ratio - 1).abs(), 0.0).amax(),
         "ratio/overflow_frac": mean((terms.exponent.abs() > MAX_LOG_RATIO).float()),
-        "policy/on_policy": torch.full((), float(rows.old_logp is None), device=mask.device),
+        "policy/on_policy": torch.full((), float(rows.old_logp is None), dtype=torch.float32, device=mask.device),
     }
     if config.loss_type == "cispo":
         metrics["cispo_clip_ratio"] = mean(given(terms.above).float())

@@ -62,7 +62,7 @@ def loss_terms(rows: Rows, logp: Tensor, kept: Tensor) -> Terms:
         policy = -A * ratio.clamp(max=DPPO_MAX_RATIO).detach() * logp * trusted
         below, above = ~trusted & (A < 0), ~trusted & (A > 0)
     elif config.loss_type == "sapo":
-        temperature = torch.where(A > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+        temperature = of_sign(A > 0, A, config.sapo_temperature_pos, config.sapo_temperature_neg)
         policy = -(4 / temperature) * torch.sigmoid(temperature * (ratio - 1)) * A
     elif config.loss_type == "gmpo":
         policy = -ratio * A
@@ -106,9 +106,15 @@ def _exponent(rows: Rows, log_ratio: Tensor, correction: Tensor | None, kept: Te
     return log_ratio
 
 
+def of_sign(is_positive: Tensor, advantages: Tensor, positive: float, negative: float) -> Tensor:
+    """One of two numbers for each advantage. torch.where of two floats has the process's default dtype: in bfloat16
+    1.05 is 1.047."""
+    return torch.full_like(advantages, negative).masked_fill(is_positive, positive)
+
+
 def _vespo_weight(config: LossConfig, log_weight: Tensor, advantages: Tensor) -> Tensor:
-    k = torch.where(advantages >= 0, config.vespo_k_pos, config.vespo_k_neg)
-    scale = torch.where(advantages >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg)
+    k = of_sign(advantages >= 0, advantages, config.vespo_k_pos, config.vespo_k_neg)
+    scale = of_sign(advantages >= 0, advantages, config.vespo_lambda_pos, config.vespo_lambda_neg)
     return torch.exp(scale + k * log_weight - scale * torch.exp(log_weight))
 
 

@@ -151,7 +151,7 @@ def _dense_groups(group_ids: Tensor) -> Tensor:
     by_id, order = torch.sort(group_ids, stable=True)
     index = torch.zeros_like(order)
     index[order[1:]] = (by_id[1:] != by_id[:-1]).cumsum(0)
-    first = torch.full((count,), count, device=device)
+    first = torch.full((count,), count, dtype=torch.int64, device=device)
     first = first.scatter_reduce(0, index, torch.arange(count, device=device), "amin")
     return torch.argsort(torch.argsort(first))[index]
 

@@ -163,7 +163,7 @@ class _LinearLogp(torch.autograd.Function):
         if ctx.entropy_mode != "grad":  # torch.compile hands in zeros for an entropy without graph
             grad_entropy = None
         if grad_logp is None:
-            grad_logp = torch.zeros(len(targets), device=hidden.device)
+            grad_logp = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         if slopes is not None:
             rows = torch.where(grad_logp[:, None] == 0, 0.0, grad_logp[:, None] * slopes)
             return rows.to(hidden.dtype).view(hidden.shape), None, None, None, None, None, None

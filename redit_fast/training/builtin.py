@@ -188,10 +188,10 @@ def warm_start(
 def _completion_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], int]]) -> torch.Tensor:
     """Summed cross-entropy of ids[start:] over the rows (ids, start)."""
     # The padding is on the right, behind all that is scored: causal attention never sees it, and no mask is needed.
-    ids = torch.zeros(len(rows), max(len(row) for row, _ in rows), dtype=torch.int64)
+    ids = torch.zeros(len(rows), max(len(row) for row, _ in rows), dtype=torch.int64, device="cpu")
     scored = torch.zeros_like(ids, dtype=torch.bool)
     for i, (row, start) in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
+        ids[i, : len(row)] = torch.tensor(row, device="cpu")
         scored[i, start : len(row)] = True
     hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state[scored[:, 1:]]
     return F.cross_entropy(model.lm_head(hidden), ids[scored], reduction="sum")

@@ -245,7 +245,7 @@ class Batch:
         cls, prompts, rollout: Rollout, advantages: Tensor, settings: rf.LossConfig, config: TrainConfig, step: int
     ) -> Batch:
         prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
-        sequences = [torch.tensor(p + c) for p, c in zip(prompts, rollout.completions, strict=True)]
+        sequences = [torch.tensor(p + c, device="cpu") for p, c in zip(prompts, rollout.completions, strict=True)]
         lengths = [len(completion) for completion in rollout.completions]
         micro = config.micro_batch_size or len(sequences)
         return cls(sequences, lengths, advantages, settings, micro, step, config.seed)

@@ -74,7 +74,14 @@ def _check_passes(name: str, model, tokenizer, record: dict, settings: rf.LossCo
         with _inputs_of(policy.head_of(model)) as steps:
             rollout = generate(model, [end], prompts, **sampling)  # the first sample ends at once
     config = config.model_copy(update={"group_size": GROUP, "micro_batch_size": None})
-    batch = policy.Batch.of(prompts, rollout, torch.tensor([1.0, -1.0] * len(prompts)), settings, config, 0)
+    batch = policy.Batch.of(
+        prompts,
+        rollout,
+        torch.tensor([1.0, -1.0] * len(prompts), dtype=torch.float32, device="cpu"),
+        settings,
+        config,
+        0,
+    )
     model.eval()
     with Foreign(f"{name} cannot be trained"):
         with torch.no_grad():
@@ -84,11 +91,11 @@ def _check_passes(name: str, model, tokenizer, record: dict, settings: rf.LossCo
         batch.backward(model)
     model.zero_grad()
 
-    lengths = torch.tensor(batch.lengths)
+    lengths = torch.tensor(batch.lengths, device="cpu")
     found = expected.new_zeros(len(lengths), max(batch.lengths), expected.shape[-1])
     for t, step in enumerate(steps):
         found[lengths > t, t] = step[:, -1].repeat_interleave(GROUP if t == 0 else 1, 0).to(found.dtype)
-    found = found[torch.arange(found.shape[1]) < lengths[:, None]]
+    found = found[torch.arange(found.shape[1], device="cpu") < lengths[:, None]]
     off = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
     if not off < (1e-3 if model.dtype == torch.float32 else 0.2):  # bfloat16 rounds twice, router choices included
         raise ValueError(

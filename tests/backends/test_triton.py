@@ -41,12 +41,14 @@ SUITES = [
     "heads",
     "primitives",
     "no_grad",
+    "default_device",
 ]  # the longest first
 
 # `make test` interprets one case a regime: of three dtypes the second, bfloat16; of the rows with a coefficient one and
-# all; of the peaks one short of the repair and one past it; of the advantages' divisors the default one.
+# all; of the peaks one short of the repair and one past it; of the advantages' divisors the default one; of a process's
+# defaults the device.
 REPEATED = (
-    "dtype0", "dtype2", "triton-0.0-0-",
+    "dtype0", "dtype2", "triton-0.0-0-", "changes_nothing[triton-float64]", "changes_nothing[triton-bfloat16]",
     *(f"skip_the_gradient_products[triton-dtype1-{used}]" for used in (0, 16, 33, 100)),
     *(f"improbable_targets[triton-{std}]" for std in ("0.1", "10.0", "100.0")),
 )  # fmt: skip

@@ -45,6 +45,17 @@ def test_auto_is_the_smallest_power_of_two_whose_step_keeps_cosine_095(backend, 
         assert measured(make, p, grad, **smaller)["gr/step_cos"] < 0.95
 
 
+def test_a_step_of_which_nothing_is_applied_is_warned_about(backend):
+    """Its cosine is 0 / 0."""
+    p = nn.Parameter(torch.ones(1000))
+    opt = sgd([p], gamma=1e-9, epsilon=1e-9)
+    p.grad = torch.rand(1000)
+    opt.perturb()
+    with pytest.warns(UserWarning, match=r"^nothing of the perturbation is applied: rounding swallows .* than 1e-09,"):
+        metrics = opt.metrics()
+    assert metrics["gr/frac_moved"] == 0 and math.isnan(metrics["gr/step_cos"])
+
+
 def test_auto_is_the_published_epsilon_where_that_survives(backend, recwarn):
     p = nn.Parameter(torch.randn(1000) * 0.02)
     assert measured(adamw, p, torch.randn(1000) * 0.1, "auto")["gr/epsilon"] == 1e-3

@@ -1,6 +1,7 @@
 """The two passes without an optimizer, their options, and what their classes declare."""
 
 import ast
+import re
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -95,6 +96,39 @@ def test_gamma_at_a_step():
     assert [gr.gamma_at(step) for step in range(8)] == [0.0, 0.0, 0.0, 0.375, 0.0, 0.0, 0.5, 0.0]
     with pytest.raises(FrozenInstanceError):
         gr.gamma = 1.0
+
+
+@pytest.mark.parametrize("wide", [2.0**-64, 2.0**64])
+@pytest.mark.parametrize("keep", [False, True])
+def test_gamma_far_from_epsilon_still_steps(wide, keep):
+    """Their quotient multiplies the gradients, as its inverse does: beyond float32 each step would be skipped."""
+    model, x = network(), torch.randn(8, 16)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = rf.RegularizedAdamW(model.parameters(), gamma=1e-3 * wide, gamma_warmup_steps=2**32 - 1, keep_first_grad=keep)
+    for _ in range(2):
+        loss_of(model, x).backward()
+        if opt.perturb():
+            loss_of(model, x).backward()
+        opt.step()
+        opt.zero_grad()
+    assert opt.metrics()["gr/skipped_steps"] == 0
+    assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("gamma, epsilon", [(1e-50, 1e-3), (1e-3, 1e-30), (1e-30, "auto"), (1e30, 1e-3), (1e-20, 1e9)])
+def test_gamma_beyond_what_multiplies_a_gradient_is_refused(gamma, epsilon):
+    got = f"of epsilon ({epsilon}), since gradients are multiplied by their quotient, got {gamma}"
+    sentence = rf"^(gr_)?gamma:? must be 0 or within a factor of 2\*\*64 {re.escape(got)}$"
+    with pytest.raises(ValueError, match=sentence):
+        rf.GR(gamma=gamma, epsilon=epsilon)
+    with pytest.raises(ValueError, match=sentence):
+        load(None, {"gr_gamma": gamma, "gr_epsilon": epsilon})
+    opt = rf.RegularizedAdamW(network().parameters(), gamma=0.0, epsilon=epsilon)
+    with pytest.raises(ValueError, match=sentence):
+        opt.gamma = gamma
+    if epsilon != "auto":
+        with pytest.raises(ValueError, match=sentence):
+            GROptions(gr_gamma=gamma, gr_epsilon=epsilon).gr()
 
 
 def test_the_flat_options_are_those_of_gr_with_the_same_names_and_defaults():

@@ -692,7 +692,9 @@ def test_what_is_no_state_dict_is_refused_and_changes_nothing(make, state):
 def test_a_state_of_adamw_holds_tensors():
     optimizer = rf.RegularizedAdamW(weights())
     saved = optimizer.state_dict() | {"state": {0: {"step": 1, "exp_avg": 0.5}}}
-    with pytest.raises(TypeError, match="^exp_avg of parameter 0 in state_dict must be a tensor, got 0.5"):
+    with pytest.raises(
+        TypeError, match="^exp_avg of parameter 0 in state_dict must be a floating-point tensor, got 0.5"
+    ):
         optimizer.load_state_dict(saved)
 
 

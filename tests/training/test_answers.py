@@ -104,6 +104,46 @@ PARTS = [
 ]  # fmt: skip
 
 
+TAILS = [
+    "",
+    "%",
+    " %",
+    r"\%",
+    r" \%",
+    " percent",
+    " per cent",
+    " apples",
+    " km/h",
+    " cm^2",
+    " m2",
+    r"\text{ kg}",
+    "€",
+    " €",
+    " £",
+]
+TAILS += ["°", " °C", r"^\circ", " miles per hour", "px", " m²"]
+AROUND = ["{}", "${}$", r"\boxed{{{}}}", r"\({}\)", "({})", "**{}**", "'{}'", "[{}]", " {} \n", "“{}”"]
+SENTENCES = ["{}", "The answer is {}", "The answer is {}.", "= {}", "It is {}, I think.", "Thus x = {}", "\n{}\n"]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("number", ["7", "$7", "1,234.50", "-3/4", "2 1/2", r"\dfrac34", r"2\frac{1}{2}"])
+def test_an_answer_in_a_completion_is_the_same_number(number, tail):
+    for around in AROUND:
+        text = around.format(number + tail)
+        answer = the_number(text)
+        if answer is None:  # a unit of "$7", say
+            continue
+        for sentence in SENTENCES:
+            assert last_number(sentence.format(text)) == answer, sentence.format(text)
+    assert the_number(number + tail) is not None or "$" in number
+
+
+@pytest.mark.parametrize("text", ["17 % 5", "17 % n", "17 % (5)", "x = 17 % m", "5 € and 7 €", "5 €, 7 €"])
+def test_a_remainder_is_no_percentage_and_a_list_no_number(text):
+    assert last_number(text) is None
+
+
 @pytest.mark.parametrize("text", PARTS, ids=lambda text: text[:20])
 def test_what_is_no_number_is_not_read_in_part(text):
     assert the_number(text) is None and last_number(text) is None

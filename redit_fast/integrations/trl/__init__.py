@@ -226,7 +226,8 @@ class ReditHooks(SecondPassHooks):
         dithered, metrics = self._advantages(self._dither), self._metrics["train"]
         if isinstance(self, RLOOTrainer):
             self._log_clean_rewards()
-            advantages = torch.tensor(list(self._logs["advantages"])[-len(dithered.values) :])
+            logged = list(self._logs["advantages"])[-len(dithered.values) :]
+            advantages = torch.tensor(logged, dtype=torch.float32, device="cpu")
         else:
             advantages, local = dithered.values, len(output["advantages"])
             start = self.accelerator.process_index * local

@@ -120,7 +120,7 @@ def compute_redit_grpo_advantage(
     last, session_of_row = _sessions(len(rewards), None if v1 is None else v1.keys)
     rewards, index = rewards[last], [index[row] for row in last]
     if dither is None:
-        ones = torch.ones(len(last), 1, device=rewards.device)
+        ones = torch.ones(len(last), 1, dtype=torch.float32, device=rewards.device)
         values = core_algos.compute_grpo_outcome_advantage(
             rewards[:, None], ones, index, norm_adv_by_std_in_grpo=by_deviation
         )[0][:, 0]

@@ -23,8 +23,7 @@ from redit_fast.checks import did_you_mean
 from redit_fast.gr import gradients
 from redit_fast.gr.config import GR
 from redit_fast.gr.grad_scaler import loss_scale
-from redit_fast.gr.groups import parameter_groups
-from redit_fast.gr.regularizer import COUNTERS
+from redit_fast.gr.groups import COUNTERS, parameter_groups
 from redit_fast.gr.replay import Replay
 from redit_fast.gr.two_pass import Copies, TwoPass
 from redit_fast.integrations.options import GROptions

@@ -161,7 +161,7 @@ def compute_policy_loss(
     if config is None:
         raise ValueError(f"config is required by loss_mode='redit_{name}': the actor's")
     settings = loss_config(name, config)
-    seed = int(torch.randint(2**62, ())) if name == "clip_cov" else 0
+    seed = int(torch.randint(2**62, (), device="cpu")) if name == "clip_cov" else 0
     first = _of_first_pass(name, log_prob)
     rows = Rows.check(
         log_prob, advantages, old_log_prob, None, None, response_mask, None, settings, None, 0, seed, first

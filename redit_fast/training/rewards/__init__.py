@@ -87,11 +87,11 @@ def score(
         RewardError: a function raised, or returned anything but one number, None or NaN for each completion; the
             message names the function and the sample.
     """
-    scores = torch.empty(len(completions), len(functions), dtype=torch.float64)
+    scores = torch.empty(len(completions), len(functions), dtype=torch.float64, device="cpu")
     for k, function in enumerate(functions):
         with remembered():
             values = _rewards(function, prompts, completions, columns)
-        scores[:, k] = torch.tensor(values, dtype=torch.float64)
+        scores[:, k] = torch.tensor(values, dtype=torch.float64, device="cpu")
         unscored = int(scores[:, k].isnan().sum())
         if unscored and not function.warned:
             function.warned = True

@@ -78,7 +78,9 @@ def generate(
     device = cast(Any, model).get_input_embeddings().weight.device
     ends = torch.tensor(end_tokens, dtype=torch.int64, device=device)
     # All random numbers of the call at once: one per token costs as much as a small model's forward pass.
-    u = counter_uniform(seed, ids[:, None] + (torch.arange(max_new_tokens) << 32), STREAM_SAMPLING, step).to(device)
+    u = counter_uniform(
+        seed, ids[:, None] + (torch.arange(max_new_tokens, device="cpu") << 32), STREAM_SAMPLING, step
+    ).to(device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -112,7 +114,7 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
     position = mask.sum(1, keepdim=True)
 
     tokens = torch.zeros(samples, max_new_tokens, dtype=torch.int64, device=device)
-    length = torch.full((samples,), max_new_tokens, device=device)
+    length = torch.full((samples,), max_new_tokens, dtype=torch.int64, device=device)
     rows = torch.arange(samples, device=device)  # the samples still in the batch
     for t in range(max_new_tokens):
         chosen = _choose(logits, temperature, u[rows, t])
@@ -169,7 +171,7 @@ def _checked_ids(prompts: object, group_size: int, sample_ids: object) -> Tensor
             raise ValueError(f"prompts must be non-empty token lists: prompt {i} has no tokens")
     samples = len(prompts) * group_size
     if sample_ids is None:
-        return torch.arange(samples)
+        return torch.arange(samples, device="cpu")
     if not isinstance(sample_ids, Tensor) or sample_ids.device.type == "meta":
         raise TypeError(f"sample_ids must be an int64 tensor, got {described(sample_ids)}")
     check_dense("sample_ids", sample_ids)
