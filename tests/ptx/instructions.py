@@ -102,6 +102,7 @@ def approximation(exact):
             return m.write(a[0], gross_reciprocal(m.read(a[1], "f64", s)), s)
         if o[-1] != "f32":
             raise Fault(f"unknown opcode: an approximation of {o[-1]}")
+        read = values(m, o, a[1:], s)
         m.write(a[0], flushed(approximate(exact(*(x.astype(np.float64) for x in read)), read[0], m.ulps), o), s)
 
     return instruction
@@ -188,7 +189,7 @@ AGAIN = "again"  # a result: the threads wait for others, then execute the instr
 
 
 def shuffle(source):
-    """Of whole warps, from the lane `source`; beyond the warp, a lane's own. Lanes wait for those that are elsewhere."""
+    """Of whole warps, from the lane `source`; beyond the warp, its own. Lanes wait for those that are elsewhere."""
 
     def instruction(m, o, a, s):
         ids, lane = m.ids(s), np.arange(32)
@@ -227,7 +228,6 @@ TABLE = {
     "st": (store, SPACES),
     "neg": (plain(operator.neg), "ftz"),
     "abs": (plain(np.abs), "ftz"),
-    "copysign": (plain(lambda sign, x: np.copysign(x, sign)), ""),
     "and": (plain(operator.and_), ""),
     "or": (plain(operator.or_), ""),
     "xor": (plain(operator.xor), ""),
