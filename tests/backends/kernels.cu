@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "device.h"
+#include "cuda/device.h"
 
 using namespace redit::device;
 
