@@ -67,7 +67,8 @@ lint: $(TESTS)
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/* tests/backends/*.cpp
 	$(VENV)/bin/mypy
 
-# The tests of the C++ module on a second build of it, with the shipped flags and checks of every access and overflow.
+# The tests of the C++ module, and of the host code of CUDA's where nvcc is, on a second build of them, with the shipped
+# flags and checks of every access and overflow.
 # CXXFLAGS takes the place of Python's own flags, so without their -fwrapv. libasan must come first in the process, and
 # libstdc++ with it: else it finds no __cxa_throw. Python itself leaks. Fifty repeats touch no further memory. The
 # tests of Triton would load its LLVM, those of other trainers all of them. This folder comes before site-packages,
@@ -80,7 +81,7 @@ sanitize: $(TESTS)
 	PYTHONPATH=build/sanitize/lib:$(CURDIR) ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -x -n 2 --dist worksteal --import-mode=append --capture=sys \
-		-k "cpu and not fifty and not 151936" tests/project/sanitize.py $(filter-out tests/integrations/% tests/backends/test_triton%,$(wildcard tests/*/test_*.py))
+		-k "(cpu or advantages_cuda and not spilled) and not fifty and not 151936" tests/project/sanitize.py $(filter-out tests/integrations/% tests/backends/test_triton%,$(wildcard tests/*/test_*.py))
 
 # A torch that is already in .venv stays.
 PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)

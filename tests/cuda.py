@@ -38,7 +38,8 @@ def compiled(name, target, *more, kind="ptx"):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, source, "-o", draft], check=True)
+        plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of `make sanitize`
+        subprocess.run([*command, source, "-o", draft], check=True, env=plain)
         os.replace(draft, path)
     return path
 
