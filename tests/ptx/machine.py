@@ -1,5 +1,6 @@
 """The threads of a grid: their registers, which of them go on, and what wakes those that wait."""
 
+import functools
 from collections import Counter
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Launch(NamedTuple):
     params: bytes = b""
 
 
+@functools.cache
 def decode(opcode):
     """The function, and the modifiers and types after the name."""
     parts = opcode.split(".")
