@@ -63,6 +63,7 @@ class Machine:
             raise Fault(f"it takes whole warps, whole clusters and at most {entry.most_threads} threads: {launch[:5]}")
         if len(launch.params) != entry.parameter_bytes:
             raise Fault(f"{launch.kernel} takes {entry.parameter_bytes} bytes of parameters, got {len(launch.params)}")
+        self.kernel = launch.kernel
         self.order, self.random, self.late, self.ulps = order, np.random.default_rng(seed), late, ulps
         self.most_steps, self.threads, self.cluster = most_steps, threads, cluster
         self.code, self.labels = entry.code, entry.labels
