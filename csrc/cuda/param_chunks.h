@@ -21,13 +21,17 @@ struct Weights {
   Stored* data;
 
   REDIT_DEVICE Weights(const void* tensor, int64_t first)
-      : data(static_cast<Stored*>(const_cast<void*>(tensor)) + first) {
-    __builtin_assume(__isGlobal(data));
-  }
+      : data(static_cast<Stored*>(const_cast<void*>(tensor)) + first) {}
   REDIT_DEVICE bool aligned() const { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 };
 
-// Some of them as a thread has them: a multiple of 8 bytes.
+// 16 bytes of the thread's own, by which its weights go one by one: where a loop finds them it needs few registers.
+REDIT_DEVICE uint32_t* own_slot() {
+  __shared__ uint4 slots[kParamsThreads];
+  return &slots[threadIdx.x].x;
+}
+
+// Some of them as a thread has them: 8 bytes or a multiple of 16.
 template <Dtype type, int count>
 struct Packed {
   static constexpr int kWords = count * kBytes<type> / 4, kInWord = 4 / kBytes<type>;
@@ -46,83 +50,119 @@ struct Packed {
     if constexpr (type == Dtype::float16) words[i / 2] = device::pack_float16(x, next);
   }
 
-  // Those from `at` on, of `left` that there are: the rest are zeros. `wide`: all of the tensor's addresses are
-  // multiples of 16.
+  // Those from `at` on, of `left` that there are: the others are zeros. `wide`: all addresses of the tensor are
+  // multiples of 16; else, and at its end, one by one.
   REDIT_DEVICE void load(Weights<type> from, int at, int left, bool wide) {
     const auto* p = from.data + at;
-    if (wide && left >= count) {
-      if constexpr (kWords == 2) {
-        const uint2 two = *reinterpret_cast<const uint2*>(p);
-        words[0] = two.x, words[1] = two.y;
-      }
 #pragma unroll
-      for (int w = 0; w + 4 <= kWords; w += 4) {
-        const uint4 four = reinterpret_cast<const uint4*>(p)[w / 4];
-        words[w] = four.x, words[w + 1] = four.y, words[w + 2] = four.z, words[w + 3] = four.w;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        const uint32_t bits = i < left ? p[i] : 0;
-        words[i / kInWord] = i % kInWord ? words[i / kInWord] | bits << 16 : bits;
+    for (int part = 0; part < count; part += kInSlot) {
+      if (wide && left >= count) {
+        take(part, __ldcs(reinterpret_cast<const Slot*>(p + part)));
+      } else {
+        uint32_t* slot = own_slot();
+#pragma unroll 2
+        for (int i = 0; i < kInSlot; i += kInWord) {
+          uint32_t word = part + i < left ? __ldcs(p + part + i) : 0;
+          if (kInWord == 2 && part + i + 1 < left) word |= uint32_t(__ldcs(p + part + i + 1)) << 16;
+          slot[i / kInWord] = word;
+        }
+        take(part, *reinterpret_cast<const Slot*>(slot));
       }
     }
   }
   REDIT_DEVICE void store(Weights<type> to, int at, int left, bool wide) const {
     auto* p = to.data + at;
-    if (wide && left >= count) {
-      if constexpr (kWords == 2) *reinterpret_cast<uint2*>(p) = {words[0], words[1]};
 #pragma unroll
-      for (int w = 0; w + 4 <= kWords; w += 4)
-        reinterpret_cast<uint4*>(p)[w / 4] = {words[w], words[w + 1], words[w + 2], words[w + 3]};
-    } else {
-#pragma unroll
-      for (int i = 0; i < count; ++i)
-        if (i < left) p[i] = typename Weights<type>::Stored(words[i / kInWord] >> i % kInWord * 16);
+    for (int part = 0; part < count; part += kInSlot) {
+      if (wide && left >= count) {
+        __stcs(reinterpret_cast<Slot*>(p + part), slot_of(part));
+      } else {
+        uint32_t* slot = own_slot();
+        *reinterpret_cast<Slot*>(slot) = slot_of(part);
+#pragma unroll 2
+        for (int i = 0; i < kInSlot; i += kInWord) {
+          const uint32_t word = slot[i / kInWord];
+          if (part + i < left) __stcs(p + part + i, typename Weights<type>::Stored(word));
+          if (kInWord == 2 && part + i + 1 < left) __stcs(p + part + i + 1, typename Weights<type>::Stored(word >> 16));
+        }
+      }
     }
+  }
+
+ private:
+  static constexpr int kInSlot = kWords == 2 ? count : 16 / kBytes<type>;
+  using Slot = std::conditional_t<kWords == 2, uint2, uint4>;
+
+  REDIT_DEVICE void take(int, uint2 two) { words[0] = two.x, words[1] = two.y; }
+  REDIT_DEVICE void take(int part, uint4 four) {
+    const int w = part / kInWord;
+    words[w] = four.x, words[w + 1] = four.y, words[w + 2] = four.z, words[w + 3] = four.w;
+  }
+  REDIT_DEVICE Slot slot_of(int part) const {
+    const int w = part / kInWord;
+    if constexpr (kWords == 2)
+      return make_uint2(words[w], words[w + 1]);
+    else
+      return make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]);
   }
 };
 
 // body(tensor, chunk, first, n) for each of the block's chunks: n weights from `first` on.
 template <class Launch, class Body>
 REDIT_DEVICE void for_each_chunk(const Launch& a, const Body& body) {
-  int64_t tensor = 0;
-  for (int64_t chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x) {
+  int tensor = 0;
+  for (int chunk = int(blockIdx.x); chunk < a.chunks; chunk += int(gridDim.x)) {
     while (tensor + 1 < a.count && a.tensors[tensor + 1].first_chunk <= chunk) ++tensor;
     const typename Launch::Listed& its = a.tensors[tensor];
-    const int64_t first = (chunk - its.first_chunk) * kWeights, left = its.numel - first;
+    const int64_t first = int64_t(chunk - its.first_chunk) * kWeights, left = its.numel - first;
     body(its, chunk, first, int(left < kWeights ? left : kWeights));
   }
 }
 
-// The thread's vectors of a chunk: load(vector, at) of `turns` before use(vector, at), so that their bytes are under
-// way together.
+// The thread's vectors of a chunk: load(vector, at, left) of `turns` of them before use(vector, at, left) of the first,
+// so that their bytes are under way together.
 template <class Vector, int count, int turns, class Load, class Use>
 REDIT_DEVICE void for_each_vector(int n, const Load& load, const Use& use) {
   constexpr int kStep = count * kParamsThreads;
-  static_assert(kWeights % (turns * kStep) == 0);
+#pragma unroll 1
   for (int at = count * int(threadIdx.x); at < n; at += turns * kStep) {
     Vector vectors[turns];
 #pragma unroll
     for (int k = 0; k < turns; ++k)
-      if (at + k * kStep < n) load(vectors[k], at + k * kStep);
+      if (at + k * kStep < n) load(vectors[k], at + k * kStep, n - at - k * kStep);
 #pragma unroll
     for (int k = 0; k < turns; ++k)
-      if (at + k * kStep < n) use(vectors[k], at + k * kStep);
+      if (at + k * kStep < n) use(vectors[k], at + k * kStep, n - at - k * kStep);
   }
 }
 
-// Sums of a few products of neighbours, of which each pair is added first.
-template <int pairs>
-struct PairSums {
-  float parts[pairs];
-
-  REDIT_DEVICE void set(int pair, float x, float y, float next_x, float next_y) {
-    parts[pair] = x * y + next_x * next_y;
+// The same with one use in the code, of which two would need more registers than there are: the next vector is under
+// way while one is used.
+template <class Vector, int count, class Load, class Use>
+REDIT_DEVICE void for_each_vector_ahead(int n, const Load& load, const Use& use) {
+  constexpr int kStep = count * kParamsThreads;
+  int at = count * int(threadIdx.x);
+  if (at >= n) return;
+  Vector vector;
+  load(vector, at, n - at);
+#pragma unroll 1
+  for (; at < n; at += kStep) {
+    Vector next{};
+    if (at + kStep < n) load(next, at + kStep, n - at - kStep);
+    use(vector, at, n - at);
+    vector = next;
   }
-  REDIT_DEVICE double total() const {
-    if constexpr (pairs == 2) return parts[0] + parts[1];
-    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// The sum of a few products of neighbours: of pairs, of fours, of all.
+struct TreeSum {
+  float pair, four, all;
+
+  REDIT_DEVICE void add(int i, float x, float y, float next_x, float next_y) {  // i: 0, 2, 4, ..., ascending
+    const float sum = x * y + next_x * next_y;
+    pair = i % 4 == 0 ? sum : pair + sum;
+    if (i % 8 == 2) four = all = pair;
+    if (i % 8 == 6) all = four + pair;
   }
 };
 
@@ -150,7 +190,7 @@ struct ChunkSums {
   int turn = 0;
 
   template <class Launch>
-  REDIT_DEVICE void write(const Launch& a, int64_t chunk, double (&own)[sums]) {
+  REDIT_DEVICE void write(const Launch& a, int chunk, double (&own)[sums]) {
     const double total = block_sum(own, warps[turn]);
     if (threadIdx.x < sums) a.partials[int64_t(threadIdx.x) * a.stride + chunk] = total;
     turn ^= 1;

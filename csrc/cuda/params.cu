@@ -6,14 +6,23 @@
 //   adamw     AdamW of m, v and the master or x; x = master       28 / 28
 //
 // Compile with -fmad=false: a fused multiply-add would change the bits. 4 blocks a multiprocessor take chunks of one
-// tensor by turns; a kernel is for one combination of types. A thread takes 16 bytes of the pass's widest state at a
-// time, where all of the tensor's addresses are multiples of 16, else as many weights one by one: 8 weights of 16 bits
-// share a Philox call of the rounding, and 4 of AdamW fill 16 bytes of float32, so that a warp touches whole sectors.
+// tensor by turns; a kernel is for one combination of types. A thread takes 16 bytes at a time of what the pass is
+// about: 8 weights of 16 bits, which share a Philox call of the rounding, or 4 of float32 and of AdamW's state, of
+// which 8 would make a warp touch halves of sectors. Where one of a tensor's addresses is no multiple of 16 the same
+// weights go one by one, and the bits are the same.
 //
 // Sums: the products of a thread's 4 or 8 weights in float32, by pairs (rounding is at most 4 x 2^-24, 2.4e-7), all
 // else in float64; a chunk's over lanes and warps, and then the chunks, in an order that the grid has no part in.
 //
-//   kernel  threads  shared bytes  registers: sm_80  sm_90a  sm_100
+// The most of any types:
+//
+//   kernel   threads  shared bytes  registers: sm_80  sm_90a  sm_100
+//   norm         256          4224                44      46      41
+//   perturb      256          4608                63      64      64
+//   combine      256          4480                63      64      61
+//   adamw        256          4096                64      64      64
+//   scalars      256             0                33      35      33
+//   sum         1024           256                44      48      48
 
 #include <cmath>
 
@@ -33,28 +42,27 @@ REDIT_DEVICE void norm(const NormLaunch& a) {
   using Vector = Packed<type, kCount>;
   __shared__ double warps[2][kWarps][1];
   ChunkSums<1> chunk_sums{warps};
-  for_each_chunk(a, [&](const NormTensor& tensor, int64_t chunk, int64_t first, int n) {
+  for_each_chunk(a, [&](const NormTensor& tensor, int chunk, int64_t first, int n) {
     const Weights<type> x(tensor.x, first);
     const bool wide = x.aligned();
     double sums[1] = {};
     for_each_vector<Vector, kCount, 4>(
-        n, [&](Vector& v, int at) { v.load(x, at, n - at, wide); },
-        [&](const Vector& v, int) {
-          PairSums<kCount / 2> squares;
+        n, [&](Vector& v, int at, int left) { v.load(x, at, left, wide); },
+        [&](const Vector& v, int, int) {
+          TreeSum squares;
 #pragma unroll
-          for (int i = 0; i < kCount; i += 2) squares.set(i / 2, v[i], v[i], v[i + 1], v[i + 1]);
-          sums[0] += squares.total();
+          for (int i = 0; i < kCount; i += 2) squares.add(i, v[i], v[i], v[i + 1], v[i + 1]);
+          sums[0] += squares.all;
         });
     chunk_sums.write(a, chunk, sums);
   });
 }
 
-// The 8 random halves of the weights from `place` + `shift` on, two in a word; place, among all trainable parameters'
-// weights, is a multiple of 8.
-REDIT_DEVICE Words halves_at(const PerturbOptions& options, uint32_t step, int64_t place, int shift) {
-  const Words own = philox4x32(options.seed, place / 8, kStreamRounding, step);
+// The random halves of 8 weights, two in a word: a Philox call's from its half `shift` on, the rest the next call's.
+REDIT_DEVICE Words halves_of(const PerturbOptions& options, uint32_t step, int64_t call, int shift) {
+  const Words own = philox4x32(options.seed, call, kStreamRounding, step);
   if (shift == 0) return own;
-  const Words next = philox4x32(options.seed, place / 8 + 1, kStreamRounding, step);
+  const Words next = philox4x32(options.seed, call + 1, kStreamRounding, step);
   uint32_t words[8] = {own.x0, own.x1, own.x2, own.x3, next.x0, next.x1, next.x2, next.x3};
 #pragma unroll
   for (int by = 2; by > 0; by /= 2)
@@ -65,25 +73,21 @@ REDIT_DEVICE Words halves_at(const PerturbOptions& options, uint32_t step, int64
   return {words[0], words[1], words[2], words[3]};
 }
 
-// How a 16-bit type rounds float32, for the whole pass: up with the probability of the bits that it drops, 16 of
-// bfloat16 and 13 of float16, or to nearest. NaN stays NaN; infinity has no bits that it drops.
-struct Rounder {
-  uint32_t kept, tie;  // float16: the bits that stay; bfloat16: 1 where a tie goes to even
-
-  template <Dtype type>
-  REDIT_DEVICE uint32_t round(float x, float next, uint32_t halves) const {
-    uint32_t low = __float_as_uint(x), high = __float_as_uint(next);
-    if constexpr (type == Dtype::bfloat16) {
-      low = x == x ? low + (halves & 0xFFFFu) + (low >> 16 & tie) : 0x7FC00000u;
-      high = next == next ? high + (halves >> 16) + (high >> 16 & tie) : 0x7FC00000u;
-      return low >> 16 | (high & 0xFFFF0000u);
-    } else {
-      low = x == x ? (low + (halves & ~kept)) & kept : low;
-      high = next == next ? (high + (halves >> 16 & ~kept)) & kept : high;
-      return device::pack_float16(__uint_as_float(low), __uint_as_float(high));
-    }
+// float32 to a 16-bit type, up with the probability of the bits that it drops: 16 of bfloat16, 13 of float16. NaN stays
+// NaN; infinity has no bits that are dropped.
+template <Dtype type>
+REDIT_DEVICE uint32_t round_stochastically(float x, float next, uint32_t halves) {
+  uint32_t low = __float_as_uint(x), high = __float_as_uint(next);
+  if constexpr (type == Dtype::bfloat16) {
+    low = x == x ? low + (halves & 0xFFFFu) : 0x7FC00000u;
+    high = next == next ? high + (halves >> 16) : 0x7FC00000u;
+    return low >> 16 | (high & 0xFFFF0000u);
+  } else {
+    low = x == x ? (low + (halves & 0x1FFFu)) & ~0x1FFFu : low;
+    high = next == next ? (high + (halves >> 16 & 0x1FFFu)) & ~0x1FFFu : high;
+    return device::pack_float16(__uint_as_float(low), __uint_as_float(high));
   }
-};
+}
 
 // As a forward pass in `seen` has it, a type of 16 bits.
 REDIT_DEVICE float as_seen(float x, Dtype seen) {
@@ -91,69 +95,86 @@ REDIT_DEVICE float as_seen(float x, Dtype seen) {
   return device::float_of_float16(uint16_t(device::pack_float16(x, 0.0f)));
 }
 
-template <Dtype param, Dtype grad>
-REDIT_DEVICE void perturb(const PerturbLaunch& a) {
+struct PerturbChunk {
+  const PerturbTensor& tensor;
+  int64_t first;
+  int n;
+  float scale;
+  uint32_t step;
+};
+
+template <Dtype param, Dtype grad, bool stochastic>
+REDIT_DEVICE void perturb_chunk(double (&sums)[4], const PerturbChunk& chunk, const PerturbOptions& options) {
   constexpr int kCount = 16 / kBytes<param>;
   struct Vector {
     Packed<param, kCount> x;
     Packed<grad, kCount> g;
   };
-  constexpr int kTurns = sizeof(Vector) <= 32 ? 2 : 1;  // two of 48 bytes would spill registers
+  const Weights<param> x(chunk.tensor.param, chunk.first);
+  const Weights<grad> g(chunk.tensor.grad, chunk.first);
+  const bool wide = x.aligned() && g.aligned(), scales = options.grad_factor != 1;
+  const float scale = chunk.scale, factor = float(options.grad_factor);
+  const int64_t call = (chunk.tensor.offset + chunk.first) / 8;
+  const int n = chunk.n, shift = int(chunk.tensor.offset % 8);
+  const Dtype seen = options.compute_dtype < 0 ? param : Dtype(options.compute_dtype);
+  const bool sees = seen != param && (seen == Dtype::bfloat16 || seen == Dtype::float16);
+  int moved = 0;
+  for_each_vector_ahead<Vector, kCount>(
+      n,
+      [&](Vector& v, int at, int left) {
+        v.x.load(x, at, left, wide);
+        v.g.load(g, at, left, wide);
+      },
+      [&](Vector& v, int at, int left) {
+        Words words{};
+        if constexpr (stochastic) words = halves_of(options, chunk.step, call + at / 8, shift);
+        [[maybe_unused]] const uint32_t halves[4] = {words.x0, words.x1, words.x2, words.x3};
+        TreeSum dot, applied, intended;
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2) {
+          const float change = scale * v.g[i], next_change = scale * v.g[i + 1];
+          float before = v.x[i], next_before = v.x[i + 1];
+          if constexpr (stochastic)
+            v.x.words[i / 2] = round_stochastically<param>(before + change, next_before + next_change, halves[i / 2]);
+          else
+            v.x.set(i, before + change, next_before + next_change);
+          float after = v.x[i], next_after = v.x[i + 1];
+          if (sees) {
+            before = as_seen(before, seen), next_before = as_seen(next_before, seen);
+            after = as_seen(after, seen), next_after = as_seen(next_after, seen);
+          }
+          const float move = after - before, next_move = next_after - next_before;
+          moved += (move != 0) + (next_move != 0);
+          dot.add(i, move, change, next_move, next_change);
+          applied.add(i, move, move, next_move, next_move);
+          intended.add(i, change, change, next_change, next_change);
+        }
+        v.x.store(x, at, left, wide);
+        if (scales) {
+#pragma unroll
+          for (int i = 0; i < kCount; i += 2) v.g.set(i, v.g[i] * factor, v.g[i + 1] * factor);
+          v.g.store(g, at, left, wide);
+        }
+        sums[0] += dot.all, sums[1] += applied.all, sums[2] += intended.all;
+      });
+  sums[3] = moved;
+}
+
+template <Dtype param, Dtype grad>
+REDIT_DEVICE void perturb(const PerturbLaunch& a) {
   __shared__ double warps[2][kWarps][4];
   ChunkSums<4> chunk_sums{warps};
   const PerturbOptions& options = a.numbers.options;
-  const double wide_scale = *a.numbers.scale;
+  const float scale = float(*a.numbers.scale);
+  const bool still = *a.numbers.scale == 0;  // changes nothing, also where a gradient is NaN
   const uint32_t step = uint32_t(*a.numbers.step);
-  const float scale = float(wide_scale), factor = float(options.grad_factor);
-  const bool stochastic = options.rounding == Rounding::stochastic, scales = options.grad_factor != 1;
-  const Rounder rounder{stochastic ? ~0x1FFFu : ~0u, stochastic ? 0u : 1u};
-  const Dtype seen = options.compute_dtype < 0 ? param : Dtype(options.compute_dtype);
-  const bool sees = seen != param && (seen == Dtype::bfloat16 || seen == Dtype::float16);
-  for_each_chunk(a, [&](const PerturbTensor& tensor, int64_t chunk, int64_t first, int n) {
-    const Weights<param> x(tensor.param, first);
-    const Weights<grad> g(tensor.grad, first);
-    const bool wide = x.aligned() && g.aligned();
-    const int shift = int(tensor.offset % 8);
+  for_each_chunk(a, [&](const PerturbTensor& tensor, int chunk, int64_t first, int n) {
     double sums[4] = {};
-    int moved = 0;
-    if (wide_scale == 0) n = 0;  // changes nothing, also where a gradient is NaN
-    for_each_vector<Vector, kCount, kTurns>(
-        n,
-        [&](Vector& v, int at) {
-          v.x.load(x, at, n - at, wide);
-          v.g.load(g, at, n - at, wide);
-        },
-        [&](Vector& v, int at) {
-          Words halves{0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu};
-          if (param != Dtype::float32 && stochastic)
-            halves = halves_at(options, step, tensor.offset - shift + first + at, shift);
-          const uint32_t half_pairs[4] = {halves.x0, halves.x1, halves.x2, halves.x3};
-          PairSums<kCount / 2> dot, applied, intended;
-#pragma unroll
-          for (int i = 0; i < kCount; i += 2) {
-            float change = scale * v.g[i], next_change = scale * v.g[i + 1];
-            float before = v.x[i], next_before = v.x[i + 1];
-            if constexpr (param == Dtype::float32)
-              v.x.set(i, before + change, next_before + next_change);
-            else
-              v.x.words[i / 2] = rounder.round<param>(before + change, next_before + next_change, half_pairs[i / 2]);
-            float after = v.x[i], next_after = v.x[i + 1];
-            if (sees) {
-              before = as_seen(before, seen), next_before = as_seen(next_before, seen);
-              after = as_seen(after, seen), next_after = as_seen(next_after, seen);
-            }
-            const float move = after - before, next_move = next_after - next_before;
-            moved += (move != 0) + (next_move != 0);
-            dot.set(i / 2, move, change, next_move, next_change);
-            applied.set(i / 2, move, move, next_move, next_move);
-            intended.set(i / 2, change, change, next_change, next_change);
-            if (scales) v.g.set(i, v.g[i] * factor, v.g[i + 1] * factor);
-          }
-          v.x.store(x, at, n - at, wide);
-          if (scales) v.g.store(g, at, n - at, wide);
-          sums[0] += dot.total(), sums[1] += applied.total(), sums[2] += intended.total();
-        });
-    sums[3] = moved;
+    const PerturbChunk its{tensor, first, still ? 0 : n, scale, step};
+    if (param == Dtype::float32 || options.rounding == Rounding::nearest)
+      perturb_chunk<param, grad, false>(sums, its, options);
+    else if constexpr (param != Dtype::float32)
+      perturb_chunk<param, grad, true>(sums, its, options);
     chunk_sums.write(a, chunk, sums);
   });
 }
@@ -167,28 +188,28 @@ REDIT_DEVICE void combine(const CombineLaunch& a) {
   __shared__ double warps[2][kWarps][3];
   ChunkSums<3> chunk_sums{warps};
   const float rest = float(1 - a.numbers), share = float(a.numbers);
-  for_each_chunk(a, [&](const CombineTensor& tensor, int64_t chunk, int64_t first, int n) {
+  for_each_chunk(a, [&](const CombineTensor& tensor, int chunk, int64_t first, int n) {
     const Weights<type> old(tensor.first, first), g(tensor.grad, first);
     const bool wide = old.aligned() && g.aligned();
     double sums[3] = {};
     for_each_vector<Vector, kCount, 2>(
         n,
-        [&](Vector& v, int at) {
-          v.first.load(old, at, n - at, wide);
-          v.second.load(g, at, n - at, wide);
+        [&](Vector& v, int at, int left) {
+          v.first.load(old, at, left, wide);
+          v.second.load(g, at, left, wide);
         },
-        [&](Vector& v, int at) {
-          PairSums<kCount / 2> second, gaps, combined;
+        [&](Vector& v, int at, int left) {
+          TreeSum second, gaps, combined;
 #pragma unroll
           for (int i = 0; i < kCount; i += 2) {
             const float g1 = v.first[i], g2 = v.second[i], next_g1 = v.first[i + 1], next_g2 = v.second[i + 1];
             v.second.set(i, rest * g1 + share * g2, rest * next_g1 + share * next_g2);
-            second.set(i / 2, g2, g2, next_g2, next_g2);
-            gaps.set(i / 2, g2 - g1, g2 - g1, next_g2 - next_g1, next_g2 - next_g1);
-            combined.set(i / 2, v.second[i], v.second[i], v.second[i + 1], v.second[i + 1]);
+            second.add(i, g2, g2, next_g2, next_g2);
+            gaps.add(i, g2 - g1, g2 - g1, next_g2 - next_g1, next_g2 - next_g1);
+            combined.add(i, v.second[i], v.second[i], v.second[i + 1], v.second[i + 1]);
           }
-          v.second.store(g, at, n - at, wide);
-          sums[0] += second.total(), sums[1] += gaps.total(), sums[2] += combined.total();
+          v.second.store(g, at, left, wide);
+          sums[0] += second.all, sums[1] += gaps.all, sums[2] += combined.all;
         });
     chunk_sums.write(a, chunk, sums);
   });
@@ -207,7 +228,7 @@ REDIT_DEVICE void adamw(const AdamwLaunch& a) {
     Packed<grad, kCount> g;
   };
   const bool finite = *a.numbers;
-  for_each_chunk(a, [&](const AdamwTensor& tensor, int64_t, int64_t first, int n) {
+  for_each_chunk(a, [&](const AdamwTensor& tensor, int, int64_t first, int n) {
     const Weights<param> x(tensor.param, first);
     const Weights<Dtype::float32> w(tensor.master ? tensor.master : tensor.param, first), m(tensor.exp_avg, first),
         v(tensor.exp_avg_sq, first);
@@ -216,14 +237,14 @@ REDIT_DEVICE void adamw(const AdamwLaunch& a) {
     const AdamwScalars<float> scalars = *tensor.scalars;
     for_each_vector<Vector, kCount, 1>(
         n,
-        [&](Vector& its, int at) {
-          its.w.load(w, at, n - at, wide);
+        [&](Vector& its, int at, int left) {
+          its.w.load(w, at, left, wide);
           if (!finite) return;
-          its.m.load(m, at, n - at, wide);
-          its.v.load(v, at, n - at, wide);
-          its.g.load(g, at, n - at, wide);
+          its.m.load(m, at, left, wide);
+          its.v.load(v, at, left, wide);
+          its.g.load(g, at, left, wide);
         },
-        [&](Vector& its, int at) {
+        [&](Vector& its, int at, int left) {
           if (finite) {
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
@@ -232,15 +253,15 @@ REDIT_DEVICE void adamw(const AdamwLaunch& a) {
               its.w.words[i] = __float_as_uint(weight);
               its.m.words[i] = __float_as_uint(mean), its.v.words[i] = __float_as_uint(square);
             }
-            its.w.store(w, at, n - at, wide);
-            its.m.store(m, at, n - at, wide);
-            its.v.store(v, at, n - at, wide);
+            its.w.store(w, at, left, wide);
+            its.m.store(m, at, left, wide);
+            its.v.store(v, at, left, wide);
           }
           if (!tensor.master) return;
           Packed<param, kCount> copy;
 #pragma unroll
           for (int i = 0; i < kCount; i += 2) copy.set(i, its.w[i], its.w[i + 1]);
-          copy.store(x, at, n - at, wide);
+          copy.store(x, at, left, wide);
         });
   });
 }
@@ -275,8 +296,8 @@ REDIT_PARAMS_OF(float16)
 
 // A launch before the weights', whose chunks all read a tensor's numbers.
 extern "C" __global__ void __launch_bounds__(kParamsThreads, 1)
-    params_adamw_scalars(const __grid_constant__ ScalarsLaunch a) {
-  const int64_t tensor = int64_t(blockIdx.x) * kParamsThreads + threadIdx.x;
+    params_scalars(const __grid_constant__ ScalarsLaunch a) {
+  const int tensor = int(blockIdx.x * kParamsThreads + threadIdx.x);
   if (tensor >= a.count) return;
   const float step = *a.steps[tensor] + 1.0f;
   const double power1 = power(a.options.beta1, int64_t(step)), power2 = power(a.options.beta2, int64_t(step));
@@ -301,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(kSumThreads, 1) params_sum(const __
 
 cuda::Kernels cuda::params_kernels() {
   return {REDIT_PARAMS_KERNELS(float32), REDIT_PARAMS_KERNELS(bfloat16), REDIT_PARAMS_KERNELS(float16),
-          REDIT_KERNEL(params_adamw_scalars), REDIT_KERNEL(params_sum)};
+          REDIT_KERNEL(params_scalars), REDIT_KERNEL(params_sum)};
 }
 
 }  // namespace redit

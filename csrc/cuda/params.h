@@ -17,18 +17,21 @@ inline int64_t chunks_of(int64_t numel) { return (numel + kWeights - 1) / kWeigh
 
 struct NormTensor {
   const void* x;
-  int64_t numel, first_chunk;  // of the launch's chunks
+  int64_t numel;
+  int first_chunk;  // of the launch's chunks
 };
 
 struct PerturbTensor {
   void *param, *grad;
-  int64_t numel, first_chunk, offset;
+  int64_t numel, offset;
+  int first_chunk;
 };
 
 struct CombineTensor {
   const void* first;
   void* grad;
-  int64_t numel, first_chunk;
+  int64_t numel;
+  int first_chunk;
 };
 
 struct AdamwTensor {
@@ -36,7 +39,8 @@ struct AdamwTensor {
   const void* grad;
   float *exp_avg, *exp_avg_sq;
   const AdamwScalars<float>* scalars;
-  int64_t numel, first_chunk;
+  int64_t numel;
+  int first_chunk;
 };
 
 struct Nothing {};
@@ -52,9 +56,9 @@ struct ParamsLaunch {
   using Listed = Entry;
   static constexpr int kMost = int((4096 - 32 - sizeof(Its)) / sizeof(Entry));
 
-  double* partials;       // of this launch's first chunk; sum k lies k `stride` further
-  int64_t stride;         // all chunks of the pass
-  int64_t chunks, count;  // of this launch; count: tensors
+  double* partials;   // of this launch's first chunk; sum k lies k `stride` further
+  int64_t stride;     // all chunks of the pass
+  int chunks, count;  // of this launch; count: tensors
   Its numbers;
   Entry tensors[kMost];
 };
@@ -78,7 +82,7 @@ struct ScalarsLaunch {
   const bool* finite;
   AdamwOptions options;
   AdamwScalars<float>* scalars;  // of the first tensor
-  int64_t count;
+  int count;
   float* steps[kMost];
 };
 

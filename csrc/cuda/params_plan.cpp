@@ -1,7 +1,9 @@
 // The launches of the passes over parameters; params.cu says which there are.
 
 #include <algorithm>
+#include <limits>
 #include <map>
+#include <stdexcept>
 #include <string>
 
 #include "cuda/params.h"
@@ -35,8 +37,11 @@ Launches over_chunks(Launch launch, const Sizes& numels, const Device& device, c
     for (size_t next = 0; next < members.size();) {
       launch.count = launch.chunks = 0;
       for (; next < members.size() && launch.count < Launch::kMost; ++next) {
+        const int64_t chunks = launch.chunks + chunks_of(numels[members[next]]);
+        if (chunks > std::numeric_limits<int>::max())
+          throw std::invalid_argument("a launch takes 2^46 weights at most");
         launch.tensors[launch.count++] = entry_of(members[next], launch.chunks);
-        launch.chunks += chunks_of(numels[members[next]]);
+        launch.chunks = int(chunks);
       }
       const int64_t blocks = std::min<int64_t>(launch.chunks, int64_t(kParamsBlocks) * device.multiprocessors);
       result.push_back(launch_of(kernel.c_str(), blocks, kParamsThreads, 1, 0, launch));
@@ -64,7 +69,7 @@ Launches plan_squared_norm(const SquaredNorm& args, double* partials, const Devi
   Launches launches = over_chunks(
       launch_with<NormLaunch>(partials, args.numels, {}), args.numels, device,
       [&](size_t i) { return "params_norm_" + name_of(args.tensors[i].dtype); },
-      [&](size_t i, int64_t first_chunk) { return NormTensor{args.tensors[i].data, args.numels[i], first_chunk}; });
+      [&](size_t i, int first_chunk) { return NormTensor{args.tensors[i].data, args.numels[i], first_chunk}; });
   add_up(launches, args.out, 1, partials, args.numels);
   return launches;
 }
@@ -73,8 +78,8 @@ Launches plan_perturb(const Perturbation& args, double* partials, const Device& 
   Launches launches = over_chunks(
       launch_with<PerturbLaunch>(partials, args.numels, {args.scale, args.step, args.options}), args.numels, device,
       [&](size_t i) { return "params_perturb_" + name_of(args.params[i].dtype) + "_" + name_of(args.grads[i].dtype); },
-      [&](size_t i, int64_t first_chunk) {
-        return PerturbTensor{args.params[i].data, args.grads[i].data, args.numels[i], first_chunk, args.offsets[i]};
+      [&](size_t i, int first_chunk) {
+        return PerturbTensor{args.params[i].data, args.grads[i].data, args.numels[i], args.offsets[i], first_chunk};
       });
   add_up(launches, args.sums, 4, partials, args.numels);
   return launches;
@@ -84,7 +89,7 @@ Launches plan_combine(const Combination& args, double* partials, const Device& d
   Launches launches = over_chunks(
       launch_with<CombineLaunch>(partials, args.numels, args.ratio), args.numels, device,
       [&](size_t i) { return "params_combine_" + name_of(args.grads[i].dtype); },
-      [&](size_t i, int64_t first_chunk) {
+      [&](size_t i, int first_chunk) {
         return CombineTensor{args.firsts[i].data, args.grads[i].data, args.numels[i], first_chunk};
       });
   add_up(launches, args.sums, 3, partials, args.numels);
@@ -96,15 +101,15 @@ Launches plan_adamw(const AdamwStep& args, AdamwScalars<float>* scalars, const D
   const int64_t tensors = int64_t(args.steps.size());
   for (int64_t first = 0; first < tensors; first += ScalarsLaunch::kMost) {
     ScalarsLaunch a{args.factor, args.finite, args.options, scalars + first, 0, {}};
-    a.count = std::min<int64_t>(tensors - first, ScalarsLaunch::kMost);
+    a.count = int(std::min<int64_t>(tensors - first, ScalarsLaunch::kMost));
     std::copy_n(args.steps.begin() + first, a.count, a.steps);
     const int64_t blocks = (a.count + kParamsThreads - 1) / kParamsThreads;
-    launches.push_back(launch_of("params_adamw_scalars", blocks, kParamsThreads, 1, 0, a));
+    launches.push_back(launch_of("params_scalars", blocks, kParamsThreads, 1, 0, a));
   }
   const Launches steps = over_chunks(
       launch_with<AdamwLaunch>(nullptr, args.numels, args.finite), args.numels, device,
       [&](size_t i) { return "params_adamw_" + name_of(args.params[i].dtype) + "_" + name_of(args.grads[i].dtype); },
-      [&](size_t i, int64_t first_chunk) {
+      [&](size_t i, int first_chunk) {
         return AdamwTensor{args.params[i].data,
                            args.masters[i].data,
                            args.grads[i].data,

@@ -1,5 +1,6 @@
 """The threads of a grid: their registers, which of them go on, and what wakes those that wait."""
 
+import functools
 from collections import Counter
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Launch(NamedTuple):
     params: bytes = b""
 
 
+@functools.cache
 def decode(opcode):
     """The function, and the modifiers and types after the name."""
     parts = opcode.split(".")
@@ -61,6 +63,7 @@ class Machine:
             raise Fault(f"it takes whole warps, whole clusters and at most {entry.most_threads} threads: {launch[:5]}")
         if len(launch.params) != entry.parameter_bytes:
             raise Fault(f"{launch.kernel} takes {entry.parameter_bytes} bytes of parameters, got {len(launch.params)}")
+        self.kernel = launch.kernel
         self.order, self.random, self.late, self.ulps = order, np.random.default_rng(seed), late, ulps
         self.most_steps, self.threads, self.cluster, self.kernel = most_steps, threads, cluster, launch.kernel
         self.code, self.labels = entry.code, entry.labels
