@@ -74,10 +74,11 @@ def device(place):
 
 @pytest.fixture
 def backend(request, place, large_tiles):
-    """A forced backend's name, and tensors made on its device; the test skips where the backend refuses an op the
-    test's module names in `OPS`."""
+    """A forced backend's name, and tensors made on its device; the test skips where the backend refuses an op that the
+    test's module names in `OPS`, or the test in its mark `ops`."""
     name, device = place
-    for op in getattr(request.module, "OPS", ()):
+    marked = [op for mark in request.node.iter_markers("ops") for op in mark.args]
+    for op in (*getattr(request.module, "OPS", ()), *marked):
         if refusal := backends.refusal(op, name, torch.device(device)):
             pytest.skip(f"{name}: {refusal}")
     with rf.use_backend(name), contextlib.nullcontext() if device == "cpu" else MadeOn(device):

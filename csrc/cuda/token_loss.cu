@@ -11,12 +11,12 @@
 // row, or in grad and scale 32 KB of one. Masked rows are not read. Of a row that does not begin at a multiple of 16
 // bytes the sums read 3 % more: a warp's last lane needs the granule after its own.
 //
-//   kernel  threads  shared bytes  registers: sm_80  sm_90a  sm_100
-//   logp        512   128 a slice             128     128     128
-//   rows        512   128 a slice             128     128     128
-//   grad        256            16              64      64      64
-//   scale       256             0              64      64      64
-//   total      1024          8192              64      64      64
+//   kernel     threads  shared bytes  registers: sm_80  sm_90a  sm_100
+//   logp    128 or 512   128 a slice             128     128     128
+//   rows    128 or 512   128 a slice             128     128     128
+//   grad           256             0              80      80      80
+//   scale          256             0              80      80      80
+//   total         1024             0              32      32      32
 
 #include "cuda/token_rows.h"
 
@@ -195,6 +195,7 @@ REDIT_DEVICE void block_rows(const Launch& a) {
   constexpr bool kLoss = std::is_same_v<Launch, TokenLossLaunch>;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ RowEnd shared_end;
+  __shared__ RowTarget shared_targets[2];  // by turn
   auto* slices = reinterpret_cast<WarpSums*>(memory);
   const Matrix& logits = a.op.logits.matrix;
   const int vocabulary = int(logits.columns), vectors = (vocabulary + Type::kWide - 1) / Type::kWide;
@@ -203,16 +204,22 @@ REDIT_DEVICE void block_rows(const Launch& a) {
   if constexpr (kLoss) gradient = a.op.grad.data;
   const uint64_t policy = gradient ? device::keep_policy() : device::drop_policy();
 
-  for (int64_t row = blockIdx.x; row < logits.rows; row += gridDim.x) {
-    const int target = column_of(a.op.logits.targets[row], vocabulary);
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < logits.rows; row += gridDim.x, turn ^= 1) {
     const Stored* x = row_of<const Stored>(logits, row);
+    if (t == 0) {
+      const int column = column_of(a.op.logits.targets[row], vocabulary);
+      shared_targets[turn] = {column, column >= 0 ? Type::widen(x[column * logits.column_stride]) : kNaN};
+    }
+    __syncthreads();
+    const int target = shared_targets[turn].column;
+    const float at_target = shared_targets[turn].logit;
     RowEnd end{0, 0, 0, false, true};
     if (target == kMasked) {
       if (t == 0) finish_masked(a, row);
     } else {
       const float number = t < 32 ? row_number(a, row) : 0.0f;
       const Source<Type> in(x, logits.column_stride, vocabulary, policy);
-      const float at_target = target >= 0 ? Type::widen(in.stored(target)) : kNaN;
       float anchor = at_target;
       for (bool repaired = false;; repaired = true) {
         const Gap<capped> gap(anchor, a.transform);
@@ -269,6 +276,7 @@ template <class Type, bool capped>
 REDIT_DEVICE void grad_spans(const TokenLogpGradLaunch& a) {
   using Stored = typename Type::Stored;
   struct Numbers {
+    int target;
     float anchor, at_target;
     Slopes slopes;
     bool zero;
@@ -279,12 +287,12 @@ REDIT_DEVICE void grad_spans(const TokenLogpGradLaunch& a) {
   const int vocabulary = int(logits.columns);
   for (int64_t item = blockIdx.x; item < logits.rows * a.spans; item += gridDim.x) {
     const int64_t row = item / a.spans;
-    const int target = column_of(a.op.logits.targets[row], vocabulary);
     const Stored* x = row_of<const Stored>(logits, row);
     const Output<Type> out(row_of<Stored>(a.op.grad, row), a.op.grad.column_stride, vocabulary);
     const Span<Type> span(out, int(item % a.spans), a.spans);
     if (threadIdx.x == 0) {
-      Numbers n{0, 0, {0, 0}, true};
+      const int target = column_of(a.op.logits.targets[row], vocabulary);
+      Numbers n{target, 0, 0, {0, 0}, true};
       if (target != kMasked) {
         const float* sums = static_cast<const float*>(up.sums.data) + row;
         const float g = up.grad_logp[row], h = up.grad_entropy ? up.grad_entropy[row] : 0;
@@ -296,7 +304,7 @@ REDIT_DEVICE void grad_spans(const TokenLogpGradLaunch& a) {
                       0,
                       up.grad_entropy ? up.entropy[row] : 0};
         const double factor = 1 / double(end.total);
-        n = {end.anchor, here ? gradient_at_target(end, g, h, factor, a.transform) : 0,
+        n = {target, end.anchor, here ? gradient_at_target(end, g, h, factor, a.transform) : 0,
              slopes_of(end, g, h, factor, a.transform), g == 0 && h == 0 && std::isfinite(end.total)};
       }
       shared_numbers = n;
@@ -306,7 +314,7 @@ REDIT_DEVICE void grad_spans(const TokenLogpGradLaunch& a) {
     if (n.zero)
       clear_span(out, span);
     else
-      write_span(out, span, x, logits.column_stride, target, n.at_target,
+      write_span(out, span, x, logits.column_stride, n.target, n.at_target,
                  Gradient<capped>{{n.anchor, a.transform}, n.slopes});
     __syncthreads();
   }

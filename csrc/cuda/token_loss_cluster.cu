@@ -6,10 +6,14 @@
 // to `vectors` times 16 bytes of logits a thread: one exponential an element. A slice keeps its address's remainder mod
 // 16 in its buffer: whole granules come and leave by the bulk copy, the first and last by elements.
 //
-// kind                vectors  threads  shared bytes            registers: sm_90a  sm_100
-//   cluster                4-10      512  320 + 48 (slice + 1)            128     128
-//   cluster_few              10      128  320 + 48 (slice + 1)            168     168
-//   cluster_logp              -      512  320 + 48 (slice + 1)            128     128
+//   kernel            threads  shared bytes            registers: sm_80  sm_90a  sm_100
+//   cluster_128x10        128  368 + 48 vectors a slice              -     168     168
+//   cluster_512x4         512  368 + 48 vectors a slice              -     128     128
+//   cluster_512x6         512  368 + 48 vectors a slice              -     128     128
+//   cluster_512x8         512  368 + 48 vectors a slice              -     128     128
+//   cluster_512x10        512  368 + 48 vectors a slice              -     128     128
+//   cluster_128_logp      128  368 + 48 vectors a slice              -     168     168
+//   cluster_512_logp      512  368 + 48 vectors a slice              -     128     128
 
 #include "cuda/token_rows.h"
 
@@ -21,6 +25,7 @@ namespace {
 
 struct ClusterShared {
   uint64_t full[kStages];
+  RowTarget targets[kStages];
   RowEnd end;
   WarpSums warps;
   float peers[2][2][kMostPeers];  // by turn: what each block of the cluster found
@@ -75,11 +80,11 @@ REDIT_DEVICE void put(unsigned char* buffer, int v, int shift, const Vector& x) 
   }
 }
 
-// What is asked for a row ahead, so that nobody waits for it.
+// What one warp asks for a row ahead, so that nobody waits for it.
 template <class Stored>
 struct Ahead {
-  int target = kMasked;
-  float at_target = kNaN, number = 0;
+  RowTarget target{kMasked, kNaN};  // of lane 0
+  float number = 0;
   Stored edge = 0;
 };
 
@@ -95,21 +100,22 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
   const int vocabulary = int(logits.columns), vectors = (vocabulary + kWide - 1) / kWide;
   const int t = int(threadIdx.x), rank = device::cluster_rank(), peers = a.slices.count;
   const int from = rank * a.slices.vectors, rest = vectors - from;
-  const int count = rest < a.slices.vectors ? rest : a.slices.vectors, buffer_bytes = 16 * (a.slices.vectors + 1);
+  const int count = rest < a.slices.vectors ? rest : a.slices.vectors, row_end = vocabulary - from * kWide;
+  const int buffer_bytes = 16 * (a.slices.vectors + 1);
   const int64_t step = device::cluster_count();
 
   const auto place = [&](const Matrix& matrix, int64_t row) {
     return Place(row_of<Stored>(matrix, row), from, count, vocabulary * int(sizeof(Stored)));
   };
-  const auto target_of = [&](int64_t row) {
+  const auto target_of = [&](int64_t row) {  // by one thread
     return row < logits.rows ? column_of(a.op.logits.targets[row], vocabulary) : kMasked;
   };
-  const auto ask = [&](int64_t row, int target) {
+  const auto ask = [&](int64_t row, int target) {  // by one warp, whose lane 0 has the target
     Ahead<Stored> ahead;
-    ahead.target = target;
-    if (target == kMasked) return ahead;
-    if (target >= 0) ahead.at_target = Type::widen(row_of<const Stored>(logits, row)[target]);
-    if (t < 32) ahead.number = row_number(a, row);
+    ahead.target.column = __shfl_sync(~0u, target, 0);
+    if (ahead.target.column == kMasked) return ahead;
+    if (t == 0 && target >= 0) ahead.target.logit = Type::widen(row_of<const Stored>(logits, row)[target]);
+    ahead.number = row_number(a, row);
     const Place p = place(logits, row);
     const int at = p.template edge<kWide>(p.load_from, p.load_to);
     if (at >= 0) ahead.edge = *reinterpret_cast<const Stored*>(p.base + at);
@@ -123,47 +129,56 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
       device::bulk_load(ring + stage * buffer_bytes + 16 * p.load_from, p.base + 16 * p.load_from, bytes,
                         &shared.full[stage]);
   };
-  const auto put_edge = [&](int64_t row, const Ahead<Stored>& ahead, int stage) {
+  const auto show = [&](int64_t row, const Ahead<Stored>& ahead, int stage) {  // by that warp
+    if (t == 0) shared.targets[stage] = ahead.target;
     const Place p = place(logits, row);
     const int at = p.template edge<kWide>(p.load_from, p.load_to);
-    if (ahead.target != kMasked && at >= 0) *reinterpret_cast<Stored*>(ring + stage * buffer_bytes + at) = ahead.edge;
+    if (ahead.target.column != kMasked && at >= 0)
+      *reinterpret_cast<Stored*>(ring + stage * buffer_bytes + at) = ahead.edge;
   };
 
   if (t == 0) {
     for (int i = 0; i < kStages; ++i) device::mbarrier_init(&shared.full[i], 1);
     device::fence_mbarrier_init();
   }
-  device::sync_cluster();
   int64_t row = device::cluster_index();
-  Ahead<Stored> ahead = ask(row, target_of(row));
-  put_edge(row, ahead, 0);
-  if (t == 0) fetch(row, ahead.target, 0);
-  int following = target_of(row + step), stage = 0, turn = 0;
+  Ahead<Stored> ahead;
+  int following = kMasked, stage = 0, turn = 0;  // following: the target of the row after
+  if (t < 32) {
+    if (t == 0) following = target_of(row);
+    ahead = ask(row, following);
+    show(row, ahead, 0);
+    if (t == 0) following = target_of(row + step);
+  }
+  device::sync_cluster();  // the mbarriers are there, and so are the peers
+  if (t == 0) fetch(row, ahead.target.column, 0);
   uint32_t parity = 0;
 
   for (; row < logits.rows; row += step) {
-    const Ahead<Stored> now = ahead;
+    const float number = ahead.number;
     const bool more = row + step < logits.rows;
     const int next = stage + 1 == kStages ? 0 : stage + 1;
-    if (more) {
+    if (more && t < 32) {
       ahead = ask(row + step, following);
       if (t == 0) {
         if (kStore) device::bulk_wait_read<kStages - 2>();
         fetch(row + step, following, next);
+        following = target_of(row + 2 * step);
       }
-      following = target_of(row + 2 * step);
     }
     unsigned char* buffer = ring + stage * buffer_bytes;
     const int shift = int(reinterpret_cast<uintptr_t>(row_of<Stored>(logits, row)) % 16);
     device::mbarrier_wait(&shared.full[stage], parity);
-    __syncthreads();  // the edges too are there, and the next row's buffer is free
+    __syncthreads();  // the edges and the target too are there, and the next row's buffer is free
 
+    const RowTarget now = shared.targets[stage];
+    const int target = now.column - from * kWide;  // from the slice's first element, as row_end
     RowEnd end{0, 0, 0, false, true};
     float e[kVectors ? kVectors : 1][kWide];
-    if (now.target == kMasked) {
+    if (now.column == kMasked) {
       if (t == 0 && rank == 0) finish_masked(a, row);
     } else {
-      float anchor = now.at_target;
+      float anchor = now.logit;
       for (bool repaired = false;; repaired = true) {
         const Gap<capped> gap(anchor, a.transform);
         RowSums sums{};
@@ -172,12 +187,12 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
           for (int k = 0; k < kVectors; ++k) {
             const int v = k * kThreads + t;
             if (v < count)
-              add<Type, capped>(sums, e[k], get<Type>(buffer, v, shift), from + v, now.target, vocabulary, gap);
+              add<Type, capped>(sums, e[k], get<Type>(buffer, v, shift), v, target, row_end, gap);
           }
         } else {
 #pragma unroll 2
           for (int v = t; v < count; v += kThreads)
-            add<Type, capped>(sums, e[0], get<Type>(buffer, v, shift), from + v, now.target, vocabulary, gap);
+            add<Type, capped>(sums, e[0], get<Type>(buffer, v, shift), v, target, row_end, gap);
         }
         sums = warp_sum(sums);
         shared.warps.put(sums.others, sums.weighted);
@@ -191,7 +206,7 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
           double others = 0, weighted = 0;
           for (int r = 0; r < peers; ++r) others += shared.peers[turn][0][r], weighted += shared.peers[turn][1][r];
           const RowSums all{float(others), float(weighted)};
-          const RowEnd found = finish_or_repair(a, row, repaired, anchor, now.at_target, all, now.number,
+          const RowEnd found = finish_or_repair(a, row, repaired, anchor, now.logit, all, number,
                                                 t == 0 && rank == 0);
           if (t == 0) shared.end = found;
         }
@@ -199,8 +214,8 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
         __syncthreads();
         end = shared.end;
         if (!end.again) break;
-        float top = now.at_target;
-        for (int v = t; v < count; v += kThreads) top = largest<Type>(top, get<Type>(buffer, v, shift), from + v, vocabulary);
+        float top = now.logit;
+        for (int v = t; v < count; v += kThreads) top = largest<Type>(top, get<Type>(buffer, v, shift), v, row_end);
         shared.warps.put(warp_largest(top), 0);
         __syncthreads();
         if (t < 32) {
@@ -213,7 +228,7 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
         turn ^= 1;
       }
     }
-    if (more) put_edge(row + step, ahead, next);
+    if (more && t < 32) show(row + step, ahead, next);
     if constexpr (kStore) {
       if (end.zero) {
         for (int v = t; v <= count; v += kThreads) reinterpret_cast<Vector*>(buffer)[v] = Vector{};
@@ -228,9 +243,8 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
             put<Type>(buffer, v, shift, packed<Type>(g));
           }
         }
-        const int at = now.target - from * kWide;  // of the thread that had it among its vectors
-        if (at >= 0 && at < count * kWide && at / kWide % kThreads == t)
-          reinterpret_cast<Stored*>(buffer + shift)[at] = Type::narrow(end.at_target);
+        if (target >= 0 && target < count * kWide && target / kWide % kThreads == t)  // who has its vector
+          reinterpret_cast<Stored*>(buffer + shift)[target] = Type::narrow(end.at_target);
       }
       device::fence_async();
       __syncthreads();

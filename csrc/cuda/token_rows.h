@@ -104,34 +104,35 @@ struct Gap {
   }
 };
 
-// Whether vector v needs more than others: the target is in it, or it is not whole.
-template <class Type>
-REDIT_DEVICE bool special(int v, int target, int vocabulary) {
-  return v == target / Type::kWide || v >= vocabulary / Type::kWide;
-}
-
-// Adds a vector's e and e y, in pairs, to the thread's sums. e becomes e dz/dx.
+// Adds a vector's e and e y, in pairs, to the thread's sums. e becomes e dz/dx. target and end, the row's, are counted
+// from the first element of vector 0; both lie in few vectors, which take the branch.
 template <class Type, bool capped>
-REDIT_DEVICE void add(RowSums& sums, float (&e)[Type::kWide], const Vector& x, int v, int target, int vocabulary,
+REDIT_DEVICE void add(RowSums& sums, float (&e)[Type::kWide], const Vector& x, int v, int target, int end,
                       const Gap<capped>& gap) {
-  constexpr int kWide = Type::kWide;
-  float y[kWide], bend[kWide], s[kWide / 2], w[kWide / 2];
+  constexpr int kWide = Type::kWide, kLog = kWide == 8 ? 3 : 2;
+  float y[kWide], bend[kWide], s[kWide / 2], w[2];
 #pragma unroll
   for (int i = 0; i < kWide; ++i) y[i] = gap(Type::at(x, i), bend[i]), e[i] = device::exp2_approx(y[i]);
-  if (special<Type>(v, target, vocabulary)) {
+  if (v == target >> kLog || v >= end >> kLog) {
 #pragma unroll
     for (int i = 0; i < kWide; ++i)
-      if (v * kWide + i == target || v * kWide + i >= vocabulary) e[i] = y[i] = 0;
+      if (v * kWide + i == target || v * kWide + i >= end) e[i] = y[i] = 0;
   }
 #pragma unroll
-  for (int i = 0; i < kWide / 2; ++i)
-    s[i] = e[2 * i] + e[2 * i + 1], w[i] = fmaf(e[2 * i], y[2 * i], e[2 * i + 1] * y[2 * i + 1]);
+  for (int i = 0; i < kWide / 2; ++i) s[i] = e[2 * i] + e[2 * i + 1];
 #pragma unroll
   for (int n = kWide / 4; n; n /= 2) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) s[i] = s[2 * i] + s[2 * i + 1], w[i] = w[2 * i] + w[2 * i + 1];
+    for (int i = 0; i < n; ++i) s[i] = s[2 * i] + s[2 * i + 1];
   }
-  sums.others += s[0], sums.weighted += w[0];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int first = half * kWide / 2;
+    w[half] = e[first] * y[first];
+#pragma unroll
+    for (int i = first + 1; i < first + kWide / 2; ++i) w[half] = fmaf(e[i], y[i], w[half]);
+  }
+  sums.others += s[0], sums.weighted += w[0] + w[1];
   if (capped) {
 #pragma unroll
     for (int i = 0; i < kWide; ++i) e[i] *= bend[i];
@@ -140,11 +141,11 @@ REDIT_DEVICE void add(RowSums& sums, float (&e)[Type::kWide], const Vector& x, i
 
 // The larger of `top` and what is in a vector. NaN in it is passed over: it reaches the sums without help.
 template <class Type>
-REDIT_DEVICE float largest(float top, const Vector& x, int v, int vocabulary) {
+REDIT_DEVICE float largest(float top, const Vector& x, int v, int end) {
 #pragma unroll
   for (int i = 0; i < Type::kWide; ++i) {
     const float value = Type::at(x, i);
-    if (v * Type::kWide + i < vocabulary) top = value > top ? value : top;
+    if (v * Type::kWide + i < end) top = value > top ? value : top;
   }
   return top;
 }
@@ -185,7 +186,11 @@ struct WarpSums {
   }
 };
 
-// What all threads must know of a row when one warp has finished it.
+// What all threads must know of a row, first and when one warp has finished it.
+struct RowTarget {
+  int column;  // or kMasked, kStray
+  float logit;
+};
 struct RowEnd {
   float anchor;
   float constant, at_target;  // of the gradient

@@ -13,7 +13,6 @@ from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantag
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.transforms import LogitTransform
 
-OPS = ("group_advantages", "token_logp", "token_logp_grad", "token_loss", "exp_product", "exp_product_grad", "perturb")
 ROWS, VOCABULARY, WIDTH = 5, 9, 4
 TRANSFORM = LogitTransform(0.7, 0.5, 9.0)
 
@@ -56,6 +55,11 @@ def cases():
     }  # fmt: skip
 
 
+def by_op(names):
+    """A parameter each; a name begins with its op."""
+    return [pytest.param(name, marks=pytest.mark.ops(name.split()[0])) for name in names]
+
+
 def test_every_backend_takes_the_references_arguments():
     pytest.importorskip("triton")
     for op in backends.PRIMITIVES:
@@ -64,7 +68,7 @@ def test_every_backend_takes_the_references_arguments():
             assert list(inspect.signature(getattr(module, op)).parameters) == expected, (op, module)
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", by_op(cases()))
 def test_every_combination_of_missing_arguments_is_right_or_refused(backend, device, name):
     torch.manual_seed(0)
     arguments, optional = cases()[name]
@@ -90,7 +94,7 @@ def test_every_combination_of_missing_arguments_is_right_or_refused(backend, dev
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", by_op(cases()))
 def test_an_argument_of_another_length_is_refused_by_name(backend, device, name):
     if backend == "reference":
         pytest.skip("reference: torch itself refuses what it cannot compute")
@@ -118,6 +122,7 @@ def advantages():
     return out, AdvantageInputs(rewards, groups, 4, ids, two, two / 9), options
 
 
+@pytest.mark.ops("group_advantages")
 def test_advantages_without_any_of_their_optional_inputs_are_the_references(backend, device):
     seen = []
     for count in range(4):
@@ -135,6 +140,7 @@ def test_advantages_without_any_of_their_optional_inputs_are_the_references(back
     assert len({tuple(values.tolist()) for values in seen}) == 6  # without noise the ids do not matter
 
 
+@pytest.mark.ops("group_advantages")
 def test_advantages_of_another_length_are_refused_by_name(backend, device):
     if backend == "reference":
         pytest.skip("reference: torch itself refuses what it cannot compute")
@@ -173,7 +179,7 @@ def parameter_passes():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", parameter_passes())
+@pytest.mark.parametrize("name", by_op(parameter_passes()))
 def test_lists_with_a_missing_tensor_or_of_another_length_are_refused_by_name(backend, device, name):
     run, arguments = backends.primitive(getattr(reference, name), torch.device(device)), parameter_passes()[name]
     run(*arguments.values())

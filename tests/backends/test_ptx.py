@@ -427,7 +427,7 @@ def head(kernels, broken=0, **choices):
     e = placed(np.zeros((rows, columns), np.float32))
     maps = [struct.pack("<6q", m.ctypes.data, len(m), width, 2 * width, n, 64) for m, n in ((x, 128), (w, 64))]
     params = b"".join(each.ljust(128, b"\0") for each in maps) + struct.pack("<Qii", e.ctypes.data, width, columns)
-    params = params.ljust(kernels.entries["head_0"].parameter_bytes, b"\0")
+    params = params.ljust(kernels.entry("head_0").parameter_bytes, b"\0")
     launch = Launch(f"head_{broken}", (2, 1), 384, cluster=2, shared=3 * 32768 + 48, params=params)
     machine = Machine(kernels, launch, [x, w, e], **choices).run()
     assert (e == numbers[0] @ numbers[1].T).all()

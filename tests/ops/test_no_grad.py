@@ -8,7 +8,7 @@ import redit_fast as rf
 from tests.ops.test_linear_loss import head, leaves
 from tests.ops.test_linear_rows import flops
 
-OPS = ("token_logp", "token_loss", "exp_product", "scale_in_place")
+OPS = ("token_logp", "token_loss", "scale_in_place")
 ROWS, VOCABULARY, WIDTH = 40, 300, 24  # chunks of 32 and 16 rows: no buffer of theirs has 40
 ROWS_MADE_UP = {"cpu": 48, "cuda": 64}  # to a multiple of 16, to whole chunks
 MODES = [torch.no_grad, torch.inference_mode]
@@ -58,6 +58,7 @@ def head_ops(inputs):
             )
 
 
+@pytest.mark.ops("exp_product")
 @pytest.mark.parametrize("off", MODES)
 def test_the_head_makes_one_product_and_no_gradient(backend, device, countable, inputs, off):
     for run in head_ops(inputs):

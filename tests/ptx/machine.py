@@ -55,7 +55,8 @@ class Machine:
     types = TYPES
 
     def __init__(self, module, launch, arrays, order="lowest", seed=0, late=True, ulps=0, most_steps=10**6):
-        entry, threads, cluster = module.entries[launch.kernel], launch.threads, launch.cluster
+        entry, threads, cluster = module.entry(launch.kernel), launch.threads, launch.cluster
+        self.kernel = launch.kernel
         width, height = launch.grid if isinstance(launch.grid, tuple) else (launch.grid, 1)
         self.blocks, self.count = width * height, width * height * threads
         self.unit = 128 if any(instruction.opcode.startswith("wgmma") for instruction in entry.code) else 32

