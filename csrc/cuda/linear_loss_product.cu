@@ -9,9 +9,9 @@
 // order, whatever the other rows. E goes to memory from registers, 4 bytes a thread and 16 in a row: of the time of a
 // product 4096 deep the 64 KB of a tile are too little to be staged in shared memory.
 //
-//   kernel        threads  shared bytes  registers: sm_90a
-//   product           384        197696                168
-//   product_grad      384        197696                168
+//   kernel        threads  shared bytes  registers: sm_80  sm_90a  sm_100
+//   product           384        197696                -     168       -
+//   product_grad      384        197696                -     168       -
 
 #include "cuda/head_rows.h"
 
