@@ -31,23 +31,29 @@ HeadLaunch head_of(const Tensor& e, const Tensors<4>& inputs, py::handle transfo
   return a;
 }
 
-// Rows (R, 6), their parts (R, 4 a part), and a tile of the logits; without one the product must be our own.
+// Rows (R, 6), their parts (R, 4 a part), and of a tile the logits (R, columns) float32. Where the product is our own
+// there are none, but a tile's copy (columns, D) of a weight that has no map.
 void take_scratch(HeadLaunch& a, const Tensors<3>& scratch, const cuda::Device& device) {
-  const auto& [rows, parts, logits] = scratch;
-  const int64_t R = a.head.hidden.rows, columns = std::get<3>(logits);
+  const auto& [rows, parts, tile] = scratch;
+  const int64_t R = a.head.hidden.rows, D = a.head.hidden.columns;
   static_assert(sizeof(HeadRow) == 6 * sizeof(float) && sizeof(HeadPart) == 4 * sizeof(float));
   a.rows = reinterpret_cast<HeadRow*>(vector<float>("rows", rows, 6 * R));
   if (given(parts)) a.parts = reinterpret_cast<HeadPart*>(vector<float>("parts", parts, 4 * R * a.part_count));
   require(reinterpret_cast<Address>(a.parts) % 16 == 0, "parts must begin at a multiple of 16 bytes");
-  if (!given(logits)) {
-    require(has_product(a, device), "logits must be given where has_product is not true, got None");
+  const bool own = has_product(a, device);
+  if (own) require(has_map(a.head.hidden), "hidden must be rows of 16 bytes at multiples of 16");
+  if (own && !given(tile)) {
+    require(has_map(a.head.weight), "tile must be given for a weight that is not rows of 16 bytes at multiples of 16");
     return;
   }
-  a.logits = output("logits", dense("logits", logits, Dtype::float32, R, columns));
+  const int64_t columns = own ? std::get<2>(tile) : std::get<3>(tile);
   require(columns >= kPart && columns <= kMostTile && columns % kPart == 0,
-          "logits must have a multiple of 256 columns up to 4096, got " + describe(logits));
-  require(a.logits.row_stride % 4 == 0 && reinterpret_cast<Address>(a.logits.data) % 16 == 0,
-          "the rows of logits must begin at multiples of 16 bytes, got " + describe(logits));
+          "tile must be of a multiple of 256 columns up to 4096, got " + describe(tile));
+  Matrix& room = own ? a.copy : a.logits;
+  room = output(
+      "tile", own ? dense("tile", tile, Dtype::bfloat16, columns, D) : dense("tile", tile, Dtype::float32, R, columns));
+  require(room.row_stride % (own ? 8 : 4) == 0 && reinterpret_cast<Address>(room.data) % 16 == 0,
+          "tile must be rows that begin at multiples of 16 bytes, got " + describe(tile));
 }
 
 Plan tuple_of(HeadPlan plan) { return {std::move(plan.before), std::move(plan.tiles), std::move(plan.after)}; }

@@ -8,12 +8,15 @@
 // scales its E where the row's last anchor is another: nothing overflows, no product is made twice, and the host need
 // not know. The backward pass goes on from the sums that the forward pass left: its products once more, and no sum.
 //
-//   kernel     threads  what a block has  registers: sm_80  sm_90a  sm_100
-//   anchor         256  a row                           00      00      00
-//   resume         256  a row                           00      00      00
-//   tile      to   512  a row of a tile                 00      00      00
-//   tile_grad to   512  a row of a tile                 00      00      00
-//   finish         256  a row                           00      00      00
+//   kernel     threads  shared bytes  registers: sm_80  sm_90a  sm_100
+//   anchor         256            32               59      61      40
+//   resume         256            32               60      61      40
+//   tile           512             0               32      32      31
+//   tile_grad      512             0               32      32      32
+//   finish         256           136               40      43      50
+//
+// A block of `anchor`, `resume` and `finish` has a row, and one of a tile a row of it: 512 threads where the tile has
+// 4096 columns, 128 where it has 1024.
 
 #include "cuda/head_rows.h"
 
@@ -102,18 +105,19 @@ REDIT_DEVICE void tile(const HeadLaunch& a) {
                                                        r * a.logits.row_stride + threadIdx.x * kPerThread);
   const float4 low = logits[0], high = logits[1];
   float x[kPerThread]{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  if (const Matrix& bias = a.head.bias; bias.data)
-    for (int i = 0; i < kPerThread && i < left; ++i) x[i] += element(bias.data, first + i, a.head.type);
+  if (const Matrix& bias = a.head.bias; bias.data) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+      if (i < left) x[i] += element(bias.data, first + i, a.head.type);
+  }
   const auto left_out = [&](int i) { return i >= left || i == target; };
   const HeadPart part = a.transform.capped ? exponentials<sums, true, 32>(x, row, true, left_out, a.transform)
                                            : exponentials<sums, false, 32>(x, row, true, left_out, a.transform);
   if (sums && threadIdx.x % 32 == 0) a.parts[r * a.part_count + first / kPart] = part;
   if (!a.e.data) return;
 #pragma unroll
-  for (int i = 0; i < kPerThread && !sums; ++i) {
-    if (i == target) x[i] = row.e_at_target;
-    if (!is_number(row.total)) x[i] = 0;
-  }
+  for (int i = 0; i < kPerThread && !sums; ++i)
+    x[i] = !is_number(row.total) ? 0 : i == target ? row.e_at_target : x[i];
   store(a, r, first, x);
 }
 

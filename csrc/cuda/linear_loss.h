@@ -36,6 +36,7 @@ struct HeadLaunch {
   HeadPart* parts;       // (R, part_count), of exp_product
   int64_t part_count;
   Matrix logits;  // (R, columns of a tile) float32, of the tile that begins at first_column
+  Matrix copy;    // (columns of a tile, D), the tile's rows of a weight that no tensor map takes as it lies
   int64_t first_column;
 };
 
@@ -46,13 +47,16 @@ constexpr int kProductShared = 1024 + kStages * (kProductRows + kPart) * 2 * cud
 struct ProductLaunch {
   device::TensorMap hidden, weight;  // boxes of kProductRows rows
   HeadLaunch head;
+  int first_part, parts;  // of the vocabulary: those that the weight's map begins with, and has
 };
 
 struct HeadPlan {
-  cuda::Launches before, tiles, after;  // before each of the tiles comes its product
+  cuda::Launches before, tiles, after;  // before each of the tiles comes its product, or the copy of its weight
 };
 
-// Whether the exponentials come at the end of a product of our own; then there are no tiles, and no logits.
+// Whether the exponentials come at the end of a product of our own, without logits. How the inputs lie does not matter:
+// another product has other bits. hidden must then have a map, and the weight, or its copy.
+bool has_map(const Matrix& x);
 bool has_product(const HeadLaunch& args, const cuda::Device& device);
 
 HeadPlan plan_exp_product(const HeadLaunch& args, const cuda::Device& device);

@@ -9,9 +9,9 @@
 // order, whatever the other rows. E goes to memory from registers, 4 bytes a thread and 16 in a row: of the time of a
 // product 4096 deep the 64 KB of a tile are too little to be staged in shared memory.
 //
-//   kernel        threads  shared bytes  registers: sm_90a
-//   product           384        197696                168
-//   product_grad      384        197696                168
+//   kernel        threads  shared bytes  registers: sm_80  sm_90a  sm_100
+//   product           384        197696                -     168       -
+//   product_grad      384        197696                -     168       -
 
 #include "cuda/head_rows.h"
 
@@ -46,10 +46,10 @@ struct Turn {
 struct Tiles {  // of a cluster, one after the other; neighbours have the same columns
   int pairs, count, steps;
 
-  REDIT_DEVICE explicit Tiles(const HeadLaunch& a)
-      : pairs(int((a.head.hidden.rows - 1) / (kProductPeers * kProductRows)) + 1),
-        count(pairs * int(a.part_count)),
-        steps(int((a.head.hidden.columns - 1) / kDepth) + 1) {}
+  REDIT_DEVICE explicit Tiles(const ProductLaunch& p)
+      : pairs(int((p.head.head.hidden.rows - 1) / (kProductPeers * kProductRows)) + 1),
+        count(pairs * p.parts),
+        steps(int((p.head.head.hidden.columns - 1) / kDepth) + 1) {}
   REDIT_DEVICE int first_row(int tile) const {  // of this block
     return (tile % pairs * kProductPeers + device::cluster_rank()) * kProductRows;
   }
@@ -58,7 +58,7 @@ struct Tiles {  // of a cluster, one after the other; neighbours have the same c
 
 // One warp; its first lane starts the copies.
 REDIT_DEVICE void load(const ProductLaunch& p, Ring& ring) {
-  const Tiles tiles(p.head);
+  const Tiles tiles(p);
   const int rank = device::cluster_rank();
   Turn turn;
   for (int tile = device::cluster_index(); tile < tiles.count; tile += device::cluster_count()) {
@@ -100,10 +100,8 @@ REDIT_DEVICE void exponentials(const HeadLaunch& a, int64_t r, int64_t part, flo
   if (!a.e.data) return;
   if (!sums && (target >= 0 || !is_number(row.total))) {
 #pragma unroll
-    for (int i = 0; i < kPerRow; ++i) {
-      if (column(i) == target) x[i] = row.e_at_target;
-      if (!is_number(row.total)) x[i] = 0;
-    }
+    for (int i = 0; i < kPerRow; ++i)
+      x[i] = !is_number(row.total) ? 0 : column(i) == target ? row.e_at_target : x[i];
   }
   auto* to = static_cast<uint16_t*>(a.e.data) + r * a.e.row_stride + first;
   if (left == kPart && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
@@ -119,7 +117,7 @@ REDIT_DEVICE void exponentials(const HeadLaunch& a, int64_t r, int64_t part, flo
 
 template <bool sums>
 REDIT_DEVICE void multiply(const ProductLaunch& p, Ring& ring) {
-  const Tiles tiles(p.head);
+  const Tiles tiles(p);
   const int t = int(threadIdx.x) % kGroup, rows = (int(threadIdx.x) / kGroup - 1) * 64;  // of the block's 128
   const auto release = [&](int stage) {  // to both blocks, which fill half of it each
     if (t < kProductPeers) device::mbarrier_arrive_peer(ring.empty + stage, t);
@@ -152,7 +150,7 @@ REDIT_DEVICE void multiply(const ProductLaunch& p, Ring& ring) {
         float* d = product.d + i / 2 * 4 + i % 2;
         x[i] = d[0], d[0] = d[2];
       }
-      exponentials<sums>(p.head, row + half * 8, tiles.part(tile), x);
+      exponentials<sums>(p.head, row + half * 8, p.first_part + tiles.part(tile), x);
     }
   }
 }

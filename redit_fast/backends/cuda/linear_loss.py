@@ -41,35 +41,48 @@ def _product(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
         torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
 
 
+def _has_map(x: Tensor) -> bool:
+    """Whether tensor copies can read a matrix of bfloat16 as it lies."""
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
 class _Chunk:
-    """Its inputs, and scratch: what the kernels hand on of each row and of its parts, and a tile of the logits where
-    the product is not one of our own."""
+    """Its inputs, and scratch: what the kernels hand on of each row and of its parts, and a tile of the logits. Where
+    the product is our own there are no logits, but a tile of a weight that the product cannot read as it lies."""
 
     def __init__(self, e, hidden, weight, bias, targets, transform: LogitTransform, parts: bool):
-        rows, self.device = len(hidden), device_of(hidden)
+        rows, vocabulary, self.device = len(hidden), len(weight), device_of(hidden)
+        bias = None if bias is None else bias.contiguous()
+        self.e, self.inputs = e, (hidden, weight, bias, targets.contiguous())
+        self.transform = TransformConstants.of(transform)
+        self.own = compiled.has_product(view(e), views(*self.inputs), self.transform, self.device)
+        columns = tile_columns(vocabulary, 2 if hidden.dtype == torch.bfloat16 else 4)
 
         def floats(*shape: int) -> Tensor:
             return hidden.new_empty(shape, dtype=torch.float32)
 
-        bias = None if bias is None else bias.contiguous()
-        self.e, self.inputs = e, (hidden, weight, bias, targets.contiguous())
-        self.transform = TransformConstants.of(transform)
-        own = compiled.has_product(view(e), views(*self.inputs), self.transform, self.device)
-        columns = tile_columns(len(weight), 2 if hidden.dtype == torch.bfloat16 else 4)
-        self.scratch = (
-            floats(6 * rows),
-            floats(4 * rows * -(-len(weight) // PART)) if parts else None,
-            None if own else floats(rows, columns),
-        )
+        if not self.own:
+            self.tile = floats(rows, columns)
+        else:
+            self.inputs = (
+                hidden if _has_map(hidden) else hidden.clone(memory_format=torch.contiguous_format),
+                *self.inputs[1:],
+            )
+            self.tile = None if _has_map(weight) else weight.new_empty(columns, weight.shape[1])
+        self.scratch = (floats(6 * rows), floats(4 * rows * -(-vocabulary // PART)) if parts else None, self.tile)
 
     def run(self, plan: tuple[list, list, list], *tensors: Tensor | None) -> None:
         before, tiles, after = plan
-        hidden, weight, *_ = self.inputs
-        logits, tensors = self.scratch[-1], (self.e, *self.inputs, *self.scratch, *tensors)
+        tensors = (self.e, *self.inputs, *self.scratch, *tensors)
         run(before, *tensors)
-        if logits is not None:
-            for launch, columns in zip(tiles, weight.split(logits.shape[1]), strict=True):
-                _product(logits[:, : len(columns)], hidden, columns)
+        if self.tile is not None:
+            hidden, weight, *_ = self.inputs
+            size = self.tile.shape[0 if self.own else 1]
+            for launch, columns in zip(tiles, weight.split(size), strict=True):
+                if self.own:
+                    self.tile[: len(columns)] = columns
+                else:
+                    _product(self.tile[:, : len(columns)], hidden, columns)
                 run([launch], *tensors)
         run(after, *tensors)
 
