@@ -226,7 +226,8 @@ def _selftest() -> int:
     from redit_fast import selftest
 
     results = list(selftest.run())
-    table = Table("op", "backend", "device", "dtype", "error", "limit", "s", "")
+    columns = ("op", "backend", "device", "dtype", "error", "limit", "s", "")
+    table = Table(*columns, collapse_padding=True, pad_edge=False)  # in 80 columns no name is cut
     for result in results:
         *words, error, limit, seconds = result
         table.add_row(*words, f"{error:.1e}", f"{limit:.1e}", f"{seconds:.1f}", "ok" if result.passed else "WRONG")

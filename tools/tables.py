@@ -24,7 +24,10 @@ RUN = {  # backend -> column, and where its tests have run
     "cuda": ("CUDA", "nvcc's PTX, interpreted on the CPU"),
 }
 HOSTS = {  # name in SUPPORTED -> what a user writes, page
-    "TRL": ("`with patch(trainer, dither_level=0.05, gr_gamma=1e-3): trainer.train()`", "trl"),
+    "TRL": (
+        "`with redit_fast.integrations.trl.patch(trainer, dither_level=0.05, gr_gamma=1e-3): trainer.train()`",
+        "trl",
+    ),
     "transformers": ("`with rf.apply_to(model): Trainer(model, args, train_dataset=data).train()`", "transformers"),
     "verl": ("`algorithm.adv_estimator=redit_grpo +algorithm.redit.dither_level=0.05`", "verl"),
     "OpenRLHF": ("`ppo_actor.PolicyLoss = redit_fast.integrations.openrlhf.PolicyLoss`", "openrlhf"),

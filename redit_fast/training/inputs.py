@@ -23,6 +23,7 @@ from redit_fast.training.rewards.user_code import INSTALLED, source_of
 
 Inputs = dict[str, dict[str, str]]  # {kind: {file: its content in short}}
 END = 2**20  # bytes at either end of a weights file
+MOST_HEADER = 100_000_000  # bytes that safetensors allows; what a file that is none claims may be all of it
 # What transformers reads of a model's folder besides the weights.
 DESCRIPTIONS = (
     "config.json", "generation_config.json", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
@@ -144,7 +145,7 @@ def _weights(file: Path) -> str:
     """By its size, its safetensors header and its ends: to read 15 GB takes a minute."""
     size = file.stat().st_size
     with file.open("rb") as read:
-        header = read.read(min(size, int.from_bytes(read.read(8), "little")))
+        header = read.read(min(size, MOST_HEADER, int.from_bytes(read.read(8), "little")))
         read.seek(0)
         first = read.read(END)
         read.seek(max(0, size - END))

@@ -45,7 +45,10 @@ def claimed(run: Path, *, new: bool) -> Iterator[Callable[[], None]]:
         ) from None
     if new:
         refuse_taken(run)
-        run.mkdir(parents=True, exist_ok=True)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out_dir {run.parent}: {error.strerror}: needs a folder to write to") from None
     try:
         lock = (run / LOCK).open("a+b", buffering=0)
     except OSError as error:

@@ -3,6 +3,7 @@ the registering. No ray is started: what needs its workers is not run here.
 """
 
 import copy
+import functools
 import inspect
 import logging
 import os
@@ -353,7 +354,7 @@ def test_unregister_takes_everything_back_and_register_works_again(command_line)
     finally:
         plugin.register()
     again = state_of_verl()
-    assert again[:3] == registered[:3] and all(hasattr(f, "theirs") for f in again[3])
+    assert again[:3] == registered[:3] and all(f.__module__.startswith("redit_fast.") for f in again[3])
     with pytest.raises(ValueError, match="dither_lvel is not an option"):
         verl_config.validate_config(unknown, use_reference_policy=False, use_critic=False)
     assert torch.equal(estimate(batch()), estimate(batch(), "grpo"))
@@ -390,15 +391,49 @@ def test_in_a_process_of_its_own_unregister_leaves_what_a_verl_without_plugins_h
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(core_algos, "agg_loss"), (ray_trainer, "compute_advantage"), (SkipManager, "set_step"),
-     (PPOTrainer, "_compute_advantage")],
+     (PPOTrainer, "_compute_advantage"), (FSDPEngineWithLMHead, "optimizer_step"),
+     (monkey_patch, "patch_forward_with_backends"), (verl_config, "validate_config")],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_a_verl_with_other_hooks_is_refused_by_version_with_one_warning(owner, name, monkeypatch, caplog):
-    monkeypatch.setattr(owner, name, lambda data: None)
-    message = rf"redit_fast\.integrations\.verl got verl {verl.__version__}, whose .*{name} .*; supported: 0\.9\.1"
-    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match=message):
-        plugin.__spec__.loader.exec_module(plugin)  # as verl's `import` of the entry point
+def test_a_verl_with_other_hooks_is_refused_by_version_with_one_warning(owner, name, caplog):
+    """And is left as it was."""
+    plugin.unregister()
+    try:
+        with pytest.MonkeyPatch.context() as other:
+            other.setattr(owner, name, lambda data: None)
+            before = state_of_verl()
+            message = rf"redit_fast.integrations.verl got verl {verl.__version__}, whose .*{name} .*; supported: 0.9.1"
+            with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match=message):
+                plugin.__spec__.loader.exec_module(plugin)  # as verl's `import` of the entry point
+            assert state_of_verl() == before
+    finally:
+        plugin.register()
     assert [(record.levelname, name in record.message) for record in caplog.records] == [("WARNING", True)]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(monkey_patch, "patch_forward_with_backends"), (verl_config, "validate_config"), (verl.utils, "validate_config"),
+     (PPOTrainer, "_compute_advantage")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)  # fmt: skip
+def test_what_another_plugin_puts_around_ours_stays(owner, name, monkeypatch):
+    """functools.wraps gives it all attributes that ours has."""
+    ours = getattr(owner, name)
+
+    @functools.wraps(ours)
+    def around(*args, **kwargs):
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, around)
+    plugin.register()
+    assert getattr(owner, name) is around  # twice is once
+    try:
+        plugin.unregister()
+        assert getattr(owner, name) is around
+    finally:
+        plugin.register()
+    assert getattr(owner, name) is around
 
 
 def test_a_verl_without_a_module_that_is_hooked_is_refused_by_version(monkeypatch):

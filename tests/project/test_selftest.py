@@ -56,7 +56,8 @@ def test_a_float32_that_is_off_by_1e_5_is_found_and_the_exit_code_says_so(backen
     monkeypatch.setattr(module, primitive, wrong)
     capsys.readouterr()
     assert cli.main(["selftest"]) == 1
-    assert "WRONG" in next(line for line in capsys.readouterr().out.splitlines() if "float32" in line)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "float32" in line)
+    assert "WRONG" in line and op in line and len(line) <= 80
 
 
 def test_what_is_not_a_number_does_not_pass():

@@ -32,6 +32,15 @@ def test_nothing_is_written_when_the_start_fails(settings, tmp_path, capsys):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("under", ["file", "file/deeper", "/proc/none"])
+def test_an_out_dir_that_cannot_be_made_is_named(settings, tmp_path, capsys, under):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / under
+    assert main(["train", *flags({**settings, "out_dir": str(out)})]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"redit-fast: out_dir {out}: ") and error.endswith(": needs a folder to write to\n"), error
+
+
 def change_config(**settings):
     def change(folder):
         found = json.loads((folder / "config.json").read_text())

@@ -11,6 +11,7 @@ trainer does around its advantages. `unregister()` takes all of it back.
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from types import ModuleType
 
 import verl
@@ -35,10 +36,14 @@ def register() -> None:
     """All of it, in this process; twice is once.
 
     Raises:
-        RuntimeError: a verl that has other hooks, naming the supported one.
+        RuntimeError: a verl that has other hooks, naming the supported one. Nothing of ours is in it then.
     """
-    for module in _modules():
-        module.register()
+    modules = _modules()
+    with ExitStack() as on_failure:
+        for module in modules:
+            on_failure.callback(module.unregister)
+            module.register()
+        on_failure.pop_all()
 
 
 def unregister() -> None:

@@ -16,6 +16,7 @@ from verl.utils.skip import SkipManager
 from redit_fast.checks import did_you_mean
 from redit_fast.dither import Dither
 from redit_fast.integrations.options import DitherOptions
+from redit_fast.integrations.verl import hooks
 from redit_fast.integrations.verl.loss import SUPPORTED
 from redit_fast.integrations.versions import check_hooks
 from redit_fast.losses.peers import advantage_options
@@ -176,9 +177,9 @@ def _hook_v1() -> None:
     if trainer is None:
         return
     check_hooks("verl", verl, {"_compute_advantage": ["self", "batch", "metrics"]}, trainer, SUPPORTED)
-    theirs = trainer._compute_advantage
-    if hasattr(theirs, "theirs"):
+    if hooks.is_replaced(trainer, "_compute_advantage"):
         return
+    theirs = trainer._compute_advantage
 
     def _compute_advantage(self, batch, metrics):
         token = _v1_batch.set(_V1Batch(batch.keys, metrics))
@@ -187,9 +188,7 @@ def _hook_v1() -> None:
         finally:
             _v1_batch.reset(token)
 
-    ours: Any = _compute_advantage
-    ours.theirs = theirs
-    trainer._compute_advantage = ours
+    hooks.replace(trainer, "_compute_advantage", _compute_advantage)
 
 
 def register() -> None:
@@ -203,7 +202,4 @@ def register() -> None:
 
 def unregister() -> None:
     core_algos.ADV_ESTIMATOR_REGISTRY.pop(ESTIMATOR, None)
-    trainer = _v1_trainer()
-    theirs = getattr(getattr(trainer, "_compute_advantage", None), "theirs", None)
-    if theirs is not None:
-        trainer._compute_advantage = theirs
+    hooks.take_back(_v1_trainer(), "_compute_advantage")

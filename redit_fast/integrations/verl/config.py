@@ -9,6 +9,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, get_policy_loss_
 from verl.utils import config as verl_config
 
 from redit_fast.integrations.verl import engine as verl_engine
+from redit_fast.integrations.verl import hooks
 from redit_fast.integrations.verl import loss as verl_loss
 from redit_fast.integrations.verl.advantages import ESTIMATOR, read_dither
 from redit_fast.integrations.versions import check_hooks
@@ -35,25 +36,24 @@ def check_config(config: Any) -> None:
         verl_loss.loss_config(name.removeprefix("redit_").replace("bypass_mode", "vanilla"), actor)
 
 
-def register() -> None:
-    """`check_config` in verl's validate_config. Raises RuntimeError for a verl whose function takes other arguments."""
-    arguments = ["config", "use_reference_policy", "use_critic"]
-    check_hooks("verl", verl, {"validate_config": arguments}, verl_config, verl_loss.SUPPORTED)
-    theirs = verl_config.validate_config
-    if hasattr(theirs, "theirs"):
-        return
-
+def _checking(theirs: Any) -> Any:
     def validate_config(config, use_reference_policy, use_critic):
         if ESTIMATOR in ADV_ESTIMATOR_REGISTRY:  # main_ppo may hold this function after unregister()
             check_config(config)
         return theirs(config, use_reference_policy, use_critic)
 
-    ours: Any = validate_config
-    ours.theirs = theirs
-    verl_config.validate_config = verl.utils.validate_config = ours
+    return validate_config
+
+
+def register() -> None:
+    """`check_config` in verl's validate_config. Raises RuntimeError for a verl whose function takes other arguments."""
+    arguments = ["config", "use_reference_policy", "use_critic"]
+    check_hooks("verl", verl, {"validate_config": arguments}, verl_config, verl_loss.SUPPORTED)
+    for owner in (verl_config, verl.utils):
+        if not hooks.is_replaced(owner, "validate_config"):
+            hooks.replace(owner, "validate_config", _checking(owner.validate_config))
 
 
 def unregister() -> None:
-    theirs = getattr(verl_config.validate_config, "theirs", None)
-    if theirs is not None:
-        verl_config.validate_config = verl.utils.validate_config = theirs
+    for owner in (verl_config, verl.utils):
+        hooks.take_back(owner, "validate_config")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from redit_fast.integrations.swapped_forward import ScoringHead, SwappedForward
+from redit_fast.integrations.verl import hooks
 from redit_fast.integrations.verl.loss import SUPPORTED
 from redit_fast.losses.transforms import logit_transforms
 
@@ -79,9 +80,7 @@ def _choosing(theirs: Any) -> Any:
         model._verl_fused_kernels_backend = BACKEND
         print(f"Using redit_fast.linear_logp for fused kernels in {type(model).__name__}")
 
-    ours: Any = patch_forward_with_backends
-    ours.theirs = theirs
-    return ours
+    return patch_forward_with_backends
 
 
 def register() -> None:
@@ -91,7 +90,7 @@ def register() -> None:
         RuntimeError: a verl whose fused kernels have another contract, naming the supported one.
     """
     choose, head = getattr(monkey_patch, CHOOSE, None), getattr(torch_functional, HEAD, None)
-    if hasattr(choose, "theirs"):
+    if hooks.is_replaced(monkey_patch, CHOOSE):
         return
     for name, function, arguments in ((CHOOSE, choose, ARGUMENTS), (HEAD, getattr(head, "forward", None), CONTRACT)):
         if function is None or list(inspect.signature(function).parameters) != arguments:
@@ -99,10 +98,8 @@ def register() -> None:
                 f"redit_fast.integrations.verl got verl {verl.__version__}, whose {name} is not "
                 f"({', '.join(arguments)}); supported: {SUPPORTED}"
             )
-    setattr(monkey_patch, CHOOSE, _choosing(choose))
+    hooks.replace(monkey_patch, CHOOSE, _choosing(choose))
 
 
 def unregister() -> None:
-    theirs = getattr(getattr(monkey_patch, CHOOSE), "theirs", None)
-    if theirs is not None:
-        setattr(monkey_patch, CHOOSE, theirs)
+    hooks.take_back(monkey_patch, CHOOSE)
