@@ -17,33 +17,13 @@ from redit_fast.losses.transforms import LogitTransform, TransformConstants
 TILE_ROWS, TILE_COLUMNS = 256, 1024
 
 
-# MKL chooses by the number of rows how it splits the inner dimension, and with it a row's bits: on Sapphire Rapids below
-# 384 rows. So the rows of float32 products go in blocks of one size, and at least two, since torch makes a single
-# product of a batch of one. Of dX at 512 rows, 32000 x 896 and two threads: 8 % more time than in one, of 64 rows 11 %.
-BLOCK_ROWS = 128
-
-
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     if a.dtype == torch.bfloat16:
         compiled.product(view(out), add, view(a), view(b), processor())
-    elif a.stride(1) != 1 < a.shape[1]:  # dW: sums over rows, so its rows are no tokens
-        out.addmm_(a, b, beta=int(add))
+    elif add:
+        out.addmm_(a, b)
     else:
-        made_up = max(2, -(-len(a) // BLOCK_ROWS)) * BLOCK_ROWS
-        whole = made_up if made_up == len(a) else made_up - 2 * BLOCK_ROWS  # rows that go without zero rows beside them
-        whole = 0 if whole == BLOCK_ROWS else whole
-        if whole:
-            _multiply_blocks(out[:whole], a[:whole], b, add)
-        if whole < len(a):
-            rows, result = (x.new_zeros(made_up - whole, x.shape[1]) for x in (a, out))
-            rows[: len(a) - whole], result[: len(a) - whole] = a[whole:], out[whole:]
-            _multiply_blocks(result, rows, b, add)
-            out[whole:] = result[: len(a) - whole]
-
-
-def _multiply_blocks(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    blocks = (len(a) // BLOCK_ROWS, BLOCK_ROWS)
-    out.unflatten(0, blocks).baddbmm_(a.unflatten(0, blocks), b.expand(blocks[0], -1, -1), beta=int(add))
+        torch.mm(a, b, out=out)
 
 
 @torch.no_grad()
