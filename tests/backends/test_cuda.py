@@ -15,7 +15,7 @@ from redit_fast.backends.cuda import module
 from tests import ROOT
 from tests.cuda import NVCC
 
-SUITES = ["advantages"]  # the longest first
+SUITES = ["params", "regularize", "advantages"]  # the longest first
 built = pytest.mark.skipif(module.missing is not None, reason=f"cuda: {module.missing}")
 
 
