@@ -88,8 +88,7 @@ inline Combination combination_of(const Tensor& sums, const Table& firsts, const
   return args;
 }
 
-inline AdamwStep adamw_step_of(const std::array<Table, 6>& lists, const Tensors<2>& numbers,
-                               pybind11::handle options) {
+inline AdamwStep adamw_step_of(const std::array<Table, 6>& lists, const Tensors<2>& numbers, pybind11::handle options) {
   const auto& [params, masters, grads, exp_avgs, exp_avg_sqs, steps] = lists;
   const auto& [factor, finite] = numbers;
   const Sizes numels = sizes_of(params);

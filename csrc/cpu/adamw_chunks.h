@@ -91,8 +91,7 @@ void adamw_doubles(const AdamwStep& args, int64_t tensor, int64_t begin, int64_t
   for (; begin < end; begin += kBlock) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
     const double* g = load(buffer, args.grads[tensor], begin, n) - begin;
-    for (int64_t i = begin; finite && i < begin + n; ++i)
-      adamw_element(w[i], m[i], v[i], g[i], scalars, SquareRoot{});
+    for (int64_t i = begin; finite && i < begin + n; ++i) adamw_element(w[i], m[i], v[i], g[i], scalars, SquareRoot{});
     if (master.data) store<double>(param, begin, n, w + begin);
   }
 }

@@ -10,11 +10,11 @@
 // has, up to 8192 samples; else five launches: sums, mean, squares, std, values.
 //
 //   kernel   threads  groups a block  shared bytes  registers: sm_80  sm_90a  sm_100
-//   whole        256       up to 256         25088             78      75     114
-//   sums         256       up to 256         25088             86      84     114
-//   squares      256       up to 256         25088             88      86     112
-//   values       256       up to 256         25088             88      86     112
-//   cluster      512      up to 1024         86784              -      86      90
+//   whole        256       up to 256         25088             74      68      87
+//   sums         256       up to 256         25088             85      80      94
+//   squares      256       up to 256         25088             87      82      96
+//   values       256       up to 256         25088             87      82      96
+//   cluster      512      up to 1024         86784              -      81      92
 //   mean        1024               -             0             40      40      63
 //   std         1024               -             0             40      40      63
 

@@ -15,7 +15,7 @@ from redit_fast.backends.cuda import module
 from tests import ROOT
 from tests.cuda import NVCC
 
-SUITES = ["linear_loss", "linear_rows", "linear_whole", "advantages", "heads"]  # the longest first
+SUITES = ["linear_loss", "linear_rows", "linear_whole", "params", "regularize", "advantages", "heads"]  # the longest first
 built = pytest.mark.skipif(module.missing is not None, reason=f"cuda: {module.missing}")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from redit_fast import backends
-from redit_fast.backends import cpu, reference, triton
+from redit_fast.backends import cpu, cuda, reference, triton
 from redit_fast.backends.args import AdvantageInputs, AdvantageOptions, Advantages
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.transforms import LogitTransform
@@ -64,7 +64,7 @@ def test_every_backend_takes_the_references_arguments():
     pytest.importorskip("triton")
     for op in backends.PRIMITIVES:
         expected = list(inspect.signature(getattr(reference, op)).parameters)
-        for module in (cpu, triton):
+        for module in (cpu, triton, *[cuda] * (op in cuda.__all__)):
             assert list(inspect.signature(getattr(module, op)).parameters) == expected, (op, module)
 
 
