@@ -189,7 +189,7 @@ AGAIN = "again"  # a result: the threads wait for others, then execute the instr
 
 
 def shuffle(source):
-    """Of whole warps, from the lane `source`; beyond the warp, its own. Lanes wait for those that are elsewhere."""
+    """Of whole warps, from the lane `source`; beyond the warp, a lane's own. Lanes wait for the others of theirs."""
 
     def instruction(m, o, a, s):
         ids, lane = m.ids(s), np.arange(32)

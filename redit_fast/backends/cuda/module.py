@@ -47,7 +47,7 @@ class Device(NamedTuple):
     clusters: int  # of ordinal -1: how many clusters of any kernel it holds at once
 
 
-described = Device(-1, 90, 3, 232448, 3)  # for the interpreter: an H200 of three multiprocessors
+described = Device(-1, 90, 8, 232448, 8)  # for the interpreter: an H200 of eight multiprocessors
 
 
 @functools.cache
