@@ -20,8 +20,8 @@ EVERY_ORDER = [dict(order=order, late=late) for order in ("lowest", "highest", "
 def kernels(tmp_path_factory):
     ptx = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
     source = ROOT / "tests" / "backends" / "kernels.cu"
-    include = f"-I{ROOT / 'csrc' / 'cuda'}"
-    subprocess.run([NVCC, "-ptx", "-arch=sm_90a", "-std=c++17", include, source, "-o", ptx], check=True)
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+    subprocess.run([NVCC, "-ptx", "-arch=sm_90a", "-std=c++17", *include, source, "-o", ptx], check=True)
     return Module(ptx.read_text())
 
 

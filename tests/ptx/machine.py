@@ -1,6 +1,7 @@
 """The threads of a grid: their registers, which of them go on, and what wakes those that wait."""
 
 from collections import Counter
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ class Launch(NamedTuple):
     params: bytes = b""
 
 
+@cache
 def decode(opcode):
     """The function, and the modifiers and types after the name."""
     parts = opcode.split(".")
@@ -41,6 +43,21 @@ def decode(opcode):
         if function and all(part in TYPES or part in known.split() for part in parts[length:]):
             return function, tuple(parts[length:])
     raise Fault(f"unknown opcode {opcode}")
+
+
+class Registers(dict):
+    """By name, of all threads; what nothing has written is ones, and a predicate is true."""
+
+    def __init__(self, sizes, count):
+        super().__init__()
+        self.sizes, self.count = sizes, count
+
+    def __missing__(self, name):
+        if name not in self.sizes:
+            raise Fault(f"unknown operand {name}")
+        size = self.sizes[name]
+        self[name] = register = np.full(self.count, -1, f"i{size}").view(U[size]) if size else np.ones(self.count, bool)
+        return register
 
 
 class Machine:
@@ -70,10 +87,7 @@ class Machine:
         self.memory = {"global": Global(arrays, self.clock), "shared": self.shared}
         self.params = np.frombuffer(launch.params.ljust(aligned(len(launch.params), 16), b"\0"), np.uint8)
         everybody = self.everybody = np.arange(self.count)
-        self.registers = {
-            name: np.full(self.count, -1).astype(U[size]) if size else np.ones(self.count, bool)
-            for name, size in entry.registers.items()
-        }
+        self.registers = Registers(entry.registers, self.count)
         x, y = everybody // threads % width, everybody // threads // width
         special = {"tid": everybody % threads, "ntid": threads, "ctaid": x, "nctaid": width, "clusterid": x // cluster}
         special |= {"nclusterid": width // cluster}
@@ -93,8 +107,6 @@ class Machine:
         if isinstance(operand, int):
             size = TYPES[kind].itemsize
             return np.array(operand & (1 << 8 * size) - 1, U[size]).view(TYPES[kind])[()]
-        if operand not in self.registers:
-            raise Fault(f"unknown operand {operand}")
         value = self.registers[operand][s]
         return value.astype(U[TYPES[kind].itemsize], copy=False).view(TYPES[kind])
 
