@@ -116,8 +116,7 @@ REDIT_DEVICE void tile(const HeadLaunch& a) {
   if (sums && threadIdx.x % 32 == 0) a.parts[r * a.part_count + first / kPart] = part;
   if (!a.e.data) return;
 #pragma unroll
-  for (int i = 0; i < kPerThread && !sums; ++i)
-    x[i] = !is_number(row.total) ? 0 : i == target ? row.e_at_target : x[i];
+  for (int i = 0; i < kPerThread && !sums; ++i) x[i] = !is_number(row.total) ? 0 : i == target ? row.e_at_target : x[i];
   store(a, r, first, x);
 }
 

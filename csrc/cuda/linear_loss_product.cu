@@ -100,8 +100,7 @@ REDIT_DEVICE void exponentials(const HeadLaunch& a, int64_t r, int64_t part, flo
   if (!a.e.data) return;
   if (!sums && (target >= 0 || !is_number(row.total))) {
 #pragma unroll
-    for (int i = 0; i < kPerRow; ++i)
-      x[i] = !is_number(row.total) ? 0 : column(i) == target ? row.e_at_target : x[i];
+    for (int i = 0; i < kPerRow; ++i) x[i] = !is_number(row.total) ? 0 : column(i) == target ? row.e_at_target : x[i];
   }
   auto* to = static_cast<uint16_t*>(a.e.data) + r * a.e.row_stride + first;
   if (left == kPart && reinterpret_cast<uintptr_t>(to) % 4 == 0) {

@@ -82,7 +82,7 @@ def test_rows_without_a_coefficient_skip_the_gradient_products(backend, countabl
 def test_a_row_has_the_same_bits_whatever_the_other_rows(backend, device, dtype):
     """On a GPU, whose library chooses the kernel by shape, among chunks of one size."""
     on_gpu = device == "cuda"
-    count, vocabulary, width = (700, 32_000, 512) if on_gpu else (few(backend, 100, 40), 1000, 24)
+    count, vocabulary, width = (700, 32_000, 512) if on_gpu else (few(backend, 100, 40), few(backend, 1000, 300), 24)
     hidden, weight, bias, targets = head(count, vocabulary, width, dtype, 0.1 if on_gpu else 1.0)
     advantages = torch.randn(count)
     config = rf.LossConfig("dapo")
@@ -129,8 +129,8 @@ def test_repeats_give_the_same_bits(backend, device, dtype):
 @pytest.mark.parametrize("rows", [60, 500])
 def test_the_chunks_change_the_gradient_of_the_weight_by_float32_rounding_alone(backend, rows):
     """One chunk sums it in its product and rounds once, several in float32: bfloat16's last bit turns now and then."""
-    rows = few(backend, rows, 120)
-    hidden, weight, _, targets = head(rows, 2000, 24, torch.bfloat16)
+    rows = few(backend, rows, 52)
+    hidden, weight, _, targets = head(rows, few(backend, 2000, 520), 24, torch.bfloat16)
     advantages, grads = torch.randn(rows), []
     for chunk_rows in (None, 16):
         x, w = leaves(hidden, weight)

@@ -45,6 +45,21 @@ def decode(opcode):
     raise Fault(f"unknown opcode {opcode}")
 
 
+class Registers(dict):
+    """By name, of all threads; what nothing has written is ones, and a predicate is true."""
+
+    def __init__(self, sizes, count):
+        super().__init__()
+        self.sizes, self.count = sizes, count
+
+    def __missing__(self, name):
+        if name not in self.sizes:
+            raise Fault(f"unknown operand {name}")
+        size = self.sizes[name]
+        self[name] = register = np.full(self.count, -1, f"i{size}").view(U[size]) if size else np.ones(self.count, bool)
+        return register
+
+
 class Machine:
     """One launch; `arrays` are all the memory that it may touch, at their own addresses.
 
@@ -74,10 +89,7 @@ class Machine:
         self.memory = {"global": Global(arrays, self.clock), "shared": self.shared}
         self.params = np.frombuffer(launch.params.ljust(aligned(len(launch.params), 16), b"\0"), np.uint8)
         everybody = self.everybody = np.arange(self.count)
-        self.registers = {
-            name: np.full(self.count, -1).astype(U[size]) if size else np.ones(self.count, bool)
-            for name, size in entry.registers.items()
-        }
+        self.registers = Registers(entry.registers, self.count)
         x, y = everybody // threads % width, everybody // threads // width
         special = {"tid": everybody % threads, "ntid": threads, "ctaid": x, "nctaid": width, "clusterid": x // cluster}
         special |= {"nclusterid": width // cluster}
@@ -97,8 +109,6 @@ class Machine:
         if isinstance(operand, int):
             size = TYPES[kind].itemsize
             return np.array(operand & (1 << 8 * size) - 1, U[size]).view(TYPES[kind])[()]
-        if operand not in self.registers:
-            raise Fault(f"unknown operand {operand}")
         value = self.registers[operand][s]
         return value.astype(U[TYPES[kind].itemsize], copy=False).view(TYPES[kind])
 
