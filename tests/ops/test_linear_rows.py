@@ -225,3 +225,50 @@ def test_nothing_larger_than_a_chunk_of_logits_ever_exists(backend, rows):
         rf.linear_grpo_loss(x, w, targets, torch.ones(rows), config=rf.LossConfig(), chunk_rows=32).loss.backward()
         rf.linear_logp(x, w, targets, chunk_rows=32).sum().backward()
     assert largest.elements <= 32 * 5000 < rows * 5000
+
+
+def between(x):
+    """`x` with other numbers between its elements, and its last two axes in memory the other way round."""
+    wide = torch.full((2 * x.shape[-1], *x.shape[:-1]), math.nan).to(x)
+    out = wide[::2].movedim(0, -1)
+    return out.copy_(x)
+
+
+STRIDED = ["none", "hidden", "weight", "bias", "targets", "advantages", "mask"]
+
+
+@pytest.mark.parametrize("strided", STRIDED)
+def test_any_strides(backend, strided):
+    """Of each tensor alone, so that no two wrong strides make up for each other. Some targets are improbable, whose
+    rows are done again, and the cap reads the target's logit in the backward pass."""
+    hidden, weight, bias, targets = head(40, 300, 16, torch.float32, 0.3)
+    hidden = 20 * hidden
+    targets[::4] = (hidden @ weight.t()).argmin(-1)[::4]
+    given = {"hidden": hidden, "weight": weight, "bias": bias, "targets": targets}
+    given |= {"advantages": torch.randn(40), "mask": torch.rand(40) > 0.2}
+    if strided != "none":
+        plain = given[strided]
+        given[strided] = torch.stack([plain, plain], -1)[..., 0] if not plain.is_floating_point() else between(plain)
+        assert torch.equal(given[strided], plain) and not given[strided].is_contiguous()
+    ours = leaves(given["hidden"], given["weight"], given["bias"])
+    if strided in ("hidden", "weight", "bias"):
+        assert not ours[["hidden", "weight", "bias"].index(strided)].is_contiguous()
+    transform = {"softcap": 30.0, "temperature": 0.5}
+    logp, entropy = rf.linear_logp(
+        *ours[:2], given["targets"], bias=ours[2], mask=given["mask"], entropy="grad", **transform
+    )
+    config = rf.LossConfig("dapo", **transform)
+    fused = rf.linear_grpo_loss(*ours[:2], given["targets"], given["advantages"], bias=ours[2], mask=given["mask"],
+                                config=config)  # fmt: skip
+    ((logp - entropy) * given["advantages"]).sum().add(fused.loss).backward()
+
+    def oracle_loss(*inputs):
+        exact, entropies = head_oracle(*inputs, targets, **transform)
+        mask, A = given["mask"], given["advantages"].double()
+        on_policy = torch.exp(exact - exact.detach())
+        return (torch.where(mask, exact - entropies, 0) * A).sum() - torch.where(
+            mask, on_policy * A, 0
+        ).sum() / mask.sum()
+
+    for kind, (x, both) in enumerate(zip(ours, oracle_gradients(oracle_loss, hidden, weight, bias), strict=True)):
+        assert_right(x.grad, both, kind)
