@@ -1,5 +1,6 @@
 """The threads of a grid: their registers, which of them go on, and what wakes those that wait."""
 
+import functools
 from collections import Counter
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Launch(NamedTuple):
     params: bytes = b""
 
 
+@functools.cache
 def decode(opcode):
     """The function, and the modifiers and types after the name."""
     parts = opcode.split(".")
@@ -71,10 +73,11 @@ class Machine:
         self.memory = {"global": Global(arrays, self.clock), "shared": self.shared}
         self.params = np.frombuffer(launch.params.ljust(aligned(len(launch.params), 16), b"\0"), np.uint8)
         everybody = self.everybody = np.arange(self.count)
-        self.registers = {
-            name: np.full(self.count, -1).astype(U[size]) if size else np.ones(self.count, bool)
-            for name, size in entry.registers.items()
-        }
+        self.registers = {}
+        for size in set(entry.registers.values()):
+            names = [name for name in entry.registers if entry.registers[name] == size]
+            cells = np.full((len(names), self.count * (size or 1)), 0xFF if size else 1, np.uint8)
+            self.registers |= zip(names, cells.view(U[size] if size else bool))
         x, y = everybody // threads % width, everybody // threads // width
         special = {"tid": everybody % threads, "ntid": threads, "ctaid": x, "nctaid": width, "clusterid": x // cluster}
         special |= {"nclusterid": width // cluster}
