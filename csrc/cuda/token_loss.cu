@@ -12,10 +12,10 @@
 // bytes the sums read 3 % more: a warp's last lane needs the granule after its own.
 //
 //   kernel     threads  shared bytes  registers: sm_80  sm_90a  sm_100
-//   logp    128 or 512   128 a slice             128     128     128
-//   rows    128 or 512   128 a slice             128     128     128
-//   grad           256             0              80      80      80
-//   scale          256             0              80      80      80
+//   logp    128 or 512   128 a slice              80      80      99
+//   rows    128 or 512   128 a slice              94      96     118
+//   grad           256             0              78      80      77
+//   scale          256             0              64      72      80
 //   total         1024             0              32      32      32
 
 #include "cuda/token_rows.h"
@@ -24,7 +24,7 @@ namespace redit {
 
 namespace {
 
-constexpr int kFlight = 4;  // vectors that a thread asks for at once: 32 KB a block of 512
+constexpr int kFlight = 2;  // vectors that a thread asks for at once: 16 KB a block of 512; 4 spill on sm_100
 
 // A row, or what follows one of its columns, as vectors.
 template <class Type>
@@ -195,7 +195,7 @@ REDIT_DEVICE void block_rows(const Launch& a) {
   constexpr bool kLoss = std::is_same_v<Launch, TokenLossLaunch>;
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ RowEnd shared_end;
-  __shared__ RowTarget shared_targets[2];  // by turn
+  __shared__ RowBegin shared_begins[2];  // by turn
   auto* slices = reinterpret_cast<WarpSums*>(memory);
   const Matrix& logits = a.op.logits.matrix;
   const int vocabulary = int(logits.columns), vectors = (vocabulary + Type::kWide - 1) / Type::kWide;
@@ -207,18 +207,20 @@ REDIT_DEVICE void block_rows(const Launch& a) {
   int turn = 0;
   for (int64_t row = blockIdx.x; row < logits.rows; row += gridDim.x, turn ^= 1) {
     const Stored* x = row_of<const Stored>(logits, row);
+    RowBegin& begin = shared_begins[turn];
     if (t == 0) {
-      const int column = column_of(a.op.logits.targets[row], vocabulary);
-      shared_targets[turn] = {column, column >= 0 ? Type::widen(x[column * logits.column_stride]) : kNaN};
+      begin.target = column_of(a.op.logits.targets[row], vocabulary);
+      begin.at_target = begin.target >= 0 ? Type::widen(x[begin.target * logits.column_stride]) : kNaN;
+    } else if (t <= 6) {
+      begin.numbers[t - 1] = row_number(a, row, t - 1);
     }
     __syncthreads();
-    const int target = shared_targets[turn].column;
-    const float at_target = shared_targets[turn].logit;
+    const int target = begin.target;
+    const float at_target = begin.at_target;
     RowEnd end{0, 0, 0, false, true};
     if (target == kMasked) {
       if (t == 0) finish_masked(a, row);
     } else {
-      const float number = t < 32 ? row_number(a, row) : 0.0f;
       const Source<Type> in(x, logits.column_stride, vocabulary, policy);
       float anchor = at_target;
       for (bool repaired = false;; repaired = true) {
@@ -240,7 +242,7 @@ REDIT_DEVICE void block_rows(const Launch& a) {
           for (int s = 0; s < a.slices.count; ++s) total += slices[s].total(warps);
           const double other = __shfl_xor_sync(~0u, total, 16);
           const RowSums sums{float(t < 16 ? total : other), float(t < 16 ? other : total)};
-          const RowEnd found = finish_or_repair(a, row, repaired, anchor, at_target, sums, number, t == 0);
+          const RowEnd found = finish_or_repair(a, row, repaired, anchor, at_target, sums, begin.numbers, t == 0);
           if (t == 0) shared_end = found;
         }
         __syncthreads();

@@ -7,13 +7,13 @@
 // 16 in its buffer: whole granules come and leave by the bulk copy, the first and last by elements.
 //
 //   kernel            threads  shared bytes            registers: sm_80  sm_90a  sm_100
-//   cluster_128x10        128  368 + 48 vectors a slice              -     168     168
-//   cluster_512x4         512  368 + 48 vectors a slice              -     128     128
-//   cluster_512x6         512  368 + 48 vectors a slice              -     128     128
-//   cluster_512x8         512  368 + 48 vectors a slice              -     128     128
-//   cluster_512x10        512  368 + 48 vectors a slice              -     128     128
-//   cluster_128_logp      128  368 + 48 vectors a slice              -     168     168
-//   cluster_512_logp      512  368 + 48 vectors a slice              -     128     128
+//   cluster_128x10        128  416 + 48 vectors a slice              -     168     168
+//   cluster_512x4         512  416 + 48 vectors a slice              -     128     128
+//   cluster_512x6         512  416 + 48 vectors a slice              -     128     128
+//   cluster_512x8         512  416 + 48 vectors a slice              -     128     128
+//   cluster_512x10        512  416 + 48 vectors a slice              -     128     128
+//   cluster_128_logp      128  416 + 48 vectors a slice              -     168     168
+//   cluster_512_logp      512  416 + 48 vectors a slice              -     128     128
 
 #include "cuda/token_rows.h"
 
@@ -25,7 +25,7 @@ namespace {
 
 struct ClusterShared {
   uint64_t full[kStages];
-  RowTarget targets[kStages];
+  RowBegin begins[2];  // by turn of the rows
   RowEnd end;
   WarpSums warps;
   float peers[2][2][kMostPeers];  // by turn: what each block of the cluster found
@@ -80,13 +80,13 @@ REDIT_DEVICE void put(unsigned char* buffer, int v, int shift, const Vector& x) 
   }
 }
 
-// What one warp asks for a row ahead, so that nobody waits for it.
-template <class Stored>
+// What one warp asks for a row ahead, so that nobody waits for it: the target, and by lanes the bits of an element at
+// an edge (0 to 15), of a number (16 to 21) or of the target's logit.
 struct Ahead {
-  RowTarget target{kMasked, kNaN};  // of lane 0
-  float number = 0;
-  Stored edge = 0;
+  int target = kMasked;
+  uint32_t bits = 0;
 };
+constexpr int kNumberLane = 16, kLogitLane = 22;
 
 template <class Type, bool capped, int kThreads, int kVectors, class Launch>
 REDIT_DEVICE void cluster_rows(const Launch& a) {
@@ -111,14 +111,17 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
     return row < logits.rows ? column_of(a.op.logits.targets[row], vocabulary) : kMasked;
   };
   const auto ask = [&](int64_t row, int target) {  // by one warp, whose lane 0 has the target
-    Ahead<Stored> ahead;
-    ahead.target.column = __shfl_sync(~0u, target, 0);
-    if (ahead.target.column == kMasked) return ahead;
-    if (t == 0 && target >= 0) ahead.target.logit = Type::widen(row_of<const Stored>(logits, row)[target]);
-    ahead.number = row_number(a, row);
+    Ahead ahead;
+    ahead.target = __shfl_sync(~0u, target, 0);
+    if (ahead.target == kMasked) return ahead;
     const Place p = place(logits, row);
     const int at = p.template edge<kWide>(p.load_from, p.load_to);
-    if (at >= 0) ahead.edge = *reinterpret_cast<const Stored*>(p.base + at);
+    if (at >= 0)
+      ahead.bits = *reinterpret_cast<const Stored*>(p.base + at);
+    else if (t >= kNumberLane && t < kLogitLane)
+      ahead.bits = __float_as_uint(row_number(a, row, t - kNumberLane));
+    else if (t == kLogitLane && ahead.target >= 0)
+      ahead.bits = row_of<const Stored>(logits, row)[ahead.target];
     return ahead;
   };
   const auto fetch = [&](int64_t row, int target, int stage) {  // by one thread
@@ -129,12 +132,15 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
       device::bulk_load(ring + stage * buffer_bytes + 16 * p.load_from, p.base + 16 * p.load_from, bytes,
                         &shared.full[stage]);
   };
-  const auto show = [&](int64_t row, const Ahead<Stored>& ahead, int stage) {  // by that warp
-    if (t == 0) shared.targets[stage] = ahead.target;
+  const auto show = [&](int64_t row, const Ahead& ahead, int stage, int slot) {  // by that warp
+    RowBegin& begin = shared.begins[slot];
+    if (t == 0) begin.target = ahead.target;
+    if (ahead.target == kMasked) return;
+    if (t >= kNumberLane && t < kLogitLane) begin.numbers[t - kNumberLane] = __uint_as_float(ahead.bits);
+    if (t == kLogitLane) begin.at_target = ahead.target >= 0 ? Type::widen(Stored(ahead.bits)) : kNaN;
     const Place p = place(logits, row);
     const int at = p.template edge<kWide>(p.load_from, p.load_to);
-    if (ahead.target.column != kMasked && at >= 0)
-      *reinterpret_cast<Stored*>(ring + stage * buffer_bytes + at) = ahead.edge;
+    if (at >= 0) *reinterpret_cast<Stored*>(ring + stage * buffer_bytes + at) = Stored(ahead.bits);
   };
 
   if (t == 0) {
@@ -142,20 +148,19 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
     device::fence_mbarrier_init();
   }
   int64_t row = device::cluster_index();
-  Ahead<Stored> ahead;
-  int following = kMasked, stage = 0, turn = 0;  // following: the target of the row after
+  Ahead ahead;
+  int following = kMasked, stage = 0, turn = 0, slot = 0;  // following: the target of the row after
   if (t < 32) {
     if (t == 0) following = target_of(row);
     ahead = ask(row, following);
-    show(row, ahead, 0);
+    show(row, ahead, 0, 0);
     if (t == 0) following = target_of(row + step);
   }
   device::sync_cluster();  // the mbarriers are there, and so are the peers
-  if (t == 0) fetch(row, ahead.target.column, 0);
+  if (t == 0) fetch(row, ahead.target, 0);
   uint32_t parity = 0;
 
   for (; row < logits.rows; row += step) {
-    const float number = ahead.number;
     const bool more = row + step < logits.rows;
     const int next = stage + 1 == kStages ? 0 : stage + 1;
     if (more && t < 32) {
@@ -171,14 +176,15 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
     device::mbarrier_wait(&shared.full[stage], parity);
     __syncthreads();  // the edges and the target too are there, and the next row's buffer is free
 
-    const RowTarget now = shared.targets[stage];
-    const int target = now.column - from * kWide;  // from the slice's first element, as row_end
+    const RowBegin& now = shared.begins[slot];
+    slot ^= 1;
+    const int target = now.target - from * kWide;  // from the slice's first element, as row_end
     RowEnd end{0, 0, 0, false, true};
     float e[kVectors ? kVectors : 1][kWide];
-    if (now.column == kMasked) {
+    if (now.target == kMasked) {
       if (t == 0 && rank == 0) finish_masked(a, row);
     } else {
-      float anchor = now.logit;
+      float anchor = now.at_target;
       for (bool repaired = false;; repaired = true) {
         const Gap<capped> gap(anchor, a.transform);
         RowSums sums{};
@@ -206,7 +212,7 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
           double others = 0, weighted = 0;
           for (int r = 0; r < peers; ++r) others += shared.peers[turn][0][r], weighted += shared.peers[turn][1][r];
           const RowSums all{float(others), float(weighted)};
-          const RowEnd found = finish_or_repair(a, row, repaired, anchor, now.logit, all, number,
+          const RowEnd found = finish_or_repair(a, row, repaired, anchor, now.at_target, all, now.numbers,
                                                 t == 0 && rank == 0);
           if (t == 0) shared.end = found;
         }
@@ -214,7 +220,7 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
         __syncthreads();
         end = shared.end;
         if (!end.again) break;
-        float top = now.logit;
+        float top = now.at_target;
         for (int v = t; v < count; v += kThreads) top = largest<Type>(top, get<Type>(buffer, v, shift), v, row_end);
         shared.warps.put(warp_largest(top), 0);
         __syncthreads();
@@ -228,7 +234,7 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
         turn ^= 1;
       }
     }
-    if (more && t < 32) show(row + step, ahead, next);
+    if (more && t < 32) show(row + step, ahead, next, slot);
     if constexpr (kStore) {
       if (end.zero) {
         for (int v = t; v <= count; v += kThreads) reinterpret_cast<Vector*>(buffer)[v] = Vector{};

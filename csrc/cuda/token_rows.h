@@ -187,9 +187,10 @@ struct WarpSums {
 };
 
 // What all threads must know of a row, first and when one warp has finished it.
-struct RowTarget {
-  int column;  // or kMasked, kStray
-  float logit;
+struct RowBegin {
+  int target;  // a column, or kMasked, kStray
+  float at_target;
+  float numbers[6];
 };
 struct RowEnd {
   float anchor;
@@ -197,27 +198,23 @@ struct RowEnd {
   bool again, zero;           // zero: so is the gradient
 };
 
-// What a row's coefficient is made of, a number a lane; asked for before it is needed.
-REDIT_DEVICE float row_number(const TokenLossLaunch& a, int64_t row) {
-  const int lane = int(threadIdx.x) % 32;
+// What a row's coefficient is made of, by lane.
+REDIT_DEVICE float row_number(const TokenLossLaunch& a, int64_t row, int which) {
   const LossRows& rows = a.op.rows;
-  const float* from = lane == 0   ? rows.weights
-                      : lane == 1 ? rows.advantages
-                      : lane == 2 ? rows.old_logp
-                      : lane == 3 ? rows.ref_logp
-                      : lane == 4 ? rows.sampling_logp
-                                  : nullptr;
-  return from ? from[row] : lane == 5 && a.op.grad_scale ? *a.op.grad_scale : 1.0f;
+  const float* from = which == 0   ? rows.weights
+                      : which == 1 ? rows.advantages
+                      : which == 2 ? rows.old_logp
+                      : which == 3 ? rows.ref_logp
+                      : which == 4 ? rows.sampling_logp
+                                   : nullptr;
+  return from ? from[row] : which == 5 && a.op.grad_scale ? *a.op.grad_scale : 1.0f;
 }
-REDIT_DEVICE float row_number(const TokenLogpLaunch&, int64_t) { return 0; }
+REDIT_DEVICE float row_number(const TokenLogpLaunch&, int64_t, int) { return 0; }
 
 // By one warp: the row's results, which the thread that `writes` stores, and its gradient's numbers.
 REDIT_DEVICE RowEnd finish_row(const TokenLossLaunch& a, int64_t row, float anchor, float target, const RowSums& sums,
-                               float number, bool writes) {
+                               const float* of, bool writes) {
   const Row end = finish(anchor, target, sums, a.transform);
-  float of[6];
-#pragma unroll
-  for (int i = 0; i < 6; ++i) of[i] = __shfl_sync(~0u, number, i);
   const LossSlope token =
       token_coefficient(a.op.policy, end.logp, of[1], a.op.rows.old_logp ? of[2] : end.logp, of[3], of[4]);
   if (writes) {
@@ -238,7 +235,7 @@ REDIT_DEVICE void store_row(const RowResults& out, int64_t row, const Row& end) 
 }
 
 REDIT_DEVICE RowEnd finish_row(const TokenLogpLaunch& a, int64_t row, float anchor, float target, const RowSums& sums,
-                               float, bool writes) {
+                               const float*, bool writes) {
   const Row end = finish(anchor, target, sums, a.transform);
   if (writes) store_row(a.op.out, row, end);
   return {};
@@ -253,9 +250,9 @@ REDIT_DEVICE void finish_masked(const TokenLogpLaunch& a, int64_t row) { store_r
 // By one warp that has the row's sums: another turn, once, where they need a larger anchor; else the end.
 template <class Launch>
 REDIT_DEVICE RowEnd finish_or_repair(const Launch& a, int64_t row, bool repaired, float anchor, float target,
-                                     const RowSums& sums, float number, bool writes) {
+                                     const RowSums& sums, const float* numbers, bool writes) {
   if (!repaired && needs_repair(anchor, sums.others)) return {0, 0, 0, true, false};
-  return finish_row(a, row, anchor, target, sums, number, writes);
+  return finish_row(a, row, anchor, target, sums, numbers, writes);
 }
 
 template <class Stored>

@@ -314,7 +314,7 @@ CLUSTERS = {  # vocabulary, dtype: blocks a row, vectors a slice, threads and ve
 def test_the_plan_takes_a_cluster_where_its_slices_fit(monkeypatch, case, expected):
     count, slice_vectors, kernel = expected
     kind = str(case[1])[6:]
-    shared = 320 + 48 * (slice_vectors + 1)
+    shared = 368 + 48 * (slice_vectors + 1)
     for function, name in ((loss_of, kernel), (logp_of, f"{kernel.split('x')[0]}_logp")):
         launch = planned(monkeypatch, *case, function)[0]
         assert launch.kernel == f"token_loss_cluster_{name}_{kind}" and launch.cluster == launch.blocks == count
