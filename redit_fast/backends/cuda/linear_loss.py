@@ -73,8 +73,8 @@ class _Chunk:
 
     def run(self, plan: tuple[list, list, list], *tensors: Tensor | None) -> None:
         before, tiles, after = plan
-        tensors = (self.e, *self.inputs, *self.scratch, *tensors)
-        run(before, *tensors)
+        touched = (self.e, *self.inputs, *self.scratch, *tensors)
+        run(before, *touched)
         if self.tile is not None:
             hidden, weight, *_ = self.inputs
             size = self.tile.shape[0 if self.own else 1]
@@ -83,8 +83,8 @@ class _Chunk:
                     self.tile[: len(columns)] = columns
                 else:
                     _product(self.tile[:, : len(columns)], hidden, columns)
-                run([launch], *tensors)
-        run(after, *tensors)
+                run([launch], *touched)
+        run(after, *touched)
 
 
 @torch.no_grad()
