@@ -23,9 +23,8 @@ void check(cudaError_t error, const std::string& what) {
 const void* function_of(const std::string& name) {
   static const std::map<std::string, const void*> functions = [] {
     std::map<std::string, const void*> all;
-    for (const Kernels& kernels :
-         {advantages_kernels(), params_kernels(), token_loss_kernels(), token_loss_cluster_kernels(),
-          linear_loss_kernels(), linear_loss_product_kernels()})
+    for (const Kernels& kernels : {advantages_kernels(), params_kernels(), token_loss_kernels(),
+                                   token_loss_cluster_kernels(), linear_loss_kernels(), linear_loss_product_kernels()})
       for (const Kernel& kernel : kernels) all[kernel.name] = kernel.function;
     return all;
   }();
