@@ -37,6 +37,13 @@ REDIT_DEVICE uint32_t pack_float16(float low, float high) {
   return pair;
 }
 
+// To nearest, here and not again in every turn of the loop that uses it: cvt.rn
+REDIT_DEVICE float to_float(double x) {
+  float y;
+  asm volatile("cvt.rn.f32.f64 %0, %1;" : "=f"(y) : "d"(x));
+  return y;
+}
+
 REDIT_DEVICE float from_float16(uint16_t half) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
