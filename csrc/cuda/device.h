@@ -46,6 +46,13 @@ REDIT_DEVICE uint32_t pack_float16(float low, float high) {
   return pair;
 }
 
+// To nearest, here and not again in every turn of the loop that uses it: cvt.rn
+REDIT_DEVICE float to_float(double x) {
+  float y;
+  asm volatile("cvt.rn.f32.f64 %0, %1;" : "=f"(y) : "d"(x));
+  return y;
+}
+
 REDIT_DEVICE float float_of_float16(uint16_t x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));

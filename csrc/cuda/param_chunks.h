@@ -50,13 +50,13 @@ struct Packed {
     if constexpr (type == Dtype::float16) words[i / 2] = device::pack_float16(x, next);
   }
 
-  // Those from `at` on, of `left` that there are: the others are zeros. `wide`: all addresses of the tensor are
-  // multiples of 16; else, and at its end, one by one.
-  REDIT_DEVICE void load(Weights<type> from, int at, int left, bool wide) {
+  // Those from `at` on: as they lie there, or `one_by_one` those of which there are `left`, the others zeros.
+  template <bool one_by_one>
+  REDIT_DEVICE void load(Weights<type> from, int at, int left) {
     const auto* p = from.data + at;
 #pragma unroll
     for (int part = 0; part < count; part += kInSlot) {
-      if (wide && left >= count) {
+      if constexpr (!one_by_one) {
         take(part, __ldcs(reinterpret_cast<const Slot*>(p + part)));
       } else {
         uint32_t* slot = own_slot();
@@ -70,11 +70,12 @@ struct Packed {
       }
     }
   }
-  REDIT_DEVICE void store(Weights<type> to, int at, int left, bool wide) const {
+  template <bool one_by_one>
+  REDIT_DEVICE void store(Weights<type> to, int at, int left) const {
     auto* p = to.data + at;
 #pragma unroll
     for (int part = 0; part < count; part += kInSlot) {
-      if (wide && left >= count) {
+      if constexpr (!one_by_one) {
         __stcs(reinterpret_cast<Slot*>(p + part), slot_of(part));
       } else {
         uint32_t* slot = own_slot();
@@ -119,39 +120,60 @@ REDIT_DEVICE void for_each_chunk(const Launch& a, const Body& body) {
   }
 }
 
-// The thread's vectors of a chunk: load(vector, at, left) of `turns` of them before use(vector, at, left) of the first,
-// so that their bytes are under way together.
-template <class Vector, int count, int turns, class Load, class Use>
-REDIT_DEVICE void for_each_vector(int n, const Load& load, const Use& use) {
+// The thread's vectors of a chunk of n weights: load(one_by_one, vector, at, left) and use(one_by_one, vector, at,
+// left). One by one go the chunk's last weights, and where an address is no multiple of 16, so not `wide`, all: the
+// same vectors, so that the bits are the same.
+constexpr std::false_type kWhole{};
+constexpr std::true_type kOneByOne{};
+
+template <class Vector, int count, class Load, class Use>
+REDIT_DEVICE void for_the_rest(int n, int end, const Load& load, const Use& use) {
   constexpr int kStep = count * kParamsThreads;
 #pragma unroll 1
-  for (int at = count * int(threadIdx.x); at < n; at += turns * kStep) {
-    Vector vectors[turns];
-#pragma unroll
-    for (int k = 0; k < turns; ++k)
-      if (at + k * kStep < n) load(vectors[k], at + k * kStep, n - at - k * kStep);
-#pragma unroll
-    for (int k = 0; k < turns; ++k)
-      if (at + k * kStep < n) use(vectors[k], at + k * kStep, n - at - k * kStep);
+  for (int at = end + ((count * int(threadIdx.x) - end) & (kStep - 1)); at < n; at += kStep) {
+    Vector vector;
+    load(kOneByOne, vector, at, n - at);
+    use(kOneByOne, vector, at, n - at);
   }
 }
 
-// The same with one use in the code, of which two would need more registers than there are: the next vector is under
-// way while one is used.
-template <class Vector, int count, class Load, class Use>
-REDIT_DEVICE void for_each_vector_ahead(int n, const Load& load, const Use& use) {
+// `turns` vectors are loaded before one is used, so that their bytes are under way together.
+template <class Vector, int count, int turns, class Load, class Use>
+REDIT_DEVICE void for_each_vector(int n, bool wide, const Load& load, const Use& use) {
   constexpr int kStep = count * kParamsThreads;
-  int at = count * int(threadIdx.x);
-  if (at >= n) return;
-  Vector vector;
-  load(vector, at, n - at);
+  const int end = wide ? n / count * count : 0;
 #pragma unroll 1
-  for (; at < n; at += kStep) {
-    Vector next{};
-    if (at + kStep < n) load(next, at + kStep, n - at - kStep);
-    use(vector, at, n - at);
-    vector = next;
+  for (int at = count * int(threadIdx.x); at < end; at += turns * kStep) {
+    Vector vectors[turns];
+#pragma unroll
+    for (int k = 0; k < turns; ++k)
+      if (at + k * kStep < end) load(kWhole, vectors[k], at + k * kStep, count);
+#pragma unroll
+    for (int k = 0; k < turns; ++k)
+      if (at + k * kStep < end) use(kWhole, vectors[k], at + k * kStep, count);
   }
+  for_the_rest<Vector, count>(n, end, load, use);
+}
+
+// The next vector is under way while one is used: one use in the code, of which two would need more registers than
+// there are.
+template <class Vector, int count, class Load, class Use>
+REDIT_DEVICE void for_each_vector_ahead(int n, bool wide, const Load& load, const Use& use) {
+  constexpr int kStep = count * kParamsThreads;
+  const int end = wide ? n / count * count : 0;
+  int at = count * int(threadIdx.x);
+  if (at < end) {
+    Vector vector;
+    load(kWhole, vector, at, count);
+#pragma unroll 1
+    for (; at < end; at += kStep) {
+      Vector next{};
+      if (at + kStep < end) load(kWhole, next, at + kStep, count);
+      use(kWhole, vector, at, count);
+      vector = next;
+    }
+  }
+  for_the_rest<Vector, count>(n, end, load, use);
 }
 
 // The sum of a few products of neighbours: of pairs, of fours, of all.

@@ -17,10 +17,10 @@
 // The most of any types:
 //
 //   kernel   threads  shared bytes  registers: sm_80  sm_90a  sm_100
-//   norm         256          4224                44      46      41
-//   perturb      256          4608                63      64      64
-//   combine      256          4480                63      64      61
-//   adamw        256          4096                64      64      64
+//   norm         256          4224                44      44      40
+//   perturb      256          4608                64      64      64
+//   combine      256          4480                64      64      64
+//   adamw        256          4096                64      64      60
 //   scalars      256             0                33      35      33
 //   sum         1024           256                44      48      48
 
@@ -47,8 +47,8 @@ REDIT_DEVICE void norm(const NormLaunch& a) {
     const bool wide = x.aligned();
     double sums[1] = {};
     for_each_vector<Vector, kCount, 4>(
-        n, [&](Vector& v, int at, int left) { v.load(x, at, left, wide); },
-        [&](const Vector& v, int, int) {
+        n, wide, [&](auto one_by_one, Vector& v, int at, int left) { v.template load<one_by_one>(x, at, left); },
+        [&](auto, const Vector& v, int, int) {
           TreeSum squares;
 #pragma unroll
           for (int i = 0; i < kCount; i += 2) squares.add(i, v[i], v[i], v[i + 1], v[i + 1]);
@@ -59,10 +59,10 @@ REDIT_DEVICE void norm(const NormLaunch& a) {
 }
 
 // The random halves of 8 weights, two in a word: a Philox call's from its half `shift` on, the rest the next call's.
-REDIT_DEVICE Words halves_of(const PerturbOptions& options, uint32_t step, int64_t call, int shift) {
-  const Words own = philox4x32(options.seed, call, kStreamRounding, step);
+REDIT_DEVICE Words halves_of(const PhiloxKeys& keys, uint32_t step, int64_t call, int shift) {
+  const Words own = philox4x32(keys, call, kStreamRounding, step);
   if (shift == 0) return own;
-  const Words next = philox4x32(options.seed, call + 1, kStreamRounding, step);
+  const Words next = philox4x32(keys, call + 1, kStreamRounding, step);
   uint32_t words[8] = {own.x0, own.x1, own.x2, own.x3, next.x0, next.x1, next.x2, next.x3};
 #pragma unroll
   for (int by = 2; by > 0; by /= 2)
@@ -89,9 +89,11 @@ REDIT_DEVICE uint32_t round_stochastically(float x, float next, uint32_t halves)
   }
 }
 
-// As a forward pass in `seen` has it, a type of 16 bits.
+// A parameter as a forward pass in `seen` has it, another type of 16 bits.
+template <Dtype param>
 REDIT_DEVICE float as_seen(float x, Dtype seen) {
-  if (seen == Dtype::bfloat16) return __uint_as_float(device::pack_bfloat16(x, 0.0f) << 16);
+  if (param == Dtype::float16 || (param == Dtype::float32 && seen == Dtype::bfloat16))
+    return __uint_as_float(device::pack_bfloat16(x, 0.0f) << 16);
   return device::float_of_float16(uint16_t(device::pack_float16(x, 0.0f)));
 }
 
@@ -104,7 +106,7 @@ struct PerturbChunk {
 };
 
 template <Dtype param, Dtype grad, bool stochastic>
-REDIT_DEVICE void perturb_chunk(double (&sums)[4], const PerturbChunk& chunk, const PerturbOptions& options) {
+REDIT_DEVICE void perturb_chunk(double (&sums)[4], const PerturbChunk& chunk, const PerturbNumbers& numbers) {
   constexpr int kCount = 16 / kBytes<param>;
   struct Vector {
     Packed<param, kCount> x;
@@ -112,69 +114,70 @@ REDIT_DEVICE void perturb_chunk(double (&sums)[4], const PerturbChunk& chunk, co
   };
   const Weights<param> x(chunk.tensor.param, chunk.first);
   const Weights<grad> g(chunk.tensor.grad, chunk.first);
-  const bool wide = x.aligned() && g.aligned(), scales = options.grad_factor != 1;
-  const float scale = chunk.scale, factor = float(options.grad_factor);
+  const bool wide = x.aligned() && g.aligned();
+  const float scale = chunk.scale;
   const int64_t call = (chunk.tensor.offset + chunk.first) / 8;
   const int n = chunk.n, shift = int(chunk.tensor.offset % 8);
-  const Dtype seen = options.compute_dtype < 0 ? param : Dtype(options.compute_dtype);
-  const bool sees = seen != param && (seen == Dtype::bfloat16 || seen == Dtype::float16);
-  int moved = 0;
-  for_each_vector_ahead<Vector, kCount>(
-      n,
-      [&](Vector& v, int at, int left) {
-        v.x.load(x, at, left, wide);
-        v.g.load(g, at, left, wide);
-      },
-      [&](Vector& v, int at, int left) {
-        Words words{};
-        if constexpr (stochastic) words = halves_of(options, chunk.step, call + at / 8, shift);
-        [[maybe_unused]] const uint32_t halves[4] = {words.x0, words.x1, words.x2, words.x3};
-        TreeSum dot, applied, intended;
+  const bool sees = numbers.seen != param && numbers.seen != Dtype::float32;
+  uint32_t minus_moved = 0;
+  const auto load = [&](auto one_by_one, Vector& v, int at, int left) {
+    v.x.template load<one_by_one>(x, at, left);
+    v.g.template load<one_by_one>(g, at, left);
+  };
+  const auto use = [&](auto one_by_one, Vector& v, int at, int left) {
+    Words words{};
+    if constexpr (stochastic) words = halves_of(numbers.keys, chunk.step, call + at / 8, shift);
+    [[maybe_unused]] const uint32_t halves[4] = {words.x0, words.x1, words.x2, words.x3};
+    TreeSum dot, applied, intended;
 #pragma unroll
-        for (int i = 0; i < kCount; i += 2) {
-          const float change = scale * v.g[i], next_change = scale * v.g[i + 1];
-          float before = v.x[i], next_before = v.x[i + 1];
-          if constexpr (stochastic)
-            v.x.words[i / 2] = round_stochastically<param>(before + change, next_before + next_change, halves[i / 2]);
-          else
-            v.x.set(i, before + change, next_before + next_change);
-          float after = v.x[i], next_after = v.x[i + 1];
-          if (sees) {
-            before = as_seen(before, seen), next_before = as_seen(next_before, seen);
-            after = as_seen(after, seen), next_after = as_seen(next_after, seen);
-          }
-          const float move = after - before, next_move = next_after - next_before;
-          moved += (move != 0) + (next_move != 0);
-          dot.add(i, move, change, next_move, next_change);
-          applied.add(i, move, move, next_move, next_move);
-          intended.add(i, change, change, next_change, next_change);
-        }
-        v.x.store(x, at, left, wide);
-        if (scales) {
+    for (int i = 0; i < kCount; i += 2) {
+      const float change = scale * v.g[i], next_change = scale * v.g[i + 1];
+      float before = v.x[i], next_before = v.x[i + 1];
+      if constexpr (stochastic)
+        v.x.words[i / 2] = round_stochastically<param>(before + change, next_before + next_change, halves[i / 2]);
+      else
+        v.x.set(i, before + change, next_before + next_change);
+      float after = v.x[i], next_after = v.x[i + 1];
+      if (sees) {
+        before = as_seen<param>(before, numbers.seen), next_before = as_seen<param>(next_before, numbers.seen);
+        after = as_seen<param>(after, numbers.seen), next_after = as_seen<param>(next_after, numbers.seen);
+      }
+      const float move = after - before, next_move = next_after - next_before;
+      minus_moved += (move != 0 ? ~0u : 0u) + (next_move != 0 ? ~0u : 0u);  // fewer instructions than + 1
+      dot.add(i, move, change, next_move, next_change);
+      applied.add(i, move, move, next_move, next_move);
+      intended.add(i, change, change, next_change, next_change);
+    }
+    v.x.template store<one_by_one>(x, at, left);
+    if (numbers.scales) {
 #pragma unroll
-          for (int i = 0; i < kCount; i += 2) v.g.set(i, v.g[i] * factor, v.g[i + 1] * factor);
-          v.g.store(g, at, left, wide);
-        }
-        sums[0] += dot.all, sums[1] += applied.all, sums[2] += intended.all;
-      });
-  sums[3] = moved;
+      for (int i = 0; i < kCount; i += 2) v.g.set(i, v.g[i] * numbers.factor, v.g[i + 1] * numbers.factor);
+      v.g.template store<one_by_one>(g, at, left);
+    }
+    sums[0] += dot.all, sums[1] += applied.all, sums[2] += intended.all;
+  };
+  if constexpr (sizeof(Vector) > 32)  // two of 48 bytes would spill registers
+    for_each_vector<Vector, kCount, 1>(n, wide, load, use);
+  else
+    for_each_vector_ahead<Vector, kCount>(n, wide, load, use);
+  sums[3] = 0u - minus_moved;
 }
 
 template <Dtype param, Dtype grad>
 REDIT_DEVICE void perturb(const PerturbLaunch& a) {
   __shared__ double warps[2][kWarps][4];
   ChunkSums<4> chunk_sums{warps};
-  const PerturbOptions& options = a.numbers.options;
-  const float scale = float(*a.numbers.scale);
-  const bool still = *a.numbers.scale == 0;  // changes nothing, also where a gradient is NaN
+  const double exact_scale = *a.numbers.scale;
+  const float scale = device::to_float(exact_scale);
+  const bool still = exact_scale == 0;  // changes nothing, also where a gradient is NaN
   const uint32_t step = uint32_t(*a.numbers.step);
   for_each_chunk(a, [&](const PerturbTensor& tensor, int chunk, int64_t first, int n) {
     double sums[4] = {};
     const PerturbChunk its{tensor, first, still ? 0 : n, scale, step};
-    if (param == Dtype::float32 || options.rounding == Rounding::nearest)
-      perturb_chunk<param, grad, false>(sums, its, options);
+    if (param == Dtype::float32 || !a.numbers.stochastic)
+      perturb_chunk<param, grad, false>(sums, its, a.numbers);
     else if constexpr (param != Dtype::float32)
-      perturb_chunk<param, grad, true>(sums, its, options);
+      perturb_chunk<param, grad, true>(sums, its, a.numbers);
     chunk_sums.write(a, chunk, sums);
   });
 }
@@ -193,12 +196,12 @@ REDIT_DEVICE void combine(const CombineLaunch& a) {
     const bool wide = old.aligned() && g.aligned();
     double sums[3] = {};
     for_each_vector<Vector, kCount, 2>(
-        n,
-        [&](Vector& v, int at, int left) {
-          v.first.load(old, at, left, wide);
-          v.second.load(g, at, left, wide);
+        n, wide,
+        [&](auto one_by_one, Vector& v, int at, int left) {
+          v.first.template load<one_by_one>(old, at, left);
+          v.second.template load<one_by_one>(g, at, left);
         },
-        [&](Vector& v, int at, int left) {
+        [&](auto one_by_one, Vector& v, int at, int left) {
           TreeSum second, gaps, combined;
 #pragma unroll
           for (int i = 0; i < kCount; i += 2) {
@@ -208,7 +211,7 @@ REDIT_DEVICE void combine(const CombineLaunch& a) {
             gaps.add(i, g2 - g1, g2 - g1, next_g2 - next_g1, next_g2 - next_g1);
             combined.add(i, v.second[i], v.second[i], v.second[i + 1], v.second[i + 1]);
           }
-          v.second.store(g, at, left, wide);
+          v.second.template store<one_by_one>(g, at, left);
           sums[0] += second.all, sums[1] += gaps.all, sums[2] += combined.all;
         });
     chunk_sums.write(a, chunk, sums);
@@ -236,15 +239,15 @@ REDIT_DEVICE void adamw(const AdamwLaunch& a) {
     const bool wide = x.aligned() && w.aligned() && m.aligned() && v.aligned() && g.aligned();
     const AdamwScalars<float> scalars = *tensor.scalars;
     for_each_vector<Vector, kCount, 1>(
-        n,
-        [&](Vector& its, int at, int left) {
-          its.w.load(w, at, left, wide);
+        n, wide,
+        [&](auto one_by_one, Vector& its, int at, int left) {
+          its.w.template load<one_by_one>(w, at, left);
           if (!finite) return;
-          its.m.load(m, at, left, wide);
-          its.v.load(v, at, left, wide);
-          its.g.load(g, at, left, wide);
+          its.m.template load<one_by_one>(m, at, left);
+          its.v.template load<one_by_one>(v, at, left);
+          its.g.template load<one_by_one>(g, at, left);
         },
-        [&](Vector& its, int at, int left) {
+        [&](auto one_by_one, Vector& its, int at, int left) {
           if (finite) {
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
@@ -253,15 +256,15 @@ REDIT_DEVICE void adamw(const AdamwLaunch& a) {
               its.w.words[i] = __float_as_uint(weight);
               its.m.words[i] = __float_as_uint(mean), its.v.words[i] = __float_as_uint(square);
             }
-            its.w.store(w, at, left, wide);
-            its.m.store(m, at, left, wide);
-            its.v.store(v, at, left, wide);
+            its.w.template store<one_by_one>(w, at, left);
+            its.m.template store<one_by_one>(m, at, left);
+            its.v.template store<one_by_one>(v, at, left);
           }
           if (!tensor.master) return;
           Packed<param, kCount> copy;
 #pragma unroll
           for (int i = 0; i < kCount; i += 2) copy.set(i, its.w[i], its.w[i + 1]);
-          copy.store(x, at, left, wide);
+          copy.template store<one_by_one>(x, at, left);
         });
   });
 }

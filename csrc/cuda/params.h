@@ -48,7 +48,10 @@ struct Nothing {};
 struct PerturbNumbers {
   const double* scale;
   const int64_t* step;
-  PerturbOptions options;
+  PhiloxKeys keys;  // made here, they cost the kernels nothing: an operand in constant memory
+  bool stochastic, scales;
+  float factor;  // of the gradients, where the pass `scales` them
+  Dtype seen;    // the forward pass's type of 16 bits, or float32: it sees what is there
 };
 
 template <class Entry, class Its>

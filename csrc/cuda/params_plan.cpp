@@ -75,8 +75,17 @@ Launches plan_squared_norm(const SquaredNorm& args, double* partials, const Devi
 }
 
 Launches plan_perturb(const Perturbation& args, double* partials, const Device& device) {
+  const PerturbOptions& options = args.options;
+  const Dtype seen = Dtype(options.compute_dtype);
+  const PerturbNumbers numbers{args.scale,
+                               args.step,
+                               philox_keys(options.seed),
+                               options.rounding == Rounding::stochastic,
+                               options.grad_factor != 1,
+                               float(options.grad_factor),
+                               seen == Dtype::bfloat16 || seen == Dtype::float16 ? seen : Dtype::float32};
   Launches launches = over_chunks(
-      launch_with<PerturbLaunch>(partials, args.numels, {args.scale, args.step, args.options}), args.numels, device,
+      launch_with<PerturbLaunch>(partials, args.numels, numbers), args.numels, device,
       [&](size_t i) { return "params_perturb_" + name_of(args.params[i].dtype) + "_" + name_of(args.grads[i].dtype); },
       [&](size_t i, int first_chunk) {
         return PerturbTensor{args.params[i].data, args.grads[i].data, args.numels[i], args.offsets[i], first_chunk};

@@ -48,6 +48,25 @@ REDIT_HD Words philox4x32(uint64_t seed, int64_t id, uint32_t stream, uint32_t s
   return {c0, c1, c2, c3};
 }
 
+// The keys of all rounds, where many calls have one seed.
+struct PhiloxKeys {
+  uint32_t k0[10], k1[10];
+};
+
+inline PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += kPhiloxKey0, k1 += kPhiloxKey1)
+    keys.k0[round] = k0, keys.k1[round] = k1;
+  return keys;
+}
+
+REDIT_HD Words philox4x32(const PhiloxKeys& keys, int64_t id, uint32_t stream, uint32_t step) {
+  uint32_t c0 = uint32_t(id), c1 = uint32_t(uint64_t(id) >> 32), c2 = stream, c3 = step;
+  for (int round = 0; round < 10; ++round) philox_round(c0, c1, c2, c3, keys.k0[round], keys.k1[round]);
+  return {c0, c1, c2, c3};
+}
+
 // (0, 1) with 24 bits.
 REDIT_HD double uniform(uint32_t x0) { return (double(x0 >> 8) + 0.5) * (1.0 / 16777216.0); }
 
