@@ -53,7 +53,8 @@ lock:
 # and, of the interpreted ones, at one case a regime: bfloat16, two numbers of rows with a coefficient of six, two peaks
 # of five, one divisor of the advantages of two (REPEATED in tests/backends/test_triton.py).
 kernel-gates: $(TESTS) $(TRITON36)
-	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/backends/test_triton.py tests/backends/test_triton36.py tests/backends/test_advantages_cuda.py
+	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/backends/test_triton.py tests/backends/test_triton36.py \
+		tests/backends/test_cuda.py $(wildcard tests/backends/test_*_cuda.py) tests/backends/test_token_loss_mutants.py
 
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
 OUT ?= gpu-check

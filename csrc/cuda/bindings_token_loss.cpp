@@ -17,8 +17,7 @@ const Matrix& countable(const char* name, const Matrix& x) {
   return x;
 }
 
-Launches call_token_logp(const Tensors<3>& outputs, const Tensors<2>& logits, py::handle transform,
-                         py::handle device) {
+Launches call_token_logp(const Tensors<3>& outputs, const Tensors<2>& logits, py::handle transform, py::handle device) {
   const TokenLogp op = token_logp_of(outputs, logits);
   countable("logits", op.logits.matrix);
   return plan_token_logp(op, filled<TransformConstants>("transform", transform), filled<Device>("device", device));
@@ -28,14 +27,12 @@ Launches call_token_logp_grad(const Tensor& grad, const Tensors<2>& logits, cons
                               py::handle transform, py::handle device) {
   const TokenLogpGrad op = token_logp_grad_of(grad, logits, upstream);
   countable("logits", op.logits.matrix);
-  return plan_token_logp_grad(op, filled<TransformConstants>("transform", transform),
-                              filled<Device>("device", device));
+  return plan_token_logp_grad(op, filled<TransformConstants>("transform", transform), filled<Device>("device", device));
 }
 
 // row_losses (R,): room.
-Launches call_token_loss(const Tensors<4>& outputs, const Tensors<2>& logits, const Tensors<5>& rows,
-                         py::handle policy, const Tensor& grad_scale, py::handle transform, const Tensor& row_losses,
-                         py::handle device) {
+Launches call_token_loss(const Tensors<4>& outputs, const Tensors<2>& logits, const Tensors<5>& rows, py::handle policy,
+                         const Tensor& grad_scale, py::handle transform, const Tensor& row_losses, py::handle device) {
   const TokenLoss op = token_loss_of(outputs, logits, rows, policy, grad_scale);
   const Matrix& x = countable("logits", op.logits.matrix);
   return plan_token_loss(op, filled<TransformConstants>("transform", transform),

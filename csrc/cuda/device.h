@@ -50,8 +50,8 @@ REDIT_DEVICE float float_of_float16(uint16_t x) {
   return y;
 }
 
-// 16 bytes of global memory at a multiple of 16. What is read again soon should stay in the L2 cache, what is not should
-// make room: createpolicy, ld with a cache hint.
+// 16 bytes of global memory at a multiple of 16. What is read again soon should stay in the L2 cache, what is not
+// should make room: createpolicy, ld with a cache hint.
 
 struct alignas(16) Vector {
   uint32_t word[4];

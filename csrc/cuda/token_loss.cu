@@ -32,8 +32,8 @@ struct Source {
   using Stored = typename Type::Stored;
   const Stored* first;
   int64_t stride;
-  int count;               // elements
-  uint32_t shift;          // bytes from a multiple of 16 to the first element
+  int count;                 // elements
+  uint32_t shift;            // bytes from a multiple of 16 to the first element
   int whole_from, whole_to;  // granules that the row fills
   uint64_t policy;
 
@@ -249,9 +249,8 @@ REDIT_DEVICE void block_rows(const Launch& a) {
         end = shared_end;
         if (!end.again) break;
         float top = at_target;
-        for_vectors(in, 0, vectors, [&](const Vector& vector, int v) {
-          top = largest<Type>(top, vector, v, vocabulary);
-        });
+        for_vectors(in, 0, vectors,
+                    [&](const Vector& vector, int v) { top = largest<Type>(top, vector, v, vocabulary); });
         slices[0].put(warp_largest(top), 0);
         __syncthreads();
         anchor = slices[0].largest(warps);
@@ -337,25 +336,25 @@ REDIT_DEVICE void scale_spans(const ScaleLaunch& a) {
 
 }  // namespace
 
-#define REDIT_ROWS(type, Type, name, capped)                                                                           \
-  extern "C" __global__ void __launch_bounds__(kRowThreads, 1)                                                         \
-      token_loss_rows_##name(const __grid_constant__ TokenLossLaunch a) {                                              \
-    block_rows<Type, capped>(a);                                                                                       \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(kRowThreads, 1)                                                         \
-      token_loss_logp_##name(const __grid_constant__ TokenLogpLaunch a) {                                              \
-    block_rows<Type, capped>(a);                                                                                       \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(kSpanThreads, 3)                                                        \
-      token_loss_grad_##name(const __grid_constant__ TokenLogpGradLaunch a) {                                          \
-    grad_spans<Type, capped>(a);                                                                                       \
+#define REDIT_ROWS(type, Type, name, capped)                                  \
+  extern "C" __global__ void __launch_bounds__(kRowThreads, 1)                \
+      token_loss_rows_##name(const __grid_constant__ TokenLossLaunch a) {     \
+    block_rows<Type, capped>(a);                                              \
+  }                                                                           \
+  extern "C" __global__ void __launch_bounds__(kRowThreads, 1)                \
+      token_loss_logp_##name(const __grid_constant__ TokenLogpLaunch a) {     \
+    block_rows<Type, capped>(a);                                              \
+  }                                                                           \
+  extern "C" __global__ void __launch_bounds__(kSpanThreads, 3)               \
+      token_loss_grad_##name(const __grid_constant__ TokenLogpGradLaunch a) { \
+    grad_spans<Type, capped>(a);                                              \
   }
-#define REDIT_TYPE(type, Type)                                                                                         \
-  REDIT_ROWS(type, Type, type, false)                                                                                  \
-  REDIT_ROWS(type, Type, type##_capped, true)                                                                          \
-  extern "C" __global__ void __launch_bounds__(kSpanThreads, 3)                                                        \
-      token_loss_scale_##type(const __grid_constant__ ScaleLaunch a) {                                                 \
-    scale_spans<Type>(a);                                                                                              \
+#define REDIT_TYPE(type, Type)                                         \
+  REDIT_ROWS(type, Type, type, false)                                  \
+  REDIT_ROWS(type, Type, type##_capped, true)                          \
+  extern "C" __global__ void __launch_bounds__(kSpanThreads, 3)        \
+      token_loss_scale_##type(const __grid_constant__ ScaleLaunch a) { \
+    scale_spans<Type>(a);                                              \
   }
 REDIT_TYPE(float32, Float32)
 REDIT_TYPE(bfloat16, BFloat16)

@@ -14,14 +14,14 @@ struct Slices {
 };
 
 constexpr int kRowThreads = 512, kFewThreads = 128;
-constexpr int kFewGranules = 1280;      // up to which a row has kFewThreads
-constexpr int kSliceGranules = 4834;    // of 16 bytes: three buffers of them are a block's shared memory
-constexpr int kMostSlices = 384;        // 128 bytes of partial sums each
-constexpr int kMostPeers = 8;           // blocks of a cluster
-constexpr int kStages = 3;              // buffers of a block
-constexpr int kClusterHeader = 368;     // bytes before them
-constexpr int kSpanThreads = 256;       // of a block that has a span of a row
-constexpr int kSpanVectors = 2048;      // 32 KB
+constexpr int kFewGranules = 1280;    // up to which a row has kFewThreads
+constexpr int kSliceGranules = 4834;  // of 16 bytes: three buffers of them are a block's shared memory
+constexpr int kMostSlices = 384;      // 128 bytes of partial sums each
+constexpr int kMostPeers = 8;         // blocks of a cluster
+constexpr int kStages = 3;            // buffers of a block
+constexpr int kClusterHeader = 368;   // bytes before them
+constexpr int kSpanThreads = 256;     // of a block that has a span of a row
+constexpr int kSpanVectors = 2048;    // 32 KB
 constexpr int64_t kMostColumns = 2'000'000'000;
 constexpr int kTotalThreads = 1024;
 

@@ -2,18 +2,20 @@
 // does: 2 + 2 bytes of 16 bits. With the bits of token_loss.cu's kernels, which need two readings.
 //
 // A cluster has a row, a block a slice of it, in one of three buffers of shared memory: a bulk copy loads the next row
-// while this one is computed and the gradient of the one before leaves by a bulk copy. e stays in float32 registers, up
-// to `vectors` times 16 bytes of logits a thread: one exponential an element. A slice keeps its address's remainder mod
-// 16 in its buffer: whole granules come and leave by the bulk copy, the first and last by elements.
+// while this one is computed and the gradient of the one before leaves by a bulk copy. e stays in float32 registers, of
+// at most 4, 6, 8 or 10 vectors a thread (the last number of a kernel's name): one exponential an element, and 10.5
+// instructions where a row is aligned. A slice keeps its address's remainder mod 16 in its buffer: whole granules come
+// and leave by the bulk copy, the first and last by elements. Its vectors are then shifted out of two granules each, 2
+// more instructions an element, and written in pieces, 1 more: so that the order of the sums is the row's own.
 //
 //   kernel            threads  shared bytes            registers: sm_80  sm_90a  sm_100
-//   cluster_128x10        128  416 + 48 vectors a slice              -     168     168
-//   cluster_512x4         512  416 + 48 vectors a slice              -     128     128
+//   cluster_128x10        128  416 + 48 vectors a slice              -     164     163
+//   cluster_512x4         512  416 + 48 vectors a slice              -     128     126
 //   cluster_512x6         512  416 + 48 vectors a slice              -     128     128
-//   cluster_512x8         512  416 + 48 vectors a slice              -     128     128
+//   cluster_512x8         512  416 + 48 vectors a slice              -     128     126
 //   cluster_512x10        512  416 + 48 vectors a slice              -     128     128
-//   cluster_128_logp      128  416 + 48 vectors a slice              -     168     168
-//   cluster_512_logp      512  416 + 48 vectors a slice              -     128     128
+//   cluster_128_logp      128  416 + 48 vectors a slice              -      96     122
+//   cluster_512_logp      512  416 + 48 vectors a slice              -      80     122
 
 #include "cuda/token_rows.h"
 
@@ -43,7 +45,8 @@ struct Place {
     base = static_cast<char*>(const_cast<void*>(row)) + (16 * from - shift);
     begin = shift;
     end = shift + (rest < 16 * count ? rest : 16 * count);
-    load_from = shift && from == 0 ? 1 : 0, store_from = shift ? 1 : 0;  // what is before it is not the row's, or not its own
+    load_from = shift && from == 0 ? 1 : 0,
+    store_from = shift ? 1 : 0;  // what is before it is not the row's, or not its own
     const int granules = (end + 15) / 16, whole = (rest + shift) / 16;
     load_to = whole < granules ? whole : granules, store_to = end / 16;
   }
@@ -192,8 +195,7 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
 #pragma unroll
           for (int k = 0; k < kVectors; ++k) {
             const int v = k * kThreads + t;
-            if (v < count)
-              add<Type, capped>(sums, e[k], get<Type>(buffer, v, shift), v, target, row_end, gap);
+            if (v < count) add<Type, capped>(sums, e[k], get<Type>(buffer, v, shift), v, target, row_end, gap);
           }
         } else {
 #pragma unroll 2
@@ -212,8 +214,8 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
           double others = 0, weighted = 0;
           for (int r = 0; r < peers; ++r) others += shared.peers[turn][0][r], weighted += shared.peers[turn][1][r];
           const RowSums all{float(others), float(weighted)};
-          const RowEnd found = finish_or_repair(a, row, repaired, anchor, now.at_target, all, now.numbers,
-                                                t == 0 && rank == 0);
+          const RowEnd found =
+              finish_or_repair(a, row, repaired, anchor, now.at_target, all, now.numbers, t == 0 && rank == 0);
           if (t == 0) shared.end = found;
         }
         turn ^= 1;
@@ -275,23 +277,23 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
 
 }  // namespace
 
-#define REDIT_CLUSTER(type, Type, capped, threads, vectors)                                                            \
-  extern "C" __global__ void __launch_bounds__(threads, threads == kFewThreads ? 3 : 1)                                \
-      token_loss_cluster_##threads##x##vectors##_##type(const __grid_constant__ TokenLossLaunch a) {                   \
-    cluster_rows<Type, capped, threads, vectors>(a);                                                                   \
+#define REDIT_CLUSTER(type, Type, capped, threads, vectors)                                          \
+  extern "C" __global__ void __launch_bounds__(threads, threads == kFewThreads ? 3 : 1)              \
+      token_loss_cluster_##threads##x##vectors##_##type(const __grid_constant__ TokenLossLaunch a) { \
+    cluster_rows<Type, capped, threads, vectors>(a);                                                 \
   }
-#define REDIT_CLUSTER_LOGP(type, Type, capped, threads)                                                                \
-  extern "C" __global__ void __launch_bounds__(threads, threads == kFewThreads ? 3 : 1)                                \
-      token_loss_cluster_##threads##_logp_##type(const __grid_constant__ TokenLogpLaunch a) {                          \
-    cluster_rows<Type, capped, threads, 0>(a);                                                                         \
+#define REDIT_CLUSTER_LOGP(type, Type, capped, threads)                                       \
+  extern "C" __global__ void __launch_bounds__(threads, threads == kFewThreads ? 3 : 1)       \
+      token_loss_cluster_##threads##_logp_##type(const __grid_constant__ TokenLogpLaunch a) { \
+    cluster_rows<Type, capped, threads, 0>(a);                                                \
   }
-#define REDIT_CLUSTERS(type, Type, capped)     \
-  REDIT_CLUSTER(type, Type, capped, 128, 10)   \
-  REDIT_CLUSTER(type, Type, capped, 512, 4)    \
-  REDIT_CLUSTER(type, Type, capped, 512, 6)    \
-  REDIT_CLUSTER(type, Type, capped, 512, 8)    \
-  REDIT_CLUSTER(type, Type, capped, 512, 10)   \
-  REDIT_CLUSTER_LOGP(type, Type, capped, 128)  \
+#define REDIT_CLUSTERS(type, Type, capped)    \
+  REDIT_CLUSTER(type, Type, capped, 128, 10)  \
+  REDIT_CLUSTER(type, Type, capped, 512, 4)   \
+  REDIT_CLUSTER(type, Type, capped, 512, 6)   \
+  REDIT_CLUSTER(type, Type, capped, 512, 8)   \
+  REDIT_CLUSTER(type, Type, capped, 512, 10)  \
+  REDIT_CLUSTER_LOGP(type, Type, capped, 128) \
   REDIT_CLUSTER_LOGP(type, Type, capped, 512)
 REDIT_CLUSTERS(float32, Float32, false)
 REDIT_CLUSTERS(float32_capped, Float32, true)
@@ -302,15 +304,16 @@ REDIT_CLUSTERS(float16_capped, Float16, true)
 
 #endif
 
-#define REDIT_CLUSTERS_LIST(type)                                                                      \
-  REDIT_KERNEL(token_loss_cluster_128x10_##type), REDIT_KERNEL(token_loss_cluster_512x4_##type),       \
-      REDIT_KERNEL(token_loss_cluster_512x6_##type), REDIT_KERNEL(token_loss_cluster_512x8_##type),    \
+#define REDIT_CLUSTERS_LIST(type)                                                                       \
+  REDIT_KERNEL(token_loss_cluster_128x10_##type), REDIT_KERNEL(token_loss_cluster_512x4_##type),        \
+      REDIT_KERNEL(token_loss_cluster_512x6_##type), REDIT_KERNEL(token_loss_cluster_512x8_##type),     \
       REDIT_KERNEL(token_loss_cluster_512x10_##type), REDIT_KERNEL(token_loss_cluster_128_logp_##type), \
       REDIT_KERNEL(token_loss_cluster_512_logp_##type)
 cuda::Kernels cuda::token_loss_cluster_kernels() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  return {REDIT_CLUSTERS_LIST(float32),  REDIT_CLUSTERS_LIST(float32_capped), REDIT_CLUSTERS_LIST(bfloat16),
-          REDIT_CLUSTERS_LIST(bfloat16_capped), REDIT_CLUSTERS_LIST(float16), REDIT_CLUSTERS_LIST(float16_capped)};
+  return {REDIT_CLUSTERS_LIST(float32),  REDIT_CLUSTERS_LIST(float32_capped),
+          REDIT_CLUSTERS_LIST(bfloat16), REDIT_CLUSTERS_LIST(bfloat16_capped),
+          REDIT_CLUSTERS_LIST(float16),  REDIT_CLUSTERS_LIST(float16_capped)};
 #else
   return {};
 #endif

@@ -58,8 +58,7 @@ Launches cluster_rows(const Params& a, const std::string& vectors, const Device&
   if (!dense(logits.matrix) || count > kMostPeers || device.architecture < 90) return {};
   const int shared = kClusterHeader + kStages * 16 * (a.slices.vectors + 1);
   const std::string kind = "cluster_" + std::to_string(threads) + vectors;
-  Launch launch =
-      launch_of(name_of(kind, logits.type, a.transform.capped).c_str(), count, threads, count, shared, a);
+  Launch launch = launch_of(name_of(kind, logits.type, a.transform.capped).c_str(), count, threads, count, shared, a);
   launch.blocks = std::min<int64_t>(logits.matrix.rows, cuda::resident_clusters(device, launch)) * count;
   if (launch.blocks == 0) return {};
   return {launch};
