@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -14,9 +15,25 @@ STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C; Slurm, Kubernetes and kill; a
 Handler = Callable[[int, FrameType | None], object]
 
 
+@functools.cache
+def _reset_in_children() -> None:
+    """A child that has just begun to wait for a lock does not come to a handler in Python: the pool that ends it waits
+    for ever. So a forked child starts with the default where `in_this_process` made the handler."""
+
+    def reset() -> None:
+        for name in STOPS:
+            number = getattr(signal, name, None)
+            if number is not None and hasattr(signal.getsignal(number), "of_this_process"):
+                signal.signal(number, signal.SIG_DFL)
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=reset)
+
+
 def in_this_process(handler: Handler) -> Handler:
     """`handler`, but in a process that is forked from this one, such as a worker of a pool, what the signal does by
     default: its parent ends it so."""
+    _reset_in_children()
     owner = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -24,8 +41,9 @@ def in_this_process(handler: Handler) -> Handler:
             handler(number, frame)
         else:
             signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            signal.raise_signal(number)  # it came before the reset
 
+    handle.of_this_process = True  # type: ignore[attr-defined]
     return handle
 
 

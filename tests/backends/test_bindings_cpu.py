@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from redit_fast.backends import cpu
+from redit_fast.backends.addresses import code, view
 from redit_fast.backends.args import AdamwOptions, AdvantageOptions, PerturbOptions
-from redit_fast.backends.cpu.module import Processor, code, compiled, view
+from redit_fast.backends.cpu.module import Processor, compiled
 from redit_fast.losses.coefficients import PolicyConstants
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.transforms import LogitTransform, TransformConstants
@@ -69,7 +70,7 @@ def group_advantages(given, options=OPTIONS, processor=PROCESSOR):
 
 def token_loss(given, policy):
     tensors = list(given.values())
-    compiled.token_loss(tensors[:4], tensors[4:6], tensors[6:], policy, 1.0, *HOW)
+    compiled.token_loss(tensors[:4], tensors[4:6], tensors[6:11], policy, tensors[11], *HOW)
 
 
 def token_logp_grad(grad_logits, logits, targets, **upstream):
@@ -111,16 +112,18 @@ ENTRIES = {
         lambda **given: token_loss(given, POLICY),
         {"loss": lambda: torch.zeros(()), "logp": rows, "entropy": rows, "grad_logits": logits, "logits": logits,
          "targets": targets,
-         **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows)},
-        dict.fromkeys(("grad_logits", "old_logp", "ref_logp", "sampling_logp"), ()),
+         **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows),
+         "grad_scale": lambda: torch.ones(())},
+        dict.fromkeys(("grad_logits", "old_logp", "ref_logp", "sampling_logp", "grad_scale"), ()),
         (),
     ),
     "token_loss with KL and correction": (
         lambda **given: token_loss(given, LOSS),
         {"loss": lambda: torch.zeros(()), "logp": rows, "entropy": rows, "grad_logits": logits, "logits": logits,
          "targets": targets,
-         **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows)},
-        dict.fromkeys(("grad_logits", "old_logp"), ()),
+         **dict.fromkeys(("weights", "advantages", "old_logp", "ref_logp", "sampling_logp"), rows),
+         "grad_scale": lambda: torch.ones(())},
+        dict.fromkeys(("grad_logits", "old_logp", "grad_scale"), ()),
         (),
     ),
     "scale_in_place": (
@@ -425,5 +428,5 @@ def test_no_rows_and_no_tensors_are_fine():
 
 def test_a_tensor_elsewhere_or_of_three_dimensions_is_refused():
     for x in (torch.empty(3, 4, device="meta"), torch.empty(2, 2, 2)):
-        with pytest.raises(ValueError, match="at most two dimensions on the CPU, got"):
+        with pytest.raises(ValueError, match="at most two dimensions on cpu, got"):
             cpu.token_logp(rows(), None, sums(), x, targets(), LogitTransform())

@@ -5,6 +5,7 @@ import torch
 
 from redit_fast.backends import cpu, reference
 from redit_fast.backends.cpu.linear_loss import TILE_ROWS
+from redit_fast.backends.cpu.module import multiplies_bfloat16
 from redit_fast.losses.transforms import LogitTransform
 from tests.backends.test_token_loss_cpu import assert_near_bits, assert_same_bits, threads  # noqa: F401
 from tests.ops.test_linear_rows import LargestTensor
@@ -124,10 +125,21 @@ def test_strided_inputs_and_version_counters():
     assert [x._version for x in (hidden, weight, bias, targets)] == [0, 0, 0, 0]
 
 
+def torch_splits_few_rows_otherwise(dtype):
+    """MKL on a Sapphire Rapids with two threads: below 384 rows. bfloat16 products are the module's own, where it has
+    them."""
+    if dtype == torch.bfloat16 and multiplies_bfloat16():
+        return False
+    x = torch.randn(512, 896)
+    return any(not torch.equal(torch.mm(x[:16], w), torch.mm(x, w)[:16]) for w in (x.t(), x[:52].t()))
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_multiple_of_16_rows_at_a_real_width(threads, count, dtype):  # noqa: F811
     threads(count)
+    if torch_splits_few_rows_otherwise(dtype):
+        pytest.skip("torch's float32 products change a row's bits with the number of rows on this processor")
     hidden, weight, bias, targets = chunk(count * TILE_ROWS + 32, 2100, dtype, width=896)
     all_rows = run(cpu, hidden, weight, bias, targets)
     for rows in (16, 112, TILE_ROWS - 16, TILE_ROWS, count * TILE_ROWS + 16):

@@ -1,11 +1,14 @@
 """Stops around a reward's own code: its forked workers end as ever, and what it swallows comes again."""
 
+import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 
 import pytest
 
+from redit_fast import signals
 from redit_fast.cli import main
 from redit_fast.training import config
 from redit_fast.training.trainer import train
@@ -41,6 +44,23 @@ def test_a_rewards_pool_of_forked_workers_ends_with_it(settings, tmp_path):
     process = launch(with_reward(settings, tmp_path, POOLED))
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0 and errors == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_forked_child_ends_though_no_handler_in_python_is_reached(number):
+    lock = multiprocessing.get_context("fork").Lock()
+    lock.acquire()
+    with signals.handled(lambda earlier: lambda *_: None):
+        child = multiprocessing.get_context("fork").Process(target=wait_blocked, args=(lock, number))
+        child.start()
+    child.join(60)
+    assert child.exitcode == -number
+
+
+def wait_blocked(lock, number):
+    assert signal.getsignal(number) == signal.SIG_DFL
+    os.kill(os.getpid(), number)
+    lock.acquire()
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
