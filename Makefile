@@ -54,7 +54,8 @@ lock:
 # of five, one divisor of the advantages of two (REPEATED in tests/backends/test_triton.py). And what takes nvcc minutes.
 kernel-gates: $(TESTS) $(TRITON36)
 	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/backends/test_triton.py tests/backends/test_triton36.py \
-		tests/backends/test_advantages_cuda.py tests/project/test_build_cuda.py
+		tests/backends/test_cuda.py $(wildcard tests/backends/test_*_cuda.py) tests/backends/test_token_loss_mutants.py \
+		tests/project/test_build_cuda.py
 
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
 OUT ?= gpu-check

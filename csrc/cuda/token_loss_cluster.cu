@@ -2,18 +2,20 @@
 // does: 2 + 2 bytes of 16 bits. With the bits of token_loss.cu's kernels, which need two readings.
 //
 // A cluster has a row, a block a slice of it, in one of three buffers of shared memory: a bulk copy loads the next row
-// while this one is computed and the gradient of the one before leaves by a bulk copy. e stays in float32 registers, up
-// to `vectors` times 16 bytes of logits a thread: one exponential an element. A slice keeps its address's remainder mod
-// 16 in its buffer: whole granules come and leave by the bulk copy, the first and last by elements.
+// while this one is computed and the gradient of the one before leaves by a bulk copy. e stays in float32 registers, of
+// at most 4, 6, 8 or 10 vectors a thread (the last number of a kernel's name): one exponential an element, and 10.5
+// instructions where a row is aligned. A slice keeps its address's remainder mod 16 in its buffer: whole granules come
+// and leave by the bulk copy, the first and last by elements. Its vectors are then shifted out of two granules each, 2
+// more instructions an element, and written in pieces, 1 more: so that the order of the sums is the row's own.
 //
 //   kernel            threads  shared bytes            registers: sm_80  sm_90a  sm_100
-//   cluster_128x10        128  416 + 48 vectors a slice              -     168     168
-//   cluster_512x4         512  416 + 48 vectors a slice              -     128     128
+//   cluster_128x10        128  416 + 48 vectors a slice              -     164     163
+//   cluster_512x4         512  416 + 48 vectors a slice              -     128     126
 //   cluster_512x6         512  416 + 48 vectors a slice              -     128     128
-//   cluster_512x8         512  416 + 48 vectors a slice              -     128     128
+//   cluster_512x8         512  416 + 48 vectors a slice              -     128     126
 //   cluster_512x10        512  416 + 48 vectors a slice              -     128     128
-//   cluster_128_logp      128  416 + 48 vectors a slice              -     168     168
-//   cluster_512_logp      512  416 + 48 vectors a slice              -     128     128
+//   cluster_128_logp      128  416 + 48 vectors a slice              -      96     122
+//   cluster_512_logp      512  416 + 48 vectors a slice              -      80     122
 
 #include "cuda/token_rows.h"
 

@@ -180,6 +180,22 @@ KERNEL(half_a_warp) {
   static_cast<float*>(args.y)[threadIdx.x] = __shfl_xor_sync(0x55555555u, float(threadIdx.x), 2);
 }
 KERNEL(atomic) { atomicAdd(static_cast<float*>(args.y), 1.0f); }
+KERNEL(fused_double) {
+  const auto* x = static_cast<const double*>(args.x) + threadIdx.x;
+  static_cast<double*>(args.y)[threadIdx.x] = fma(x[0], x[args.n], x[2 * args.n]);
+}
+// Words that move between lanes, and bytes within words.
+KERNEL(words) {
+  const int t = int(threadIdx.x);
+  const auto* x = static_cast<const uint32_t*>(args.x) + t;
+  auto* y = static_cast<uint32_t*>(args.y) + t;
+  const uint32_t a = x[0], b = x[args.n], c = x[2 * args.n];
+  y[0] = __shfl_down_sync(~0u, a, 3), y[args.n] = __shfl_sync(~0u, a, (t + 5) % 64);
+  y[2 * args.n] = __funnelshift_r(a, b, c), y[3 * args.n] = __byte_perm(a, b, c);
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(signs) : "r"(a), "r"(b), "r"(c));
+  y[4 * args.n] = signs;
+}
 KERNEL(for_ever) {
   while (true) asm volatile("" ::: "memory");
 }

@@ -239,6 +239,42 @@ def test_float64_arithmetic_is_exact(kernels):
     assert same(y[2], np.copysign(x[0], x[1]))
 
 
+def test_float64_multiply_adds_are_fused(kernels):
+    """Products that all but cancel, halfway cases of the sum, and far smaller addends; and what is no number."""
+    n, random = 256, np.random.default_rng(3)
+    x = random.standard_normal((3, n)) * 2.0 ** random.integers(-40, 40, (3, n))
+    x[2, : n // 2] = -(x[0] * x[1])[: n // 2] * random.choice([1, 1 + 2.0**-50], n // 2)
+    x[2, n // 2 : 200] = (x[0] * x[1])[n // 2 : 200] * 2.0**53 * random.choice([1, -1], 200 - n // 2)
+    exact = [float(Fraction(p) * Fraction(q) + Fraction(r)) for p, q, r in x.T.tolist()]
+    x, y = placed(x), placed(np.zeros(n))
+    run(kernels, "fused_double", x, y, n, threads=n)
+    assert (y == exact).all() and (y != x[0] * x[1] + x[2]).sum() > n // 4
+    x[:, :4] = [[np.inf, 0.0, np.nan, 1.0], [1.0, 3.0, 1.0, np.inf], [1.0, 5.0, 1.0, -np.inf]]
+    run(kernels, "fused_double", x, y, n, threads=n)
+    assert np.array_equal(y[:4], [np.inf, 5.0, np.nan, np.nan], equal_nan=True)
+    x[:2, 0] = 1e-200
+    with pytest.raises(Fault, match="beyond 2.900 or below"):
+        run(kernels, "fused_double", x, y, n, threads=n)
+
+
+def test_words_between_lanes_and_bytes_within_words(kernels):
+    n = 64
+    x = placed(np.random.default_rng(4).integers(0, 2**32, (3, n), np.uint32))
+    y = placed(np.zeros((5, n), np.uint32))
+    run(kernels, "words", x, y, n, threads=n)
+    a, b, c = x
+    lane, first = np.arange(n) % 32, np.arange(n) // 32 * 32
+    assert (y[0] == a[first + np.where(lane < 29, lane + 3, lane)]).all()
+    assert (y[1] == a[first + (np.arange(n) + 5) % 64 % 32]).all()
+    for t in range(n):
+        eight = int(a[t]) | int(b[t]) << 32
+        assert y[2, t] == eight >> (int(c[t]) & 31) & 0xFFFFFFFF
+        chosen = [eight >> 8 * (int(c[t]) >> 4 * i & 7) & 255 for i in range(4)]
+        assert y[3, t] == sum(byte << 8 * i for i, byte in enumerate(chosen))
+        spread = [255 * (byte >> 7) if int(c[t]) >> 4 * i & 8 else byte for i, byte in enumerate(chosen)]
+        assert y[4, t] == sum(byte << 8 * i for i, byte in enumerate(spread))
+
+
 def test_special_numbers(kernels):
     nan, inf = np.nan, np.inf
     special = [nan, inf, -inf, 0.0, -0.0, 1.0, -2.5, 0.5, 1.5, 3e38, 1e-40, -1e-40, -130.0, 130.0, 0.3, 2.5]
@@ -376,6 +412,9 @@ REFUSED = {
     "add.rz.f64 %rd2, %rd1, %rd1;": "a rounding of f64",
     "mul.wide.u64 %rd2, %rd1, %rd1;": "a product of 128 bits",
     "rsqrt.approx.ftz.f64 %rd2, %rd1;": "an approximation of f64",
+    "sqrt.approx.ftz.f64 %rd2, %rd1;": "an approximation of f64",
+    "fma.rz.f64 %rd2, %rd1, %rd1, %rd1;": "a rounding of f64",
+    "shfl.sync.bfly.b32 %r2, %r1, 1, 0x1c1f, -1;": "a shuffle of part of a warp",
     "cvt.rz.f32.s32 %r2, %r1;": "unknown conversion",
     "bar.sync 1, 32;": "only barrier 0, of all threads, is known",
     "barrier.cluster.wait.acquire.aligned;": "waits at the cluster's barrier without having arrived",

@@ -84,7 +84,7 @@ CLUSTER = [
         "row_end = vocabulary - from * kWide + kWide",
         WRONG,
     ),
-    ("no edges of the next row", "if (more && t < 32) show(row + step, ahead, next);", "", f"{WRONG}|deadlock"),
+    ("no edges of the next row", "if (more && t < 32) show(row + step, ahead, next, slot);", "", f"{WRONG}|deadlock"),
     ("an end during the last bulk store", "if (kStore && t == 0) device::bulk_wait<0>();", "", "ends during"),
 ]
 BLOCK = [
@@ -101,7 +101,7 @@ BLOCK = [
         "end = shared_end;",
         "race: .* shared byte",
     ),
-    ("one place for two targets", "row += gridDim.x, turn ^= 1)", "row += gridDim.x)", "race: .* shared byte"),
+    ("one place for two rows' beginnings", "row += gridDim.x, turn ^= 1)", "row += gridDim.x)", "race: .* shared byte"),
     ("no granule after a warp's last", "if (in.shift && lane == 31) next[k]", "if (false) next[k]", WRONG),
     (
         "a vector past the row's whole granules",

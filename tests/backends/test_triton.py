@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
 from redit_fast import backends
-from redit_fast.backends import reference
+from redit_fast.backends import cuda, reference
 from redit_fast.backends import triton as backend
 from redit_fast.losses.transforms import LogitTransform
 from tests import ROOT
@@ -79,7 +79,9 @@ def test_cpu_tensors_are_refused_with_a_sentence():
 
 
 @compiled
-def test_cuda_tensors_get_triton():
+def test_cuda_tensors_get_triton(monkeypatch):
+    """Where the CUDA backend, first in the order, refuses."""
+    monkeypatch.setattr(cuda, "why_not", lambda op, device: "was not built")
     for op in backends.PRIMITIVES:
         assert backends.primitive(getattr(reference, op), torch.device("cuda")) is getattr(backend, op)
 

@@ -42,4 +42,7 @@ def why_not(op: str, device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"computes on CUDA tensors only, got {device}"
-    return module.why_no_kernels(torch.cuda.current_device() if device.index is None else device.index)
+    index = device.index
+    if index is None:  # torch's current one; its build without CUDA has none
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return module.why_no_kernels(index)
