@@ -61,14 +61,13 @@ class _Chunk:
         def floats(*shape: int) -> Tensor:
             return hidden.new_empty(shape, dtype=torch.float32)
 
+        self.tile: Tensor | None = None
         if not self.own:
             self.tile = floats(rows, columns)
-        else:
-            self.inputs = (
-                hidden if _has_map(hidden) else hidden.clone(memory_format=torch.contiguous_format),
-                *self.inputs[1:],
-            )
-            self.tile = None if _has_map(weight) else weight.new_empty(columns, weight.shape[1])
+        elif not _has_map(weight):
+            self.tile = weight.new_empty(columns, weight.shape[1])
+        if self.own and not _has_map(hidden):
+            self.inputs = (hidden.clone(memory_format=torch.contiguous_format), *self.inputs[1:])
         self.scratch = (floats(6 * rows), floats(4 * rows * -(-vocabulary // PART)) if parts else None, self.tile)
 
     def run(self, plan: tuple[list, list, list], *tensors: Tensor | None) -> None:
