@@ -169,6 +169,45 @@ def test_bits_are_those_of_the_reference_for_many_unequal_shuffled_groups(backen
                 assert torch.equal(a, b), (name, options)
 
 
+def in_order(values):
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+def batch_sum(groups):
+    """Members in order, groups in blocks of 1024, blocks in order."""
+    sums = [in_order(group) for group in groups]
+    return in_order(in_order(sums[first : first + 1024]) for first in range(0, len(sums), 1024))
+
+
+def test_batch_sums_are_in_the_documented_order_of_blocks(backend):
+    """A group's sum is nothing but rounding, and so is the batch's mean, which an exact 0 shows. Each group has one of
+    three rewards, with weights 1, -1 and 1e-13: the first two cancel in the end, and on the way there they swallow of
+    the third's sums what the order makes them."""
+    groups, weights = 3000, [1.0, -1.0, 1e-13]
+    scores = torch.rand(groups, 3).double()
+    scores[-100:] = torch.tensor([0.25, 0.5, 0.75])
+    order, which, twice = torch.randperm(groups), torch.full((groups,), 2), torch.rand(400, 3).double()
+    for k in (0, 1):
+        scores[order[k:800:2]] = twice
+        which[order[k:800:2]] = k
+    rewards = torch.full((groups, 3, 3), NAN, dtype=torch.float64)
+    rewards.scatter_(2, which[:, None, None].expand(-1, 3, 1), scores[..., None])
+    x = []
+    for row, k in zip(scores.tolist(), which.tolist(), strict=True):
+        mean = in_order(row) / 3
+        std = math.sqrt(in_order((r - mean) ** 2 for r in row) / 2)
+        x.append([weights[k] * ((r - mean) / (std + 1e-4)) for r in row])
+    mean = batch_sum(x) / (3 * groups)
+    std = math.sqrt(batch_sum([[(a - mean) ** 2 for a in row] for row in x]) / (3 * groups - 1))
+    expected = torch.tensor([[(a - mean) / (std + 1e-4) for a in row] for row in x], dtype=torch.float64).float()
+    assert (expected != 0).all() and abs(mean * 3 * groups / in_order(map(in_order, x)) - 1) > 1e-6
+    options = {"group_size": 3, "combine": "normalize_then_sum", "reward_weights": weights}
+    assert torch.equal(rf.group_advantages(rewards.flatten(0, 1), **options).values, expected.flatten())
+
+
 @pytest.mark.parametrize("scale", ["group", "none"])
 def test_reordering_interleaving_and_splitting_whole_groups_keep_every_bit(backend, scale):
     groups, size = 40, 7
