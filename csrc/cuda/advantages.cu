@@ -296,8 +296,10 @@ REDIT_ADVANTAGES(whole, 256, 256)
 REDIT_ADVANTAGES(sums, 256, 256)
 REDIT_ADVANTAGES(squares, 256, 256)
 REDIT_ADVANTAGES(values, 256, 256)
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if REDIT_CLUSTERS_ARE_THERE
 REDIT_ADVANTAGES(cluster, 512, kBatchBlock)
+#else
+extern "C" __global__ void __launch_bounds__(32) advantages_cluster(const __grid_constant__ AdvantagesLaunch) {}
 #endif
 
 // One block is all there is: it may take every register.
@@ -313,10 +315,7 @@ extern "C" __global__ void __launch_bounds__(kBatchBlock, 1)
 cuda::Kernels cuda::advantages_kernels() {
   return {REDIT_KERNEL(advantages_whole),  REDIT_KERNEL(advantages_sums), REDIT_KERNEL(advantages_squares),
           REDIT_KERNEL(advantages_values), REDIT_KERNEL(advantages_mean), REDIT_KERNEL(advantages_std),
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-          REDIT_KERNEL(advantages_cluster)
-#endif
-  };
+          REDIT_KERNEL(advantages_cluster)};
 }
 
 }  // namespace redit

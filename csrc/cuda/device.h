@@ -9,6 +9,19 @@
 #define REDIT_DEVICE __device__ __forceinline__
 #define REDIT_KERNEL(name) {#name, reinterpret_cast<const void*>(&name)}  // of a list of cuda/launch.h
 
+// The host has one stub a kernel for all architectures, so a kernel is there on each. Where the architecture lacks its
+// instructions it is empty and takes 32 threads, which tells launch.cpp that it cannot run.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define REDIT_CLUSTERS_ARE_THERE 0
+#else
+#define REDIT_CLUSTERS_ARE_THERE 1
+#endif
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define REDIT_WGMMA_IS_THERE 0
+#else
+#define REDIT_WGMMA_IS_THERE 1
+#endif
+
 namespace redit::device {
 
 REDIT_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }

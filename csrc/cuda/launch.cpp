@@ -94,6 +94,7 @@ int ask_resident(const Device& device, const Launch& launch, const void* functio
     return 0;
   }
   check(error, launch.kernel);
+  if (attributes.maxThreadsPerBlock < launch.threads) return 0;
   allow_shared(function, launch, device.ordinal);
   int count = 0;
   if (launch.cluster > 1) {

@@ -15,9 +15,9 @@
 
 #include "cuda/head_rows.h"
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 namespace redit {
+
+#if REDIT_WGMMA_IS_THERE
 
 namespace {
 
@@ -188,14 +188,15 @@ extern "C" __global__ void __launch_bounds__(kProductThreads, 1)
   product<false>(p);
 }
 
-}  // namespace redit
-
-#endif
-
-redit::cuda::Kernels redit::cuda::linear_loss_product_kernels() {
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  return {REDIT_KERNEL(linear_loss_product), REDIT_KERNEL(linear_loss_product_grad)};
 #else
-  return {};
+
+extern "C" __global__ void __launch_bounds__(32) linear_loss_product(const __grid_constant__ ProductLaunch) {}
+extern "C" __global__ void __launch_bounds__(32) linear_loss_product_grad(const __grid_constant__ ProductLaunch) {}
+
 #endif
+
+cuda::Kernels cuda::linear_loss_product_kernels() {
+  return {REDIT_KERNEL(linear_loss_product), REDIT_KERNEL(linear_loss_product_grad)};
 }
+
+}  // namespace redit

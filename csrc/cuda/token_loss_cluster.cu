@@ -21,7 +21,7 @@
 
 namespace redit {
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if REDIT_CLUSTERS_ARE_THERE
 
 namespace {
 
@@ -277,15 +277,22 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
 
 }  // namespace
 
+#define REDIT_BOUNDS(threads) __launch_bounds__(threads, threads == kFewThreads ? 3 : 1)
+#define REDIT_ROWS(...) cluster_rows<__VA_ARGS__>(a)
+#else
+#define REDIT_BOUNDS(threads) __launch_bounds__(32)
+#define REDIT_ROWS(...)
+#endif
+
 #define REDIT_CLUSTER(type, Type, capped, threads, vectors)                                          \
-  extern "C" __global__ void __launch_bounds__(threads, threads == kFewThreads ? 3 : 1)              \
+  extern "C" __global__ void REDIT_BOUNDS(threads)                                                   \
       token_loss_cluster_##threads##x##vectors##_##type(const __grid_constant__ TokenLossLaunch a) { \
-    cluster_rows<Type, capped, threads, vectors>(a);                                                 \
+    REDIT_ROWS(Type, capped, threads, vectors);                                                      \
   }
 #define REDIT_CLUSTER_LOGP(type, Type, capped, threads)                                       \
-  extern "C" __global__ void __launch_bounds__(threads, threads == kFewThreads ? 3 : 1)       \
+  extern "C" __global__ void REDIT_BOUNDS(threads)                                            \
       token_loss_cluster_##threads##_logp_##type(const __grid_constant__ TokenLogpLaunch a) { \
-    cluster_rows<Type, capped, threads, 0>(a);                                                \
+    REDIT_ROWS(Type, capped, threads, 0);                                                     \
   }
 #define REDIT_CLUSTERS(type, Type, capped)    \
   REDIT_CLUSTER(type, Type, capped, 128, 10)  \
@@ -302,21 +309,15 @@ REDIT_CLUSTERS(bfloat16_capped, BFloat16, true)
 REDIT_CLUSTERS(float16, Float16, false)
 REDIT_CLUSTERS(float16_capped, Float16, true)
 
-#endif
-
 #define REDIT_CLUSTERS_LIST(type)                                                                       \
   REDIT_KERNEL(token_loss_cluster_128x10_##type), REDIT_KERNEL(token_loss_cluster_512x4_##type),        \
       REDIT_KERNEL(token_loss_cluster_512x6_##type), REDIT_KERNEL(token_loss_cluster_512x8_##type),     \
       REDIT_KERNEL(token_loss_cluster_512x10_##type), REDIT_KERNEL(token_loss_cluster_128_logp_##type), \
       REDIT_KERNEL(token_loss_cluster_512_logp_##type)
 cuda::Kernels cuda::token_loss_cluster_kernels() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   return {REDIT_CLUSTERS_LIST(float32),  REDIT_CLUSTERS_LIST(float32_capped),
           REDIT_CLUSTERS_LIST(bfloat16), REDIT_CLUSTERS_LIST(bfloat16_capped),
           REDIT_CLUSTERS_LIST(float16),  REDIT_CLUSTERS_LIST(float16_capped)};
-#else
-  return {};
-#endif
 }
 
 }  // namespace redit
