@@ -5,7 +5,8 @@ import torch
 
 import redit_fast as rf
 from redit_fast.backends import cpu
-from redit_fast.backends.cpu.module import compiled, view
+from redit_fast.backends.addresses import view
+from redit_fast.backends.cpu.module import compiled
 from tests.backends.test_token_loss_cpu import threads  # noqa: F401
 from tests.ops.test_linear_loss import exact_logp, head, leaves
 from tests.tolerance import relative
