@@ -176,9 +176,13 @@ def render(tokenizer: Tokenizer, record: dict, system_prompt: str | None = None)
     if tokenizer.chat_template is None:
         text = "".join(f"{message['content']}\n\n" for message in prompt)
         return tokenizer(text.removesuffix("\n\n") if opened else text)["input_ids"]
-    return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=not opened, continue_final_message=opened, return_dict=False
-    )
+    if not opened:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    text = tokenizer.apply_chat_template(prompt, continue_final_message=True, tokenize=False)
+    ending = prompt[-1]["content"]
+    if not text.endswith(ending):  # a template that trims contents took the newline of a `<think>`
+        text = text.rstrip() + ending[len(ending.rstrip()) :]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def completion(prompt: Prompt, text: str) -> Prompt:

@@ -229,6 +229,19 @@ def test_a_final_assistant_message_is_continued(tokenizer):
     assert json.dumps(chat) == before
 
 
+@pytest.mark.parametrize("ending", ["<think>", "<think>\n", "<think>\n\n", "<think> \t\n"])
+def test_a_template_that_trims_contents_does_not_trim_what_the_model_continues(tokenizer, ending):
+    closed = tokenizer.chat_template
+    tokenizer.chat_template = closed.replace("m['content']", "m['content'] | trim").replace(
+        "\n{% endfor %}", "</end>\n{% endfor %}"
+    )
+    chat = {"prompt": [{"role": "user", "content": " 2 + 2\n"}, {"role": "assistant", "content": ending}]}
+    try:
+        assert tokenizer.decode(data.render(tokenizer, chat)) == f"[user] 2 + 2</end>\n[assistant] {ending}"
+    finally:
+        tokenizer.chat_template = closed
+
+
 def test_a_final_assistant_message_is_continued_without_a_template_too():
     base = Qwen2Tokenizer().train_new_from_iterator(["abc"], vocab_size=258, show_progress=False)
     base.chat_template = None
