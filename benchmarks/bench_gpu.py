@@ -8,6 +8,7 @@ installed are left out and named.
 import argparse
 import importlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 
 import redit_fast as rf
 from benchmarks.common import Candidate, clock, machine, measure, show
+from redit_fast import backends
 
 VOCABULARY = 151_936
 CONFIG = rf.LossConfig()
@@ -260,6 +262,12 @@ GROUPS = {
 }
 
 
+def backend():
+    """What REDIT_FAST_BACKEND forces, else the first one that does not refuse."""
+    ready = [name for op, name, why in backends.report("cuda") if (op, why) == ("token_loss", "ok")]
+    return os.environ.get("REDIT_FAST_BACKEND", ready[0])
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("group", choices=GROUPS)
@@ -267,7 +275,7 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the results there")
     arguments = parser.parse_args()
     rows = measure(GROUPS[arguments.group](arguments.rows), rounds=11, device="cuda")
-    title = f"{arguments.group}, {arguments.rows} rows of {VOCABULARY}, bfloat16"
+    title = f"{arguments.group}, {arguments.rows} rows of {VOCABULARY}, bfloat16, backend {backend()}"
     show(title, rows)
     if arguments.json:
         results = {"machine": machine(), "tables": {title: [asdict(row) for row in rows]}}

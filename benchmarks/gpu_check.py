@@ -1,9 +1,9 @@
 """Everything that a CUDA machine can show, in one go: python3 -m benchmarks.gpu_check OUT, or make gpu-check OUT=DIR
 
 Installs nothing: the python3 that runs it needs torch, triton and pytest. Builds the compiled modules, runs the tests
-marked gpu, some of them under compute-sanitizer where that is installed, the self-test and the benchmarks; goes on
-after a failure, each part for at most its own time, 570 s in all. Leaves gpu_check.json, gpu_check.txt and the
-output of every part in OUT.
+marked gpu with each backend forced, some of them under compute-sanitizer where that is installed, the self-test and
+the benchmarks; goes on after a failure, each part for at most its own time, 570 s in all. Leaves gpu_check.json,
+gpu_check.txt and the output of every part in OUT.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from benchmarks.common import machine
 
 ROOT = Path(__file__).parent.parent
-# Of the tests on a GPU what needs one, and those whose subject is the device: 93 cases of Triton. `make test` there
+# Of the tests on a GPU what needs one, and those whose subject is the device: 93 cases of a backend. `make test` there
 # runs all 1,358; a new regime compiles kernels for seconds.
 TESTS = ("tests/ops/test_gpu.py", "tests/ops/test_token_loss.py", "tests/ops/test_linear_rows.py",
          "tests/ops/test_linear_loss.py", "tests/backends/test_params.py")  # fmt: skip
@@ -30,20 +30,33 @@ CASES = "test_gpu or strides or poisoned or same_bits or 70_000 or float32_exact
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel")
 
 
-def parts(folder: Path) -> dict[str, tuple[int, tuple[str, ...]]]:
-    """name -> seconds at most, command."""
-    found = {
-        "build": (120, (sys.executable, "setup.py", "-q", "build_ext", "--inplace")),
-        "tests": (150, (*PYTEST, "-k", f"not reference-cuda and not dtype2 and ({CASES})")),
-        "selftest": (60, (sys.executable, "-m", "redit_fast", "selftest")),
-    }
-    for group, seconds in (("forward", 30), ("gradient", 40), ("head-896", 30), ("head-3584", 45), ("step", 35)):
-        bench = ("benchmarks.bench_gpu", group, "--json", str(folder / f"{group}.json"))
-        found[group] = (seconds, (sys.executable, "-m", *bench))
+def parts(folder: Path, capability: tuple[int, int]) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """name -> seconds at most, command. `capability` is the device's, (9, 0) for an H100 or H200."""
+    major, minor = capability
+    built: tuple[str, ...] = ()
+    if nvcc := shutil.which("nvcc"):
+        built = ("env", "REDIT_FAST_CUDA=1", f"TORCH_CUDA_ARCH_LIST={major}.{minor}{'a' * (major == 9)}")
+    found = {"build": (60, (*built, sys.executable, "setup.py", "-q", "build_ext", "--inplace"))}
+    if nvcc:
+        found["tests-cuda"] = (70, (*PYTEST, "-k", f"cuda-cuda and ({CASES})"))
+    found["tests-triton"] = (110, (*PYTEST, "-k", f"triton-cuda and not dtype2 and ({CASES})"))
+    found["selftest"] = (40, (sys.executable, "-m", "redit_fast", "selftest"))
+    for group, seconds in (("forward", 30), ("gradient", 35), ("head-896", 30), ("head-3584", 40), ("step", 35)):
+        found[group] = (seconds, _bench(folder, group, group))
+    if nvcc:  # else these are of Triton already
+        for group, seconds in (("forward", 25), ("gradient", 35)):
+            name = f"{group}-triton"
+            found[name] = (seconds, ("env", "REDIT_FAST_BACKEND=triton", *_bench(folder, group, name)))
     if sanitizer := shutil.which("compute-sanitizer"):
-        cases = "not reference-cuda and (strides or (poisoned and 31))"
-        found["compute-sanitizer"] = (60, (sanitizer, "--error-exitcode", "1", *PYTEST, "-k", cases))
+        cases = f"{'cuda' if nvcc else 'triton'}-cuda and (strides or (poisoned and 31))"
+        for tool in ("memcheck", "racecheck", "synccheck"):
+            command = (sanitizer, "--tool", tool, "--error-exitcode", "1", *PYTEST, "-k", cases)
+            found[f"sanitizer-{tool}"] = (20, command)
     return found
+
+
+def _bench(folder: Path, group: str, name: str) -> tuple[str, ...]:
+    return sys.executable, "-m", "benchmarks.bench_gpu", group, "--json", str(folder / f"{name}.json")
 
 
 def run(name: str, seconds: int, command: tuple[str, ...], folder: Path) -> dict:
@@ -84,7 +97,7 @@ def main() -> int:
         parser.error("torch sees no CUDA device here")
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
-    for name, (seconds, command) in parts(folder).items():
+    for name, (seconds, command) in parts(folder, torch.cuda.get_device_capability()).items():
         results[name] = run(name, seconds, command, folder)
         print(f"{name}: {results[name]['outcome']}, {results[name]['seconds']} s", flush=True)
     tables = {}

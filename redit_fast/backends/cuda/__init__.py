@@ -1,4 +1,4 @@
-"""The CUDA backend, csrc/cuda/: built where nvcc is, for tensors on a GPU. What it does not have yet, it refuses."""
+"""The CUDA backend, csrc/cuda/: built where nvcc is, for tensors on a GPU."""
 
 import torch
 
@@ -26,8 +26,6 @@ __all__ = [
 
 
 def why_not(op: str, device: torch.device) -> str | None:
-    if op not in __all__:
-        return "has no kernel for it yet"
     if module.missing:
         return module.missing
     if module.interpreted():
