@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import json
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,11 @@ from redit_fast.backends.cuda import linear_loss as cuda_head
 from redit_fast.backends.cuda import module
 from tests import cuda as cuda_without_a_gpu
 from tests.grid import CUDA_INTERPRETED, DEVICES, INTERPRETED, MadeOn, pairs
+
+# As in a terminal, here and in the processes that tests start: nohup's children ignore SIGHUP, and SIGINT those that a
+# script runs in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REWARDS = [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps", "answer_format")]
 

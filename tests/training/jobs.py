@@ -1,5 +1,6 @@
 """A training job as the command line gets it, and what it leaves."""
 
+import atexit
 import json
 import subprocess
 import sys
@@ -18,4 +19,6 @@ def flags(settings):
 
 def launch(settings, *more, **options):
     command = [sys.executable, "-m", "redit_fast", "train", *flags(settings), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    atexit.register(process.kill)  # a test that fails leaves it running
+    return process

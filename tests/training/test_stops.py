@@ -104,7 +104,7 @@ def test_a_checkpoint_that_exists_has_all_the_lines_that_lead_to_it(settings, mo
 def test_a_stop_saves_prints_the_resume_command_and_has_its_exit_code(settings, tmp_path, number, code):
     """Ctrl-C; Slurm, Kubernetes and kill; a terminal that was closed. A second one changes nothing."""
     job = {**settings, "name": "my run", "steps": 500, "checkpoint_every": 400}
-    process = launch(job, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup's child ignores it
+    process = launch(job)
     deadline = time.monotonic() + 300
     metrics = tmp_path / "my run" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
