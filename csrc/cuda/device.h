@@ -102,6 +102,13 @@ REDIT_DEVICE void store16(void* p, const Vector& v) {
                : "memory");
 }
 
+// threadIdx.x, read again each time: what follows from it then takes no register of a loop that has none to spare.
+REDIT_DEVICE int thread() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return int(index);
+}
+
 // Clusters: barrier.cluster, mapa.
 
 REDIT_DEVICE int cluster_rank() {
