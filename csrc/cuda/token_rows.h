@@ -83,14 +83,6 @@ REDIT_DEVICE int column_of(int64_t target, int vocabulary) {
   return target == kIgnore ? kMasked : stray(target, vocabulary) ? kStray : int(target);
 }
 
-// Under softcap tanh(x logit_scale / softcap), to 2e-7; else x.
-template <bool capped>
-REDIT_DEVICE float squash(float x, const TransformConstants& t) {
-  if (!capped) return x;
-  const float inner = t.inner * float(2 / kLn2);
-  return fmaf(-2.0f, device::rcp_approx(1.0f + device::exp2_approx(x * inner)), 1.0f);
-}
-
 // e = 2^y, y = (u - anchor) outer with both squashed. The subtraction comes first: a common shift cancels. y ends at
 // -200, where e is 0: e y is never 0 times infinity. NaN stays.
 template <bool capped>
