@@ -17,6 +17,7 @@ from tests.ptx import Launch, Machine, Module
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ORDERS = ("lowest", "highest", "random")
 TARGETS = {"80": "sm_80", "90": "sm_90a", "100": "sm_100"}  # of KERNEL_ARCHS
+EMPTY = "4"  # registers of a kernel on an architecture that it is not for, "-" in the tables
 # A kernel's name begins with its file's.
 SOURCES = sorted((file.stem for file in (ROOT / "csrc" / "cuda").glob("*.cu")), key=len, reverse=True)
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,7 +30,8 @@ def flags(source):
 
 
 def compiled(name, target, *more, kind="ptx"):
-    """The file that nvcc makes of csrc/cuda/`name`.cu: kept in build/ until a source changes."""
+    """The file that nvcc makes of csrc/cuda/`name`.cu, and beside it, `.log`, what nvcc says: kept in build/ until a
+    source changes."""
     source = ROOT / "csrc" / "cuda" / f"{name}.cu"
     headers = sorted((ROOT / "csrc").glob("shared/*.h")) + sorted((ROOT / "csrc").glob("cuda/*.h"))
     command = [NVCC, f"-{kind}", f"-arch={target}", *flags(source), *more]
@@ -39,9 +41,22 @@ def compiled(name, target, *more, kind="ptx"):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
         plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of `make sanitize`
-        subprocess.run([*command, source, "-o", draft], check=True, env=plain)
+        done = subprocess.run([*command, source, "-o", draft], env=plain, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr
+        path.with_suffix(".log").write_text(done.stderr)
         os.replace(draft, path)
     return path
+
+
+def cubin(name, target):
+    """Machine code; its `.log` has the registers of each kernel."""
+    return compiled(name, target, "-Xptxas", "-v", kind="cubin")
+
+
+def other_release():
+    """ptxas of another release counts otherwise."""
+    told = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout if NVCC else ""
+    return "release 13.0" not in told
 
 
 @functools.cache

@@ -1,10 +1,11 @@
-// What a kernel asks of the device that C++ has no word for. All inline assembly of csrc/cuda is here; the PTX ISA's
-// own names are in the comments. Clusters, mbarriers and bulk copies need sm_90.
+// What a kernel asks of the device that C++ has no word for, and softcap, which is made of it. All inline assembly of
+// csrc/cuda is here; the PTX ISA's own names are in the comments. Clusters, mbarriers and bulk copies need sm_90.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/tensor_map.h"
+#include "shared/row_math.h"
 
 #define REDIT_DEVICE __device__ __forceinline__
 #define REDIT_KERNEL(name) {#name, reinterpret_cast<const void*>(&name)}  // of a list of cuda/launch.h
@@ -100,6 +101,13 @@ REDIT_DEVICE void store16(void* p, const Vector& v) {
   asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
                "r"(v.word[3])
                : "memory");
+}
+
+// threadIdx.x, read again each time: what follows from it then takes no register of a loop that has none to spare.
+REDIT_DEVICE int thread() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return int(index);
 }
 
 // Clusters: barrier.cluster, mapa.
@@ -284,3 +292,15 @@ REDIT_DEVICE void wgmma(Accumulator<256>& a, uint64_t x, uint64_t w) {
 #undef REDIT_D64
 
 }  // namespace redit::device
+
+namespace redit {
+
+// Under softcap tanh(x inner), where inner is logit_scale / softcap, to 2e-7; else x.
+template <bool capped>
+REDIT_DEVICE float squash(float x, const TransformConstants& t) {
+  if (!capped) return x;
+  const float inner = t.inner * float(2 / kLn2);
+  return fmaf(-2.0f, device::rcp_approx(1.0f + device::exp2_approx(x * inner)), 1.0f);
+}
+
+}  // namespace redit

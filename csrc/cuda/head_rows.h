@@ -29,14 +29,6 @@ REDIT_DEVICE void set_element(void* data, int64_t i, Dtype type, float x) {
         uint16_t(type == Dtype::bfloat16 ? device::pack_bfloat16(x, 0) : device::pack_float16(x, 0));
 }
 
-// Under softcap tanh(x inner), to 2e-7; else x.
-template <bool capped>
-REDIT_DEVICE float squash(float x, const TransformConstants& t) {
-  if (!capped) return x;
-  const float inner = t.inner * float(2 / kLn2);
-  return fmaf(-2.0f, device::rcp_approx(1.0f + device::exp2_approx(x * inner)), 1.0f);
-}
-
 // y(x) - y(anchor), in powers of 2.
 template <bool capped>
 REDIT_DEVICE float gap(float x, float anchor, const TransformConstants& t) {

@@ -12,8 +12,8 @@
 // bytes the sums read 3 % more: a warp's last lane needs the granule after its own.
 //
 //   kernel     threads  shared bytes  registers: sm_80  sm_90a  sm_100
-//   logp    128 or 512   128 a slice              80      80      99
-//   rows    128 or 512   128 a slice              94      96     118
+//   logp    128 or 512   128 a slice              80      78      95
+//   rows    128 or 512   128 a slice              94      94     124
 //   grad           256             0              78      80      77
 //   scale          256             0              64      72      80
 //   total         1024             0              32      32      32
@@ -182,8 +182,9 @@ struct Gradient {
   Gap<capped> gap;
   Slopes slopes;
   REDIT_DEVICE float operator()(float x) const {
-    float bend, y = gap(x, bend), e = device::exp2_approx(y);
-    if (capped) e *= bend;
+    const float u = squash<capped>(x, gap.t), y = gap(u);
+    float e = device::exp2_approx(y);
+    if (capped) e *= bend(u);
     return e * fmaf(y, slopes.by_gap, slopes.constant);
   }
 };
@@ -196,6 +197,7 @@ REDIT_DEVICE void block_rows(const Launch& a) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ RowEnd shared_end;
   __shared__ RowBegin shared_begins[2];  // by turn
+  __shared__ int shared_targets[2];
   auto* slices = reinterpret_cast<WarpSums*>(memory);
   const Matrix& logits = a.op.logits.matrix;
   const int vocabulary = int(logits.columns), vectors = (vocabulary + Type::kWide - 1) / Type::kWide;
@@ -209,13 +211,14 @@ REDIT_DEVICE void block_rows(const Launch& a) {
     const Stored* x = row_of<const Stored>(logits, row);
     RowBegin& begin = shared_begins[turn];
     if (t == 0) {
-      begin.target = column_of(a.op.logits.targets[row], vocabulary);
-      begin.at_target = begin.target >= 0 ? Type::widen(x[begin.target * logits.column_stride]) : kNaN;
+      const int target = column_of(a.op.logits.targets[row], vocabulary);
+      shared_targets[turn] = target;
+      begin.at_target = target >= 0 ? Type::widen(x[target * logits.column_stride]) : kNaN;
     } else if (t <= 6) {
       begin.numbers[t - 1] = row_number(a, row, t - 1);
     }
     __syncthreads();
-    const int target = begin.target;
+    const int target = shared_targets[turn];
     const float at_target = begin.at_target;
     RowEnd end{0, 0, 0, false, true};
     if (target == kMasked) {
@@ -231,7 +234,8 @@ REDIT_DEVICE void block_rows(const Launch& a) {
           for_vectors(in, from, rest < a.slices.vectors ? vectors : from + a.slices.vectors,
                       [&](const Vector& vector, int v) {
                         float e[Type::kWide];
-                        add<Type, capped>(sums, e, vector, v, target, vocabulary, gap);
+                        const Vector counting = counted<Type>(vector, v, target, vocabulary);
+                        add<Type, capped>(sums, e, counting, v, target, vocabulary, gap);
                       });
           sums = warp_sum(sums);
           slices[s].put(sums.others, sums.weighted);
@@ -249,8 +253,9 @@ REDIT_DEVICE void block_rows(const Launch& a) {
         end = shared_end;
         if (!end.again) break;
         float top = at_target;
-        for_vectors(in, 0, vectors,
-                    [&](const Vector& vector, int v) { top = largest<Type>(top, vector, v, vocabulary); });
+        for_vectors(in, 0, vectors, [&](const Vector& vector, int v) {
+          top = largest<Type>(top, counted<Type>(vector, v, target, vocabulary));
+        });
         slices[0].put(warp_largest(top), 0);
         __syncthreads();
         anchor = slices[0].largest(warps);

@@ -3,19 +3,22 @@
 //
 // A cluster has a row, a block a slice of it, in one of three buffers of shared memory: a bulk copy loads the next row
 // while this one is computed and the gradient of the one before leaves by a bulk copy. e stays in float32 registers, of
-// at most 4, 6, 8 or 10 vectors a thread (the last number of a kernel's name): one exponential an element, and 10.5
-// instructions where a row is aligned. A slice keeps its address's remainder mod 16 in its buffer: whole granules come
-// and leave by the bulk copy, the first and last by elements. Its vectors are then shifted out of two granules each, 2
-// more instructions an element, and written in pieces, 1 more: so that the order of the sums is the row's own.
+// at most 4, 6, 8 or 10 vectors a thread (the last number of a kernel's name): one exponential and 9.5 instructions an
+// element of 16 bits. What does not count, the target and what is beyond the row, is -inf in the buffer, so that no
+// element is compared with anything; under softcap, where that is no -inf of z, a vector is.
+//
+// A slice comes with its address's remainder mod 16: whole granules by the bulk copy, the first and last by elements.
+// Where that is not 0 the slice slides to the begin of its buffer before the sums and back after the gradient, 4.4 more
+// instructions an element, so that the order of the sums is the row's own.
 //
 //   kernel            threads  shared bytes            registers: sm_80  sm_90a  sm_100
-//   cluster_128x10        128  416 + 48 vectors a slice              -     164     163
-//   cluster_512x4         512  416 + 48 vectors a slice              -     128     126
-//   cluster_512x6         512  416 + 48 vectors a slice              -     128     128
-//   cluster_512x8         512  416 + 48 vectors a slice              -     128     126
+//   cluster_128x10        128  416 + 48 vectors a slice              -     135     168
+//   cluster_512x4         512  416 + 48 vectors a slice              -      90     110
+//   cluster_512x6         512  416 + 48 vectors a slice              -     103     118
+//   cluster_512x8         512  416 + 48 vectors a slice              -     118     117
 //   cluster_512x10        512  416 + 48 vectors a slice              -     128     128
-//   cluster_128_logp      128  416 + 48 vectors a slice              -      96     122
-//   cluster_512_logp      512  416 + 48 vectors a slice              -      80     122
+//   cluster_128_logp      128  416 + 48 vectors a slice              -      64      67
+//   cluster_512_logp      512  416 + 48 vectors a slice              -      63      67
 
 #include "cuda/token_rows.h"
 
@@ -27,7 +30,8 @@ namespace {
 
 struct ClusterShared {
   uint64_t full[kStages];
-  RowBegin begins[2];  // by turn of the rows
+  int targets[kStages];  // of row n in place n % kStages: one is known two rows ahead
+  RowBegin begins[2];
   RowEnd end;
   WarpSums warps;
   float peers[2][2][kMostPeers];  // by turn: what each block of the cluster found
@@ -52,44 +56,35 @@ struct Place {
   }
   // The byte of the element that thread t moves itself; -1: none.
   template <int kWide>
-  REDIT_DEVICE int edge(int from, int to) const {
-    const int t = int(threadIdx.x), last = to > from ? to : from;
+  REDIT_DEVICE int edge(int t, int from, int to) const {
+    const int last = to > from ? to : from;
     const int at = t < kWide ? (from ? t * (16 / kWide) : end) : 16 * last + (t - kWide) * (16 / kWide);
     return t < 2 * kWide && at >= begin && at < end && (t >= kWide || at < 16) ? at : -1;
   }
 };
 
-template <class Type>
-REDIT_DEVICE Vector get(const unsigned char* buffer, int v, int shift) {
-  const auto* granule = reinterpret_cast<const Vector*>(buffer) + v;
-  return shift ? joined<Type>(granule[0], granule[1], uint32_t(shift)) : granule[0];
-}
-
-// By pieces where the vector is in two granules, whose other parts are another thread's.
-template <class Type>
-REDIT_DEVICE void put(unsigned char* buffer, int v, int shift, const Vector& x) {
-  unsigned char* at = buffer + 16 * v + shift;
-  if (shift == 0) {
-    *reinterpret_cast<Vector*>(at) = x;
-  } else if (shift % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) reinterpret_cast<uint32_t*>(at)[i] = x.word[i];
-  } else {
-    *reinterpret_cast<uint16_t*>(at) = uint16_t(x.word[0]);
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-      *reinterpret_cast<uint32_t*>(at + 2 + 4 * i) = __funnelshift_r(x.word[i], x.word[i + 1], 16);
-    *reinterpret_cast<uint16_t*>(at + 14) = uint16_t(x.word[3] >> 16);
+// Moves what begins `shift` bytes into a buffer to its begin, or back: `count` vectors, of which thread t has t,
+// t + threads, ... from then on; back, one granule more, the last first. All granules of a turn are read before one is
+// written, and no later turn reads those.
+template <class Type, bool back, int threads, int words>
+REDIT_DEVICE void slide_words(Vector* granules, int count, uint32_t shift) {
+#pragma unroll 1
+  for (int i = int(threadIdx.x), first = 0; first < count + back; i += threads, first += threads) {
+    const int v = back ? max(count - i, 0) : min(i, count - 1);  // the last threads read what nobody writes
+    const Vector x = back ? joined<Type, words>(granules[max(v - 1, 0)], granules[v], shift)
+                          : joined<Type, words>(granules[v], granules[v + 1], shift);
+    __syncthreads();
+    if (i < count + back) granules[v] = x;
   }
 }
-
-// What one warp asks for a row ahead, so that nobody waits for it: the target, and by lanes the bits of an element at
-// an edge (0 to 15), of a number (16 to 21) or of the target's logit.
-struct Ahead {
-  int target = kMasked;
-  uint32_t bits = 0;
-};
-constexpr int kNumberLane = 16, kLogitLane = 22;
+template <class Type, bool back, int threads>
+REDIT_DEVICE void slide(Vector* granules, int count, int shift) {
+  const uint32_t by = back ? 16 - shift : shift;
+  if (by < 4) return slide_words<Type, back, threads, 0>(granules, count, by);
+  if (by < 8) return slide_words<Type, back, threads, 1>(granules, count, by);
+  if (by < 12) return slide_words<Type, back, threads, 2>(granules, count, by);
+  slide_words<Type, back, threads, 3>(granules, count, by);
+}
 
 template <class Type, bool capped, int kThreads, int kVectors, class Launch>
 REDIT_DEVICE void cluster_rows(const Launch& a) {
@@ -98,166 +93,177 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
   constexpr int kWide = Type::kWide, kWarps = kThreads / 32;
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<ClusterShared*>(memory);
-  unsigned char* ring = memory + kClusterHeader;
   const Matrix& logits = a.op.logits.matrix;
   const int vocabulary = int(logits.columns), vectors = (vocabulary + kWide - 1) / kWide;
-  const int t = int(threadIdx.x), rank = device::cluster_rank(), peers = a.slices.count;
-  const int from = rank * a.slices.vectors, rest = vectors - from;
-  const int count = rest < a.slices.vectors ? rest : a.slices.vectors, row_end = vocabulary - from * kWide;
-  const int buffer_bytes = 16 * (a.slices.vectors + 1);
-  const int64_t step = device::cluster_count();
+  const int t = int(threadIdx.x), peers = a.slices.count;
 
-  const auto place = [&](const Matrix& matrix, int64_t row) {
-    return Place(row_of<Stored>(matrix, row), from, count, vocabulary * int(sizeof(Stored)));
+  const auto buffer_of = [&](uint32_t n) {
+    return memory + kClusterHeader + n % kStages * (16 * (a.slices.vectors + 1));
   };
-  const auto target_of = [&](int64_t row) {  // by one thread
-    return row < logits.rows ? column_of(a.op.logits.targets[row], vocabulary) : kMasked;
+  // e leaves 48 registers for all else. So the rank, the cluster's n-th row and, in places, the thread are asked for
+  // where they are needed, and what follows from them is kept nowhere.
+  const auto nth = [](uint32_t n) { return device::cluster_index() + int64_t(n) * device::cluster_count(); };
+  const auto from = [&] { return device::cluster_rank() * a.slices.vectors; };  // the slice's first vector
+  const auto count = [&] {                                                      // and how many it has
+    const int rest = vectors - from();
+    return rest < a.slices.vectors ? rest : a.slices.vectors;
   };
-  const auto ask = [&](int64_t row, int target) {  // by one warp, whose lane 0 has the target
-    Ahead ahead;
-    ahead.target = __shfl_sync(~0u, target, 0);
-    if (ahead.target == kMasked) return ahead;
-    const Place p = place(logits, row);
-    const int at = p.template edge<kWide>(p.load_from, p.load_to);
+  const auto place = [&](const Matrix& matrix, uint32_t n) {
+    return Place(row_of<Stored>(matrix, nth(n)), from(), count(), vocabulary * int(sizeof(Stored)));
+  };
+  const auto masked = [&](uint32_t n) { return shared.targets[n % kStages] == kMasked; };
+  const auto ask_target = [&](uint32_t n) {  // by one thread
+    const int64_t row = nth(n);
+    shared.targets[n % kStages] = row < logits.rows ? column_of(a.op.logits.targets[row], vocabulary) : kMasked;
+  };
+  const auto fetch = [&](uint32_t n) {  // by one thread
+    const Place p = place(logits, n);
+    const uint32_t bytes = !masked(n) && p.load_to > p.load_from ? uint32_t(p.load_to - p.load_from) * 16 : 0;
+    uint64_t* full = &shared.full[n % kStages];
+    device::mbarrier_expect(full, bytes);
+    if (bytes) device::bulk_load(buffer_of(n) + 16 * p.load_from, p.base + 16 * p.load_from, bytes, full);
+  };
+  // What row n begins with, the elements at its slice's edges, and the target of the row after: by the second warp,
+  // while the first finishes the row before.
+  const auto prepare = [&](uint32_t n) {
+    const int64_t row = nth(n);
+    if (row >= logits.rows) return;
+    const int lane = device::thread() % 32, target = shared.targets[n % kStages];
+    if (lane == 31) ask_target(n + 1);
+    if (target == kMasked) return;
+    RowBegin& begin = shared.begins[n % 2];
+    const Place p = place(logits, n);
+    const int at = p.template edge<kWide>(lane, p.load_from, p.load_to);
     if (at >= 0)
-      ahead.bits = *reinterpret_cast<const Stored*>(p.base + at);
-    else if (t >= kNumberLane && t < kLogitLane)
-      ahead.bits = __float_as_uint(row_number(a, row, t - kNumberLane));
-    else if (t == kLogitLane && ahead.target >= 0)
-      ahead.bits = row_of<const Stored>(logits, row)[ahead.target];
-    return ahead;
-  };
-  const auto fetch = [&](int64_t row, int target, int stage) {  // by one thread
-    const Place p = place(logits, row);
-    const uint32_t bytes = target != kMasked && p.load_to > p.load_from ? uint32_t(p.load_to - p.load_from) * 16 : 0;
-    device::mbarrier_expect(&shared.full[stage], bytes);
-    if (bytes)
-      device::bulk_load(ring + stage * buffer_bytes + 16 * p.load_from, p.base + 16 * p.load_from, bytes,
-                        &shared.full[stage]);
-  };
-  const auto show = [&](int64_t row, const Ahead& ahead, int stage, int slot) {  // by that warp
-    RowBegin& begin = shared.begins[slot];
-    if (t == 0) begin.target = ahead.target;
-    if (ahead.target == kMasked) return;
-    if (t >= kNumberLane && t < kLogitLane) begin.numbers[t - kNumberLane] = __uint_as_float(ahead.bits);
-    if (t == kLogitLane) begin.at_target = ahead.target >= 0 ? Type::widen(Stored(ahead.bits)) : kNaN;
-    const Place p = place(logits, row);
-    const int at = p.template edge<kWide>(p.load_from, p.load_to);
-    if (at >= 0) *reinterpret_cast<Stored*>(ring + stage * buffer_bytes + at) = Stored(ahead.bits);
+      *reinterpret_cast<Stored*>(buffer_of(n) + at) = *reinterpret_cast<const Stored*>(p.base + at);
+    else if (lane >= 16 && lane < 22)
+      begin.numbers[lane - 16] = row_number(a, row, lane - 16);
+    else if (lane == 22)
+      begin.at_target = target >= 0 ? Type::widen(row_of<const Stored>(logits, row)[target]) : kNaN;
   };
 
   if (t == 0) {
     for (int i = 0; i < kStages; ++i) device::mbarrier_init(&shared.full[i], 1);
     device::fence_mbarrier_init();
-  }
-  int64_t row = device::cluster_index();
-  Ahead ahead;
-  int following = kMasked, stage = 0, turn = 0, slot = 0;  // following: the target of the row after
-  if (t < 32) {
-    if (t == 0) following = target_of(row);
-    ahead = ask(row, following);
-    show(row, ahead, 0, 0);
-    if (t == 0) following = target_of(row + step);
+    ask_target(0);
   }
   device::sync_cluster();  // the mbarriers are there, and so are the peers
-  if (t == 0) fetch(row, ahead.target, 0);
-  uint32_t parity = 0;
+  if (t == 0) fetch(0);
+  if (t / 32 == 1) prepare(0);
+  __syncthreads();
 
-  for (; row < logits.rows; row += step) {
-    const bool more = row + step < logits.rows;
-    const int next = stage + 1 == kStages ? 0 : stage + 1;
-    if (more && t < 32) {
-      ahead = ask(row + step, following);
-      if (t == 0) {
-        if (kStore) device::bulk_wait_read<kStages - 2>();
-        fetch(row + step, following, next);
-        following = target_of(row + 2 * step);
-      }
+  int turn = 0;
+  for (uint32_t n = 0; nth(n) < logits.rows; ++n) {
+    if (t == 0 && nth(n + 1) < logits.rows) {
+      if (kStore) device::bulk_wait_read<kStages - 2>();
+      fetch(n + 1);
     }
-    unsigned char* buffer = ring + stage * buffer_bytes;
-    const int shift = int(reinterpret_cast<uintptr_t>(row_of<Stored>(logits, row)) % 16);
-    device::mbarrier_wait(&shared.full[stage], parity);
+    unsigned char* buffer = buffer_of(n);
+    auto* granules = reinterpret_cast<Vector*>(buffer);
+    device::mbarrier_wait(&shared.full[n % kStages], n / kStages & 1);
     __syncthreads();  // the edges and the target too are there, and the next row's buffer is free
 
-    const RowBegin& now = shared.begins[slot];
-    slot ^= 1;
-    const int target = now.target - from * kWide;  // from the slice's first element, as row_end
-    RowEnd end{0, 0, 0, false, true};
-    float e[kVectors ? kVectors : 1][kWide];
-    if (now.target == kMasked) {
-      if (t == 0 && rank == 0) finish_masked(a, row);
-    } else {
-      float anchor = now.at_target;
-      for (bool repaired = false;; repaired = true) {
+    const RowBegin& now = shared.begins[n % 2];
+    // From the slice's first element:
+    const int target = shared.targets[n % kStages] - from() * kWide, row_end = vocabulary - from() * kWide;
+    const int mine = count() - t;  // thread t has the vectors t, t + kThreads, ... below count
+    if (!masked(n)) {
+      if (const int shift = place(logits, n).begin) slide<Type, false, kThreads>(granules, count(), shift);
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {  // in the two vectors that may have any, by their owners
+        const int v = (i ? target : row_end) >> Type::kLog;
+        if (v >= 0 && v < count() && v % kThreads == t) granules[v] = counted<Type>(granules[v], v, target, row_end);
+      }
+    }
+    RowEnd end;
+    float anchor = now.at_target, e[kVectors ? kVectors : 1][kWide];
+    for (bool repaired = false;; repaired = true) {
+      if (!masked(n)) {
+        turn ^= 1;
         const Gap<capped> gap(anchor, a.transform);
         RowSums sums{};
         if constexpr (kStore) {
 #pragma unroll
           for (int k = 0; k < kVectors; ++k) {
+            if (k * kThreads >= mine) break;
             const int v = k * kThreads + t;
-            if (v < count) add<Type, capped>(sums, e[k], get<Type>(buffer, v, shift), v, target, row_end, gap);
+            add<Type, capped>(sums, e[k], granules[v], v, target, row_end, gap);
           }
         } else {
 #pragma unroll 2
-          for (int v = t; v < count; v += kThreads)
-            add<Type, capped>(sums, e[0], get<Type>(buffer, v, shift), v, target, row_end, gap);
+          for (int v = t; v < t + mine; v += kThreads)
+            add<Type, capped>(sums, e[0], granules[v], v, target, row_end, gap);
         }
         sums = warp_sum(sums);
         shared.warps.put(sums.others, sums.weighted);
         __syncthreads();
         if (t < 32) {
           const float total = shared.warps.total(kWarps);
-          if (t % 16 < peers) device::store_peer(&shared.peers[turn][t / 16][rank], t % 16, total);
+          const int lane = device::thread();
+          if (lane % 16 < peers)
+            device::store_peer(&shared.peers[turn][lane / 16][device::cluster_rank()], lane % 16, total);
         }
         device::sync_cluster();
-        if (t < 32) {
+      }
+      if (t < 32) {
+        const bool writes = device::thread() == 0 && device::cluster_rank() == 0;
+        RowEnd found{0, 0, 0, false, true};
+        if (masked(n)) {
+          if (writes) finish_masked(a, nth(n));
+        } else {
           double others = 0, weighted = 0;
+#pragma unroll 1
           for (int r = 0; r < peers; ++r) others += shared.peers[turn][0][r], weighted += shared.peers[turn][1][r];
           const RowSums all{float(others), float(weighted)};
-          const RowEnd found =
-              finish_or_repair(a, row, repaired, anchor, now.at_target, all, now.numbers, t == 0 && rank == 0);
-          if (t == 0) shared.end = found;
+          found = finish_or_repair(a, nth(n), repaired, anchor, now.at_target, all, now.numbers, writes);
         }
-        turn ^= 1;
-        __syncthreads();
-        end = shared.end;
-        if (!end.again) break;
-        float top = now.at_target;
-        for (int v = t; v < count; v += kThreads) top = largest<Type>(top, get<Type>(buffer, v, shift), v, row_end);
-        shared.warps.put(warp_largest(top), 0);
-        __syncthreads();
-        if (t < 32) {
-          top = shared.warps.largest(kWarps);
-          if (t < peers) device::store_peer(&shared.peers[turn][0][rank], t, top);
-        }
-        device::sync_cluster();
-        anchor = shared.peers[turn][0][0];
-        for (int r = 1; r < peers; ++r) anchor = shared.peers[turn][0][r] > anchor ? shared.peers[turn][0][r] : anchor;
-        turn ^= 1;
+        if (t == 0) shared.end = found;
+      } else if (t < 64 && !repaired) {
+        prepare(n + 1);
       }
+      __syncthreads();
+      end = shared.end;
+      if (!end.again) break;
+      turn ^= 1;
+      float top = now.at_target;
+#pragma unroll 1
+      for (int v = device::thread(); v < count(); v += kThreads) top = largest<Type>(top, granules[v]);
+      shared.warps.put(warp_largest(top), 0);
+      __syncthreads();
+      if (t < 32) {
+        top = shared.warps.largest(kWarps);
+        if (t < peers) device::store_peer(&shared.peers[turn][0][device::cluster_rank()], t, top);
+      }
+      device::sync_cluster();
+      anchor = shared.peers[turn][0][0];
+#pragma unroll 1
+      for (int r = 1; r < peers; ++r) anchor = shared.peers[turn][0][r] > anchor ? shared.peers[turn][0][r] : anchor;
     }
-    if (more && t < 32) show(row + step, ahead, next, slot);
     if constexpr (kStore) {
       if (end.zero) {
-        for (int v = t; v <= count; v += kThreads) reinterpret_cast<Vector*>(buffer)[v] = Vector{};
+#pragma unroll 1
+        for (int v = device::thread(); v <= count(); v += kThreads) granules[v] = Vector{};
       } else {
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
-          const int v = k * kThreads + t;
-          if (v < count) {
-            float g[kWide];
+          if (k * kThreads >= mine) break;
+          float g[kWide];
 #pragma unroll
-            for (int i = 0; i < kWide; ++i) g[i] = e[k][i] * end.constant;
-            put<Type>(buffer, v, shift, packed<Type>(g));
-          }
+          for (int i = 0; i < kWide; ++i) g[i] = e[k][i] * end.constant;
+          granules[k * kThreads + t] = packed<Type>(g);
         }
-        if (target >= 0 && target < count * kWide && target / kWide % kThreads == t)  // who has its vector
-          reinterpret_cast<Stored*>(buffer + shift)[target] = Type::narrow(end.at_target);
+        const int at = shared.targets[n % kStages] - from() * kWide;
+        if (at >= 0 && at < count() * kWide && at / kWide % kThreads == t)  // who has its vector
+          reinterpret_cast<Stored*>(buffer)[at] = Type::narrow(end.at_target);
+        if (const int shift = place(logits, n).begin) {
+          __syncthreads();
+          slide<Type, true, kThreads>(granules, count(), shift);
+        }
       }
       device::fence_async();
       __syncthreads();
-      const Place out = place(a.op.grad, row);  // of the row's alignment: the plan sees to it
-      const int at = out.template edge<kWide>(out.store_from, out.store_to);
+      const Place out = place(a.op.grad, n);  // of the row's alignment: the plan sees to it
+      const int at = out.template edge<kWide>(device::thread(), out.store_from, out.store_to);
       if (at >= 0) *reinterpret_cast<Stored*>(out.base + at) = *reinterpret_cast<const Stored*>(buffer + at);
       if (t == 0) {
         if (out.store_to > out.store_from)
@@ -268,8 +274,6 @@ REDIT_DEVICE void cluster_rows(const Launch& a) {
     } else {
       device::fence_async();  // the edges were written before a bulk copy writes here
     }
-    stage = next;
-    if (stage == 0) parity ^= 1;
   }
   if (kStore && t == 0) device::bulk_wait<0>();
   device::sync_cluster();  // no peer writes any more into this block's memory

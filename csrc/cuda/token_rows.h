@@ -17,7 +17,8 @@ using device::Vector;
 
 struct Float32 {
   using Stored = uint32_t;
-  static constexpr int kWide = 4;  // elements of a vector
+  static constexpr int kWide = 4, kLog = 2;  // elements of a vector, and their log2
+  static constexpr Stored kMinusInf = 0xFF800000u;
   static REDIT_DEVICE float widen(Stored x) { return __uint_as_float(x); }
   static REDIT_DEVICE Stored narrow(float x) { return __float_as_uint(x); }
   static REDIT_DEVICE float at(const Vector& v, int i) { return __uint_as_float(v.word[i]); }
@@ -26,7 +27,8 @@ struct Float32 {
 
 struct BFloat16 {
   using Stored = uint16_t;
-  static constexpr int kWide = 8;
+  static constexpr int kWide = 8, kLog = 3;
+  static constexpr Stored kMinusInf = 0xFF80u;
   static REDIT_DEVICE float widen(Stored x) { return __uint_as_float(uint32_t(x) << 16); }
   static REDIT_DEVICE Stored narrow(float x) { return Stored(device::pack_bfloat16(x, x)); }
   static REDIT_DEVICE float at(const Vector& v, int i) {
@@ -37,7 +39,8 @@ struct BFloat16 {
 
 struct Float16 {
   using Stored = uint16_t;
-  static constexpr int kWide = 8;
+  static constexpr int kWide = 8, kLog = 3;
+  static constexpr Stored kMinusInf = 0xFC00u;
   static REDIT_DEVICE float widen(Stored x) { return device::float_of_float16(x); }
   static REDIT_DEVICE Stored narrow(float x) { return Stored(device::pack_float16(x, x)); }
   static REDIT_DEVICE float at(const Vector& v, int i) {
@@ -54,39 +57,30 @@ REDIT_DEVICE Vector packed(const float (&x)[Type::kWide]) {
   return v;
 }
 
-// The 16 bytes that begin `shift` bytes into a and go on into b. Elements of 32 bits are shifted by whole words.
-template <class Type>
+// The 16 bytes that begin `words` words into a, and half a word more where shift % 4 is 2, and go on into b.
+template <class Type, int words>
 REDIT_DEVICE Vector joined(const Vector& a, const Vector& b, uint32_t shift) {
-  uint32_t word[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) word[i] = a.word[i], word[4 + i] = b.word[i];
-  if (shift & 8) {
-#pragma unroll
-    for (int i = 0; i < 6; ++i) word[i] = word[i + 2];
-  }
-  if (shift & 4) {
-#pragma unroll
-    for (int i = 0; i < 5; ++i) word[i] = word[i + 1];
-  }
+  const uint32_t word[] = {a.word[0], a.word[1], a.word[2], a.word[3], b.word[0], b.word[1], b.word[2], b.word[3]};
   Vector result;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    result.word[i] = Type::kWide == 4 ? word[i] : __funnelshift_r(word[i], word[i + 1], 8 * (shift & 2));
+    result.word[i] =
+        Type::kWide == 4 ? word[words + i] : __funnelshift_r(word[words + i], word[words + i + 1], 8 * (shift & 2));
   return result;
+}
+
+// The same `shift` bytes into a, which no branch asks about.
+template <class Type>
+REDIT_DEVICE Vector joined(Vector a, Vector b, uint32_t shift) {
+  if (shift & 8) a = {a.word[2], a.word[3], b.word[0], b.word[1]}, b = {b.word[2], b.word[3], 0, 0};
+  if (shift & 4) a = {a.word[1], a.word[2], a.word[3], b.word[0]}, b = {b.word[1], b.word[2], b.word[3], 0};
+  return joined<Type, 0>(a, b, shift);
 }
 
 // A target's column, or:
 constexpr int kMasked = -2, kStray = -1;
 REDIT_DEVICE int column_of(int64_t target, int vocabulary) {
   return target == kIgnore ? kMasked : stray(target, vocabulary) ? kStray : int(target);
-}
-
-// Under softcap tanh(x logit_scale / softcap), to 2e-7; else x.
-template <bool capped>
-REDIT_DEVICE float squash(float x, const TransformConstants& t) {
-  if (!capped) return x;
-  const float inner = t.inner * float(2 / kLn2);
-  return fmaf(-2.0f, device::rcp_approx(1.0f + device::exp2_approx(x * inner)), 1.0f);
 }
 
 // e = 2^y, y = (u - anchor) outer with both squashed. The subtraction comes first: a common shift cancels. y ends at
@@ -97,27 +91,50 @@ struct Gap {
   float anchor;
   REDIT_DEVICE Gap(float logit, const TransformConstants& transform)
       : t(transform), anchor(squash<capped>(logit, transform)) {}
-  REDIT_DEVICE float operator()(float x, float& bend) const {
-    const float u = squash<capped>(x, t);
-    if (capped) bend = fmaf(-u, u, 1.0f);  // dz/dx up to the slope
-    return device::max_nan((u - anchor) * t.outer, -200.0f);
-  }
+  REDIT_DEVICE float operator()(float u) const { return device::max_nan((u - anchor) * t.outer, -200.0f); }
 };
+// dz/dx of a squashed x, up to the slope.
+REDIT_DEVICE float bend(float u) { return fmaf(-u, u, 1.0f); }
 
-// Adds a vector's e and e y, in pairs, to the thread's sums. e becomes e dz/dx. target and end, the row's, are counted
-// from the first element of vector 0; both lie in few vectors, which take the branch.
+// Whether a vector has an element that does not count: the row's target, or what is beyond its end. Few do. Both are
+// counted from the first element of vector 0.
+template <class Type>
+REDIT_DEVICE bool partial(int v, int target, int end) {
+  return v == target >> Type::kLog || v >= end >> Type::kLog;
+}
+REDIT_DEVICE bool counts(int column, int target, int end) { return column != target && column < end; }
+
+// The vector with -inf for what does not count, so that its e is 0 without a comparison an element.
+template <class Type>
+REDIT_DEVICE Vector counted(Vector x, int v, int target, int end) {
+  constexpr int kBits = 128 / Type::kWide;
+  if (partial<Type>(v, target, end)) {
+#pragma unroll
+    for (int i = 0; i < Type::kWide; ++i) {
+      const uint32_t bits = uint32_t(typename Type::Stored(~0u)) << i * kBits % 32;
+      uint32_t& word = x.word[i * kBits / 32];
+      if (!counts(v * Type::kWide + i, target, end)) word = (word & ~bits) | (Type::kMinusInf << i * kBits % 32);
+    }
+  }
+  return x;
+}
+
+// Adds the e and e y of a vector of `counted`, in pairs, to the thread's sums. e becomes e dz/dx. Under softcap
+// tanh(-inf) is -1: there it is u that is -inf for what does not count, and its e dz/dx is of no use.
 template <class Type, bool capped>
 REDIT_DEVICE void add(RowSums& sums, float (&e)[Type::kWide], const Vector& x, int v, int target, int end,
                       const Gap<capped>& gap) {
-  constexpr int kWide = Type::kWide, kLog = kWide == 8 ? 3 : 2;
-  float y[kWide], bend[kWide], s[kWide / 2], w[2];
+  constexpr int kWide = Type::kWide;
+  float u[kWide], y[kWide], s[kWide / 2], w[2];
 #pragma unroll
-  for (int i = 0; i < kWide; ++i) y[i] = gap(Type::at(x, i), bend[i]), e[i] = device::exp2_approx(y[i]);
-  if (v == target >> kLog || v >= end >> kLog) {
+  for (int i = 0; i < kWide; ++i) u[i] = squash<capped>(Type::at(x, i), gap.t);
+  if (capped && partial<Type>(v, target, end)) {
 #pragma unroll
     for (int i = 0; i < kWide; ++i)
-      if (v * kWide + i == target || v * kWide + i >= end) e[i] = y[i] = 0;
+      if (!counts(v * kWide + i, target, end)) u[i] = -__builtin_inff();
   }
+#pragma unroll
+  for (int i = 0; i < kWide; ++i) y[i] = gap(u[i]), e[i] = device::exp2_approx(y[i]);
 #pragma unroll
   for (int i = 0; i < kWide / 2; ++i) s[i] = e[2 * i] + e[2 * i + 1];
 #pragma unroll
@@ -135,17 +152,17 @@ REDIT_DEVICE void add(RowSums& sums, float (&e)[Type::kWide], const Vector& x, i
   sums.others += s[0], sums.weighted += w[0] + w[1];
   if (capped) {
 #pragma unroll
-    for (int i = 0; i < kWide; ++i) e[i] *= bend[i];
+    for (int i = 0; i < kWide; ++i) e[i] *= bend(u[i]);
   }
 }
 
-// The larger of `top` and what is in a vector. NaN in it is passed over: it reaches the sums without help.
+// The larger of `top` and what is in a vector of `counted`. NaN is passed over: it reaches the sums without help.
 template <class Type>
-REDIT_DEVICE float largest(float top, const Vector& x, int v, int end) {
+REDIT_DEVICE float largest(float top, const Vector& x) {
 #pragma unroll
   for (int i = 0; i < Type::kWide; ++i) {
     const float value = Type::at(x, i);
-    if (v * Type::kWide + i < end) top = value > top ? value : top;
+    top = value > top ? value : top;
   }
   return top;
 }
@@ -171,24 +188,24 @@ REDIT_DEVICE float warp_largest(float top) {
 struct WarpSums {
   float of[2][16];
   REDIT_DEVICE void put(float others, float weighted) {
-    if (threadIdx.x % 32 == 0) of[0][threadIdx.x / 32] = others, of[1][threadIdx.x / 32] = weighted;
+    const int t = device::thread();
+    if (t % 32 == 0) of[0][t / 32] = others, of[1][t / 32] = weighted;
   }
   REDIT_DEVICE float total(int warps) const {
-    const int lane = int(threadIdx.x) % 32;
+    const int lane = device::thread() % 32;
     double x = lane % 16 < warps ? of[lane / 16][lane % 16] : 0.0;
 #pragma unroll
     for (int step = 8; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return float(x);
   }
   REDIT_DEVICE float largest(int warps) const {
-    const int lane = int(threadIdx.x) % 32;
+    const int lane = device::thread() % 32;
     return warp_largest(lane < warps ? of[0][lane] : -__builtin_inff());
   }
 };
 
-// What all threads must know of a row, first and when one warp has finished it.
+// What all threads must know of a row, beside its target's column, first and when one warp has finished it.
 struct RowBegin {
-  int target;  // a column, or kMasked, kStray
   float at_target;
   float numbers[6];
 };

@@ -14,7 +14,7 @@ from redit_fast.backends.cuda import module
 from tests import ROOT
 from tests import cuda as interpreter
 from tests.backends.test_params import adamw_state, combined, perturbed, run_adamw, scalar, sum_rounding, tensors
-from tests.cuda import NVCC, ORDERS, TARGETS, choose, compiled, flags
+from tests.cuda import NVCC, ORDERS, TARGETS, choose, compiled, cubin, flags, other_release
 from tests.ptx import Fault, Module
 from tools.known_answers import philox
 
@@ -325,18 +325,11 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_is_launched():
     assert p.eq(1).all() and not sums.any()
 
 
-def other_release():
-    """ptxas of another release counts otherwise."""
-    told = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout if NVCC else ""
-    return "release 13.0" not in told
-
-
 @pytest.mark.skipif(other_release(), reason="the table is of nvcc 13.0")
 @pytest.mark.parametrize("arch", ARCHES)
-def test_no_register_is_spilled_and_the_table_is_kept(arch, tmp_path):
+def test_no_register_is_spilled_and_the_table_is_kept(arch):
     column = {"80": 2, "90": 3, "100": 4}[arch]
-    command = [NVCC, f"-arch={TARGETS[arch]}", "-cubin", "-Xptxas", "-v", *flags(SOURCE), SOURCE, "-o", tmp_path / "x"]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    report = cubin("params", TARGETS[arch]).with_suffix(".log").read_text()
     kernels = re.findall(r"'params_([a-z]+)\w*' for.*?(\d+) bytes stack.*?Used (\d+) registers([^\n]*)", report, re.S)
     assert len(kernels) == 26
     most = {kind: [TABLE[kind][0], 0, 0] for kind, *_ in kernels}

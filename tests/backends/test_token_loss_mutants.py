@@ -29,11 +29,16 @@ CLUSTER = [
     ),
     (
         "no barrier of the cluster before its sums are read",
-        "device::sync_cluster();\n        if (t < 32) {\n          double",
-        "if (t < 32) {\n          double",
+        "device::sync_cluster();\n      }\n      if (t < 32) {\n        const bool writes",
+        "}\n      if (t < 32) {\n        const bool writes",
         "race: .* shared byte",
     ),
-    ("no wait for a bulk load", "device::mbarrier_wait(&shared.full[stage], parity);", "", "bulk load not waited for"),
+    (
+        "no wait for a bulk load",
+        "device::mbarrier_wait(&shared.full[n % kStages], n / kStages & 1);",
+        "",
+        "bulk load not waited for",
+    ),
     (
         "no wait until a buffer has been read",
         "device::bulk_wait_read<kStages - 2>();",
@@ -52,11 +57,11 @@ CLUSTER = [
         "__syncthreads();",
         "no fence.proxy.async",
     ),
-    ("a parity that never changes", "if (stage == 0) parity ^= 1;", "", "deadlock|not waited for"),
+    ("a parity that never changes", "n / kStages & 1", "0", "deadlock|not waited for"),
     (
         "one place for two exchanges",
-        "turn ^= 1;\n        __syncthreads();\n        end = shared.end;",
-        "__syncthreads();\n        end = shared.end;",
+        "turn ^= 1;\n        const Gap",
+        "const Gap",
         "race: .* shared byte",
     ),
     ("no barrier between rows", "__syncthreads();  // the edges and", "// ", "race: .* shared byte"),
@@ -80,11 +85,35 @@ CLUSTER = [
     ),
     (
         "one vector past the row",
-        "row_end = vocabulary - from * kWide",
-        "row_end = vocabulary - from * kWide + kWide",
+        "row_end = vocabulary - from() * kWide",
+        "row_end = vocabulary - from() * kWide + kWide",
         WRONG,
     ),
-    ("no edges of the next row", "if (more && t < 32) show(row + step, ahead, next, slot);", "", f"{WRONG}|deadlock"),
+    ("no edges of the next row", "        prepare(n + 1);\n", "", f"{WRONG}|deadlock"),
+    (
+        "the target among the others",
+        "for (int i = 0; i < 2; ++i) {  // in",
+        "for (int i = 0; i < 1; ++i) {  // in",
+        WRONG,
+    ),
+    (
+        "no barrier in a slide",
+        "    __syncthreads();\n    if (i < count + back) granules[v] = x;",
+        "    if (i < count + back) granules[v] = x;",
+        "race: .* shared byte",
+    ),
+    (
+        "no barrier before a slide back",
+        "          __syncthreads();\n          slide<Type, true",
+        "          slide<Type, true",
+        "race: .* shared byte",
+    ),
+    (
+        "a slide back from the first on",
+        "back ? max(count - i, 0)",
+        "back ? min(i, count)",
+        f"race: .* shared byte|{WRONG}",
+    ),
     ("an end during the last bulk store", "if (kStore && t == 0) device::bulk_wait<0>();", "", "ends during"),
 ]
 BLOCK = [
