@@ -1,111 +1,161 @@
-"""Instructions of one thread, and the warp's shuffle. A function gets the machine, the opcode's modifiers and types,
-the operands and the threads. A result that is true ends the step.
+"""Instructions of one thread, and the warp's shuffle. What stands in a table makes an instruction for a program, from
+its modifiers and types and its operands: a function of the machine and some of its threads.
 """
 
 import operator
 
 import numpy as np
 
-from tests.ptx.floats import approximate, flushed, fused, gross_reciprocal, odd_sum, rounded, to_bfloat16, to_integer
-from tests.ptx.memory import U, cells, check_alignment
+from tests.ptx import floats
+from tests.ptx.memory import U, check_alignment, some
 from tests.ptx.parse import Fault
 
 DONE = 1 << 30  # the place of a thread that has left
+AGAIN = "again"  # a result: the threads wait for others, then execute the instruction
 
 
-def branch(m, o, a, s):
-    m.pc[s] = m.labels[a[0]]
+def action(function):
+    """Of what is rare: it gets the machine, the modifiers, the operands and the threads."""
+    return lambda code, o, a: lambda m, s: function(m, o, a, s)
 
 
+def branch(code, o, a):
+    target = code.labels[a[0]]
+
+    def run(m, s):
+        m.pc[s] = target
+
+    return run
+
+
+@action
 def leave(m, o, a, s):
     m.pc[s] = DONE
+    left = (m.pc == DONE).reshape(m.blocks, -1).all(1)
+    for block in np.flatnonzero(left & ~m.shared.left):
+        m.shared.leave(block)
 
 
+@action
 def trap(m, o, a, s):
     raise Fault(f"{m.clock.name(m.ids(s)[0] + 1)} traps")
 
 
+@action
 def nothing(m, o, a, s):
     pass
 
 
-def move(m, o, a, s):
-    to, source = a
-    if o[-1] == "pred":
-        m.write(to, bool(source) if isinstance(source, int) else m.predicate(source, s), s)
-    elif isinstance(source, tuple):  # the low part first
-        bits, whole = int(o[-1][1:]) // len(source), U[int(o[-1][1:]) // 8]
-        parts = (m.read(part, f"b{bits}", s).astype(whole) << whole(i * bits) for i, part in enumerate(source))
-        m.write(to, sum(parts), s)
-    elif isinstance(to, tuple):
-        bits, whole = int(o[-1][1:]) // len(to), m.read(source, o[-1], s)
-        for i, part in enumerate(to):
-            m.write(part, (whole >> whole.dtype.type(i * bits)).astype(U[bits // 8]), s)
-    else:
-        m.write(to, m.read(source, o[-1], s), s)
-
-
-def load(m, o, a, s):
-    registers, size, space = a[0] if isinstance(a[0], tuple) else a[:1], m.types[o[-1]].itemsize, o[0].split("::")[0]
-    at, n = m.address(a[1], s), size * len(registers)
-    if space == "param":
-        check_alignment(at, n, space)
-        values = cells(m.params, n, size)[at // n]
-    else:
-        m.bytes[f"{space} read"] += n * len(at)
-        values = m.memory[space].load(at, n, size, m.ids(s))
-    for k, register in enumerate(registers):
-        m.write(register, np.ascontiguousarray(values[:, k]).view(m.types[o[-1]]), s)
-
-
-def store(m, o, a, s):
-    operands, size, space = a[1] if isinstance(a[1], tuple) else a[1:2], m.types[o[-1]].itemsize, o[0].split("::")[0]
-    at, n = m.address(a[0], s), size * len(operands)
-    values = np.empty((len(at), len(operands)), U[size])
-    for k, operand in enumerate(operands):
-        values[:, k] = m.read(operand, f"b{8 * size}", s)
-    m.bytes[f"{space} written"] += n * len(at)
-    m.memory[space].store(at, n, values, m.ids(s))
-
-
-def values(m, o, operands, s):
-    return [flushed(np.asarray(m.read(operand, o[-1], s)), o) for operand in operands]
+def computed(compute, kinds, code, a):
+    """The first operand from the others."""
+    write, (x, *more) = code.write(a[0]), [code.read(x, kind) for x, kind in zip(a[1:], kinds)]
+    if not more:
+        return lambda m, s: write(m, s, compute(x(m, s)))
+    if len(more) == 1:
+        (y,) = more
+        return lambda m, s: write(m, s, compute(x(m, s), y(m, s)))
+    return lambda m, s: write(m, s, compute(x(m, s), *[read(m, s) for read in more]))
 
 
 def plain(compute):
     """Of numbers of one type, or of predicates. NumPy's floats are rounded to nearest."""
-
-    def instruction(m, o, a, s):
-        read = [m.predicate(x, s) for x in a[1:]] if o[-1] == "pred" else values(m, o, a[1:], s)
-        m.write(a[0], flushed(compute(*read), o), s)
-
-    return instruction
+    return lambda code, o, a: computed(floats.flushing(compute, o), [o[-1]] * 3, code, a)
 
 
-def rounding(exact, near):
-    """Float32 with a modifier, and its fma, is rounded from the `exact` result in float64, all else `near`."""
+def rounding(exact, near, near_float=None):
+    """Float32 with a modifier is rounded from the `exact` result in float64."""
 
-    def instruction(m, o, a, s):
-        read, special = values(m, o, a[1:], s), {"rz", "rm", "rp", "sat", "ftz"} & set(o)
-        if o[-1] != "f32" and special:
-            raise Fault(f"unknown opcode: a rounding of {o[-1]}")
-        special = special or near is fused and o[-1] == "f32"
-        result = rounded(exact(*(x.astype(np.float64) for x in read)), o) if special else near(*read)
-        m.write(a[0], result, s)
+    def make(code, o, a):
+        compute = near_float if near_float and o[-1] == "f32" else near
+        if {"rz", "rm", "rp", "sat", "ftz"} & set(o):
+            if o[-1] != "f32":
+                raise Fault(f"unknown opcode: a rounding of {o[-1]}")
+            compute = floats.flushing(lambda *x: floats.rounded(exact(*(each.astype(np.float64) for each in x)), o), o)
+        return computed(compute, [o[-1]] * 3, code, a)
 
-    return instruction
+    return make
 
 
 def approximation(exact):
-    def instruction(m, o, a, s):
+    def make(code, o, a):
         if o == ("ftz", "f64") and exact is np.reciprocal:
-            return m.write(a[0], gross_reciprocal(m.read(a[1], "f64", s)), s)
+            return computed(floats.gross_reciprocal, ["f64"], code, a)
         if o[-1] != "f32":
             raise Fault(f"unknown opcode: an approximation of {o[-1]}")
-        read = values(m, o, a[1:], s)
-        m.write(a[0], flushed(approximate(exact(*(x.astype(np.float64) for x in read)), read[0], m.ulps), o), s)
+        write, reads = code.write(a[0]), [code.read(x, "f32") for x in a[1:]]
 
-    return instruction
+        def run(m, s):
+            def compute(*x):
+                return floats.approximate(exact(*(each.astype(np.float64) for each in x)), x[0], m.ulps)
+
+            write(m, s, floats.flushing(compute, o)(*[read(m, s) for read in reads]))
+
+        return run
+
+    return make
+
+
+def move(code, o, a):
+    to, source = a
+    if not isinstance(to, tuple) and not isinstance(source, tuple):
+        return computed(lambda x: x, o[-1:], code, a)
+    parts = source if isinstance(source, tuple) else to  # the low part first
+    bits = int(o[-1][1:]) // len(parts)
+    shifts = [U[int(o[-1][1:]) // 8](i * bits) for i in range(len(parts))]
+    if parts is source:
+        kinds = [f"u{bits}"] * len(parts)
+        return computed(lambda *x: sum(p.astype(n.dtype) << n for p, n in zip(x, shifts)), kinds, code, (to, *source))
+    read, writes = code.read(source, f"u{int(o[-1][1:])}"), [code.write(part) for part in to]
+
+    def run(m, s):
+        whole = read(m, s)
+        for write, n in zip(writes, shifts):
+            write(m, s, (whole >> n).astype(U[bits // 8]))
+
+    return run
+
+
+def access(code, o, values):
+    """The memory, the bytes of a value and of all."""
+    space, size = o[0].split("::")[0], code.types[o[-1]].itemsize
+    if space in code.units:
+        code.units[space] = min(code.units[space], size * len(values))
+    return space, size, size * len(values)
+
+
+def load(code, o, a):
+    registers = a[0] if isinstance(a[0], tuple) else a[:1]
+    space, size, n = access(code, o, registers)
+    address, writes, dtype = code.address(a[1]), [code.write(register) for register in registers], code.types[o[-1]]
+
+    def run(m, s):
+        at = address(m, s)
+        if space == "param":
+            check_alignment(at, n, space)
+            values = m.params.view(U[size]).reshape(-1, n // size)[at // n]
+        else:
+            m.bytes[f"{space} read"] += n * len(at)
+            values = m.memory[space].access(at, n, size, m.ids(s))
+        for write, column in zip(writes, np.ascontiguousarray(values.T).view(dtype)):
+            write(m, s, column)
+
+    return run
+
+
+def store(code, o, a):
+    operands = a[1] if isinstance(a[1], tuple) else a[1:2]
+    space, size, n = access(code, o, operands)
+    address, reads = code.address(a[0]), [code.read(operand, f"u{8 * size}") for operand in operands]
+
+    def run(m, s):
+        at = address(m, s)
+        values = np.empty((len(at), len(reads)), U[size])
+        for k, read in enumerate(reads):
+            values[:, k] = read(m, s)
+        m.bytes[f"{space} written"] += n * len(at)
+        m.memory[space].access(at, n, size, m.ids(s), values)
+
+    return run
 
 
 def wide_product(x, y):
@@ -129,11 +179,15 @@ def quotient(x, y):
 
 def shift(shifted, beyond):
     """Numbers of bits past the width shift out everything."""
-    return plain(lambda x, n: np.where(n < 8 * x.itemsize, shifted(x, n % x.dtype.type(8 * x.itemsize)), beyond(x)))
+
+    def compute(x, n):
+        return np.where(n < 8 * x.itemsize, shifted(x, n.astype(x.dtype) % x.dtype.type(8 * x.itemsize)), beyond(x))
+
+    return lambda code, o, a: computed(compute, [o[-1], "u32"], code, a)
 
 
-def select(m, o, a, s):
-    m.write(a[0], np.where(m.predicate(a[3], s), m.read(a[1], o[-1], s), m.read(a[2], o[-1], s)), s)
+def select(code, o, a):
+    return computed(lambda x, y, chosen: np.where(chosen, x, y), [o[-1], o[-1], "pred"], code, a)
 
 
 COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
@@ -141,37 +195,52 @@ COMPARE |= {"lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": opera
 COMBINE = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
 
-def set_predicate(m, o, a, s):
-    x, y = values(m, o, a[1:3], s)
-    nan = np.isnan(x) | np.isnan(y) if x.dtype.kind == "f" else np.False_
-    if o[0] in ("num", "nan"):
-        result = nan if o[0] == "nan" else ~nan
-    else:
-        result = COMPARE[o[0]](x, y) & ~nan if o[0] in COMPARE else COMPARE[o[0][:-1]](x, y) | nan
-    for target, each in zip(a[0] if isinstance(a[0], tuple) else a[:1], (result, ~result)):
-        m.write(target, COMBINE[o[1]](each, m.predicate(a[3], s)) if o[1] in COMBINE else each, s)
+def set_predicate(code, o, a):
+    test, real, combine = o[0], code.types[o[-1]].kind == "f", COMBINE.get(o[1])
+    writes = [code.write(target) for target in (a[0] if isinstance(a[0], tuple) else a[:1])]
+    reads, also = [code.read(x, o[-1]) for x in a[1:3]], combine and code.read(a[3], "pred")
+
+    def compare(x, y):
+        if not real or test in ("eq", "lt", "le", "gt", "ge"):  # which are false of NaN
+            return COMPARE[test](x, y)
+        nan = np.isnan(x) | np.isnan(y)
+        if test in ("num", "nan"):
+            return nan if test == "nan" else ~nan
+        return ~nan & (x != y) if test == "ne" else nan | COMPARE[test[:-1]](x, y)
+
+    compare = floats.flushing(compare, o)
+
+    def run(m, s):
+        result = compare(*[read(m, s) for read in reads])
+        for write, each in zip(writes, (result, ~result)):
+            write(m, s, combine(each, also(m, s)) if combine else each)
+
+    return run
 
 
 WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+TO_16_BITS = {"bf16": floats.to_bfloat16, "f16": lambda x: x.astype(np.float16).view(np.uint16)}
 
 
-def convert(m, o, a, s):
-    to, x = m.types[o[-2]], values(m, o, a[1:], s)
+def convert(code, o, a):
+    to, kind = code.types[o[-2]], code.types[o[-1]].kind
     if o[-2] in ("bf16x2", "f16x2"):
-        high, low = (to_bfloat16(v) if o[-2] == "bf16x2" else v.astype(np.float16).view(np.uint16) for v in x)
-        m.write(a[0], high.astype(np.uint32) << np.uint32(16) | low, s)
-        return
-    x = (x[0].astype(np.uint32) << np.uint32(16)).view(np.float32) if o[-1] == "bf16" else x[0]
-    x = next((whole(x) for name, whole in WHOLE.items() if name in o), x)
-    if {"rz", "rm", "rp", "sat"} & set(o) and not (to == np.float32 and x.dtype.kind == "f"):
+        half = TO_16_BITS[o[-2][:-2]]
+        return computed(lambda x, y: half(x).astype(np.uint32) << np.uint32(16) | half(y), o[-1:] * 2, code, a)
+    whole = next((function for name, function in WHOLE.items() if name in o), lambda x: x)
+    to_float = to == np.float32 and (kind == "f" or o[-1] == "bf16")
+    if {"rz", "rm", "rp", "sat"} & set(o) and not to_float:
         raise Fault("unknown conversion")
-    if o[-2] == "bf16":
-        x = to_bfloat16(x)
-    elif to == np.float32 and x.dtype.kind == "f":
-        x = rounded(x, o)
-    else:
-        x = to_integer(x, to) if x.dtype.kind == "f" and to.kind != "f" else x.astype(to)
-    m.write(a[0], x, s)
+
+    def compute(x):
+        x = whole((x.astype(np.uint32) << np.uint32(16)).view(np.float32) if o[-1] == "bf16" else x)
+        if o[-2] == "bf16":
+            return floats.to_bfloat16(x)
+        if to_float:
+            return floats.rounded(x, o)
+        return floats.to_integer(x, to) if kind == "f" and to.kind != "f" else x.astype(to)
+
+    return computed(floats.flushing(compute, o), o[-1:], code, a)
 
 
 def permute(x, y, selector):
@@ -185,28 +254,32 @@ def permute(x, y, selector):
     return result
 
 
-AGAIN = "again"  # a result: the threads wait for others, then execute the instruction
-
-
 def shuffle(source):
     """Of whole warps, from the lane `source`; beyond the warp, a lane's own. Lanes wait for the others of theirs."""
 
-    def instruction(m, o, a, s):
-        ids, lane = m.ids(s), np.arange(32)
-        clamp, members = m.read(a[3], "u32", s), m.read(a[4], "u32", s)
-        if (clamp != 31).any() or (members != 0xFFFFFFFF).any() or (m.pc.reshape(-1, 32)[ids // 32] == DONE).any():
-            raise Fault("a shuffle of part of a warp")
-        if len(ids) % 32 or (ids.reshape(-1, 32) != ids[::32, None] // 32 * 32 + lane).any():
-            m.state[ids] = 4
-            return AGAIN
-        value, by = (np.broadcast_to(m.read(x, "b32", s), ids.shape).reshape(-1, 32) for x in a[1:3])
-        wanted = source(lane, by.astype(np.int64))
-        inside = wanted < 32
+    def make(code, o, a):
         to = a[0] if isinstance(a[0], tuple) else (a[0], "_")
-        m.write(to[0], np.take_along_axis(value, np.where(inside, wanted, lane), 1).ravel(), s)
-        m.write(to[1], np.broadcast_to(inside, value.shape).ravel(), s)
+        writes, reads = [code.write(name) for name in to], [code.read(x, "u32") for x in a[1:]]
 
-    return instruction
+        def run(m, s):
+            ids, lane = m.ids(s), np.arange(32)
+            value, by, clamp, members = (read(m, s) for read in reads)
+            apart = len(ids) % 32 or some(ids.reshape(-1, 32) != ids[::32, None] // 32 * 32 + lane)
+            left = apart and some(m.pc.reshape(-1, 32)[ids // 32] == DONE)
+            if left or some(clamp != 31) or some(members != 0xFFFFFFFF):
+                raise Fault("a shuffle of part of a warp")
+            if apart:
+                m.state[ids] = 4
+                return AGAIN
+            value, by = (np.broadcast_to(x, ids.shape).reshape(-1, 32) for x in (value, by))
+            wanted = source(lane, by.astype(np.int64))
+            inside = wanted < 32
+            writes[0](m, s, np.take_along_axis(value, np.where(inside, wanted, lane), 1).ravel())
+            writes[1](m, s, inside.ravel())
+
+        return run
+
+    return make
 
 
 def funnel(low, high, n):
@@ -214,6 +287,7 @@ def funnel(low, high, n):
     return (high.astype(np.uint64) << np.uint64(32) | low).__rshift__(n.astype(np.uint64) & 31).astype(np.uint32)
 
 
+JUMPS = (branch, leave)
 CACHES = "nc ca cg cs lu cv wt wb L1::no_allocate L1::evict_first L1::evict_last L2::cache_hint L2::128B L2::256B"
 SPACES = f"global shared shared::cta shared::cluster v2 v4 {CACHES}"
 ROUNDINGS = "rn rz rm rp ftz sat"
@@ -236,10 +310,10 @@ TABLE = {
     "rcp": (plain(np.reciprocal), "rn"),
     "div": (plain(quotient), "rn"),
     "rem": (plain(lambda x, y: x - quotient(x, y) * y), ""),
-    "add": (rounding(odd_sum, operator.add), ROUNDINGS),
-    "sub": (rounding(lambda x, y: odd_sum(x, -y), operator.sub), ROUNDINGS),
+    "add": (rounding(floats.odd_sum, operator.add), ROUNDINGS),
+    "sub": (rounding(lambda x, y: floats.odd_sum(x, -y), operator.sub), ROUNDINGS),
     "mul": (rounding(operator.mul, operator.mul), ROUNDINGS),
-    "fma": (rounding(lambda x, y, z: odd_sum(x * y, z), fused), ROUNDINGS),
+    "fma": (rounding(lambda x, y, z: floats.odd_sum(x * y, z), floats.fused, floats.fused_float), ROUNDINGS),
     "mul.lo": (plain(operator.mul), ""),
     "mad.lo": (plain(lambda x, y, z: x * y + z), ""),
     "mul.hi": (plain(high_half), ""),
