@@ -27,10 +27,11 @@ REPEATED_OF_HEAD = (
     "(skip_the_gradient and not (dtype0-33 or dtype0-128))",
 )
 # Of the others: of three dtypes bfloat16 (where none is named it is float32); of 50257 columns and more one row; every
-# loss form once; of the peaks one short of the repair and one past it; no hostile hidden states.
+# loss form once; of the peaks one short of the repair and one past it; hostile hidden states of one size, in float32
+# (torch's product) and bfloat16 (our own).
 REPEATED = (
-    "dtype0", "dtype2", "50257-dtype1", "shape4-dtype1", "(from_logits and 50257)",
-    "(from_logits and 151936 and (up or down))", "from_hidden",
+    "(dtype0 and not from_hidden)", "dtype2", "50257-dtype1", "shape4-dtype1", "(from_logits and 50257)",
+    "(from_logits and 151936 and (up or down))", "(from_hidden and not 127)",
     "bits_wherever_it_stands[cuda-2]", "same_bits[cuda-50257]", "(nan_alone and 50257 and True)",
     *(f"improbable_targets[cuda-{std}]" for std in ("0.1", "10.0", "100.0")), "(is_policy_loss and 1000)",
     *(f"({test} and not cuda-dapo])" for test in ("micro_batches", "known_upstream_gradient", "fully_masked")),

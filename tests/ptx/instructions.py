@@ -46,73 +46,78 @@ def nothing(m, o, a, s):
     pass
 
 
-def computed(compute, kinds, code, a):
-    """The first operand from the others."""
-    write, (x, *more) = code.write(a[0]), [code.read(x, kind) for x, kind in zip(a[1:], kinds)]
-    if not more:
-        return lambda m, s: write(m, s, compute(x(m, s)))
-    if len(more) == 1:
-        (y,) = more
-        return lambda m, s: write(m, s, compute(x(m, s), y(m, s)))
-    return lambda m, s: write(m, s, compute(x(m, s), *[read(m, s) for read in more]))
+def flat(operands):
+    return [each for x in operands for each in (x if isinstance(x, tuple) else (x,))]
+
+
+def computed(choose):
+    """choose(code, o, a): what computes the results from the operands, and the types of these."""
+
+    def make(code, o, a):
+        compute, kinds = choose(code, o, a)
+        if "ftz" in o:
+            compute = floats.flushing(compute)
+        write, *others = [code.write(operand) for operand in flat(a[:1])]
+        x, *more = [code.read(operand, kind) for operand, kind in zip(flat(a[1:]), kinds)]
+
+        def several(m, s):
+            for each, result in zip((write, *others), compute(x(m, s), *[y(m, s) for y in more])):
+                each(m, s, result)
+
+        if others:
+            return several
+        if len(more) == 1:  # the most
+            (y,) = more
+            return lambda m, s: write(m, s, compute(x(m, s), y(m, s)))
+        return lambda m, s: write(m, s, compute(x(m, s), *[y(m, s) for y in more]))
+
+    return make
 
 
 def plain(compute):
     """Of numbers of one type, or of predicates. NumPy's floats are rounded to nearest."""
-    return lambda code, o, a: computed(floats.flushing(compute, o), [o[-1]] * 3, code, a)
+    return computed(lambda code, o, a: (compute, o[-1:] * 3))
+
+
+def wide(numbers):
+    return [x.astype(np.float64) for x in numbers]
 
 
 def rounding(exact, near, near_float=None):
     """Float32 with a modifier is rounded from the `exact` result in float64."""
 
-    def make(code, o, a):
-        compute = near_float if near_float and o[-1] == "f32" else near
-        if {"rz", "rm", "rp", "sat", "ftz"} & set(o):
-            if o[-1] != "f32":
-                raise Fault(f"unknown opcode: a rounding of {o[-1]}")
-            compute = floats.flushing(lambda *x: floats.rounded(exact(*(each.astype(np.float64) for each in x)), o), o)
-        return computed(compute, [o[-1]] * 3, code, a)
+    def choose(code, o, a):
+        if not {"rz", "rm", "rp", "sat", "ftz"} & set(o):
+            return near_float if near_float and o[-1] == "f32" else near, o[-1:] * 3
+        if o[-1] != "f32":
+            raise Fault(f"unknown opcode: a rounding of {o[-1]}")
+        return lambda *x: floats.rounded(exact(*wide(x)), o), o[-1:] * 3
 
-    return make
+    return computed(choose)
 
 
 def approximation(exact):
-    def make(code, o, a):
+    def choose(code, o, a):
         if o == ("ftz", "f64") and exact is np.reciprocal:
-            return computed(floats.gross_reciprocal, ["f64"], code, a)
+            return floats.gross_reciprocal, ["f64"]
         if o[-1] != "f32":
             raise Fault(f"unknown opcode: an approximation of {o[-1]}")
-        write, reads = code.write(a[0]), [code.read(x, "f32") for x in a[1:]]
+        return lambda *x: floats.approximate(exact(*wide(x)), x[0], code.ulps), o[-1:] * 2
 
-        def run(m, s):
-            def compute(*x):
-                return floats.approximate(exact(*(each.astype(np.float64) for each in x)), x[0], m.ulps)
-
-            write(m, s, floats.flushing(compute, o)(*[read(m, s) for read in reads]))
-
-        return run
-
-    return make
+    return computed(choose)
 
 
+@computed
 def move(code, o, a):
-    to, source = a
-    if not isinstance(to, tuple) and not isinstance(source, tuple):
-        return computed(lambda x: x, o[-1:], code, a)
-    parts = source if isinstance(source, tuple) else to  # the low part first
-    bits = int(o[-1][1:]) // len(parts)
-    shifts = [U[int(o[-1][1:]) // 8](i * bits) for i in range(len(parts))]
-    if parts is source:
-        kinds = [f"u{bits}"] * len(parts)
-        return computed(lambda *x: sum(p.astype(n.dtype) << n for p, n in zip(x, shifts)), kinds, code, (to, *source))
-    read, writes = code.read(source, f"u{int(o[-1][1:])}"), [code.write(part) for part in to]
-
-    def run(m, s):
-        whole = read(m, s)
-        for write, n in zip(writes, shifts):
-            write(m, s, (whole >> n).astype(U[bits // 8]))
-
-    return run
+    """In parts the low one is first."""
+    to, source, size = flat(a[:1]), flat(a[1:]), code.types[o[-1]].itemsize
+    part = size // max(len(to), len(source))
+    shifts = [U[size](8 * i) for i in range(0, size, part)]
+    if len(to) > 1:
+        return lambda x: [(x >> n).astype(U[part]) for n in shifts], [f"u{8 * size}"]
+    if len(source) > 1:
+        return lambda *x: sum(y.astype(U[size]) << n for y, n in zip(x, shifts)), [f"u{8 * part}"] * len(source)
+    return lambda x: x, o[-1:]
 
 
 def access(code, o, values):
@@ -124,7 +129,7 @@ def access(code, o, values):
 
 
 def load(code, o, a):
-    registers = a[0] if isinstance(a[0], tuple) else a[:1]
+    registers = flat(a[:1])
     space, size, n = access(code, o, registers)
     address, writes, dtype = code.address(a[1]), [code.write(register) for register in registers], code.types[o[-1]]
 
@@ -143,7 +148,7 @@ def load(code, o, a):
 
 
 def store(code, o, a):
-    operands = a[1] if isinstance(a[1], tuple) else a[1:2]
+    operands = flat(a[1:2])
     space, size, n = access(code, o, operands)
     address, reads = code.address(a[0]), [code.read(operand, f"u{8 * size}") for operand in operands]
 
@@ -183,11 +188,7 @@ def shift(shifted, beyond):
     def compute(x, n):
         return np.where(n < 8 * x.itemsize, shifted(x, n.astype(x.dtype) % x.dtype.type(8 * x.itemsize)), beyond(x))
 
-    return lambda code, o, a: computed(compute, [o[-1], "u32"], code, a)
-
-
-def select(code, o, a):
-    return computed(lambda x, y, chosen: np.where(chosen, x, y), [o[-1], o[-1], "pred"], code, a)
+    return computed(lambda code, o, a: (compute, [o[-1], "u32"]))
 
 
 COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
@@ -195,10 +196,9 @@ COMPARE |= {"lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": opera
 COMBINE = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
 
+@computed
 def set_predicate(code, o, a):
-    test, real, combine = o[0], code.types[o[-1]].kind == "f", COMBINE.get(o[1])
-    writes = [code.write(target) for target in (a[0] if isinstance(a[0], tuple) else a[:1])]
-    reads, also = [code.read(x, o[-1]) for x in a[1:3]], combine and code.read(a[3], "pred")
+    test, real, combine, pair = o[0], code.types[o[-1]].kind == "f", COMBINE.get(o[1]), isinstance(a[0], tuple)
 
     def compare(x, y):
         if not real or test in ("eq", "lt", "le", "gt", "ge"):  # which are false of NaN
@@ -208,25 +208,24 @@ def set_predicate(code, o, a):
             return nan if test == "nan" else ~nan
         return ~nan & (x != y) if test == "ne" else nan | COMPARE[test[:-1]](x, y)
 
-    compare = floats.flushing(compare, o)
+    def compute(x, y, also=None):
+        result = compare(x, y)
+        results = [combine(each, also) if combine else each for each in (result, ~result)[: 1 + pair]]
+        return results if pair else results[0]
 
-    def run(m, s):
-        result = compare(*[read(m, s) for read in reads])
-        for write, each in zip(writes, (result, ~result)):
-            write(m, s, combine(each, also(m, s)) if combine else each)
-
-    return run
+    return compute, [o[-1], o[-1], "pred"]
 
 
 WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 TO_16_BITS = {"bf16": floats.to_bfloat16, "f16": lambda x: x.astype(np.float16).view(np.uint16)}
 
 
+@computed
 def convert(code, o, a):
     to, kind = code.types[o[-2]], code.types[o[-1]].kind
     if o[-2] in ("bf16x2", "f16x2"):
         half = TO_16_BITS[o[-2][:-2]]
-        return computed(lambda x, y: half(x).astype(np.uint32) << np.uint32(16) | half(y), o[-1:] * 2, code, a)
+        return lambda x, y: half(x).astype(np.uint32) << np.uint32(16) | half(y), o[-1:] * 2
     whole = next((function for name, function in WHOLE.items() if name in o), lambda x: x)
     to_float = to == np.float32 and (kind == "f" or o[-1] == "bf16")
     if {"rz", "rm", "rp", "sat"} & set(o) and not to_float:
@@ -240,7 +239,7 @@ def convert(code, o, a):
             return floats.rounded(x, o)
         return floats.to_integer(x, to) if kind == "f" and to.kind != "f" else x.astype(to)
 
-    return computed(floats.flushing(compute, o), o[-1:], code, a)
+    return compute, o[-1:]
 
 
 def permute(x, y, selector):
@@ -258,8 +257,7 @@ def shuffle(source):
     """Of whole warps, from the lane `source`; beyond the warp, a lane's own. Lanes wait for the others of theirs."""
 
     def make(code, o, a):
-        to = a[0] if isinstance(a[0], tuple) else (a[0], "_")
-        writes, reads = [code.write(name) for name in to], [code.read(x, "u32") for x in a[1:]]
+        writes, reads = [code.write(x) for x in flat(a[:1])], [code.read(x, "u32") for x in a[1:]]
 
         def run(m, s):
             ids, lane = m.ids(s), np.arange(32)
@@ -274,8 +272,8 @@ def shuffle(source):
             value, by = (np.broadcast_to(x, ids.shape).reshape(-1, 32) for x in (value, by))
             wanted = source(lane, by.astype(np.int64))
             inside = wanted < 32
-            writes[0](m, s, np.take_along_axis(value, np.where(inside, wanted, lane), 1).ravel())
-            writes[1](m, s, inside.ravel())
+            for write, x in zip(writes, (np.take_along_axis(value, np.where(inside, wanted, lane), 1), inside)):
+                write(m, s, x.ravel())
 
         return run
 
@@ -330,7 +328,7 @@ TABLE = {
     "div.approx div.full": (approximation(operator.truediv), "ftz"),
     "shl": (shift(operator.lshift, lambda x: x * 0), ""),
     "shr": (shift(operator.rshift, lambda x: -(x < 0).astype(x.dtype)), ""),
-    "selp": (select, ""),
+    "selp": (computed(lambda code, o, a: (lambda x, y, chosen: np.where(chosen, x, y), [*o[-1:] * 2, "pred"])), ""),
     "setp": (set_predicate, " ".join([*COMPARE, *(f"{name}u" for name in COMPARE), *COMBINE, "num nan ftz"])),
     "cvt": (convert, f"{ROUNDINGS} {' '.join(WHOLE)}"),
     "shf.r.wrap": (plain(funnel), ""),

@@ -48,15 +48,15 @@ class Machine:
         entry, threads, cluster = module.entry(launch.kernel), launch.threads, launch.cluster
         width, height = launch.grid if isinstance(launch.grid, tuple) else (launch.grid, 1)
         self.blocks, self.count = width * height, width * height * threads
-        if launch.kernel not in module.programs:
-            module.programs[launch.kernel] = Program(entry)
-        self.program = module.programs[launch.kernel]
+        if (launch.kernel, ulps) not in module.programs:
+            module.programs[launch.kernel, ulps] = Program(entry, ulps)
+        self.program = module.programs[launch.kernel, ulps]
         self.unit = self.program.unit
         if threads % self.unit or not 0 < threads <= entry.most_threads or width % cluster or self.blocks < 1:
             raise Fault(f"it takes whole warps, whole clusters and at most {entry.most_threads} threads: {launch[:5]}")
         if len(launch.params) != entry.parameter_bytes:
             raise Fault(f"{launch.kernel} takes {entry.parameter_bytes} bytes of parameters, got {len(launch.params)}")
-        self.order, self.random, self.late, self.ulps = order, np.random.default_rng(seed), late, ulps
+        self.order, self.random, self.late = order, np.random.default_rng(seed), late
         self.most_steps, self.threads, self.cluster, self.kernel = most_steps, threads, cluster, launch.kernel
         units, shared_bytes = self.program.units, entry.static_shared + launch.shared
         self.clock = Clock(self.blocks, threads, cluster)

@@ -33,7 +33,8 @@ class Step(NamedTuple):
 class Program:
     types = TYPES
 
-    def __init__(self, entry):
+    def __init__(self, entry, ulps):
+        self.ulps = ulps  # of approximations
         self.sizes, self.labels = entry.registers | {f"%{name}": 4 for name in SPECIAL}, entry.labels
         self.code, self.steps = entry.code, [None] * len(entry.code)
         self.unit = 128 if any(each.opcode.startswith("wgmma") for each in entry.code) else 32  # threads in step
