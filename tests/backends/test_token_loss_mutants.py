@@ -85,7 +85,7 @@ CLUSTER = [
         WRONG,
     ),
     ("no edges of the next row", "if (more && t < 32) show(row + step, ahead, next, slot);", "", f"{WRONG}|deadlock"),
-    ("an end during the last bulk store", "if (kStore && t == 0) device::bulk_wait<0>();", "", "ends during"),
+    ("an end during the last bulk store", "if (kStore && t == 0) device::bulk_wait<0>();", "", "leaves during"),
 ]
 BLOCK = [
     ("as it is", "", "", None),
