@@ -68,12 +68,13 @@ lint: $(TESTS)
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/* tests/backends/*.cpp
 	$(VENV)/bin/mypy
 
-# The tests of the C++ module, and of the host code of CUDA's where nvcc is, on a second build of them, with the shipped
-# flags and checks of every access and overflow.
+# The tests of the C++ module, and where nvcc is of the host code of CUDA's, what it refuses and what launches it plans, on
+# a second build of them, with the shipped flags and checks of every access and overflow. No kernel is interpreted.
 # CXXFLAGS takes the place of Python's own flags, so without their -fwrapv. libasan must come first in the process, and
 # libstdc++ with it: else it finds no __cxa_throw. Python itself leaks. Fifty repeats touch no further memory. The
 # tests of Triton would load its LLVM, those of other trainers all of them. This folder comes before site-packages,
 # where verl has a package tests too.
+HOST_OF_CUDA := cuda and (bindings or the_plan or the_grid_is or a_launch_has or product_does_not_take or by_name)
 CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(TESTS)
 	rm -rf build/sanitize
@@ -82,7 +83,7 @@ sanitize: $(TESTS)
 	PYTHONPATH=build/sanitize/lib:$(CURDIR) ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -x -n 2 --dist worksteal --import-mode=append --capture=sys \
-		-k "(cpu or advantages_cuda and not spilled) and not fifty and not 151936" tests/project/sanitize.py $(filter-out tests/integrations/% tests/backends/test_triton%,$(wildcard tests/*/test_*.py))
+		-k "(cpu or $(HOST_OF_CUDA)) and not fifty and not 151936" tests/project/sanitize.py $(filter-out tests/integrations/% tests/backends/test_triton%,$(wildcard tests/*/test_*.py))
 
 # Without a GPU the CUDA module is here for its host code: the other architectures would be 55 of 190 CPU seconds.
 ONE_ARCH := $(if $(NVIDIA),,TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0a})

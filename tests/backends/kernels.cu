@@ -54,9 +54,9 @@ REDIT_DEVICE void pipeline(const Args& args) {
   if (t == 0 && cluster_index() < rows) fetch(cluster_index(), 0);
   for (int row = cluster_index(); row < rows; row += clusters) {
     const int next = (stage + 1) % kStages;
-    if (t == 0 && row + clusters < rows) {
+    if (t == 0 && (row + clusters < rows || broken == 12)) {
       if (broken != 4) bulk_wait_read<1>();
-      fetch(row + clusters, next);
+      fetch(broken == 12 ? row : row + clusters, next);
     }
     if (broken != 3) mbarrier_wait(shared.full + stage, parity);
     auto* mine = reinterpret_cast<float4*>(ring + stage * kFloats) + t;
@@ -96,6 +96,7 @@ VARIANT(pipeline, 8)
 VARIANT(pipeline, 9)
 VARIANT(pipeline, 10)
 VARIANT(pipeline, 11)
+VARIANT(pipeline, 12)
 
 // y = x + 1 by one warp that loads and two that compute, over two stages of 64 floats.
 template <int broken>
@@ -128,6 +129,27 @@ VARIANT(ring, 1)
 VARIANT(ring, 2)
 VARIANT(ring, 3)
 VARIANT(ring, 4)
+
+// A block that the other of its cluster reaches into leaves after that.
+template <int broken>
+REDIT_DEVICE void neighbours(const Args& args) {
+  __shared__ float slot;
+  __shared__ uint64_t arrived;
+  if (threadIdx.x == 0) mbarrier_init(&arrived, 1);
+  fence_mbarrier_init();
+  sync_cluster();
+  if (threadIdx.x == 0 && (broken != 3 || cluster_rank() == 0)) {
+    if (broken != 2) store_peer(&slot, cluster_rank() ^ 1, float(cluster_rank()));
+    if (broken != 1) mbarrier_arrive_peer(&arrived, cluster_rank() ^ 1);
+  }
+  if (broken) return;
+  sync_cluster();
+  static_cast<float*>(args.y)[blockIdx.x * 64 + threadIdx.x] = slot;
+}
+VARIANT(neighbours, 0)
+VARIANT(neighbours, 1)
+VARIANT(neighbours, 2)
+VARIANT(neighbours, 3)
 
 // Each row of y: the sums over warps of x's columns, through shared memory that every row uses again.
 template <int broken>
@@ -343,7 +365,7 @@ REDIT_DEVICE void head(const HeadArgs& args) {
     for (int i = 0; i < 64; ++i)
       args.e[(row + i / 2 % 2 * 8) * args.columns + int(blockIdx.y) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = sum.d[i];
   }
-  sync_cluster();
+  if (broken != 6) sync_cluster();
 }
 #define HEAD(broken) \
   extern "C" __global__ void __launch_bounds__(384) head_##broken(const __grid_constant__ HeadArgs args) { head<broken>(args); }
@@ -353,3 +375,4 @@ HEAD(2)
 HEAD(3)
 HEAD(4)
 HEAD(5)
+HEAD(6)

@@ -2,8 +2,6 @@
 type, length or stride it works or raises a ValueError that names the argument, and never faults. `make sanitize` runs
 these calls on a build that checks every access."""
 
-from itertools import combinations
-
 import pytest
 import torch
 
@@ -14,12 +12,11 @@ from redit_fast.backends.cpu.module import Processor, compiled
 from redit_fast.losses.coefficients import PolicyConstants
 from redit_fast.losses.config import LossConfig
 from redit_fast.losses.transforms import LogitTransform, TransformConstants
+from tests.bindings import NONE, damage, damage_lists, leave_out
 
 refusal = cpu.why_not("token_loss", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")
 ROWS, VOCABULARY, WIDTH = 5, 9, 4
-NONE = (0, 0, 0, 0, 0, 0)
-DTYPES = 6
 
 
 def rows():
@@ -178,63 +175,13 @@ ANY_STRIDES = ("logits", "grad_logits", "x", "hidden", "weight", "a", "b")
 @pytest.mark.parametrize("name", ENTRIES)
 def test_every_combination_of_missing_arguments_works_or_is_refused_by_name(name):
     call, makers, optional, _ = ENTRIES[name]
-    worked = 0
-    for count in range(len(makers) + 1):
-        for missing in combinations(makers, count):
-            kept = {key: make() for key, make in makers.items()}
-            given = {key: NONE if key in missing else view(kept[key]) for key in makers}
-            wrong = [key for key in missing if key not in optional]
-            wrong += [key for key in missing for other in optional.get(key, ()) if other not in missing]
-            if wrong:
-                with pytest.raises(ValueError, match="|".join(wrong)):
-                    call(**given)
-            else:
-                call(**given)
-                worked += 1
-    assert worked == 2 ** len(optional) - sum(map(bool, optional.values()))
-
-
-def damages(name, given, unknown, any_strides):
-    """What is wrong, and a description that is."""
-    address, dtype, *sizes = given
-    yield "no address", (0, dtype, *sizes)
-    if (name, 0) not in unknown:
-        yield "no shape", (address, dtype, 0, 0, 1, 1)
-    for other in (-1, *range(DTYPES + 1)):
-        if other != dtype:
-            yield f"dtype {other}", (address, other, *sizes)
-    for axis in (0, 1):
-        for change in (-1, 1):
-            if (name, axis) not in unknown:
-                yield (
-                    f"axis {axis} by {change}",
-                    (address, dtype, *(s + change * (i == axis) for i, s in enumerate(sizes))),
-                )
-        yield "a negative size", (address, dtype, *(-s if i == axis else s for i, s in enumerate(sizes)))
-    if sizes[1] > 1:
-        yield "a negative stride", (address, dtype, *sizes[:3], -1)
-        if not any_strides:
-            yield "columns apart", (address, dtype, *sizes[:3], 2)
-    if sizes[0] > 1:
-        yield "a negative row stride", (address, dtype, *sizes[:2], -1, 1)
+    leave_out(call, makers, optional)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_a_description_that_does_not_fit_is_refused_by_name(name):
     call, makers, _, unknown = ENTRIES[name]
-    kept = {key: make() for key, make in makers.items()}
-    given = {key: view(tensor) for key, tensor in kept.items()}
-    call(**given)
-    for key in makers:
-        for damage, description in damages(key, given[key], unknown, key in ANY_STRIDES):
-            if damage.startswith("dtype") and key in ("logits", "x", "e", "hidden") and description[1] in (0, 1, 2):
-                continue  # the one that says which type
-            try:
-                call(**{**given, key: description})
-            except ValueError as error:
-                assert "\n" not in str(error) and any(argument in str(error) for argument in makers), error
-            else:
-                raise AssertionError(f"{name} took {key} with {damage}")
+    damage(call, makers, unknown, ANY_STRIDES)
 
 
 def test_an_output_whose_elements_overlap_is_refused():
@@ -274,41 +221,9 @@ def parameter_passes():
 
 @pytest.mark.parametrize("name", ["squared_norm", "perturb", "combine", "adamw"])
 def test_lists_that_do_not_fit_are_refused_by_name(name):
-    """A missing tensor, its address, its size, another dtype, an entry too few, too many or beside its parameter."""
     held, passes = parameter_passes()
-    call, makers, optional = passes[name]
-    kept = {key: [make(), make()] for key, make in makers.items()}
-    given = {key: table(tensors) for key, tensors in kept.items()}
-    call(**given)
+    damage_lists(*passes[name])
     assert held.sum() != 0 or name == "adamw"
-    for key in makers:
-        (address, dtype, numel), second = given[key]
-        wrong = {
-            "None": [(0, 0, 0), second],
-            "no address": [(0, dtype, numel), second],
-            "too long": [(address, dtype, numel + 1), second],
-            "too short": [(address, dtype, numel - 1), second],
-            "negative": [(address, dtype, -numel), second],
-            "of integers": [(address, 4, numel), second],
-            "dtype -1": [(address, -1, numel), second],
-            "dtype 99": [(address, 99, numel), second],
-            "one": [second],
-            "three": [second] * 3,
-            "none": [],
-        }
-        if name == "squared_norm":  # of sizes nothing else tells
-            wrong = {
-                what: wrong[what]
-                for what in wrong
-                if what not in ("None", "too long", "too short", "one", "three", "none")
-            }
-        for what, entries in wrong.items():
-            if what == "None" and key in optional:
-                call(**{**given, key: entries})
-                continue
-            with pytest.raises(ValueError, match=f"^({'|'.join(makers)})"):
-                call(**{**given, key: entries})
-                pytest.fail(f"{name} took {key} with {what}")
 
 
 def test_numbers_that_do_not_fit_are_refused_by_name():

@@ -1,6 +1,7 @@
 """The CUDA backend on a machine without a GPU: refusals, and the shared test bodies on the PTX of its kernels."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,12 @@ from tests import ROOT
 from tests.cuda import NVCC
 
 HEAD = ["linear_loss", "linear_rows", "linear_whole", "heads"]
-SUITES = [*HEAD, "token_loss", "hostile_logits", "params", "regularize", "primitives", "no_grad", "advantages"]
+# A process each, which takes 4 CPU seconds to begin.
+SUITES = {
+    "the head": HEAD,
+    "logits": ["token_loss", "hostile_logits", "primitives", "no_grad"],
+    "the rest": ["params", "regularize", "advantages"],
+}
 # `make test` interprets one case a regime. Of the head: of three dtypes float32, whose products are torch's, and in the
 # cases that are named bfloat16, whose product is our own and takes 2 s a launch; of the rows with a coefficient some.
 OWN_PRODUCT = ("log_probs and grpo-kl", "grad-needs0", "same_bits_whatever", "padded_beyond")
@@ -27,20 +33,22 @@ REPEATED_OF_HEAD = (
     "(skip_the_gradient and not (dtype0-33 or dtype0-128))",
 )
 # Of the others: of three dtypes bfloat16 (where none is named it is float32); of 50257 columns and more one row; every
-# loss form once; of the peaks one short of the repair and one past it; no hostile hidden states.
+# loss form once; of the peaks one short of the repair and one past it; hostile hidden states of one size, in float32
+# (torch's product) and bfloat16 (our own); of the advantages what test_advantages_cuda.py has not in every order.
 REPEATED = (
-    "dtype0", "dtype2", "50257-dtype1", "shape4-dtype1", "(from_logits and 50257)",
-    "(from_logits and 151936 and (up or down))", "from_hidden",
+    "(dtype0 and not from_hidden)", "dtype2", "50257-dtype1", "shape4-dtype1", "(from_logits and 50257)",
+    "(from_logits and 151936 and (up or down))", "(from_hidden and not 127)",
+    "many_unequal", "0.0-0-",
     "bits_wherever_it_stands[cuda-2]", "same_bits[cuda-50257]", "(nan_alone and 50257 and True)",
     *(f"improbable_targets[cuda-{std}]" for std in ("0.1", "10.0", "100.0")), "(is_policy_loss and 1000)",
     *(f"({test} and not cuda-dapo])" for test in ("micro_batches", "known_upstream_gradient", "fully_masked")),
 )  # fmt: skip
 
 
-def cases(suite):
+def cases(suites):
     if "KERNEL_ARCHS" in os.environ:
         return "cuda"
-    return " and not ".join(["cuda", *(REPEATED_OF_HEAD if suite in HEAD else REPEATED)])
+    return " and not ".join(["cuda", *(REPEATED_OF_HEAD if suites is HEAD else REPEATED)])
 
 
 built = pytest.mark.skipif(module.missing is not None, reason=f"cuda: {module.missing}")
@@ -48,14 +56,15 @@ built = pytest.mark.skipif(module.missing is not None, reason=f"cuda: {module.mi
 
 @built
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("suite", SUITES)
-def test_the_kernels_pass_the_test_bodies_of_every_backend(suite):
+@pytest.mark.parametrize("suites", SUITES.values(), ids=SUITES)
+def test_the_kernels_pass_the_test_bodies_of_every_backend(suites):
     """In a process of its own, since the grid of backends is made when tests are collected."""
-    (file,) = (ROOT / "tests").glob(f"*/test_{suite}.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", cases(suite), file]
+    files = [file for suite in suites for file in (ROOT / "tests").glob(f"*/test_{suite}.py")]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", cases(suites), *files]
     environment = os.environ | {"REDIT_FAST_CUDA_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    ran = set(re.findall(r"test_(\w+)\.py::.*cuda.* PASSED", done.stdout))
+    assert done.returncode == 0 and ran == set(suites), done.stdout + done.stderr
 
 
 @built

@@ -32,6 +32,11 @@ MUTANTS = {
     "multicast to one block": ("column, full, 3)", "column, full, 1)", "deadlock"),
     "a stage released too early": ("if (s > 0) release(before);", "release(turn.stage);", ANY),
     "the parity never turns": ("stage = 0, parity ^= 1;", "stage = 0;", ANY),
+    "no barrier of the cluster at the end": (
+        "device::sync_cluster();  // nobody writes",
+        "// nobody writes",
+        "block . leaves, thread .* of block . reached into it|has left",
+    ),
     "one part past the last": ("count(pairs * p.parts)", "count(pairs * (p.parts + 1))", "race|out of bounds"),
 }
 

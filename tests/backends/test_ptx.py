@@ -72,7 +72,8 @@ BROKEN_PIPELINES = {
     8: r"race: thread 1 of block [02] writes shared byte 32 of block [13], which several threads read",
     9: r"out of bounds: 1040 bytes at global address",
     10: r"misaligned: global address",
-    11: r"the kernel ends during 0 bulk loads and bulk stores of 4 threads",
+    11: r"block . leaves during a bulk store or product of shared byte",
+    12: r"block . leaves during a bulk load of shared byte",
 }
 
 
@@ -107,6 +108,21 @@ BROKEN_RINGS = {
 def test_each_mistake_with_mbarriers_is_found(kernels, broken, choices):
     with pytest.raises(Fault, match=BROKEN_RINGS[broken]):
         ring(kernels, broken, **choices)
+
+
+LEAVES = "race: block . leaves, thread .* of block . reached into it"
+
+
+@pytest.mark.parametrize("choices", EVERY_ORDER, ids=str)
+def test_a_block_that_others_reach_into_stays(kernels, choices):
+    y = placed(np.zeros((2, 64), np.float32))
+    run(kernels, "neighbours_0", y, y, grid=2, cluster=2, **choices)
+    assert (y == [[1], [0]]).all()
+    # Whether block 1 leaves before or after that is not known.
+    reaches = "thread 0 of block 0 reaches into block 1, which has left" if choices["order"] == "highest" else LEAVES
+    for broken, message in ((1, LEAVES), (2, LEAVES), (3, reaches if choices["order"] != "random" else "block 1")):
+        with pytest.raises(Fault, match=message):
+            run(kernels, f"neighbours_{broken}", y, y, grid=2, cluster=2, **choices)
 
 
 def test_shared_memory_that_is_used_again_needs_a_barrier_between(kernels):
@@ -484,6 +500,7 @@ BROKEN_HEADS = {
     2: "race: .*, of a bulk load not waited for",
     3: "deadlock: .*waits at an mbarrier",
     5: "race: .*, that something has still to read",
+    6: LEAVES,
 }
 
 

@@ -114,7 +114,7 @@ CLUSTER = [
         "back ? min(i, count)",
         f"race: .* shared byte|{WRONG}",
     ),
-    ("an end during the last bulk store", "if (kStore && t == 0) device::bulk_wait<0>();", "", "ends during"),
+    ("an end during the last bulk store", "if (kStore && t == 0) device::bulk_wait<0>();", "", "leaves during"),
 ]
 BLOCK = [
     ("as it is", "", "", None),

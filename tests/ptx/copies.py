@@ -4,16 +4,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.ptx.instructions import nothing
-from tests.ptx.memory import EPOCH, LOADING, PEER, WHO
+from tests.ptx.instructions import action, nothing
+from tests.ptx.memory import LOADING, PEER, TIME, WHO
 from tests.ptx.parse import Fault
 
 
 class Copy(NamedTuple):
-    data: np.ndarray  # in global memory
-    units: np.ndarray  # its elements
-    places: np.ndarray  # of the bytes in shared memory
-    barrier: int  # of a load
+    data: np.ndarray  # the bytes in global memory
+    elements: np.ndarray  # the units of global memory, as one row
+    place: int  # of the first byte in shared memory
+    units: np.ndarray  # of shared memory, as one row
+    barrier: int | None  # of a load
 
 
 class Mbarrier:
@@ -26,6 +27,7 @@ class Mbarrier:
         self.landed = []  # copies that no thread has waited for
 
 
+@action
 def block_barrier(m, o, a, s):
     if a != (0,):
         raise Fault("unknown operands: only barrier 0, of all threads, is known")
@@ -33,10 +35,12 @@ def block_barrier(m, o, a, s):
     return True
 
 
+@action
 def cluster_arrive(m, o, a, s):
     m.arrived[s] = True
 
 
+@action
 def cluster_wait(m, o, a, s):
     if not m.arrived[s].all():
         raise Fault("waits at the cluster's barrier without having arrived")
@@ -44,12 +48,14 @@ def cluster_wait(m, o, a, s):
     return True
 
 
+@action
 def map_address(m, o, a, s):
     m.write(a[0], m.read(a[1], "u32", s) | m.read(a[2], "u32", s) + np.uint32(1) << np.uint32(PEER), s)
 
 
+@action
 def proxy_fence(m, o, a, s):
-    m.shared.fences[m.ids(s)] += 1
+    m.shared.fences[s] += 1
 
 
 class Thread:
@@ -61,19 +67,29 @@ class Thread:
     def number(self, operand, kind="u32"):
         return int(np.ravel(self.m.read(operand, kind, self.one))[0])
 
-    def shared(self, address, n=8, align=8):
-        return self.m.shared.find(self.m.address(address, self.one), n, self.one, align)[1][0]
+    def address(self, operand):
+        return self.m.program.address(operand)(self.m, self.one)
+
+    def shared(self, operand, n=8, align=8):
+        """The place of the first byte, and the units."""
+        (place,), units = self.m.shared.find(self.address(operand), n, self.one, align)
+        return place, units
 
     def copy(self, shared, address, size, barrier=None):
         n, memory = self.number(size), self.m.memory["global"]
         if n % 16:
             raise Fault(f"misaligned: a bulk copy of {n} bytes")
-        (first,), (units,) = memory.find(self.m.address(address, self.one), n, self.one, 16)
-        places = self.shared(shared, n, 16)
-        return Copy(memory.bytes[first : first + n], units, places, barrier and self.shared(barrier)[0])
+        (first,), elements = memory.find(self.address(address), n, self.one, 16)
+        return Copy(
+            memory.bytes[first : first + n],
+            elements,
+            *self.shared(shared, n, 16),
+            None if barrier is None else self.shared(barrier)[0],
+        )
 
 
 def each_thread(function):
+    @action
     def instruction(m, o, a, s):
         for thread in m.ids(s):
             function(m, Thread(m, thread), *a)
@@ -93,7 +109,7 @@ def arrive_at(m, thread, _, address, expected=0):
 
 def barrier_at(m, place):
     if place not in m.barriers:
-        raise Fault(f"there is no mbarrier at {m.shared.describe(place)}")
+        raise Fault(f"there is no mbarrier at {m.shared.describe(place // m.shared.unit)}")
     return m.barriers[place]
 
 
@@ -103,24 +119,26 @@ def arrive(m, place, threads, incoming):
     barrier.bytes += incoming
     barrier.expected += max(incoming, 0)
     if barrier.pending < 0:
-        raise Fault(f"more threads arrive at the mbarrier at {m.shared.describe(place)} than it counts")
+        where = m.shared.describe(place // m.shared.unit)
+        raise Fault(f"more threads arrive at the mbarrier at {where} than it counts")
     if barrier.pending == barrier.bytes == 0:
         barrier.over_since = 0 if barrier.expected else m.clock.time
         barrier.pending, barrier.phase, barrier.expected = barrier.count, barrier.phase + 1, 0
         m.state[m.state == 3] = 0
 
 
+@action
 def try_wait(m, o, a, s):
     ids = m.ids(s)
-    places, phases = m.shared.find(m.address(a[1], s), 8, ids)[0], np.zeros(len(ids), np.int64)
+    places, phases = m.shared.find(m.program.address(a[1])(m, s), 8, ids)[0], np.zeros(len(ids), np.int64)
     for place in np.unique(places):
         phases[places == place] = barrier_at(m, place).phase
     over = phases & 1 != m.read(a[2], "u32", s) & 1
     for place in np.unique(places[over]):
-        barrier, waited = m.barriers[place], ids[over & (places == place)]
-        m.clock.acquired[waited] = np.maximum(m.clock.acquired[waited], barrier.over_since)
+        barrier = m.barriers[place]
+        m.clock.acquire(ids[over & (places == place)], barrier.over_since)
         while barrier.landed:
-            m.shared.busy[barrier.landed.pop().places] = 0
+            m.shared.busy[barrier.landed.pop().units] = 0
     m.write(a[0], over, s)
     m.state[ids[~over]] = 3
     return True
@@ -129,16 +147,17 @@ def try_wait(m, o, a, s):
 @each_thread
 def bulk_load(m, thread, to, source, size, barrier):
     copy = thread.copy(to, source, size, barrier)
-    m.memory["global"].touch(copy.units[None], thread.one, store=False)
-    m.bytes["bulk read"] += len(copy.places)
+    m.memory["global"].touch(copy.elements, thread.one, store=False)
+    m.bytes["bulk read"] += len(copy.data)
     issue_load(m, thread, copy)
 
 
 def issue_load(m, thread, copy):
     """From here until a thread has waited for the mbarrier nobody may touch the bytes."""
-    m.shared.touch(copy.places[None], thread.one, store=True)
-    m.shared.written[copy.places] = m.shared.read[copy.places] = m.shared.dirty[copy.places] = 0
-    m.shared.busy[copy.places] = LOADING
+    m.shared.check_there(copy.place // m.shared.step, thread.one)
+    m.shared.touch(copy.units, thread.one, store=True)
+    m.shared.written[copy.units] = m.shared.read[copy.units] = m.shared.dirty[copy.units] = 0
+    m.shared.busy[copy.units] = LOADING
     m.loads.append(copy)
     if not m.late:
         land_latest(m)
@@ -147,29 +166,29 @@ def issue_load(m, thread, copy):
 def land_latest(m):
     if m.loads:
         copy = m.loads.pop()
-        m.shared.bytes[copy.places] = copy.data
+        m.shared.bytes[copy.place : copy.place + len(copy.data)] = copy.data
         m.barriers[copy.barrier].landed.append(copy)
-        arrive(m, copy.barrier, 0, -len(copy.places))
+        arrive(m, copy.barrier, 0, -len(copy.data))
         return True
 
 
 @each_thread
 def bulk_store(m, thread, to, source, size):
     copy = thread.copy(source, to, size)
-    m.shared.touch(copy.places[None], thread.one, store=False)
-    check_fenced(m, copy.places)
-    m.shared.busy[copy.places] += 1
-    m.bytes["bulk written"] += len(copy.places)
+    m.shared.touch(copy.units, thread.one, store=False)
+    check_fenced(m, copy.units)
+    m.shared.busy[copy.units] += 1
+    m.bytes["bulk written"] += len(copy.data)
     m.stores.setdefault(thread.id, [[]])[-1].append(copy)
 
 
-def check_fenced(m, places):
-    """Of bytes that an asynchronous copy or product is to read."""
-    who, after = m.shared.dirty[places] & WHO, m.shared.dirty[places] >> EPOCH
+def check_fenced(m, units):
+    """Of what an asynchronous copy or product is to read."""
+    who, after = m.shared.dirty[units] & WHO, m.shared.dirty[units] >> TIME
     unfenced = (who != 0) & (m.shared.fences[who - 1] == after)
     if unfenced.any():
-        place, name = places[unfenced][0], m.clock.name(who[unfenced][0])
-        raise Fault(f"no fence.proxy.async: {name} wrote {m.shared.describe(place)}, read by an asynchronous operation")
+        unit, name = units[unfenced][0], m.clock.name(who[unfenced][0])
+        raise Fault(f"no fence.proxy.async: {name} wrote {m.shared.describe(unit)}, read by an asynchronous operation")
 
 
 @each_thread
@@ -183,16 +202,10 @@ def wait_group(m, thread, open_groups):
     groups = m.stores.setdefault(thread.id, [[]])
     while len(groups) - 1 > open_groups:
         for copy in groups.pop(0):
-            m.shared.busy[copy.places] -= 1
-            m.shared.touch(copy.places[None], thread.one, store=False)
-            m.memory["global"].touch(copy.units[None], thread.one, store=True)
-            copy.data[:] = m.shared.bytes[copy.places]
-
-
-def check_nothing_open(m):
-    stores = [thread for thread, groups in m.stores.items() if any(groups)]
-    if stores or m.loads:
-        raise Fault(f"the kernel ends during {len(m.loads)} bulk loads and bulk stores of {len(stores)} threads")
+            m.shared.busy[copy.units] -= 1
+            m.shared.touch(copy.units, thread.one, store=False)
+            m.memory["global"].touch(copy.elements, thread.one, store=True)
+            copy.data[:] = m.shared.bytes[copy.place : copy.place + len(copy.data)]
 
 
 SHARED = "shared shared::cta shared::cluster"

@@ -33,11 +33,10 @@ def odd_sum(x, y):
 
 def fused(x, y, z):
     """x y + z of float64 with one rounding (Boldo and Melquiond 2008)."""
-    x, y, z = np.broadcast_arrays(x, y, z)
     plain, product = x * y + z, np.abs(x * y)
     numbers = np.isfinite(plain) & (x != 0) & (y != 0)
     largest = np.maximum(np.maximum(np.abs(x), np.abs(y)), np.maximum(np.abs(z), product))
-    if (numbers & ((product < 2.0**-900) | (largest > 2.0**900))).any():
+    if np.count_nonzero(numbers & ((product < 2.0**-900) | (largest > 2.0**900))):
         raise Fault("unknown: a fused multiply-add of float64 beyond 2^900 or below 2^-900")
     high, low = exact_product(x, y)
     upper, lost = exact_sum(z, low)
@@ -51,26 +50,47 @@ def gross_reciprocal(x):
     return (np.reciprocal((x.view(np.uint64) & upper).view(np.float64)).view(np.uint64) & upper).view(np.float64)
 
 
+def fused_float(x, y, z):
+    """x y + z of float32 with one rounding: float64 rounds it first, which shows halfway between two of float32."""
+    product = x.astype(np.float64) * y
+    total = product + z
+    halfway = total.view(np.int64) & 0x1FFFFFFF == 0x10000000
+    if np.count_nonzero(halfway | (np.abs(total) < 2.0**-125) & (total != 0)):  # where the spacing is another
+        total = odd_sum(product, z.astype(np.float64))
+    return total.astype(np.float32)
+
+
+TOO_FAR = {  # where the nearest is on the wrong side, and where the next one lies
+    "rz": (lambda near, x: np.abs(near) > np.abs(x), 0),
+    "rm": (lambda near, x: near > x, -np.inf),
+    "rp": (lambda near, x: near < x, np.inf),
+}
+
+
 def rounded(x, modifiers):
-    """float64 to float32: to nearest, rz, rm (down) or rp (up); then sat: to [0, 1], NaN to 0; ftz: no subnormals."""
+    """float64 to float32: to nearest, rz, rm (down) or rp (up); then sat: to [0, 1], NaN to 0."""
     near = np.asarray(x).astype(np.float32)
-    for name, wrong, to in (("rz", np.abs(near) > np.abs(x), 0), ("rm", near > x, -np.inf), ("rp", near < x, np.inf)):
-        if name in modifiers:
-            near = np.where(wrong, np.nextafter(near, np.float32(to)), near)
-    if "sat" in modifiers:
-        near = np.where(near > 0, np.minimum(near, np.float32(1)), np.float32(0))
-    return flushed(near, modifiers)
+    for name in TOO_FAR.keys() & set(modifiers):
+        wrong, towards = TOO_FAR[name]
+        near = np.where(wrong(near, x), np.nextafter(near, np.float32(towards)), near)
+    return np.where(near > 0, np.minimum(near, np.float32(1)), np.float32(0)) if "sat" in modifiers else near
 
 
-def flushed(x, modifiers):
-    if "ftz" not in modifiers:
-        return x
-    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+def flushed(x):
+    small = x.dtype == np.float32 and np.abs(x) < np.finfo(np.float32).tiny
+    return np.where(small, np.copysign(np.float32(0), x), x) if np.count_nonzero(small) else x
+
+
+def flushing(compute):
+    """ftz: float32 has no subnormal numbers, neither before nor after."""
+    return lambda *numbers: flushed(compute(*map(flushed, numbers)))
 
 
 def approximate(exact, argument, ulps):
     """The float32 nearest to `exact`, moved by +ulps or -ulps: the argument's bits choose."""
     near = np.asarray(exact).astype(np.float32)
+    if ulps == 0:
+        return near
     up = np.asarray(argument).view(np.uint32) * np.uint32(2654435761) >> np.uint32(31)
     moved = (near.view(np.int32) + np.where(up, ulps, -ulps).astype(np.int32)).view(np.float32)
     return np.where((np.abs(near) > 1e-37) & (np.abs(near) < 1e38), moved, near)

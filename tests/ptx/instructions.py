@@ -1,111 +1,166 @@
-"""Instructions of one thread, and the warp's shuffle. A function gets the machine, the opcode's modifiers and types,
-the operands and the threads. A result that is true ends the step.
+"""Instructions of one thread, and the warp's shuffle. What stands in a table makes an instruction for a program, from
+its modifiers and types and its operands: a function of the machine and some of its threads.
 """
 
 import operator
 
 import numpy as np
 
-from tests.ptx.floats import approximate, flushed, fused, gross_reciprocal, odd_sum, rounded, to_bfloat16, to_integer
-from tests.ptx.memory import U, cells, check_alignment
+from tests.ptx import floats
+from tests.ptx.memory import U, check_alignment, some
 from tests.ptx.parse import Fault
 
 DONE = 1 << 30  # the place of a thread that has left
+AGAIN = "again"  # a result: the threads wait for others, then execute the instruction
 
 
-def branch(m, o, a, s):
-    m.pc[s] = m.labels[a[0]]
+def action(function):
+    """Of what is rare: it gets the machine, the modifiers, the operands and the threads."""
+    return lambda code, o, a: lambda m, s: function(m, o, a, s)
 
 
+def branch(code, o, a):
+    target = code.labels[a[0]]
+
+    def run(m, s):
+        m.pc[s] = target
+
+    return run
+
+
+@action
 def leave(m, o, a, s):
     m.pc[s] = DONE
+    left = (m.pc == DONE).reshape(m.blocks, -1).all(1)
+    for block in np.flatnonzero(left & ~m.shared.left):
+        m.shared.leave(block)
 
 
+@action
 def trap(m, o, a, s):
     raise Fault(f"{m.clock.name(m.ids(s)[0] + 1)} traps")
 
 
+@action
 def nothing(m, o, a, s):
     pass
 
 
-def move(m, o, a, s):
-    to, source = a
-    if o[-1] == "pred":
-        m.write(to, bool(source) if isinstance(source, int) else m.predicate(source, s), s)
-    elif isinstance(source, tuple):  # the low part first
-        bits, whole = int(o[-1][1:]) // len(source), U[int(o[-1][1:]) // 8]
-        parts = (m.read(part, f"b{bits}", s).astype(whole) << whole(i * bits) for i, part in enumerate(source))
-        m.write(to, sum(parts), s)
-    elif isinstance(to, tuple):
-        bits, whole = int(o[-1][1:]) // len(to), m.read(source, o[-1], s)
-        for i, part in enumerate(to):
-            m.write(part, (whole >> whole.dtype.type(i * bits)).astype(U[bits // 8]), s)
-    else:
-        m.write(to, m.read(source, o[-1], s), s)
+def flat(operands):
+    return [each for x in operands for each in (x if isinstance(x, tuple) else (x,))]
 
 
-def load(m, o, a, s):
-    registers, size, space = a[0] if isinstance(a[0], tuple) else a[:1], m.types[o[-1]].itemsize, o[0].split("::")[0]
-    at, n = m.address(a[1], s), size * len(registers)
-    if space == "param":
-        check_alignment(at, n, space)
-        values = cells(m.params, n, size)[at // n]
-    else:
-        m.bytes[f"{space} read"] += n * len(at)
-        values = m.memory[space].load(at, n, size, m.ids(s))
-    for k, register in enumerate(registers):
-        m.write(register, np.ascontiguousarray(values[:, k]).view(m.types[o[-1]]), s)
+def computed(choose):
+    """choose(code, o, a): what computes the results from the operands, and the types of these."""
 
+    def make(code, o, a):
+        compute, kinds = choose(code, o, a)
+        if "ftz" in o:
+            compute = floats.flushing(compute)
+        write, *others = [code.write(operand) for operand in flat(a[:1])]
+        x, *more = [code.read(operand, kind) for operand, kind in zip(flat(a[1:]), kinds)]
 
-def store(m, o, a, s):
-    operands, size, space = a[1] if isinstance(a[1], tuple) else a[1:2], m.types[o[-1]].itemsize, o[0].split("::")[0]
-    at, n = m.address(a[0], s), size * len(operands)
-    values = np.empty((len(at), len(operands)), U[size])
-    for k, operand in enumerate(operands):
-        values[:, k] = m.read(operand, f"b{8 * size}", s)
-    m.bytes[f"{space} written"] += n * len(at)
-    m.memory[space].store(at, n, values, m.ids(s))
+        def several(m, s):
+            for each, result in zip((write, *others), compute(x(m, s), *[y(m, s) for y in more])):
+                each(m, s, result)
 
+        if others:
+            return several
+        if len(more) == 1:  # the most
+            (y,) = more
+            return lambda m, s: write(m, s, compute(x(m, s), y(m, s)))
+        return lambda m, s: write(m, s, compute(x(m, s), *[y(m, s) for y in more]))
 
-def values(m, o, operands, s):
-    return [flushed(np.asarray(m.read(operand, o[-1], s)), o) for operand in operands]
+    return make
 
 
 def plain(compute):
     """Of numbers of one type, or of predicates. NumPy's floats are rounded to nearest."""
-
-    def instruction(m, o, a, s):
-        read = [m.predicate(x, s) for x in a[1:]] if o[-1] == "pred" else values(m, o, a[1:], s)
-        m.write(a[0], flushed(compute(*read), o), s)
-
-    return instruction
+    return computed(lambda code, o, a: (compute, o[-1:] * 3))
 
 
-def rounding(exact, near):
-    """Float32 with a modifier, and its fma, is rounded from the `exact` result in float64, all else `near`."""
+def wide(numbers):
+    return [x.astype(np.float64) for x in numbers]
 
-    def instruction(m, o, a, s):
-        read, special = values(m, o, a[1:], s), {"rz", "rm", "rp", "sat", "ftz"} & set(o)
-        if o[-1] != "f32" and special:
+
+def rounding(exact, near, near_float=None):
+    """Float32 with a modifier is rounded from the `exact` result in float64."""
+
+    def choose(code, o, a):
+        if not {"rz", "rm", "rp", "sat", "ftz"} & set(o):
+            return near_float if near_float and o[-1] == "f32" else near, o[-1:] * 3
+        if o[-1] != "f32":
             raise Fault(f"unknown opcode: a rounding of {o[-1]}")
-        special = special or near is fused and o[-1] == "f32"
-        result = rounded(exact(*(x.astype(np.float64) for x in read)), o) if special else near(*read)
-        m.write(a[0], result, s)
+        return lambda *x: floats.rounded(exact(*wide(x)), o), o[-1:] * 3
 
-    return instruction
+    return computed(choose)
 
 
 def approximation(exact):
-    def instruction(m, o, a, s):
+    def choose(code, o, a):
         if o == ("ftz", "f64") and exact is np.reciprocal:
-            return m.write(a[0], gross_reciprocal(m.read(a[1], "f64", s)), s)
+            return floats.gross_reciprocal, ["f64"]
         if o[-1] != "f32":
             raise Fault(f"unknown opcode: an approximation of {o[-1]}")
-        read = values(m, o, a[1:], s)
-        m.write(a[0], flushed(approximate(exact(*(x.astype(np.float64) for x in read)), read[0], m.ulps), o), s)
+        return lambda *x: floats.approximate(exact(*wide(x)), x[0], code.ulps), o[-1:] * 2
 
-    return instruction
+    return computed(choose)
+
+
+@computed
+def move(code, o, a):
+    """In parts the low one is first."""
+    to, source, size = flat(a[:1]), flat(a[1:]), code.types[o[-1]].itemsize
+    part = size // max(len(to), len(source))
+    shifts = [U[size](8 * i) for i in range(0, size, part)]
+    if len(to) > 1:
+        return lambda x: [(x >> n).astype(U[part]) for n in shifts], [f"u{8 * size}"]
+    if len(source) > 1:
+        return lambda *x: sum(y.astype(U[size]) << n for y, n in zip(x, shifts)), [f"u{8 * part}"] * len(source)
+    return lambda x: x, o[-1:]
+
+
+def access(code, o, values):
+    """The memory, the bytes of a value and of all."""
+    space, size = o[0].split("::")[0], code.types[o[-1]].itemsize
+    if space in code.units:
+        code.units[space] = min(code.units[space], size * len(values))
+    return space, size, size * len(values)
+
+
+def load(code, o, a):
+    registers = flat(a[:1])
+    space, size, n = access(code, o, registers)
+    address, writes, dtype = code.address(a[1]), [code.write(register) for register in registers], code.types[o[-1]]
+
+    def run(m, s):
+        at = address(m, s)
+        if space == "param":
+            check_alignment(at, n, space)
+            values = m.params.view(U[size]).reshape(-1, n // size)[at // n]
+        else:
+            m.bytes[f"{space} read"] += n * len(at)
+            values = m.memory[space].access(at, n, size, m.ids(s))
+        for write, column in zip(writes, np.ascontiguousarray(values.T).view(dtype)):
+            write(m, s, column)
+
+    return run
+
+
+def store(code, o, a):
+    operands = flat(a[1:2])
+    space, size, n = access(code, o, operands)
+    address, reads = code.address(a[0]), [code.read(operand, f"u{8 * size}") for operand in operands]
+
+    def run(m, s):
+        at = address(m, s)
+        values = np.empty((len(at), len(reads)), U[size])
+        for k, read in enumerate(reads):
+            values[:, k] = read(m, s)
+        m.bytes[f"{space} written"] += n * len(at)
+        m.memory[space].access(at, n, size, m.ids(s), values)
+
+    return run
 
 
 def wide_product(x, y):
@@ -129,11 +184,11 @@ def quotient(x, y):
 
 def shift(shifted, beyond):
     """Numbers of bits past the width shift out everything."""
-    return plain(lambda x, n: np.where(n < 8 * x.itemsize, shifted(x, n % x.dtype.type(8 * x.itemsize)), beyond(x)))
 
+    def compute(x, n):
+        return np.where(n < 8 * x.itemsize, shifted(x, n.astype(x.dtype) % x.dtype.type(8 * x.itemsize)), beyond(x))
 
-def select(m, o, a, s):
-    m.write(a[0], np.where(m.predicate(a[3], s), m.read(a[1], o[-1], s), m.read(a[2], o[-1], s)), s)
+    return computed(lambda code, o, a: (compute, [o[-1], "u32"]))
 
 
 COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
@@ -141,37 +196,50 @@ COMPARE |= {"lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": opera
 COMBINE = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
 
-def set_predicate(m, o, a, s):
-    x, y = values(m, o, a[1:3], s)
-    nan = np.isnan(x) | np.isnan(y) if x.dtype.kind == "f" else np.False_
-    if o[0] in ("num", "nan"):
-        result = nan if o[0] == "nan" else ~nan
-    else:
-        result = COMPARE[o[0]](x, y) & ~nan if o[0] in COMPARE else COMPARE[o[0][:-1]](x, y) | nan
-    for target, each in zip(a[0] if isinstance(a[0], tuple) else a[:1], (result, ~result)):
-        m.write(target, COMBINE[o[1]](each, m.predicate(a[3], s)) if o[1] in COMBINE else each, s)
+@computed
+def set_predicate(code, o, a):
+    test, real, combine, pair = o[0], code.types[o[-1]].kind == "f", COMBINE.get(o[1]), isinstance(a[0], tuple)
+
+    def compare(x, y):
+        if not real or test in ("eq", "lt", "le", "gt", "ge"):  # which are false of NaN
+            return COMPARE[test](x, y)
+        nan = np.isnan(x) | np.isnan(y)
+        if test in ("num", "nan"):
+            return nan if test == "nan" else ~nan
+        return ~nan & (x != y) if test == "ne" else nan | COMPARE[test[:-1]](x, y)
+
+    def compute(x, y, also=None):
+        result = compare(x, y)
+        results = [combine(each, also) if combine else each for each in (result, ~result)[: 1 + pair]]
+        return results if pair else results[0]
+
+    return compute, [o[-1], o[-1], "pred"]
 
 
 WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+TO_16_BITS = {"bf16": floats.to_bfloat16, "f16": lambda x: x.astype(np.float16).view(np.uint16)}
 
 
-def convert(m, o, a, s):
-    to, x = m.types[o[-2]], values(m, o, a[1:], s)
+@computed
+def convert(code, o, a):
+    to, kind = code.types[o[-2]], code.types[o[-1]].kind
     if o[-2] in ("bf16x2", "f16x2"):
-        high, low = (to_bfloat16(v) if o[-2] == "bf16x2" else v.astype(np.float16).view(np.uint16) for v in x)
-        m.write(a[0], high.astype(np.uint32) << np.uint32(16) | low, s)
-        return
-    x = (x[0].astype(np.uint32) << np.uint32(16)).view(np.float32) if o[-1] == "bf16" else x[0]
-    x = next((whole(x) for name, whole in WHOLE.items() if name in o), x)
-    if {"rz", "rm", "rp", "sat"} & set(o) and not (to == np.float32 and x.dtype.kind == "f"):
+        half = TO_16_BITS[o[-2][:-2]]
+        return lambda x, y: half(x).astype(np.uint32) << np.uint32(16) | half(y), o[-1:] * 2
+    whole = next((function for name, function in WHOLE.items() if name in o), lambda x: x)
+    to_float = to == np.float32 and (kind == "f" or o[-1] == "bf16")
+    if {"rz", "rm", "rp", "sat"} & set(o) and not to_float:
         raise Fault("unknown conversion")
-    if o[-2] == "bf16":
-        x = to_bfloat16(x)
-    elif to == np.float32 and x.dtype.kind == "f":
-        x = rounded(x, o)
-    else:
-        x = to_integer(x, to) if x.dtype.kind == "f" and to.kind != "f" else x.astype(to)
-    m.write(a[0], x, s)
+
+    def compute(x):
+        x = whole((x.astype(np.uint32) << np.uint32(16)).view(np.float32) if o[-1] == "bf16" else x)
+        if o[-2] == "bf16":
+            return floats.to_bfloat16(x)
+        if to_float:
+            return floats.rounded(x, o)
+        return floats.to_integer(x, to) if kind == "f" and to.kind != "f" else x.astype(to)
+
+    return compute, o[-1:]
 
 
 def permute(x, y, selector):
@@ -185,28 +253,31 @@ def permute(x, y, selector):
     return result
 
 
-AGAIN = "again"  # a result: the threads wait for others, then execute the instruction
-
-
 def shuffle(source):
     """Of whole warps, from the lane `source`; beyond the warp, a lane's own. Lanes wait for the others of theirs."""
 
-    def instruction(m, o, a, s):
-        ids, lane = m.ids(s), np.arange(32)
-        clamp, members = m.read(a[3], "u32", s), m.read(a[4], "u32", s)
-        if (clamp != 31).any() or (members != 0xFFFFFFFF).any() or (m.pc.reshape(-1, 32)[ids // 32] == DONE).any():
-            raise Fault("a shuffle of part of a warp")
-        if len(ids) % 32 or (ids.reshape(-1, 32) != ids[::32, None] // 32 * 32 + lane).any():
-            m.state[ids] = 4
-            return AGAIN
-        value, by = (np.broadcast_to(m.read(x, "b32", s), ids.shape).reshape(-1, 32) for x in a[1:3])
-        wanted = source(lane, by.astype(np.int64))
-        inside = wanted < 32
-        to = a[0] if isinstance(a[0], tuple) else (a[0], "_")
-        m.write(to[0], np.take_along_axis(value, np.where(inside, wanted, lane), 1).ravel(), s)
-        m.write(to[1], np.broadcast_to(inside, value.shape).ravel(), s)
+    def make(code, o, a):
+        writes, reads = [code.write(x) for x in flat(a[:1])], [code.read(x, "u32") for x in a[1:]]
 
-    return instruction
+        def run(m, s):
+            ids, lane = m.ids(s), np.arange(32)
+            value, by, clamp, members = (read(m, s) for read in reads)
+            apart = len(ids) % 32 or some(ids.reshape(-1, 32) != ids[::32, None] // 32 * 32 + lane)
+            left = apart and some(m.pc.reshape(-1, 32)[ids // 32] == DONE)
+            if left or some(clamp != 31) or some(members != 0xFFFFFFFF):
+                raise Fault("a shuffle of part of a warp")
+            if apart:
+                m.state[ids] = 4
+                return AGAIN
+            value, by = (np.broadcast_to(x, ids.shape).reshape(-1, 32) for x in (value, by))
+            wanted = source(lane, by.astype(np.int64))
+            inside = wanted < 32
+            for write, x in zip(writes, (np.take_along_axis(value, np.where(inside, wanted, lane), 1), inside)):
+                write(m, s, x.ravel())
+
+        return run
+
+    return make
 
 
 def funnel(low, high, n):
@@ -214,6 +285,7 @@ def funnel(low, high, n):
     return (high.astype(np.uint64) << np.uint64(32) | low).__rshift__(n.astype(np.uint64) & 31).astype(np.uint32)
 
 
+JUMPS = (branch, leave)
 CACHES = "nc ca cg cs lu cv wt wb L1::no_allocate L1::evict_first L1::evict_last L2::cache_hint L2::128B L2::256B"
 SPACES = f"global shared shared::cta shared::cluster v2 v4 {CACHES}"
 ROUNDINGS = "rn rz rm rp ftz sat"
@@ -236,10 +308,10 @@ TABLE = {
     "rcp": (plain(np.reciprocal), "rn"),
     "div": (plain(quotient), "rn"),
     "rem": (plain(lambda x, y: x - quotient(x, y) * y), ""),
-    "add": (rounding(odd_sum, operator.add), ROUNDINGS),
-    "sub": (rounding(lambda x, y: odd_sum(x, -y), operator.sub), ROUNDINGS),
+    "add": (rounding(floats.odd_sum, operator.add), ROUNDINGS),
+    "sub": (rounding(lambda x, y: floats.odd_sum(x, -y), operator.sub), ROUNDINGS),
     "mul": (rounding(operator.mul, operator.mul), ROUNDINGS),
-    "fma": (rounding(lambda x, y, z: odd_sum(x * y, z), fused), ROUNDINGS),
+    "fma": (rounding(lambda x, y, z: floats.odd_sum(x * y, z), floats.fused, floats.fused_float), ROUNDINGS),
     "mul.lo": (plain(operator.mul), ""),
     "mad.lo": (plain(lambda x, y, z: x * y + z), ""),
     "mul.hi": (plain(high_half), ""),
@@ -256,7 +328,7 @@ TABLE = {
     "div.approx div.full": (approximation(operator.truediv), "ftz"),
     "shl": (shift(operator.lshift, lambda x: x * 0), ""),
     "shr": (shift(operator.rshift, lambda x: -(x < 0).astype(x.dtype)), ""),
-    "selp": (select, ""),
+    "selp": (computed(lambda code, o, a: (lambda x, y, chosen: np.where(chosen, x, y), [*o[-1:] * 2, "pred"])), ""),
     "setp": (set_predicate, " ".join([*COMPARE, *(f"{name}u" for name in COMPARE), *COMBINE, "num nan ftz"])),
     "cvt": (convert, f"{ROUNDINGS} {' '.join(WHOLE)}"),
     "shf.r.wrap": (plain(funnel), ""),

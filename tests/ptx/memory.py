@@ -1,7 +1,6 @@
-"""Memory, and who touched a byte last. Two accesses, one of them a write, are a race when they are by threads of a
-block in one epoch of the block, by blocks of a cluster in one epoch of the cluster, or by two clusters. A barrier
-starts an epoch. An mbarrier's phase without bytes orders, for who waits for it, what was before. The last writer and
-the last reader are kept, or that there were several.
+"""Memory, and who touched it last. Two accesses, one of them a write, are a race when they are by two threads and no
+barrier lies between: of the block, of the cluster, or an mbarrier whose phase had no bytes, for who waits for it. Of
+other clusters there is none. The last writer and the last reader are kept, or that there were several.
 """
 
 import ctypes
@@ -11,36 +10,43 @@ import numpy as np
 from tests.ptx.parse import Fault, aligned
 
 U = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-WHO, EPOCH, CLUSTER_EPOCH = (1 << 24) - 1, 24, 44  # a stamp: who, the block's epoch, the cluster's
+WHO, TIME = (1 << 24) - 1, 24  # a stamp: who, and when
 LOADING = -1
 PEER = 24  # of a shared address: the bits above hold 1 + the rank of another block
+some = np.count_nonzero  # as any(), in a tenth of its time
+BLOCK, CLUSTER, GRID = range(3)  # whom a thread shares a block, a cluster or only the grid with
 
 
 class Clock:
-    """Who may have touched a byte: nobody, a thread, several of a block, several of a cluster, several clusters."""
+    """Who: nobody, a thread, several of a block, several of a cluster, several clusters."""
 
     def __init__(self, blocks, threads, cluster):
         self.threads, count, clusters = threads, blocks * threads, blocks // cluster
-        self.block_epoch, self.cluster_epoch = np.zeros(blocks, np.int64), np.zeros(clusters, np.int64)
         self.of_block, self.of_cluster, self.of_all = count + 1, count + 1 + blocks, count + 1 + blocks + clusters
-        self.time, self.acquired = 0, np.zeros(count, np.int64)
+        self.time = 1
+        self.since = np.ones((3, count), np.int64)  # for each thread: what is older is over, of BLOCK, CLUSTER, GRID
         thread, block = np.arange(count), np.arange(blocks)
         self.block = np.concatenate([[-1], thread // threads, block, np.full(clusters + 1, -1)])
         of_threads = [thread // threads // cluster, block // cluster, np.arange(clusters)]
         self.cluster = np.concatenate([[-1], *of_threads, [-1]])
 
-    def stamp(self, ids):
-        block, cluster = self.block[ids + 1], self.cluster[ids + 1]
-        return ids + 1 | self.block_epoch[block] << EPOCH | self.cluster_epoch[cluster] << CLUSTER_EPOCH
+    def barrier(self, threads, reach):
+        """Of all threads of a block or a cluster."""
+        self.since[: reach + 1, threads] = self.time + 1
 
-    def unordered(self, old, now):
-        who, me, apart = old & WHO, now & WHO, old ^ now
-        other = (who != 0) & (who != me)
-        if not other.any():
-            return other
-        same_epoch = apart << 64 - CLUSTER_EPOCH >> 64 - CLUSTER_EPOCH + EPOCH == 0
-        same_cluster_epoch = (self.cluster[who] != self.cluster[me]) | (apart >> CLUSTER_EPOCH == 0)
-        return other & np.where(self.block[who] == self.block[me], same_epoch, same_cluster_epoch)
+    def acquire(self, threads, time):
+        self.since[:, threads] = np.maximum(self.since[:, threads], time)
+
+    def unordered(self, old, ids, reach):
+        """Which of the stamps `old`, a row each of `ids`, are of others in `reach` who may still be at it."""
+        other = (old >> TIME >= self.since[reach, ids][:, None]) & (old & WHO != ids[:, None] + 1)
+        if reach != BLOCK and some(other):
+            row, column = np.nonzero(other)
+            who, thread = old[row, column] & WHO, ids[row]
+            near = np.where(self.cluster[who] == self.cluster[thread + 1], CLUSTER, GRID)
+            near[self.block[who] == self.block[thread + 1]] = BLOCK
+            other[row, column] = old[row, column] >> TIME >= self.since[near, thread]
+        return other
 
     def several(self, old, now):
         block, cluster = self.block[now & WHO], self.cluster[now & WHO]
@@ -53,113 +59,135 @@ class Clock:
         return f"thread {(who - 1) % self.threads} of block {(who - 1) // self.threads}"
 
 
-def cells(flat, n, size):
-    """Bytes as rows of n, each of n / size unsigned numbers."""
-    return flat[: len(flat) // n * n].view(U[size]).reshape(-1, n // size)
-
-
 class Memory:
-    def __init__(self, flat, units, clock):
-        self.bytes, self.clock = flat, clock
-        self.written, self.read, self.time = (np.zeros(units, np.int64) for _ in range(3))
+    """Bytes, of which every access takes whole units."""
 
-    def load(self, at, n, size, ids):
-        place, units = self.find(at, n, ids)
-        self.touch(units, ids, store=False)
-        return cells(self.bytes, n, size)[place // n]
+    def __init__(self, flat, count, unit, clock, reach):
+        self.bytes, self.unit, self.clock, self.reach = flat, unit, clock, reach
+        self.written, self.read = np.zeros(count, np.int64), np.zeros(count, np.int64)
 
-    def store(self, at, n, values, ids):
+    def access(self, at, n, size, ids, values=None):
+        """Loads rows of n bytes as numbers of `size`, or stores them."""
         place, units = self.find(at, n, ids)
-        self.touch(units, ids, store=True)
-        cells(self.bytes, n, values.itemsize)[place // n] = values
+        self.touch(units, ids, store=values is not None)
+        cells = self.bytes[: len(self.bytes) // n * n].view(U[size]).reshape(-1, n // size)
+        if values is None:
+            return cells[place // n]
+        cells[place // n] = values
 
     def touch(self, units, ids, store):
         """Thread ids[i] reads or writes units[i]."""
-        now = np.broadcast_to(self.clock.stamp(ids)[:, None], units.shape)
-        recent = self.time[units] >= self.clock.acquired[ids][:, None]
-        self.time[units] = self.clock.time
-        for last, did in ((self.written, "wrote"), (self.read, "read"))[: 1 + store]:
-            self.fault_where(recent & self.clock.unordered(last[units], now), last, units, now, store, did)
+        now = (self.clock.time << TIME | ids + 1)[:, None]
+        self.check(self.clock.unordered(self.written[units], ids, self.reach), self.written, units, now, store, "wrote")
+        old = self.read[units]
+        open_too = self.clock.unordered(old, ids, self.reach)
         if store:
+            self.check(open_too, self.read, units, now, store, "read")
             self.written[units] = now
-            self.fault_where(self.written[units] != now, self.written, units, now, store, "writes too")
+            self.check(self.written[units] != now, self.written, units, now, store, "writes too")
         else:
-            old = self.read[units]
-            open_too = recent & self.clock.unordered(old, now)
-            mine = np.where(open_too, self.clock.several(old, now), now) if open_too.any() else now
+            mine = np.where(open_too, self.clock.several(old, now), now) if some(open_too) else now
             self.read[units] = mine
             old = self.read[units]
             apart = old != mine
-            if apart.any():  # several threads of this instruction
-                self.read[units[apart]] = self.clock.several(old[apart], now[apart])
+            if some(apart):  # several threads of this instruction
+                self.read[units[apart]] = self.clock.several(old, now)[apart]
 
-    def fault_where(self, bad, last, units, now, store, did):
-        if bad.any():
+    def check(self, bad, last, units, now, store, did):
+        if some(bad):
             i = tuple(np.argwhere(bad)[0])
-            me, other = (self.clock.name(stamp & WHO) for stamp in (now[i], last[units[i]]))
+            me, other = (self.clock.name(stamp & WHO) for stamp in (now[i[0], 0], last[units[i]]))
             raise Fault(f"race: {me} {'writes' if store else 'reads'} {self.describe(units[i])}, which {other} {did}")
 
 
 def check_alignment(at, n, space):
-    if (at % n != 0).any():
+    if some(at & n - 1):
         raise Fault(f"misaligned: {space} address {at[at % n != 0][0]:#x} for {n} bytes")
 
 
 class Global(Memory):
-    """The process's own memory, inside the arrays only. A unit is an element of an array."""
+    """The process's own memory, inside the arrays only."""
 
-    def __init__(self, arrays, clock):
+    def __init__(self, arrays, unit, clock):
         if not all(array.flags.c_contiguous for array in arrays):
             raise ValueError("arrays must be contiguous: what lies between their elements is out of bounds")
         arrays = sorted((array for array in arrays if array.size), key=lambda array: array.ctypes.data)
         self.begin = np.array([array.ctypes.data for array in arrays])
         self.end = self.begin + [array.nbytes for array in arrays]
-        self.item = np.array([array.itemsize for array in arrays])
-        self.first = np.cumsum([0] + [array.size for array in arrays])
-        self.base = self.begin[0] // 16 * 16
-        whole = (ctypes.c_uint8 * int(aligned(self.end[-1] - self.base, 16))).from_address(int(self.base))
-        super().__init__(np.ctypeslib.as_array(whole), self.first[-1], clock)
+        self.item = [array.itemsize for array in arrays]
+        last = np.cumsum((self.end - 1) // unit - self.begin // unit + 1)
+        self.first = last - (self.end - 1) // unit - 1  # of an array's first unit, less its address in units
+        self.base = int(self.begin[0]) // 16 * 16
+        whole = (ctypes.c_uint8 * int(aligned(self.end[-1] - self.base, 16))).from_address(self.base)
+        super().__init__(np.ctypeslib.as_array(whole), last[-1], unit, clock, GRID)
 
     def find(self, at, n, ids, align=None):
         check_alignment(at, align or n, "global")
         which = np.searchsorted(self.begin, at, "right") - 1
         stray = (which < 0) | (at + n > self.end[which])
-        if stray.any():
+        if some(stray):
             raise Fault(f"out of bounds: {n} bytes at global address {at[stray][0]:#x} are in no array")
-        within = (at - self.begin[which])[:, None] + np.arange(0, n, self.item[which].min())
-        return at - self.base, self.first[which, None] + within // self.item[which, None]
+        return at - self.base, (self.first[which] + at // self.unit)[:, None] + np.arange(-(-n // self.unit))
 
     def describe(self, unit):
-        which = np.searchsorted(self.first, unit, "right") - 1
-        return f"element {unit - self.first[which]} of the array at {self.begin[which]:#x}"
+        which = np.searchsorted(self.first + self.begin // self.unit, unit, "right") - 1
+        element = max((unit - self.first[which]) * self.unit - self.begin[which], 0) // self.item[which]
+        return f"element {element} of the array at {self.begin[which]:#x}"
 
 
 class Shared(Memory):
     """A block's bytes, 0xFF at first. What asynchronous copies add: copies.py."""
 
-    def __init__(self, clock, blocks, size, cluster):
+    def __init__(self, clock, blocks, size, cluster, unit):
         self.size, self.cluster, self.step = size, cluster, aligned(size, 16)
-        super().__init__(np.full(blocks * self.step, 0xFF, np.uint8), blocks * self.step, clock)
+        count = blocks * self.step // unit
+        super().__init__(
+            np.full(blocks * self.step, 0xFF, np.uint8), count, unit, clock, CLUSTER if cluster > 1 else BLOCK
+        )
+        self.left = np.zeros(blocks, bool)  # all of the block's threads
+        self.reached = np.zeros(blocks, np.int64)  # the stamp of the last of another block who did something here
         self.fences = np.zeros(blocks * clock.threads, np.int64)
-        self.dirty = np.zeros(blocks * self.step, np.int64)  # who wrote a byte, after how many of its proxy fences
-        self.busy = np.zeros(blocks * self.step, np.int8)  # LOADING, or how many asynchronous operations still read it
+        self.dirty = np.zeros(count, np.int64)  # who wrote a unit, after how many of its proxy fences
+        self.busy = np.zeros(count, np.int8)  # LOADING, or how many asynchronous operations still read it
 
     def find(self, at, n, ids, align=None):
         peer, at, block = at >> PEER, at & (1 << PEER) - 1, self.clock.block[ids + 1]
-        block = np.where(peer > 0, block // self.cluster * self.cluster + peer - 1, block)
-        if (at + n > self.size).any():
+        if some(peer):
+            block = np.where(peer > 0, block // self.cluster * self.cluster + peer - 1, block)
+            self.check_there(block, ids)
+            away = block != self.clock.block[ids + 1]
+            self.reached[block[away]] = self.clock.time << TIME | ids[away] + 1
+        if some(at + n > self.size):
             raise Fault(f"out of bounds: {n} bytes at shared address {at.max()} of {self.size} bytes")
         check_alignment(at, align or n, "shared")
         place = block * self.step + at
-        return place, place[:, None] + np.arange(n)
+        return place, (place // self.unit)[:, None] + np.arange(-(-n // self.unit))
+
+    def check_there(self, block, ids):
+        left = self.left[block]
+        if some(left):
+            thread, gone = (np.broadcast_to(x, left.shape)[left][0] for x in (ids, block))
+            raise Fault(f"{self.clock.name(thread + 1)} reaches into block {gone}, which has left")
+
+    def leave(self, block):
+        """Its memory is gone: what others do there, and what is asynchronous, must be over."""
+        self.left[block] = True
+        threads, last = slice(block * self.clock.threads, (block + 1) * self.clock.threads), self.reached[block]
+        if last >> TIME >= self.clock.since[CLUSTER, threads].max():
+            name = self.clock.name(last & WHO)
+            raise Fault(f"race: block {block} leaves, {name} reached into it, and no barrier was between")
+        first = block * self.step // self.unit
+        for unit in first + np.flatnonzero(self.busy[first : first + self.step // self.unit])[:1]:
+            what = "a bulk load" if self.busy[unit] == LOADING else "a bulk store or product"
+            raise Fault(f"block {block} leaves during {what} of {self.describe(unit)}")
 
     def describe(self, unit):
-        return f"shared byte {unit % self.step} of block {unit // self.step}"
+        return f"shared byte {unit * self.unit % self.step} of block {unit * self.unit // self.step}"
 
     def check_busy(self, units, ids, store):
         busy = self.busy[units]
         bad = busy != 0 if store else busy == LOADING
-        if bad.any():
+        if some(bad):
             thread, unit = (x[bad][0] for x in (np.broadcast_to(ids[:, None], bad.shape), units))
             what = "of a bulk load not waited for" if self.busy[unit] == LOADING else "that something has still to read"
             raise Fault(f"race: {self.clock.name(thread + 1)} touches {self.describe(unit)}, {what}")
@@ -168,4 +196,4 @@ class Shared(Memory):
         self.check_busy(units, ids, store)
         super().touch(units, ids, store)
         if store:
-            self.dirty[units] = (ids + 1 | self.fences[ids] << EPOCH)[:, None]
+            self.dirty[units] = (ids + 1 | self.fences[ids] << TIME)[:, None]

@@ -61,7 +61,7 @@ class Module:
         ends = [head.start() for head in heads[1:]] + [len(self.text)]
         self.places = {head[1]: (head, end) for head, end in zip(heads, ends)}
         self.before = self.text[: heads[0].start()]
-        self.entries = {}
+        self.entries, self.programs = {}, {}
 
     def entry(self, name):
         if name not in self.entries:
