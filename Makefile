@@ -86,14 +86,16 @@ sanitize: $(TESTS)
 		-k "(cpu or $(HOST_OF_CUDA)) and not fifty and not 151936" tests/project/sanitize.py $(filter-out tests/integrations/% tests/backends/test_triton%,$(wildcard tests/*/test_*.py))
 
 # Without a GPU the CUDA module is here for its host code: the other architectures would be 55 of 190 CPU seconds.
-ONE_ARCH := $(if $(NVIDIA),,TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0a})
+ifeq ($(NVIDIA),)
+$(READY): export TORCH_CUDA_ARCH_LIST ?= 9.0a
+endif
 # A torch that is already in .venv stays.
 PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)
 $(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
 	$(PIP) "setuptools>=77" "pybind11>=2.12"
-	$(ONE_ARCH) $(PIP) --no-build-isolation -e .
+	$(PIP) --no-build-isolation -e .
 	touch $@
 
 $(TESTS): $(READY) tests/packages.txt
