@@ -50,8 +50,8 @@ lock:
 	rm -rf .venv-lock
 
 # What Triton and Triton 3.6 compile, for every architecture, and all of the interpreted tests. `make test` looks at sm_90
-# and, of the interpreted ones, at one case a regime: bfloat16, two numbers of rows with a coefficient of six, two peaks
-# of five, one divisor of the advantages of two (REPEATED in tests/backends/test_triton.py). And what takes nvcc minutes.
+# in bfloat16 and, of the interpreted ones, at one case a regime (REPEATED in tests/backends/test_triton.py and
+# test_cuda.py). And what takes nvcc minutes.
 kernel-gates: $(TESTS) $(TRITON36)
 	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/backends/test_triton.py tests/backends/test_triton36.py \
 		tests/backends/test_cuda.py $(wildcard tests/backends/test_*_cuda.py) tests/backends/test_token_loss_mutants.py \
