@@ -133,6 +133,8 @@ def check_dense(name: str, value: Tensor) -> None:
     """Not sparse, nested, of MKL-DNN, or quantized: kernels read addresses and strides."""
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
         raise TypeError(f"{name} must be a dense tensor, got {described(value)}")
+    if not torch.compiler.is_compiling() and value.is_neg():  # torch changes the sign where it reads, a kernel does not
+        raise TypeError(f"{name} must not be a negated view, as conj().imag is: resolve_neg() of {described(value)}")
 
 
 def check_apart(name: str, written: Tensor) -> None:

@@ -29,6 +29,15 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+class _Once(argparse.Action):
+    """A flag of several values: whether a second one would add to them or replace them nobody can tell."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string} is there twice: write all of its values after one")
+        setattr(namespace, self.dest, values)
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP: a run stops as after a Ctrl-C."""
 
@@ -168,10 +177,10 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         if bool in (field.annotation, *get_args(field.annotation)):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            many = "+" if name in ("rewards", "reward_weights") else None
+            many: dict = {"nargs": "+", "action": _Once} if name in ("rewards", "reward_weights") else {}
             kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
             word = "N" if int in kinds else "X" if float in kinds or "weights" in name else "TEXT"
-            group.add_argument(flag(name), metavar=word, nargs=many, default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag(name), metavar=word, default=argparse.SUPPRESS, help=text, **many)
     for old in RENAMED:
         parser.add_argument(flag(old), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 

@@ -46,7 +46,7 @@ class Backend(Protocol):
 
 def _backend(name: str) -> Backend:
     if name not in NAMES:
-        raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(NAMES)}")
+        raise ValueError(f"REDIT_FAST_BACKEND must be one of {', '.join(NAMES)}, got {name!r}")
     return cast(Backend, import_module(f"{__name__}.{name}"))
 
 
@@ -66,12 +66,17 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The backend of the `use_backend` block that is open here; None outside."""
+    return _forced.get()
+
+
 def primitive(definition: Callable[P, None], device: torch.device) -> Callable[P, None]:
     """What computes the primitive that `definition`, of the reference, defines: the forced backend's function of that
     name and these arguments, else that of the first backend that does not refuse."""
     op = definition.__name__
-    forced = _forced.get() or os.environ.get("REDIT_FAST_BACKEND")
-    names = (forced,) if forced else _ORDER.get(device.type, ("reference",))
+    only = forced() or os.environ.get("REDIT_FAST_BACKEND")
+    names = (only,) if only else _ORDER.get(device.type, ("reference",))
     refusals = []
     for name in names:
         backend = _backend(name)

@@ -3,7 +3,7 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -78,11 +78,11 @@ class _MasterAdamW(torch.optim.Optimizer):
         if stale:
             self.without_master.keep(stale)
 
-    def restore(self, params: list[Tensor], step_follows: bool = False) -> None:
-        """`step_follows`: `update` will write those with a gradient, from their masters and copies."""
+    def restore(self, params: list[Tensor], step_writes: Collection[Tensor] = ()) -> None:
+        """`step_writes`: `update` will write those, from their masters and copies."""
         copies = self.without_master.copies
         for p in params:
-            if not step_follows or p.grad is None:
+            if p not in step_writes:
                 local(p).copy_(copies[p] if p in copies else local(self.state[p]["master"]))
 
     def written(self, params: list[Tensor]) -> None:

@@ -13,6 +13,7 @@ Under a GradScaler: scaler.scale(loss).backward(), perturb(grad_scaler=scaler), 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -103,13 +104,21 @@ class GradientRegularizer(torch.optim.Optimizer):
             every_k_steps=every_k_steps,
             compute_dtype=compute_dtype,
         )
+        if isinstance(optimizer, GradientRegularizer):
+            name = type(optimizer).__name__
+            raise TypeError(f"optimizer is a {name}, which makes the two passes itself: use it alone")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise TypeError(
+                f"optimizer must take its step from the gradients, {type(optimizer).__name__}.step needs a closure"
+            )
         seed = check_seed(seed)
         for group in optimizer.param_groups:
             check_flag("perturb of a parameter group of optimizer", group.get("perturb", True))
         if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer holds no parameter that requires a gradient")
         self.optimizer = optimizer
-        self.max_norm = None if max_norm is None else positive("max_norm", max_norm)
+        self.max_norm = max_norm
         self._passes = TwoPass(optimizer.param_groups, gr, self._store(), seed)
         self.__setstate__({})  # the hooks of torch.optim.Optimizer, without its second copy of the groups
 
@@ -131,6 +140,14 @@ class GradientRegularizer(torch.optim.Optimizer):
     gamma_warmup_steps, every_k_steps = _option("gamma_warmup_steps"), _option("every_k_steps")
 
     @property
+    def max_norm(self) -> float | None:
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, max_norm: float | None) -> None:
+        self._max_norm = None if max_norm is None else positive("max_norm", max_norm)
+
+    @property
     def epsilon(self) -> float:
         """The one in use: of "auto" what was found last."""
         return self._passes.epsilon
@@ -145,7 +162,7 @@ class GradientRegularizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: torch.optim.Optimizer's has the groups and the state, which are `optimizer`'s here."""
-        return {name: vars(self)[name] for name in ("optimizer", "max_norm", "_passes")}
+        return {name: vars(self)[name] for name in ("optimizer", "_max_norm", "_passes")}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(gamma={self.gamma}, epsilon={self.epsilon}, {self.optimizer!r})"

@@ -12,7 +12,7 @@ Whatever raises on the way, in the caller's code too: theta is put back, bit by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -33,8 +33,9 @@ class Store(Protocol):
     def keep(self, params: list[Tensor]) -> None:
         """Saves them."""
 
-    def restore(self, params: list[Tensor], step_follows: bool = False) -> None:
-        """Puts them back. `step_follows`: a store whose owner's step writes what has a gradient may leave that."""
+    def restore(self, params: list[Tensor], step_writes: Collection[Tensor] = ()) -> None:
+        """Puts them back. `step_writes`: what the step that follows is given; a store whose owner takes it from theta
+        may leave that."""
 
     def written(self, params: list[Tensor]) -> None:
         """They were just written, by the perturbation or by `restore`."""
@@ -52,7 +53,7 @@ class Copies:
                 self.copies[p] = torch.empty_like(local(p))
         torch._foreach_copy_([self.copies[p] for p in params], [local(p) for p in params])
 
-    def restore(self, params: list[Tensor], step_follows: bool = False) -> None:
+    def restore(self, params: list[Tensor], step_writes: Collection[Tensor] = ()) -> None:
         torch._foreach_copy_([local(p) for p in params], [self.copies[p] for p in params])
 
     def written(self, params: list[Tensor]) -> None:
@@ -227,8 +228,8 @@ class TwoPass:
         self._written()
         return sums
 
-    def _put_back(self, step_follows: bool = False) -> None:
-        self.store.restore(self._moved, step_follows)
+    def _put_back(self, step_writes: Collection[Tensor] = ()) -> None:
+        self.store.restore(self._moved, step_writes)
         self._written()
 
     def _written(self) -> None:
@@ -280,7 +281,7 @@ class TwoPass:
             norm = self._across_ranks((1, gradients.squares(params)))[0].sqrt() * unscale
             self._metrics = {"grad_norm": norm}
             return Combined(params, [], torch.ones_like(norm), norm, torch.isfinite(norm))
-        self._put_back(step_follows=True)
+        self._put_back(step_writes=set(params))
         if before.first is None:
             width, sums = 1, gradients.squares(params)
         else:

@@ -3,6 +3,7 @@ and that write into their arguments; and the guards of a backward pass."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, get_origin, get_type_hints
@@ -10,6 +11,7 @@ from typing import Any, Literal, ParamSpec, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from redit_fast.backends import forced, use_backend
 from redit_fast.checks import check_apart
 
 P = ParamSpec("P")
@@ -67,6 +69,24 @@ def _fields(argument: str, kind: type) -> list[inspect.Parameter]:
         )
         for name, of in fields.items()
     ]
+
+
+def remember_backend(ctx: Any) -> None:
+    ctx.backend = None if torch.compiler.is_compiling() else forced()
+
+
+def as_in_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` on the backend that was forced in forward: of a GPU's tensors autograd calls it in a thread of its
+    own, where no `use_backend` block is open."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *upstream: Any) -> Any:
+        if torch.compiler.is_compiling() or ctx.backend is None:
+            return backward(ctx, *upstream)
+        with use_backend(ctx.backend):
+            return backward(ctx, *upstream)
+
+    return run
 
 
 def refuse_double_backward() -> None:

@@ -17,7 +17,7 @@ from redit_fast.losses.config import LossConfig
 from redit_fast.losses.policy import LossOutput, fused_metrics, rows_loss
 from redit_fast.losses.rows import Rows
 from redit_fast.losses.transforms import LogitTransform
-from redit_fast.ops.autograd import refuse_double_backward, refuse_second_backward
+from redit_fast.ops.autograd import as_in_forward, refuse_double_backward, refuse_second_backward, remember_backend
 from redit_fast.ops.chunks import (
     TILE_V,
     e_dtype,
@@ -140,6 +140,7 @@ def linear_logp(
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, entropy_mode, chunk_rows):
+        remember_backend(ctx)
         needed = ctx.needs_input_grad[:3]
         # A frozen head has its gradient dlogp/dX ready after one more product, and backward none left.
         frozen = needed == (True, False, False) and entropy_mode != "grad"
@@ -157,6 +158,7 @@ class _LinearLogp(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
+    @as_in_forward
     def backward(ctx, grad_logp, grad_entropy):
         refuse_double_backward()
         hidden, weight, bias, targets, slopes, sums, entropy = ctx.saved_tensors
@@ -262,6 +264,7 @@ def _fused(grads, hidden, weight, bias, targets, rows: Rows, weights: Tensor, ch
 class _LinearGrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, weights, chunk_rows):
+        remember_backend(ctx)
         grads = new_gradients(hidden, weight, bias, ctx.needs_input_grad[:3], chunk_rows)
         loss, logp, entropy, skipped = _fused(grads, hidden, weight, bias, targets, rows, weights, chunk_rows)
         ctx.grads = grads if hidden.dtype == torch.float16 else outgoing(grads, hidden.dtype)
@@ -270,6 +273,7 @@ class _LinearGrpoLoss(torch.autograd.Function):
         return loss, logp, entropy, skipped
 
     @staticmethod
+    @as_in_forward
     def backward(ctx, upstream, *_):
         refuse_double_backward()
         refuse_second_backward(ctx)

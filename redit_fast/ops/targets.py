@@ -34,6 +34,8 @@ def check_targets(
         if tensor is not None and tensor.device != source.device:
             raise TypeError(f"{other} must be on {source.device} like {name}, got {described(tensor)}")
     flat = targets.reshape(-1).long()
+    if not torch.compiler.is_compiling() and flat.is_inference() and torch.is_grad_enabled():
+        flat = flat.clone()  # autograd saves no tensor of a rollout under torch.inference_mode
     if mask is not None:
         if mask.shape != targets.shape:
             raise ValueError(f"mask must have shape {tuple(targets.shape)}, got {tuple(mask.shape)}")

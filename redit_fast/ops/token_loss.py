@@ -13,7 +13,14 @@ from redit_fast.losses.config import LossConfig
 from redit_fast.losses.policy import LossOutput, fused_metrics, rows_loss
 from redit_fast.losses.rows import Rows
 from redit_fast.losses.transforms import LogitTransform
-from redit_fast.ops.autograd import operator, refuse_double_backward, refuse_in_place, refuse_second_backward
+from redit_fast.ops.autograd import (
+    as_in_forward,
+    operator,
+    refuse_double_backward,
+    refuse_in_place,
+    refuse_second_backward,
+    remember_backend,
+)
 from redit_fast.ops.targets import IGNORE, check_targets
 
 EntropyMode = Literal["none", "metric", "grad"]
@@ -139,6 +146,7 @@ def token_loss_(
 class _TokenLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, transform, entropy, inplace):
+        remember_backend(ctx)
         rows = len(targets)
         logp = logits.new_empty(rows, dtype=torch.float32)
         entropies = None if entropy == "none" else torch.empty_like(logp)
@@ -152,6 +160,7 @@ class _TokenLogp(torch.autograd.Function):
         return logp, entropies
 
     @staticmethod
+    @as_in_forward
     def backward(ctx, grad_logp, grad_entropy):
         refuse_double_backward()
         logits, targets, sums, entropies = ctx.saved_tensors
@@ -252,6 +261,7 @@ def scale_in_place_(x: Tensor, factor: Tensor) -> None:
 class _GrpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, rows, weights, inplace, grad_scale):
+        remember_backend(ctx)
         loss = logits.new_zeros((), dtype=torch.float32)
         logp = logits.new_empty(len(targets), dtype=torch.float32)
         entropy = torch.empty_like(logp)
@@ -278,6 +288,7 @@ class _GrpoLoss(torch.autograd.Function):
         return loss, logp, entropy
 
     @staticmethod
+    @as_in_forward
     def backward(ctx, upstream, *_):
         refuse_double_backward()
         refuse_second_backward(ctx)

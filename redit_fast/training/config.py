@@ -178,7 +178,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _one_component(cls, name: str | None) -> str | None:
         if name is not None and not _is_component(name):
-            raise ValueError("needs one path component of at most 200 bytes, without slashes")
+            raise ValueError("needs one printable path component of at most 200 bytes, without slashes or outer spaces")
         return name
 
     @model_validator(mode="after")
@@ -276,7 +276,8 @@ def _kinds(annotation: object) -> set[object]:
 
 
 def _is_component(name: str) -> bool:
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) <= 200
+    shown = name.isprintable() and name == name.strip()  # also no bytes that are not UTF-8
+    return shown and name not in ("", ".", "..") and not set(name) & set("/\\") and len(name.encode()) <= 200
 
 
 def default_of(name: str, demo: bool, preset: str | None = None) -> object:

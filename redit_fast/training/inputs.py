@@ -154,6 +154,8 @@ def _weights(file: Path) -> str:
 
 
 def _digest(file: Path, what: str) -> str:
+    if file.is_fifo() or file.is_char_device() or file.is_socket():  # to open one may wait for ever
+        raise ValueError(f"{what}: needs a regular file, since it is read more than once")
     try:
         with file.open("rb") as read:
             return f"sha256 {hashlib.file_digest(read, 'sha256').hexdigest()}"

@@ -405,6 +405,25 @@ def test_a_parameter_without_a_gradient_in_pass_2_comes_back_too(backend, make, 
     assert torch.equal(once, before)
 
 
+# Not (sgd, "freeze"): torch.optim.SGD steps a frozen parameter that has a .grad.
+@pytest.mark.parametrize(("make", "leave"), [(sgd, "remove"), (adamw, "remove"), (adamw, "freeze")])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_a_parameter_that_leaves_the_optimizer_between_the_passes_comes_back_too(backend, make, dtype, leave):
+    stays, leaves = (nn.Parameter(torch.randn(64).to(dtype)) for _ in range(2))
+    opt = make([leaves, stays], gamma=0.5, epsilon=0.25, keep_first_grad=False)
+    before = leaves.detach().clone()
+    stays.grad, leaves.grad = torch.ones_like(stays), torch.ones_like(leaves)
+    assert opt.perturb() and not torch.equal(leaves, before)
+    assert leaves.grad is not None  # folded: it stays, and none comes from the second pass
+    if leave == "freeze":
+        leaves.requires_grad_(False)
+    else:
+        del opt.param_groups[0]["params"][0]
+    stays.grad = stays.grad + 1
+    opt.step()
+    assert torch.equal(leaves, before)
+
+
 @pytest.mark.parametrize("keep", [None, True])
 def test_micro_batches_equal_one_batch(backend, keep):
     skip_float64(backend)
@@ -630,3 +649,24 @@ def test_bad_settings_name_the_argument(options, name):
         rf.RegularizedAdamW([nn.Parameter(torch.zeros(2))], **options)
     with pytest.raises(TypeError, match="optimizer"):
         rf.GradientRegularizer([nn.Parameter(torch.zeros(2))])
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("gamma", -1.0), ("epsilon", 0.0), ("max_norm", -1.0), ("max_norm", math.nan), ("rounding", "up")],
+)
+def test_an_option_set_between_steps_is_checked_as_in_the_constructor(make, name, value):
+    opt = make([nn.Parameter(torch.zeros(2))])
+    before = getattr(opt, name)
+    with pytest.raises(ValueError, match=name):
+        setattr(opt, name, value)
+    assert getattr(opt, name) == before
+
+
+@pytest.mark.parametrize(
+    ("inner", "sentence"), [(adamw, "RegularizedAdamW, which makes the two passes"), (torch.optim.LBFGS, "LBFGS.step")]
+)
+def test_an_optimizer_that_makes_its_own_passes_is_refused(inner, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        rf.GradientRegularizer(inner([nn.Parameter(torch.zeros(2))]))

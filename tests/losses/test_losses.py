@@ -564,9 +564,14 @@ def test_bad_arguments_get_one_sentence_that_names_them():
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="advantages"):
         rf.policy_loss(batch.logp, batch.advantages[:-1], **good)
-    for cu_seqlens in ([0, 5, 3, 54], [1, 54], [0, 50]):
-        with pytest.raises(ValueError, match="cu_seqlens"):
-            rf.policy_loss(
-                batch.logp.flatten(), torch.zeros(len(cu_seqlens) - 1), cu_seqlens=torch.tensor(cu_seqlens),
-                config=rf.LossConfig(),
-            )  # fmt: skip
+    for dtype in (torch.int64, torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64):
+        logp = batch.logp.detach().flatten()
+
+        def packed(ends, logp=logp, dtype=dtype):
+            cu_seqlens = torch.tensor(ends).to(dtype)
+            return rf.policy_loss(logp, torch.ones(len(ends) - 1), cu_seqlens=cu_seqlens, config=rf.LossConfig()).loss
+
+        assert packed([0, 5, 30, 72]) == pytest.approx(-1)
+        for ends in ([0, 5, 3, 72], [1, 72], [0, 50]):
+            with pytest.raises(ValueError, match="cu_seqlens"):
+                packed(ends)

@@ -93,6 +93,8 @@ def of_other_layouts(good):
         others["jagged"] = torch.nested.nested_tensor([good.detach()], layout=torch.jagged)
     if good.is_floating_point() and good.ndim:
         others["mkldnn"] = good.detach().float().to_mkldnn()
+    if good.dtype != torch.bool:
+        others["negated"] = torch._neg_view(good.detach())
     others["quantized"] = torch.quantize_per_tensor(good.detach().float(), 0.1, 0, torch.qint32)
     return others
 

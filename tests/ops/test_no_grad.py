@@ -121,3 +121,27 @@ def test_a_compiled_graph_without_gradients_has_none_either(inputs):
     absent = [("linear_loss", f"{name}_grad") for name in ("hidden", "weight", "bias")]
     absent += [("token_loss", "grad_logits"), ("linear_logp", "slopes"), ("linear_logp", "sums")]
     assert {name: found[name] for name in absent} == dict.fromkeys(absent)
+
+
+@pytest.mark.parametrize("config", [rf.LossConfig(), rf.LossConfig("gspo"), rf.LossConfig(entropy_coef=0.1)])
+def test_a_rollout_under_inference_mode_is_trained_on_as_any_other(config):
+    torch.manual_seed(0)
+    logits, hidden, weight = torch.randn(4, 8, 12), torch.randn(4, 8, 5), torch.randn(12, 5)
+    tensors = torch.randint(12, (4, 8)), torch.randn(4), torch.randn(4, 8) - 2, torch.tensor([8, 8, 8, 8, 8])
+
+    def gradients(targets, advantages, old_logp, lengths):
+        x, h, w = (each.clone().requires_grad_() for each in (logits, hidden, weight))
+        rows = {"old_logp": old_logp, "config": config}
+        packed = rows | {"old_logp": old_logp.flatten(), "cu_seqlens": lengths.cumsum(0) - 8, "mask": None}
+        rf.token_logp(x, targets).sum().backward()
+        rf.grpo_loss(x, targets, advantages, **rows).loss.backward()
+        rf.grpo_loss(x.flatten(0, 1), targets.flatten(), advantages, **packed).loss.backward()
+        rf.linear_logp(h, w, targets).sum().backward()
+        rf.linear_grpo_loss(h, w, targets, advantages, **rows).loss.backward()
+        return x.grad, h.grad, w.grad
+
+    with torch.inference_mode():
+        rollout = [tensor.clone() for tensor in tensors]
+    assert all(tensor.is_inference() for tensor in rollout)
+    for found, expected in zip(gradients(*rollout), gradients(*tensors)):
+        assert expected.any() and torch.equal(found, expected)

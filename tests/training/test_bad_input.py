@@ -32,6 +32,17 @@ def test_nothing_is_written_when_the_start_fails(settings, tmp_path, capsys):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_data_that_can_be_read_only_once_is_refused_and_not_waited_for(settings, tmp_path, capsys, kind):
+    data = tmp_path / "data.jsonl"
+    os.mkfifo(data) if kind == "pipe" else data.symlink_to("/dev/zero")
+    assert main(["train", *flags({**settings, "data": str(data)})]) == 2
+    assert capsys.readouterr().err == (
+        f"redit-fast: data {data}: needs a regular file, since it is read more than once\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("under", ["file", "file/deeper", "/proc/none"])
 def test_an_out_dir_that_cannot_be_made_is_named(settings, tmp_path, capsys, under):
     (tmp_path / "file").write_text("")
