@@ -43,6 +43,10 @@ def _option(name: str) -> property:
     return property(lambda self: getattr(self.gr, name), set_it)
 
 
+def _checked_norm(max_norm: float | None) -> float | None:
+    return None if max_norm is None else positive("max_norm", max_norm)
+
+
 class GradientRegularizer(torch.optim.Optimizer):
     """GR around `optimizer`, whose parameter groups, state and learning-rate schedulers keep working through this
     object.
@@ -118,7 +122,7 @@ class GradientRegularizer(torch.optim.Optimizer):
         if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("optimizer holds no parameter that requires a gradient")
         self.optimizer = optimizer
-        self.max_norm = max_norm
+        self._max_norm = _checked_norm(max_norm)
         self._passes = TwoPass(optimizer.param_groups, gr, self._store(), seed)
         self.__setstate__({})  # the hooks of torch.optim.Optimizer, without its second copy of the groups
 
@@ -145,7 +149,7 @@ class GradientRegularizer(torch.optim.Optimizer):
 
     @max_norm.setter
     def max_norm(self, max_norm: float | None) -> None:
-        self._max_norm = None if max_norm is None else positive("max_norm", max_norm)
+        self._max_norm = _checked_norm(max_norm)
 
     @property
     def epsilon(self) -> float:

@@ -149,7 +149,8 @@ class AppliedHead(SwappedForward):
         if loss.isnan():
             raise ValueError(
                 f"the loss of {type(model).__name__} is NaN under apply_to: its forward reads the logits, which are "
-                "not computed there, or its hidden states are NaN"
+                f"not computed there, or a label lies outside [0, {len(model.get_output_embeddings().weight)}), or its "
+                "hidden states are NaN"
             )
         self._modes.add(model.training)
 

@@ -59,6 +59,14 @@ def run(model, **inputs):
     return out, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("label", [67, -1])
+def test_a_label_that_the_head_does_not_have_is_told_with_its_range(model, label):
+    ids, labels = a_batch()
+    labels[1, 3] = label
+    with rf.apply_to(model), pytest.raises(ValueError, match=r"is NaN .* a label lies outside \[0, 67\)"):
+        model(ids, labels=labels)
+
+
 @pytest.mark.parametrize("items", [None, 11, torch.tensor(40)])
 def test_loss_and_every_gradient_are_the_models_own_and_the_head_makes_no_logits(model, items):
     ids, labels = a_batch()
