@@ -28,8 +28,11 @@ from redit_fast.losses.config import CLIPPED, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
 from redit_fast.training import config_file
+from redit_fast.training.config_values import check_as_meant, kinds_of
 from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
+
+Packing = Literal["auto", "on", "off"]
 
 
 def _of_gr(name: str, more: str = "", **limits: Any) -> Any:
@@ -75,8 +78,16 @@ class TrainConfig(BaseModel):
     eval_every: int = Field(ge=1, description="Steps between held-out evaluations, besides the first and the last.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts in a step.")
     group_size: int = Field(8, ge=2, description="Completions for each prompt.")
+    tokens_per_micro_batch: int = Field(
+        16384, ge=1, description="Most tokens in one forward and backward pass, unless one sample has more."
+    )
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Samples in one forward and backward pass; none takes all of a step. Same gradient."
+        None, ge=1, description="Most samples in one pass, instead of tokens_per_micro_batch. Same gradient."
+    )
+    packing: Packing = Field(
+        "auto",
+        description="Rows without padding, in which a prompt is computed once for its completions: auto where the "
+        "model can and gives the same log-probs so, which is tried at the start; on refuses a model that cannot.",
     )
     max_completion_length: int = Field(ge=1, description="Tokens after which a completion is cut off.")
     max_prompt_length: int | None = Field(
@@ -152,26 +163,7 @@ class TrainConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_meant(cls, value: object, info) -> object:
-        # pydantic reads 8.0, b"8" and "1_0" as integers, 1 and "t" as true, true as 1; YAML reads `no` as false.
-        kinds = _kinds(cls.model_fields[info.field_name].annotation)
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if bool in kinds:
-                if not isinstance(item, bool) and not (item is None and NoneType in kinds):
-                    raise ValueError("needs true or false")
-            elif isinstance(item, bool):
-                raise ValueError("needs a number or quoted text, not a truth value")
-            elif isinstance(item, bytes):
-                raise ValueError("needs a number or text, not bytes")
-            elif int in kinds and not (
-                re.fullmatch("[+-]?[0-9]+", item) if isinstance(item, str) else isinstance(item, int | NoneType)
-            ):
-                raise ValueError("needs a valid integer")
-            elif float in kinds and not (
-                "_" not in item if isinstance(item, str) else isinstance(item, int | float | NoneType)
-            ):
-                raise ValueError("needs a valid number")
-            elif isinstance(item, str) and "\0" in item:
-                raise ValueError("needs text without null characters")
+        check_as_meant(value, kinds_of(cls.model_fields[info.field_name].annotation))
         return value
 
     @field_validator("name")
@@ -266,13 +258,6 @@ def flag_words(name: str, value: object) -> list[str]:
     if len(items) == 1 and items[0].startswith("-"):
         return [f"{flag(name)}={items[0]}"]
     return [flag(name), *items]
-
-
-def _kinds(annotation: object) -> set[object]:
-    """The types that a field's values have, or its items'."""
-    if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
-    return {kind for part in get_args(annotation) for kind in _kinds(part)} or {annotation}
 
 
 def _is_component(name: str) -> bool:

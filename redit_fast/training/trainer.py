@@ -38,6 +38,7 @@ from redit_fast.training import (
     sharpness,
     trial,
 )
+from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.metrics import completion_lines, held_out_metrics, reward_metrics, summary_of
 from redit_fast.training.rewards.user_code import RewardError
@@ -86,7 +87,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     loss_config = setup.loss_config(config, model)
     ends = policy.end_tokens(model, tokenizer)
     policy.check_head(model, tokenizer, loss_config)
-    trial.check(model, tokenizer, dataset, functions, loss_config, config)
+    why_padded = trial.check(model, tokenizer, dataset, functions, loss_config, config)
     optimizer = setup.optimizer(config, model)
     dither = setup.dither(config, functions)
     reference: Any = setup.reference(config, model, saved)
@@ -135,6 +136,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     console = Console()
     if dataset.skipped:
         console.print(f"{dataset.skipped} prompts are too long and left out")
+    if why_padded is not None and config.packing == "auto":
+        console.print(f"rows are padded, not packed: {why_padded}", soft_wrap=True)
     with progress.shown(console) as shown:
         try:
             clock, samples = runs.Clock(), []  # of the step that is done and not yet recorded
@@ -182,7 +185,9 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         step=step,
                         scale=config.advantage_scale,
                     )
-                batch = policy.Batch.of(prompts, rollout, advantages.values, loss_config, config, step)
+                batch = Batch.of(
+                    prompts, rollout, advantages.values, loss_config, config, step, packed=why_padded is None
+                )
                 if reference is not None:
                     with clock("reference"):
                         batch.score_reference(reference)
@@ -216,6 +221,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         **optimizer.metrics(),
                         **probed,
                         "learning_rate": optimizer.param_groups[0]["lr"],
+                        "tokens/useful": batch.useful_tokens,
+                        "tokens/computed": first.tokens,
                         "tokens/generated": rollout.tokens,
                         "tokens/per_second": rollout.tokens / clock.seconds["rollout"],
                     }
