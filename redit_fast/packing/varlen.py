@@ -8,12 +8,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Name = Literal["flash-attn 3", "flash-attn 4", "flash-attn 2", "torch varlen_attn"]
+NAMES: tuple[Name, ...] = get_args(Name)
 FULL = -1  # of a window in torch
 DTYPES = (torch.float16, torch.bfloat16)
 NEEDS = {"torch varlen_attn": {"window_size", "enable_gqa"}}  # of a signature, which change between releases
@@ -77,7 +78,7 @@ def found(capability: tuple[int, int], softcap: bool = False) -> Kernel:
         NotImplementedError: none does; why each does not.
     """
     refused = {}
-    for name in ("flash-attn 3", "flash-attn 4", "flash-attn 2", "torch varlen_attn"):
+    for name in NAMES:
         why = refusal(name, capability, softcap)
         if why is None:
             return Kernel(name, _imported(name))
