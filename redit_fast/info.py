@@ -24,7 +24,13 @@ from redit_fast.packing import varlen
 
 WIDTH = 80
 PACKAGES = ("torch", "triton", "transformers")
-ATTENTION = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "kernels")  # beside torch's own; transformers takes them by name
+ATTENTION = (
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "xformers",
+    "kernels",
+)  # beside torch's own; transformers takes them by name
 OPTIONAL = ("trl", "verl", "openrlhf", "unsloth", "accelerate", "peft", "deepspeed", "liger-kernel", "vllm")
 SETTINGS = ("REDIT_FAST_BACKEND", "REDIT_FAST_CUDA_INTERPRET", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 

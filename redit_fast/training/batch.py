@@ -49,6 +49,7 @@ class Batch:
     packed: bool
     step: int
     seed: int
+    masked: frozenset[int] = frozenset()  # samples that count as sequences without tokens
     ref_logp: Tensor | None = None  # (R,), with a KL term
 
     @classmethod
@@ -66,7 +67,9 @@ class Batch:
         prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
         samples = config.micro_batch_size
         budget = Budget(samples=samples) if samples else Budget(tokens=config.tokens_per_micro_batch)
-        return cls(prompts, rollout.completions, advantages, settings, budget, packed, step, config.seed)
+        cut_off = frozenset(i for i, finished in enumerate(rollout.finished) if not finished)
+        masked = cut_off if config.overlong == "mask" else frozenset()
+        return cls(prompts, rollout.completions, advantages, settings, budget, packed, step, config.seed, masked)
 
     @cached_property
     def sequences(self) -> list[Tensor]:
@@ -79,24 +82,29 @@ class Batch:
         """Of the completions."""
         return [len(completion) for completion in self.completions]
 
+    @cached_property
+    def kept(self) -> list[int]:
+        """The samples that are not masked."""
+        return [i for i in range(len(self.prompts)) if i not in self.masked]
+
     @property
     def useful_tokens(self) -> int:
-        return plan.useful_tokens(self.prompts, self.lengths)
+        return plan.useful_tokens([self.prompts[i] for i in self.kept], [self.lengths[i] for i in self.kept])
 
     @property
     def normalizer(self) -> float:
         """The whole step's denominator, so that micro-batches add up."""
-        return denominator_of(self.settings, len(self.sequences), float(sum(self.lengths)))
+        return denominator_of(self.settings, len(self.sequences), float(sum(self.lengths[i] for i in self.kept)))
 
     @cached_property
     def micro_batches(self) -> list[tuple[MicroBatch, bool]]:
         """One plan for all passes, and which of it needs a graph: samples that have no gradient come last, alone."""
-        silent = (self.advantages == 0) & self.settings.silent_at_zero
-        if silent.all():  # the optimizer wants gradients, if only zeros
-            silent = torch.zeros_like(silent)
+        zero = [advantage == 0 and self.settings.silent_at_zero for advantage in self.advantages.tolist()]
+        silent, others = ([i for i in self.kept if zero[i] == wanted] for wanted in (True, False))
+        if not others:  # the optimizer wants gradients, if only zeros
+            silent, others = others, silent
         found = []
-        for part, graph in ((~silent, True), (silent, False)):
-            chosen = torch.nonzero(part).flatten().tolist()
+        for chosen, graph in ((others, True), (silent, False)):
             if self.packed:
                 (parts,) = plan.packed(self.prompts, self.lengths, self.budget, chosen=chosen)
             else:
@@ -119,7 +127,7 @@ class Batch:
                 hidden, targets, lengths = self.hidden(model, micro)
                 logp: Any = rf.linear_logp(hidden, head.weight, targets, bias=head.bias, **transform)
                 logps |= zip(micro.samples, logp.split(lengths), strict=True)
-        return self._joined(logps)
+        return self._joined(logps, model.device)
 
     def backward(self, model: PreTrainedModel, old_logp: Tensor | None = None, masks_of: Pass | None = None) -> Pass:
         """Adds the gradient of the whole step's loss to .grad, one micro-batch after the other.
@@ -163,8 +171,11 @@ class Batch:
                 skipped.append(out.metrics.get("head/frac_rows_skipped", out.loss.new_zeros(())) * len(hidden))
                 logps |= zip(micro.samples, out.logp.split(lengths), strict=True)
                 entropies |= zip(micro.samples, given(out.entropy).split(lengths), strict=True)
-        loss = torch.stack([out.loss for out in outputs]).double().sum().item()
-        logp, entropy = self._joined(logps), self._joined(entropies)
+        if not outputs:  # all are masked
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad and p.grad is None else p.grad
+        loss = sum(torch.stack([out.loss for out in outputs]).tolist()) if outputs else 0.0
+        logp, entropy = self._joined(logps, model.device), self._joined(entropies, model.device)
         if masks_of is not None:
             return Pass(loss, logp, entropy, {}, outputs, tokens)
         whole = rf.policy_loss(
@@ -173,12 +184,13 @@ class Batch:
             old_logp=old_logp,
             ref_logp=self.ref_logp,
             entropy=entropy,
+            mask=self._mask.to(logp.device) if self.masked else None,
             cu_seqlens=torch.tensor([0, *self.lengths], device="cpu").cumsum(0).to(logp.device),
             config=self.settings,
         )
         metrics = dict(whole.metrics)
         if self.settings.route == "fused":
-            metrics["head/frac_rows_skipped"] = torch.stack(skipped).sum() / max(1, len(logp))
+            metrics["head/frac_rows_skipped"] = sum(skipped, logp.new_zeros(())) / max(1, sum(map(len, logps.values())))
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
         return Pass(loss, logp, entropy, dict(zip(metrics, values, strict=True)), outputs, tokens)
 
@@ -209,17 +221,21 @@ class Batch:
             lengths_of += [1, length - 1]
         return hidden[_ranges(starts, lengths_of).to(model.device)], targets, lengths
 
+    @property
+    def _mask(self) -> Tensor:
+        """(R,): of the samples that are kept."""
+        kept = torch.tensor([i not in self.masked for i in range(len(self.lengths))], device="cpu")
+        return kept.repeat_interleave(torch.tensor(self.lengths, device="cpu"))
+
     def _part(self, micro: MicroBatch, values: Any) -> Tensor:
         """Of (R,) what belongs to the samples."""
         parts = values.split(self.lengths)
         return torch.cat([parts[i] for i in micro.samples])
 
-    def _joined(self, parts: dict[int, Tensor]) -> Tensor:
+    def _joined(self, parts: dict[int, Tensor], device: torch.device) -> Tensor:
         """(R,) from each sample's; NaN for those that are not there."""
-        some = next(iter(parts.values()))
-        return torch.cat(
-            [parts[i] if i in parts else some.new_full((n,), float("nan")) for i, n in enumerate(self.lengths)]
-        )
+        missing = torch.full((max(self.lengths),), float("nan"), dtype=torch.float32, device=device)
+        return torch.cat([parts[i] if i in parts else missing[:n] for i, n in enumerate(self.lengths)])
 
 
 def _ranges(starts: list[int], counts: list[int]) -> Tensor:

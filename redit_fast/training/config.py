@@ -33,6 +33,8 @@ from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
 
 Packing = Literal["auto", "on", "off"]
+Overlong = Literal["keep", "mask"]
+LearningRateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 
 
 def _of_gr(name: str, more: str = "", **limits: Any) -> Any:
@@ -78,6 +80,12 @@ class TrainConfig(BaseModel):
     eval_every: int = Field(ge=1, description="Steps between held-out evaluations, besides the first and the last.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts in a step.")
     group_size: int = Field(8, ge=2, description="Completions for each prompt.")
+    overlong: Overlong = Field(
+        "keep", description="Completions that are cut off: in the loss as they are, or masked, as no tokens at all."
+    )
+    checkpoint_activations: bool = Field(
+        False, description="Layers are computed again in the backward pass: less memory, a third more time."
+    )
     tokens_per_micro_batch: int = Field(
         16384, ge=1, description="Most tokens in one forward and backward pass, unless one sample has more."
     )
@@ -99,7 +107,13 @@ class TrainConfig(BaseModel):
         description="Learning rate and regularisation of one of the GR paper's runs: grpo has none, kl a KL term, "
         "resets one whose reference is reset, gr gradient regularisation. What is set beside it wins.",
     )
-    learning_rate: float = Field(gt=0, description="AdamW learning rate, constant.")
+    learning_rate: float = Field(gt=0, description="AdamW learning rate, the highest that lr_scheduler_type has.")
+    lr_scheduler_type: LearningRateSchedule = Field(
+        "constant", description="Learning rate over the steps, by transformers' names."
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="Steps in which the learning rate rises linearly from 0, which the first one has."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
     loss_type: LossType = Field("dapo", description="Policy loss.")
@@ -187,6 +201,10 @@ class TrainConfig(BaseModel):
             raise ValueError("loss_type: dro needs a dro_beta, which has no default")
         if self.loss_type != "dro" and self.dro_beta is not None:
             raise ValueError(f"dro_beta: got {self.dro_beta}, only loss_type dro uses it")
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f"warmup_steps: got {self.warmup_steps}, lr_scheduler_type constant has none, constant_with_warmup has"
+            )
         for name in ("clip_low", "clip_high"):
             value = getattr(self, name)
             if value != TrainConfig.model_fields[name].default and self.loss_type not in CLIPPED:

@@ -19,7 +19,6 @@ _ONE_PROCESS = "there is one process with one GPU yet"
 _VLLM = "completions are sampled by the model itself, without vLLM"
 _TRACKERS = "there are no trackers yet, a run writes metrics.jsonl and report.html"
 _FOLDER = "a run's folder is {name} inside {out_dir}"
-_CONSTANT = "the learning rate is constant"
 _MEANT = {
     "epsilon": f"GR's step is {{gr_epsilon}}, {_CLIP}",
     "lr actor_learning_rate": "{learning_rate}",
@@ -57,11 +56,13 @@ _MEANT = {
     "loss algorithm adv_estimator": "{loss_type}",
     "importance_sampling_level": "{loss_type} gspo has the sequence's ratio",
     "num_iterations ppo_epochs max_epochs": "a batch of completions takes one optimizer step",
-    "mask_truncated_completions": "completions that are cut off are scored like the others",
-    "warmup_steps warmup_ratio lr_warmup_steps lr_scheduler_type lr_scheduler": _CONSTANT,
+    "mask_truncated_completions overlong_filtering": "{overlong}",
+    "lr_warmup_steps num_warmup_steps": "{warmup_steps}",
+    "warmup_ratio lr_warmup_ratio lr_warmup_steps_ratio": "the warm-up has {warmup_steps}",
+    "lr_scheduler lr_schedule warmup_style": "{lr_scheduler_type}",
     "clip_grad grad_clip gradient_clipping": "{max_grad_norm}",
     "optim optimizer adam_beta1 adam_beta2 adam_epsilon": "the optimizer is AdamW with gradient regularisation",
-    "gradient_checkpointing": "nothing is recomputed, {tokens_per_micro_batch} bounds the memory of a pass",
+    "gradient_checkpointing activation_checkpointing enable_gradient_checkpointing": "{checkpoint_activations}",
     "use_liger_kernel use_liger_loss": "the loss never holds the logits, whatever is set",
     "sync_ref_model ref_model_sync_steps ref_model_mixup_alpha": "{reference_reset_every}",
     "dither noise reward_noise dither_std": "{dither_level}",

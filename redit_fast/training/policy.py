@@ -179,6 +179,18 @@ def check_head(model: PreTrainedModel, tokenizer: Tokenizer, settings: rf.LossCo
         )
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Its layers keep their inputs only, and are computed again in the backward pass.
+
+    Raises:
+        ValueError: one sentence that names the model, which does not support it.
+    """
+    renamed_in_5_24 = "activation_checkpointing_enable"
+    enable = getattr(model, renamed_in_5_24, None) or model.gradient_checkpointing_enable
+    with Foreign(f"model {model.name_or_path} ({model.config.model_type}) cannot be trained", plain=ValueError):
+        enable({"use_reentrant": False})
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a completion: the model's own and the tokenizer's, whose end of turn base models lack.
 

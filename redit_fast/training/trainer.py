@@ -87,8 +87,11 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     loss_config = setup.loss_config(config, model)
     ends = policy.end_tokens(model, tokenizer)
     policy.check_head(model, tokenizer, loss_config)
+    if config.checkpoint_activations:
+        policy.checkpoint_activations(model)
     why_padded = trial.check(model, tokenizer, dataset, functions, loss_config, config)
     optimizer = setup.optimizer(config, model)
+    learning_rate = setup.learning_rate(config)
     dither = setup.dither(config, functions)
     reference: Any = setup.reference(config, model, saved)
     done = -1  # steps taken: 0 after the warm start
@@ -197,6 +200,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 if config.sharpness_every and (step + 1) % config.sharpness_every == 0:
                     with clock("sharpness"):
                         probed = sharpness.probe(model, batch, first, optimizer)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step)
                 with clock("pass2"):
                     with runs.uninterrupted():
                         perturbation = optimizer.perturb()
@@ -220,7 +225,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         **first.metrics,
                         **optimizer.metrics(),
                         **probed,
-                        "learning_rate": optimizer.param_groups[0]["lr"],
+                        "learning_rate": learning_rate(step),
                         "tokens/useful": batch.useful_tokens,
                         "tokens/computed": first.tokens,
                         "tokens/generated": rollout.tokens,

@@ -83,7 +83,9 @@ def _check_passes(
         end = generate(model, [], prompts, **sampling).completions[0][0]
         with _inputs_of(policy.head_of(model)) as steps:
             rollout = generate(model, [end], prompts, **sampling)  # the first sample ends at once
-    config = config.model_copy(update={"group_size": GROUP, "micro_batch_size": GROUP * len(prompts)})
+    config = config.model_copy(
+        update={"group_size": GROUP, "micro_batch_size": GROUP * len(prompts), "overlong": "keep"}
+    )
     advantages = torch.tensor([1.0, -1.0] * len(prompts), dtype=torch.float32, device="cpu")
     batch = Batch.of(prompts, rollout, advantages, settings, config, 0, packed=False)
     ((rows, _),) = batch.micro_batches

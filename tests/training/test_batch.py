@@ -1,5 +1,6 @@
 """The passes of a step, packed and padded: the log-probs of rollouts, micro-batches, samples without a gradient."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import redit_fast as rf
 from redit_fast.ops import chunks as head
 from redit_fast.training import builtin, config, policy
 from redit_fast.training.batch import Batch
-from redit_fast.training.rollout.local import generate
+from redit_fast.training.rollout.local import Rollout, generate
 
 both = pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 
@@ -138,6 +139,48 @@ def test_a_second_pass_leaves_out_the_samples_without_a_gradient(model_folder, h
     left_out = torch.cat([torch.full((n,), a == 0) for n, a in zip(batch.lengths, MIXED)])
     assert sum(rows for rows, _ in hidden_rows) == (~left_out).sum() and torch.equal(second.logp.isnan(), left_out)
     assert second.loss == pytest.approx(first.loss, rel=1e-5)
+
+
+@both
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo", "gspo"])
+def test_a_masked_completion_is_a_sequence_without_tokens(model_folder, loss_type, packed):
+    """Loss, gradient and metrics are policy_loss's with a mask. It is not computed."""
+    settings = rf.LossConfig(loss_type, max_completion_length=9)
+    model, batch = batch_of(model_folder, MIXED, settings, packed)
+    mask = torch.cat([torch.full((n,), i not in (1, 4)) for i, n in enumerate(batch.lengths)])
+    logps = []
+    for tokens, length in zip(batch.sequences, batch.lengths):
+        logp = torch.log_softmax(model(tokens[None]).logits[0, :-1], -1).gather(1, tokens[1:, None])[:, 0]
+        logps.append(logp[-length:])
+    ends = torch.tensor([0, *batch.lengths]).cumsum(0)
+    whole = rf.policy_loss(torch.cat(logps), batch.advantages, cu_seqlens=ends, mask=mask, config=settings)
+    whole.loss.backward()
+    expected = gradient(model)
+    model.zero_grad()
+    tokens = batch.backward(model).tokens
+    model.zero_grad()
+    masked = dataclasses.replace(batch, masked=frozenset((1, 4)))
+    done = masked.backward(model)
+    assert done.loss == pytest.approx(whole.loss.item(), rel=1e-4, abs=1e-6)
+    assert (gradient(model) - expected).norm() < 1e-5 * expected.norm()
+    assert torch.equal(done.logp.isnan(), ~mask) and done.tokens < tokens
+    for name, value in whole.metrics.items():
+        assert done.metrics[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    model.zero_grad()
+    nothing = dataclasses.replace(batch, masked=frozenset(range(8)))
+    for options in ({}, {"masks_of": nothing.backward(model)}):
+        done = nothing.backward(model, **options)
+        assert done.loss == done.tokens == 0 and (gradient(model) == 0).all()
+
+
+def test_completions_that_are_cut_off_are_masked_where_overlong_says_so():
+    rollout = Rollout([[5], [6, 7], [8], [9]], [True, False, True, False])
+    for overlong, masked in (("keep", frozenset()), ("mask", frozenset((1, 3)))):
+        run = config.TrainConfig(model="m", data="d", rewards=["exact_answer"], group_size=2, overlong=overlong)
+        batch = Batch.of([[1], [2]], rollout, torch.ones(4), rf.LossConfig(), run, 0, packed=True)
+        assert batch.masked == masked and batch.useful_tokens == sum(
+            len(c) for i, c in enumerate(rollout.completions) if i not in masked
+        )
 
 
 def test_the_rows_attention_is_taken_back_after_a_pass_and_after_an_exception(model_folder, monkeypatch):
