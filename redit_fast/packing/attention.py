@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from redit_fast.packing import varlen
 from redit_fast.packing.plan import Segment
 
 NAME = "redit_fast"
+DECODING = "redit_fast_decoding"  # SDPA whose mask is always made: transformers asks the device whether it hides any
 KINDS = {"full_attention", "sliding_attention"}  # of layers whose state is their keys and values
 
 
@@ -192,7 +195,13 @@ def _sdpa(
     )
 
 
+def _always_masked(*args: Any, **options: Any) -> Tensor | None:
+    return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
+
+
 AttentionInterface.register(NAME, attention)
+AttentionInterface.register(DECODING, sdpa_attention_forward)
+AttentionMaskInterface.register(DECODING, _always_masked)
 
 
 def refusal(model: PreTrainedModel) -> str | None:
@@ -212,13 +221,13 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 @contextmanager
-def attending(model: PreTrainedModel) -> Iterator[None]:
-    """The model's layers with this attention, and with their own again behind it, whatever happens."""
+def attending(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+    """The model's layers with that attention, and with their own again behind it, whatever happens."""
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(name)
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        for config, own in before:
+            config._attn_implementation_internal = own

@@ -19,9 +19,9 @@ from redit_fast.training import data, policy, rewards
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.rewards.functions import SHIPPED
-from redit_fast.training.rollout.local import generate
+from redit_fast.training.rollout.local import CHECK_EVERY, generate
 
-PROMPT, COMPLETION, GROUP = 16, 4, 2  # tokens, tokens, samples
+PROMPT, COMPLETION, GROUP = 16, CHECK_EVERY + 4, 2  # tokens, tokens so that a row leaves the batch, samples
 ALIKE = 1e4  # a temperature at which all tokens are as likely, so that the samples of a prompt differ
 
 
@@ -103,8 +103,10 @@ def _check_passes(
 
     lengths = torch.tensor(batch.lengths, device="cpu")
     found = expected.new_zeros(len(lengths), max(batch.lengths), expected.shape[-1])
-    for t, step in enumerate(steps):
-        found[lengths > t, t] = step[:, -1].repeat_interleave(GROUP if t == 0 else 1, 0).to(found.dtype)
+    for t, step in enumerate(steps[: found.shape[1]]):
+        there = lengths > t // CHECK_EVERY * CHECK_EVERY  # rows of the rollout's batch, some of which have ended
+        states = step[:, -1].repeat_interleave(GROUP if t == 0 else 1, 0)
+        found[lengths > t, t] = states[(lengths > t)[there]].to(found.dtype)
     found = found[torch.arange(found.shape[1], device="cpu") < lengths[:, None]]
     off = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
     if not off < (1e-3 if model.dtype == torch.float32 else 0.2):  # bfloat16 rounds twice, router choices included
