@@ -242,4 +242,5 @@ def _ranges(starts: list[int], counts: list[int]) -> Tensor:
     """(sum of counts,) int64: start, start + 1, ... of each."""
     first, count = torch.tensor(starts, device="cpu"), torch.tensor(counts, device="cpu")
     before = count.cumsum(0) - count
-    return torch.arange(int(sum(counts)), device="cpu") + (first - before).repeat_interleave(count)
+    total = sum(counts)
+    return torch.arange(total, device="cpu") + (first - before).repeat_interleave(count, output_size=total)

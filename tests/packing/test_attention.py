@@ -9,8 +9,9 @@ import redit_fast as rf
 from redit_fast.packing.attention import Segments, UnpackableError, attending, attention, refusal
 from redit_fast.packing.plan import Budget, Segment
 from redit_fast.training.batch import Batch
-from tests.packing.models import model_of
+from tests.packing.models import batch_of, model_of
 from tests.training.test_batch import Elements
+from tests.training.test_rollout import Waits
 
 
 def test_the_registered_attention_is_softmax_over_the_path():
@@ -63,6 +64,27 @@ def test_no_tensor_is_as_large_as_all_pairs_of_tokens_nor_as_all_logits():
     assert most <= tokens * 97  # the loss's chunk of logits: rows there are fewer than tokens
     few, many = (largest(groups, 1000)[0] for groups in (3, 9))
     assert few == many < most / 2
+
+
+def test_a_packed_pass_waits_for_a_gpu_in_the_loss_alone(monkeypatch):
+    """In the decoder's forward and backward pass no value of a tensor is asked for, with a loss that asks for none."""
+
+    def plain(hidden, weight, targets, advantages, **options):
+        logp = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
+        return rf.LossOutput(logp.sum(), logp.detach(), logp.detach(), {}, "fused")
+
+    monkeypatch.setattr(rf, "linear_grpo_loss", plain)
+    monkeypatch.setattr(
+        rf, "policy_loss", lambda logp, *_, **options: rf.LossOutput(logp, logp, None, {"a": logp[0]}, "")
+    )
+    for kind in ("qwen2", "gemma2"):
+        model = model_of(kind)
+        waits = []
+        for packed in (True, False):
+            with Waits() as recorder:
+                batch_of(packed=packed, budget=Budget(tokens=60), model=model).backward(model)
+            waits.append(recorder.count)
+        assert waits[0] == 0 < waits[1]  # transformers looks whether the positions of padded rows begin anew
 
 
 def test_a_layer_that_cannot_be_packed_is_named():

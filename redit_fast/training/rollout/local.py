@@ -138,8 +138,9 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
         chosen = _choose(logits, temperature, u[rows, t - 1])
         finite = finite & (logits.amax(-1).isfinite() | ~going)
         tokens[rows, t - 1] = chosen
-        length[rows] = torch.where(going & torch.isin(chosen, ends), t, length[rows])
-        going = going & (length[rows] == max_new_tokens)
+        ended = going & torch.isin(chosen, ends)
+        length[rows] = torch.where(ended, t, length[rows])
+        going = going & ~ended
         if t == max_new_tokens or t % CHECK_EVERY == 0:
             left, right = torch.stack([going, finite]).tolist()  # here the host waits for the device
             if not all(right):
