@@ -188,11 +188,16 @@ def _sdpa(
         scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
         scores = scores + segments.mask(queries, keys, window, query.dtype)
         return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
-    whole = queries == keys and window is None  # SDPA's own causal mask is aligned to the first token
+    above = keys - queries
+    # SDPA's own causal mask is aligned to the first token, and the CPU's kernel skips half of the pairs under it. Where
+    # the path is shorter than the segment, queries of 0 for it cost less than that saves.
+    whole = window is None and (above == 0 or above < queries and query.device.type == "cpu")
     mask = None if whole or queries == 1 and window is None else segments.mask(queries, keys, window, query.dtype)
-    return F.scaled_dot_product_attention(
+    query = F.pad(query, (0, 0, above, 0)) if whole and above else query
+    out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
+    return out[:, :, above:] if whole else out
 
 
 def _always_masked(*args: Any, **options: Any) -> Tensor | None:

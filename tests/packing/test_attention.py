@@ -15,12 +15,13 @@ from tests.training.test_rollout import Waits
 
 
 def test_the_registered_attention_is_softmax_over_the_path():
-    """Against float64, query by query: three segments below a root, one of them two levels down."""
+    """Against float64, query by query: three segments below a root, one of them two levels down, one longer than its
+    path."""
     segments = Segments(
-        [Segment(0, 0, 5, None), Segment(0, 5, 3, 0), Segment(0, 8, 4, 1), Segment(1, 5, 1, 0)], torch.device("cpu")
+        [Segment(0, 0, 5, None), Segment(0, 5, 3, 0), Segment(0, 8, 4, 1), Segment(1, 5, 9, 0)], torch.device("cpu")
     )
-    q, k, v = (torch.randn(1, heads, 13, 8, requires_grad=True) for heads in (4, 2, 2))
-    rows = [range(0, 5), range(5, 8), range(8, 12), range(12, 13)]
+    q, k, v = (torch.randn(1, heads, 21, 8, requires_grad=True) for heads in (4, 2, 2))
+    rows = [range(0, 5), range(5, 8), range(8, 12), range(12, 21)]
     paths = [[0], [0, 1], [0, 1, 2], [0, 3]]
     for window, softcap, scale in (
         (None, None, None),
@@ -32,7 +33,7 @@ def test_the_registered_attention_is_softmax_over_the_path():
         layer = torch.nn.Module()
         out, weights = attention(layer, q, k, v, None, scaling=scale, sliding_window=window, softcap=softcap,
                                  segments=segments)  # fmt: skip
-        assert weights is None and out.shape == (1, 13, 4, 8)
+        assert weights is None and out.shape == (1, 21, 4, 8)
         for own, path in zip(rows, paths):
             before = [row for place in path[:-1] for row in rows[place]]
             for number, row in enumerate(own):

@@ -10,6 +10,7 @@ import torch
 import redit_fast as rf
 from redit_fast.losses.config import LossType
 from redit_fast.packing.plan import Budget
+from redit_fast.training.policy import checkpoint_activations
 from tests.packing.models import FAMILIES, batch_of, exact_logp, gradient, model_of
 
 GATES = "PACKING_GATES" in os.environ  # make packing-gates: every family in every setting
@@ -28,7 +29,7 @@ def assert_equal(model, **options):
     logp, grad = passes(model, True, **options)
     padded_logp, padded_grad = passes(model, False, **options)
     limit = 1.25 * (padded_logp - exact).abs().max() + 5e-6
-    assert (logp - exact).abs().max() <= limit and exact.std() > 0.3
+    assert (logp - exact).abs().max() <= limit and exact.std() > 0.2
     assert (grad - padded_grad).norm() <= 1e-5 * padded_grad.norm() and padded_grad.norm() > 1e-3
 
 
@@ -60,7 +61,7 @@ def test_packed_is_padded_in_every_setting(setting):
 def test_packed_is_padded_with_layers_that_are_computed_again(kind):
     model = model_of(kind)
     plain = passes(model, True)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model)
     for one, other in zip(plain, passes(model, True)):
         assert torch.equal(one, other)
 
