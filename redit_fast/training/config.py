@@ -102,6 +102,9 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Longest prompt in tokens; none is the model's context less the completion."
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the loss uses the same.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Draws the most likely tokens that reach it; the loss is of all, as in TRL."
+    )
     preset: Preset | None = Field(
         None,
         description="Learning rate and regularisation of one of the GR paper's runs: grpo has none, kl a KL term, "

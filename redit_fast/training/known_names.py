@@ -14,7 +14,7 @@ _CLIP = "a clip range is {clip_low} and {clip_high}"
 _STEP = "a step is {prompts_per_step} with {group_size} completions each, of which {micro_batch_size} are in a pass"
 _DTYPE = "weights are float32 on the CPU and have the checkpoint's dtype on a GPU"
 _ADAPTERS = "there are no adapters yet, every weight is trained"
-_SAMPLING = "completions are sampled from the whole distribution at {temperature}"
+_SAMPLING = "completions are sampled at {temperature} and {top_p}"
 _ONE_PROCESS = "there is one process with one GPU yet"
 _VLLM = "completions are sampled by the model itself, without vLLM"
 _TRACKERS = "there are no trackers yet, a run writes metrics.jsonl and report.html"
@@ -67,7 +67,7 @@ _MEANT = {
     "sync_ref_model ref_model_sync_steps ref_model_mixup_alpha": "{reference_reset_every}",
     "dither noise reward_noise dither_std": "{dither_level}",
     "rho sam_rho": "SAM's radius is {gr_gamma} and {gr_epsilon} with {gr_normalized}",
-    "top_p top_k min_p repetition_penalty": _SAMPLING,
+    "top_k min_p repetition_penalty": _SAMPLING,
     "deepspeed fsdp num_processes nproc_per_node tensor_parallel_size n_gpus_per_node": _ONE_PROCESS,
     "use_vllm": _VLLM,
     "report_to wandb use_wandb wandb_project tensorboard logger": _TRACKERS,

@@ -173,6 +173,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         group_size=config.group_size,
                         max_new_tokens=config.max_completion_length,
                         temperature=config.temperature,
+                        top_p=config.top_p,
                         seed=config.seed,
                         step=step,
                     )

@@ -29,6 +29,7 @@ from transformers import (
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
 )
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import generic
 
@@ -223,11 +224,28 @@ def test_a_token_in_two_levels_is_the_one_of_a_cumulative_sum_in_float64(vocabul
     for temperature in (1.0, 0.3):
         cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
         expected = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
-        found = local._choose(logits, temperature, u)
+        found = local._choose(logits, temperature, 1.0, u)
         assert logits.gather(1, found[:, None]).isfinite().all()
         away = found != expected
         near = [(cumulative[row] - u[row]).abs().min() < 1e-6 for row in away.nonzero()[:, 0].tolist()]
         assert all(near) and away.sum() <= 2
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_top_p_draws_the_tokens_that_transformers_keeps(top_p, temperature):
+    """Each of them as often as its share among them."""
+    logits = 2 * torch.randn(300)
+    kept = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits[None]))[0].isfinite()
+    rollout = generate(
+        Fixed(logits), [], [[0]] * 64, group_size=8, max_new_tokens=25, temperature=temperature, top_p=top_p, seed=3
+    )
+    counts = torch.bincount(torch.tensor(rollout.completions).flatten(), minlength=300).double()
+    assert 0 < kept.sum() < 200 and not counts[~kept].any()
+    share = torch.where(kept, torch.softmax(logits.double() / temperature, 0), 0)
+    expected = share / share.sum() * counts.sum()
+    often = expected > 20
+    assert (((counts - expected)[often] / expected[often].sqrt()).abs() < 4.5).all() and often.any()
 
 
 class Waits(TorchDispatchMode):
@@ -309,6 +327,8 @@ def test_modes_are_put_back_and_nothing_is_differentiated():
         ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
         ({"group_size": 0}, "group_size .* 0"),
         ({"max_new_tokens": 0}, "max_new_tokens .* 0"),
+        ({"top_p": 0}, "top_p .* 0"),
+        ({"top_p": 1.5}, "top_p .* 1.5"),
         ({"temperature": -1.0}, "temperature .* -1.0"),
         ({"temperature": float("nan")}, "temperature .* nan"),
         ({"sample_ids": torch.arange(3)}, r"sample_ids must be 2 int64 .*\(3,\)"),

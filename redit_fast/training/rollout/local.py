@@ -51,6 +51,7 @@ def generate(
     group_size: int = 1,
     max_new_tokens: int,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     seed: int = 0,
     step: int = 0,
     sample_ids: Tensor | None = None,
@@ -68,6 +69,7 @@ def generate(
         eos_token_ids: the end tokens; without any every completion has max_new_tokens.
         prompts: P non-empty token lists, of any lengths.
         temperature: divides the logits; 0 takes the most likely token.
+        top_p: only the most likely tokens are drawn, the fewest whose probabilities reach it; 1 draws all.
         sample_ids: (P * group_size,) int64 in [0, 2**32), default arange; ranks that share a seed need distinct ones.
 
     Raises:
@@ -79,6 +81,7 @@ def generate(
     group_size = whole_number("group_size", group_size, 1)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     temperature = real_number("temperature", temperature, least=0)
+    top_p = real_number("top_p", top_p, above=0, most=1)
     seed, step = check_seed(seed), check_step(step)
     end_tokens = _tokens("eos_token_ids", [eos_token_ids] if isinstance(eos_token_ids, Integral) else eos_token_ids)
     ids = _checked_ids(prompts, group_size, sample_ids)
@@ -92,7 +95,7 @@ def generate(
     model.eval()
     try:
         with attending(model, DECODING) if _makes_masks(model, prompts) else nullcontext():
-            tokens, length = _decode(model, ends, prompts, group_size, temperature, u)
+            tokens, length = _decode(model, ends, prompts, group_size, temperature, top_p, u)
     finally:
         for module, training in modes:
             module.training = training
@@ -108,7 +111,9 @@ def _makes_masks(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
     return padded and isinstance(model, PreTrainedModel) and model.config._attn_implementation == "sdpa"
 
 
-def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u: Tensor) -> tuple[Tensor, Tensor]:
+def _decode(
+    model, ends: Tensor, prompts, group_size: int, temperature: float, top_p: float, u: Tensor
+) -> tuple[Tensor, Tensor]:
     """Tokens (N, max_new_tokens), for random numbers u of that shape, and how many of each row are valid (N,)."""
     device, (samples, max_new_tokens) = u.device, u.shape
     input_ids, mask = _left_pad(prompts, device)
@@ -135,7 +140,7 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
     rows = torch.arange(samples, device=device)  # the samples still in the batch
     going, finite = torch.ones(2, samples, dtype=torch.bool, device=device)  # of them
     for t in range(1, max_new_tokens + 1):
-        chosen = _choose(logits, temperature, u[rows, t - 1])
+        chosen = _choose(logits, temperature, top_p, u[rows, t - 1])
         finite = finite & (logits.amax(-1).isfinite() | ~going)
         tokens[rows, t - 1] = chosen
         ended = going & torch.isin(chosen, ends)
@@ -161,7 +166,7 @@ def _decode(model, ends: Tensor, prompts, group_size: int, temperature: float, u
     return tokens, length
 
 
-def _choose(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
+def _choose(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
     """(rows,) int64: the arg-max at temperature 0, else the first token whose cumulative probability exceeds u.
 
     In two levels: float64 sums of blocks of float32 probabilities, then float64 sums inside the block that u falls in.
@@ -172,12 +177,16 @@ def _choose(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
         return logits.argmax(-1)
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     probabilities = torch.softmax(logits, -1)
+    if top_p < 1:
+        falling, order = probabilities.sort(descending=True, stable=True)
+        reached = falling.cumsum(-1) - falling >= top_p  # by more likely ones
+        probabilities = probabilities.masked_fill(torch.empty_like(reached).scatter_(1, order, reached), 0.0)
     whole = probabilities.shape[1] // BLOCK * BLOCK
     blocks = [probabilities[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1, dtype=torch.float64)] if whole else []
     if whole < probabilities.shape[1]:
         blocks.append(probabilities[:, whole:].sum(-1, dtype=torch.float64, keepdim=True))
     ends = torch.cat(blocks, 1).cumsum(-1)
-    at = u[:, None] * ends[:, -1:]  # the last sum is 1 up to rounding
+    at = u[:, None] * ends[:, -1:]  # the last sum is 1 up to rounding, or less under top_p
     block = torch.searchsorted(ends, at, right=True).clamp(max=ends.shape[1] - 1)
     start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
     place = block * BLOCK + torch.arange(BLOCK, device=u.device)
