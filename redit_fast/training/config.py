@@ -27,14 +27,10 @@ from redit_fast.gr.config import GR, Pass2Ratio, Rounding
 from redit_fast.losses.config import CLIPPED, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
-from redit_fast.training import config_file
+from redit_fast.training import config_file, config_values
 from redit_fast.training.config_values import check_as_meant, kinds_of
 from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
-
-Packing = Literal["auto", "on", "off"]
-Overlong = Literal["keep", "mask"]
-LearningRateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 
 
 def _of_gr(name: str, more: str = "", **limits: Any) -> Any:
@@ -59,6 +55,12 @@ class TrainConfig(BaseModel):
     data: str | None = Field(
         None, description="JSONL file with a column `prompt` (text or chat messages) and others; the demo has its own."
     )
+    dtype: config_values.DType = Field(
+        "auto", description="Of the weights: auto is float32 on the CPU, the checkpoint's on a GPU."
+    )
+    device: config_values.Device = Field(
+        "auto", description="Where it runs: auto is a GPU where there is one, the CPU for the demo."
+    )
     rewards: list[str] = Field(
         min_length=1,
         description="Reward functions: shipped names, or package.module:function looked up in the current folder, the "
@@ -80,7 +82,7 @@ class TrainConfig(BaseModel):
     eval_every: int = Field(ge=1, description="Steps between held-out evaluations, besides the first and the last.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts in a step.")
     group_size: int = Field(8, ge=2, description="Completions for each prompt.")
-    overlong: Overlong = Field(
+    overlong: config_values.Overlong = Field(
         "keep", description="Completions that are cut off: in the loss as they are, or masked, as no tokens at all."
     )
     checkpoint_activations: bool = Field(
@@ -92,7 +94,7 @@ class TrainConfig(BaseModel):
     micro_batch_size: int | None = Field(
         None, ge=1, description="Most samples in one pass, instead of tokens_per_micro_batch. Same gradient."
     )
-    packing: Packing = Field(
+    packing: config_values.Packing = Field(
         "auto",
         description="Rows without padding, in which a prompt is computed once for its completions: auto where the "
         "model can and gives the same log-probs so, which is tried at the start; on refuses a model that cannot.",
@@ -111,12 +113,10 @@ class TrainConfig(BaseModel):
         "resets one whose reference is reset, gr gradient regularisation. What is set beside it wins.",
     )
     learning_rate: float = Field(gt=0, description="AdamW learning rate, the highest that lr_scheduler_type has.")
-    lr_scheduler_type: LearningRateSchedule = Field(
+    lr_scheduler_type: config_values.LearningRateSchedule = Field(
         "constant", description="Learning rate over the steps, by transformers' names."
     )
-    warmup_steps: int = Field(
-        0, ge=0, description="Steps in which the learning rate rises linearly from 0, which the first one has."
-    )
+    warmup_steps: int = Field(0, ge=0, description="Steps in which it rises linearly from 0, which the first one has.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
     loss_type: LossType = Field("dapo", description="Policy loss.")

@@ -1,10 +1,16 @@
-"""Whether a setting's value was meant as its field takes it."""
+"""The choices of settings, and whether a value was meant as its field takes it."""
 
 from __future__ import annotations
 
 import re
 from types import NoneType
-from typing import Annotated, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Packing = Literal["auto", "on", "off"]
+Overlong = Literal["keep", "mask"]
+LearningRateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 
 
 def check_as_meant(value: object, kinds: set[object]) -> None:

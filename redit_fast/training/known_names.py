@@ -12,7 +12,6 @@ IN_OLD_RUNS = {**RENAMED, "epsilon": "gr_epsilon"}  # in the config.json of a ru
 # By the names of TRL, transformers, verl and OpenRLHF; {a field of ours} is spelled as a flag or as a key.
 _CLIP = "a clip range is {clip_low} and {clip_high}"
 _STEP = "a step is {prompts_per_step} with {group_size} completions each, of which {micro_batch_size} are in a pass"
-_DTYPE = "weights are float32 on the CPU and have the checkpoint's dtype on a GPU"
 _ADAPTERS = "there are no adapters yet, every weight is trained"
 _SAMPLING = "completions are sampled at {temperature} and {top_p}"
 _ONE_PROCESS = "there is one process with one GPU yet"
@@ -38,7 +37,7 @@ _MEANT = {
     "per_device_eval_batch_size steps_per_generation": _STEP,
     "ppo_max_token_len_per_gpu max_tokens_per_gpu max_tokens_per_microbatch": "{tokens_per_micro_batch}",
     "use_remove_padding use_dynamic_bsz sample_packing padding_free packing_samples": "{packing}",
-    "bf16 fp16 tf32 dtype torch_dtype": _DTYPE,
+    "bf16 fp16 torch_dtype": "{dtype}",
     "max_length max_new_tokens max_tokens max_response_length generate_max_len": "{max_completion_length}",
     "prompt_max_len max_prompt_len": "{max_prompt_length}",
     "output_dir save_path ckpt_path run_name experiment_name logging_dir": _FOLDER,
@@ -73,7 +72,7 @@ _MEANT = {
     "report_to wandb use_wandb wandb_project tensorboard logger": _TRACKERS,
     "push_to_hub hub_model_id": "checkpoints stay in the run's folder, where from_pretrained loads them",
     "trust_remote_code": "Python code that a model brings is not run",
-    "device no_cuda use_cpu": "a GPU is used where there is one",
+    "no_cuda use_cpu": "{device}",
     "data_seed": "{seed}",
     "dry_run": "there is no dry run yet",
 }  # fmt: skip

@@ -23,24 +23,26 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
 from redit_fast.foreign import Foreign
+from redit_fast.training.config_values import Device, DType
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # neither Python code nor pickled weights
 HUB_EXTRAS = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
-def load(source: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
+def load(source: str | Path, device: Device = "auto", dtype: DType = "auto") -> tuple[PreTrainedModel, Tokenizer]:
     """A causal LM and its tokenizer, from a folder or, for the name of one on the hub, from there or its cache.
 
-    Safetensors only, and no code of the model's own is run. float32 on the CPU, the checkpoint's dtype on a GPU. Warns
-    of weights that the model has no place for.
+    Safetensors only, and no code of the model's own is run. On a GPU where there is one; float32 on the CPU, the
+    checkpoint's dtype on a GPU, unless told. Warns of weights that the model has no place for.
 
     Raises:
         ValueError: one sentence that names the source and what is missing or wrong there.
     """
     folder = _folder(str(source))
     _check_files(folder, f"model {source}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "auto" if device == "cuda" else torch.float32
+    place = device_of(device)
+    if dtype == "auto" and place == "cpu":
+        dtype = "float32"
     with _one_sentence(f"the tokenizer of model {source}"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     with _one_sentence(f"model {source}"):
@@ -55,7 +57,16 @@ def load(source: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
         )
     _check_weights(report, f"model {source}")
     _check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
-    return model.to(device), tokenizer
+    return model.to(place), tokenizer
+
+
+def device_of(device: Device) -> str:
+    """A GPU where there is one, unless told. Raises a ValueError where it is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, and torch finds no GPU that it can use: `redit-fast info` tells more")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 def _folder(source: str) -> Path:

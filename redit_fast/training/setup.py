@@ -121,7 +121,7 @@ def reference(config: TrainConfig, model: PreTrainedModel, saved: Path | None) -
         )
     reference = copy.deepcopy(model).requires_grad_(False)
     if saved is not None and not checkpoint.load_reference(saved, reference):
-        rf.reset_reference(reference, policy.load(checkpoint.start_of(saved))[0])
+        rf.reset_reference(reference, policy.load(checkpoint.start_of(saved), "cpu")[0])
     return reference
 
 

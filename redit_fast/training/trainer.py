@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -75,10 +76,13 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         config, saved = setup.checkpoint_to_resume(config, run)
     elif config.name is not None:
         runs.refuse_taken(run)  # before the model is loaded; setup.claim decides
+    device = "cpu" if config.model is None and config.device == "auto" else config.device
     if saved is None and config.model is None:
         model, tokenizer = builtin.build(config.seed)
+        own: Any = {"device": policy.device_of(device), "dtype": getattr(torch, config.dtype, None)}
+        model.to(**own)
     else:
-        model, tokenizer = policy.load(saved or str(config.model))
+        model, tokenizer = policy.load(saved or str(config.model), device, config.dtype)
     read = inputs.of(config)  # before they are read: what changes meanwhile is noticed by the next --resume
     if resume:
         read = inputs.checked(read, run, accept_changed=accept_changed_inputs)

@@ -1,4 +1,4 @@
-"""The learning rate over the steps, and layers that are computed again in the backward pass."""
+"""The learning rate over the steps, layers that are computed again in the backward pass, dtype and device."""
 
 import pytest
 import torch
@@ -73,3 +73,33 @@ def test_layers_that_are_computed_again_give_the_same_run(settings, tmp_path, mo
     assert main(["train", *flags({**settings, "name": "other"}), "--checkpoint-activations"]) == 2
     error = capsys.readouterr().err.strip()
     assert "(qwen2) cannot be trained: Qwen2ForCausalLM does not support" in error and len(error.splitlines()) == 1
+
+
+def test_a_run_in_bfloat16_has_it_in_its_checkpoints_and_resumes_bit_by_bit(settings, tmp_path):
+    job = {**settings, "dtype": "bfloat16", "steps": 4, "checkpoint_every": 4, "beta": 0.1, "reference_reset_every": 3}
+    with pytest.warns(UserWarning, match="a KL term and gradient regularisation are both"):
+        train(config.load(overrides={**job, "name": "straight"}))
+        train(config.load(overrides={**job, "name": "halves", "steps": 2}))
+        assert main(["train", "--resume", *flags({**job, "name": "halves"})]) == 0
+    for file in ("model", "optimizer", "reference"):
+        ours, theirs = (
+            load_file(tmp_path / run / f"checkpoints/step-000004/{file}.safetensors") for run in ("straight", "halves")
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert file == "optimizer" or {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+    assert {
+        name.split(".")[1] for name in load_file(tmp_path / "straight/checkpoints/step-000004/optimizer.safetensors")
+    } > {"master"}
+    demo = {"device": "cpu", "dtype": "bfloat16", "steps": 1, "warm_start_steps": 1, "eval_problems": 0}
+    train(config.load(overrides={**demo, "prompts_per_step": 1, "out_dir": str(tmp_path), "name": "demo"}))
+    weights = load_file(tmp_path / "demo/checkpoints/step-000001/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for more in ([*flags(settings)], ["--out-dir", str(tmp_path)]):
+        assert main(["train", *more, "--device", "cuda"]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "device is cuda, and torch finds no GPU" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists() and not (tmp_path / "demo").exists()
