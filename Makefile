@@ -20,7 +20,7 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check test-newest lock lint sanitize kernel-gates gpu-check
+.PHONY: demo test check test-newest lock lint sanitize kernel-gates packing-gates gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -56,6 +56,10 @@ kernel-gates: $(TESTS) $(TRITON36)
 	KERNEL_ARCHS="80 90 100" $(PYTEST) tests/backends/test_triton.py tests/backends/test_triton36.py \
 		tests/backends/test_cuda.py $(wildcard tests/backends/test_*_cuda.py) tests/backends/test_token_loss_mutants.py \
 		tests/backends/test_sass.py tests/project/test_build_cuda.py
+
+# Packed rows of every family in every setting; `make test` has every family in one, and every setting on Qwen2.
+packing-gates: $(TESTS)
+	PACKING_GATES=1 $(PYTEST) tests/packing
 
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
 OUT ?= gpu-check

@@ -20,10 +20,17 @@ import redit_fast
 from redit_fast import backends
 from redit_fast.backends import cpu
 from redit_fast.backends.cuda import module as cuda
+from redit_fast.packing import varlen
 
 WIDTH = 80
 PACKAGES = ("torch", "triton", "transformers")
-ATTENTION = ("flash-attn", "flash-attn-3", "xformers", "kernels")  # beside torch's own; transformers takes them by name
+ATTENTION = (
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "xformers",
+    "kernels",
+)  # beside torch's own; transformers takes them by name
 OPTIONAL = ("trl", "verl", "openrlhf", "unsloth", "accelerate", "peft", "deepspeed", "liger-kernel", "vllm")
 SETTINGS = ("REDIT_FAST_BACKEND", "REDIT_FAST_CUDA_INTERPRET", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 
@@ -53,6 +60,15 @@ def _gpus() -> dict[str, dict[str, str]]:
     return gpus
 
 
+def _packed_rows(gpus: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The attention of packed rows, by device: what runs, or the sentence why not; on a GPU the first "ok" does."""
+    found: dict[str, dict[str, str]] = {"cpu": {"SDPA a segment": "ok"}}
+    for device in gpus:
+        capability = torch.cuda.get_device_capability(int(device.rpartition(":")[2]))
+        found[device] = {name: varlen.refusal(name, capability) or "ok" for name in varlen.NAMES}
+    return found
+
+
 def _triton_cache() -> str:
     """As Triton looks for it."""
     home = os.environ.get("TRITON_HOME") or Path.home()
@@ -76,6 +92,7 @@ def found() -> dict[str, Any]:
         "cuda_module": _cuda_module(),
         "triton_cache": _triton_cache(),
         "attention": _versions(ATTENTION),
+        "packed_rows": _packed_rows(sorted(kinds.values())),
         "optional": _versions(OPTIONAL),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "backends": states,
@@ -119,6 +136,10 @@ def _head(info: dict[str, Any]) -> Iterator[str]:
     )
     yield f"Triton's cache: {info['triton_cache']}"
     yield f"attention: torch's own, {_there(info['attention'])}"
+    for device, kernels in info["packed_rows"].items():
+        runs = next((name for name, state in kernels.items() if state == "ok"), "none, rows are padded")
+        others = "".join(f"; {name} {state}" for name, state in kernels.items() if state != "ok")
+        yield f"packed rows on {device}: {runs}{others}"
     yield f"optional: {_there(info['optional'])}"
     for name, value in info["settings"].items():
         yield f"set: {name}={value}"

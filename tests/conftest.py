@@ -120,13 +120,12 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """A tiny model with dropout and its own tokenizer, as a user would bring them."""
+    """A tiny model and its own tokenizer, as a user would bring them."""
     from redit_fast.training import builtin
 
     folder = tmp_path_factory.mktemp("model")
     model, tokenizer = builtin.build(0)
     builtin.warm_start(model, tokenizer, steps=4, seed=0)
-    model.config.attention_dropout = 0.1
     model.config.max_position_embeddings = 1024
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

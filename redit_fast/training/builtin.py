@@ -193,5 +193,6 @@ def _completion_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], int]])
     for i, (row, start) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, device="cpu")
         scored[i, start : len(row)] = True
+    ids, scored = ids.to(model.device), scored.to(model.device)
     hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state[scored[:, 1:]]
     return F.cross_entropy(model.lm_head(hidden), ids[scored], reduction="sum")

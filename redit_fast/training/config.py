@@ -27,7 +27,8 @@ from redit_fast.gr.config import GR, Pass2Ratio, Rounding
 from redit_fast.losses.config import CLIPPED, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
-from redit_fast.training import config_file
+from redit_fast.training import config_file, config_values
+from redit_fast.training.config_values import check_as_meant, kinds_of
 from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
 
@@ -54,6 +55,12 @@ class TrainConfig(BaseModel):
     data: str | None = Field(
         None, description="JSONL file with a column `prompt` (text or chat messages) and others; the demo has its own."
     )
+    dtype: config_values.DType = Field(
+        "auto", description="Of the weights: auto is float32 on the CPU, the checkpoint's on a GPU."
+    )
+    device: config_values.Device = Field(
+        "auto", description="Where it runs: auto is a GPU where there is one, the CPU for the demo."
+    )
     rewards: list[str] = Field(
         min_length=1,
         description="Reward functions: shipped names, or package.module:function looked up in the current folder, the "
@@ -75,20 +82,41 @@ class TrainConfig(BaseModel):
     eval_every: int = Field(ge=1, description="Steps between held-out evaluations, besides the first and the last.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts in a step.")
     group_size: int = Field(8, ge=2, description="Completions for each prompt.")
+    overlong: config_values.Overlong = Field(
+        "keep", description="Completions that are cut off: in the loss as they are, or masked, as no tokens at all."
+    )
+    checkpoint_activations: bool = Field(
+        False, description="Layers are computed again in the backward pass: less memory, a third more time."
+    )
+    tokens_per_micro_batch: int = Field(
+        16384, ge=1, description="Most tokens in one forward and backward pass, unless one sample has more."
+    )
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Samples in one forward and backward pass; none takes all of a step. Same gradient."
+        None, ge=1, description="Most samples in one pass, instead of tokens_per_micro_batch. Same gradient."
+    )
+    packing: config_values.Packing = Field(
+        "auto",
+        description="Rows without padding, in which a prompt is computed once for its completions: auto where the "
+        "model can and gives the same log-probs so, which is tried at the start; on refuses a model that cannot.",
     )
     max_completion_length: int = Field(ge=1, description="Tokens after which a completion is cut off.")
     max_prompt_length: int | None = Field(
         None, ge=1, description="Longest prompt in tokens; none is the model's context less the completion."
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the loss uses the same.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Draws the most likely tokens that reach it; the loss is of all, as in TRL."
+    )
     preset: Preset | None = Field(
         None,
         description="Learning rate and regularisation of one of the GR paper's runs: grpo has none, kl a KL term, "
         "resets one whose reference is reset, gr gradient regularisation. What is set beside it wins.",
     )
-    learning_rate: float = Field(gt=0, description="AdamW learning rate, constant.")
+    learning_rate: float = Field(gt=0, description="AdamW learning rate, the highest that lr_scheduler_type has.")
+    lr_scheduler_type: config_values.LearningRateSchedule = Field(
+        "constant", description="Learning rate over the steps, by transformers' names."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps in which it rises linearly from 0, which the first one has.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
     loss_type: LossType = Field("dapo", description="Policy loss.")
@@ -152,26 +180,7 @@ class TrainConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_meant(cls, value: object, info) -> object:
-        # pydantic reads 8.0, b"8" and "1_0" as integers, 1 and "t" as true, true as 1; YAML reads `no` as false.
-        kinds = _kinds(cls.model_fields[info.field_name].annotation)
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if bool in kinds:
-                if not isinstance(item, bool) and not (item is None and NoneType in kinds):
-                    raise ValueError("needs true or false")
-            elif isinstance(item, bool):
-                raise ValueError("needs a number or quoted text, not a truth value")
-            elif isinstance(item, bytes):
-                raise ValueError("needs a number or text, not bytes")
-            elif int in kinds and not (
-                re.fullmatch("[+-]?[0-9]+", item) if isinstance(item, str) else isinstance(item, int | NoneType)
-            ):
-                raise ValueError("needs a valid integer")
-            elif float in kinds and not (
-                "_" not in item if isinstance(item, str) else isinstance(item, int | float | NoneType)
-            ):
-                raise ValueError("needs a valid number")
-            elif isinstance(item, str) and "\0" in item:
-                raise ValueError("needs text without null characters")
+        check_as_meant(value, kinds_of(cls.model_fields[info.field_name].annotation))
         return value
 
     @field_validator("name")
@@ -195,6 +204,10 @@ class TrainConfig(BaseModel):
             raise ValueError("loss_type: dro needs a dro_beta, which has no default")
         if self.loss_type != "dro" and self.dro_beta is not None:
             raise ValueError(f"dro_beta: got {self.dro_beta}, only loss_type dro uses it")
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f"warmup_steps: got {self.warmup_steps}, lr_scheduler_type constant has none, constant_with_warmup has"
+            )
         for name in ("clip_low", "clip_high"):
             value = getattr(self, name)
             if value != TrainConfig.model_fields[name].default and self.loss_type not in CLIPPED:
@@ -266,13 +279,6 @@ def flag_words(name: str, value: object) -> list[str]:
     if len(items) == 1 and items[0].startswith("-"):
         return [f"{flag(name)}={items[0]}"]
     return [flag(name), *items]
-
-
-def _kinds(annotation: object) -> set[object]:
-    """The types that a field's values have, or its items'."""
-    if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
-    return {kind for part in get_args(annotation) for kind in _kinds(part)} or {annotation}
 
 
 def _is_component(name: str) -> bool:

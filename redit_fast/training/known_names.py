@@ -12,14 +12,12 @@ IN_OLD_RUNS = {**RENAMED, "epsilon": "gr_epsilon"}  # in the config.json of a ru
 # By the names of TRL, transformers, verl and OpenRLHF; {a field of ours} is spelled as a flag or as a key.
 _CLIP = "a clip range is {clip_low} and {clip_high}"
 _STEP = "a step is {prompts_per_step} with {group_size} completions each, of which {micro_batch_size} are in a pass"
-_DTYPE = "weights are float32 on the CPU and have the checkpoint's dtype on a GPU"
 _ADAPTERS = "there are no adapters yet, every weight is trained"
-_SAMPLING = "completions are sampled from the whole distribution at {temperature}"
+_SAMPLING = "completions are sampled at {temperature} and {top_p}"
 _ONE_PROCESS = "there is one process with one GPU yet"
 _VLLM = "completions are sampled by the model itself, without vLLM"
 _TRACKERS = "there are no trackers yet, a run writes metrics.jsonl and report.html"
 _FOLDER = "a run's folder is {name} inside {out_dir}"
-_CONSTANT = "the learning rate is constant"
 _MEANT = {
     "epsilon": f"GR's step is {{gr_epsilon}}, {_CLIP}",
     "lr actor_learning_rate": "{learning_rate}",
@@ -37,7 +35,9 @@ _MEANT = {
     "per_device_train_batch_size train_batch_size batch_size generation_batch_size rollout_batch_size": _STEP,
     "gradient_accumulation_steps micro_train_batch_size ppo_micro_batch_size ppo_mini_batch_size": _STEP,
     "per_device_eval_batch_size steps_per_generation": _STEP,
-    "bf16 fp16 tf32 dtype torch_dtype": _DTYPE,
+    "ppo_max_token_len_per_gpu max_tokens_per_gpu max_tokens_per_microbatch": "{tokens_per_micro_batch}",
+    "use_remove_padding use_dynamic_bsz sample_packing padding_free packing_samples": "{packing}",
+    "bf16 fp16 torch_dtype": "{dtype}",
     "max_length max_new_tokens max_tokens max_response_length generate_max_len": "{max_completion_length}",
     "prompt_max_len max_prompt_len": "{max_prompt_length}",
     "output_dir save_path ckpt_path run_name experiment_name logging_dir": _FOLDER,
@@ -55,22 +55,24 @@ _MEANT = {
     "loss algorithm adv_estimator": "{loss_type}",
     "importance_sampling_level": "{loss_type} gspo has the sequence's ratio",
     "num_iterations ppo_epochs max_epochs": "a batch of completions takes one optimizer step",
-    "mask_truncated_completions": "completions that are cut off are scored like the others",
-    "warmup_steps warmup_ratio lr_warmup_steps lr_scheduler_type lr_scheduler": _CONSTANT,
+    "mask_truncated_completions overlong_filtering": "{overlong}",
+    "lr_warmup_steps num_warmup_steps": "{warmup_steps}",
+    "warmup_ratio lr_warmup_ratio lr_warmup_steps_ratio": "the warm-up has {warmup_steps}",
+    "lr_scheduler lr_schedule warmup_style": "{lr_scheduler_type}",
     "clip_grad grad_clip gradient_clipping": "{max_grad_norm}",
     "optim optimizer adam_beta1 adam_beta2 adam_epsilon": "the optimizer is AdamW with gradient regularisation",
-    "gradient_checkpointing": "there is no gradient checkpointing, {micro_batch_size} bounds the memory of a pass",
+    "gradient_checkpointing activation_checkpointing enable_gradient_checkpointing": "{checkpoint_activations}",
     "use_liger_kernel use_liger_loss": "the loss never holds the logits, whatever is set",
     "sync_ref_model ref_model_sync_steps ref_model_mixup_alpha": "{reference_reset_every}",
     "dither noise reward_noise dither_std": "{dither_level}",
     "rho sam_rho": "SAM's radius is {gr_gamma} and {gr_epsilon} with {gr_normalized}",
-    "top_p top_k min_p repetition_penalty": _SAMPLING,
+    "top_k min_p repetition_penalty": _SAMPLING,
     "deepspeed fsdp num_processes nproc_per_node tensor_parallel_size n_gpus_per_node": _ONE_PROCESS,
     "use_vllm": _VLLM,
     "report_to wandb use_wandb wandb_project tensorboard logger": _TRACKERS,
     "push_to_hub hub_model_id": "checkpoints stay in the run's folder, where from_pretrained loads them",
     "trust_remote_code": "Python code that a model brings is not run",
-    "device no_cuda use_cpu": "a GPU is used where there is one",
+    "no_cuda use_cpu": "{device}",
     "data_seed": "{seed}",
     "dry_run": "there is no dry run yet",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The policy: loading it safely, and the forward and backward passes of a step."""
+"""The policy: loading it safely, its head and its end tokens."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,29 +22,27 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
-from redit_fast.checks import given
 from redit_fast.foreign import Foreign
-from redit_fast.losses.config import denominator_of
-from redit_fast.training.config import TrainConfig
-from redit_fast.training.rollout.local import Rollout
+from redit_fast.training.config_values import Device, DType
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # neither Python code nor pickled weights
 HUB_EXTRAS = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
-def load(source: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
+def load(source: str | Path, device: Device = "auto", dtype: DType = "auto") -> tuple[PreTrainedModel, Tokenizer]:
     """A causal LM and its tokenizer, from a folder or, for the name of one on the hub, from there or its cache.
 
-    Safetensors only, and no code of the model's own is run. float32 on the CPU, the checkpoint's dtype on a GPU. Warns
-    of weights that the model has no place for.
+    Safetensors only, and no code of the model's own is run. On a GPU where there is one; float32 on the CPU, the
+    checkpoint's dtype on a GPU, unless told. Warns of weights that the model has no place for.
 
     Raises:
         ValueError: one sentence that names the source and what is missing or wrong there.
     """
     folder = _folder(str(source))
     _check_files(folder, f"model {source}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "auto" if device == "cuda" else torch.float32
+    place = device_of(device)
+    if dtype == "auto" and place == "cpu":
+        dtype = "float32"
     with _one_sentence(f"the tokenizer of model {source}"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     with _one_sentence(f"model {source}"):
@@ -62,7 +57,16 @@ def load(source: str | Path) -> tuple[PreTrainedModel, Tokenizer]:
         )
     _check_weights(report, f"model {source}")
     _check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
-    return model.to(device), tokenizer
+    return model.to(place), tokenizer
+
+
+def device_of(device: Device) -> str:
+    """A GPU where there is one, unless told. Raises a ValueError where it is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, and torch finds no GPU that it can use: `redit-fast info` tells more")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 def _folder(source: str) -> Path:
@@ -186,6 +190,18 @@ def check_head(model: PreTrainedModel, tokenizer: Tokenizer, settings: rf.LossCo
         )
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Its layers keep their inputs only, and are computed again in the backward pass.
+
+    Raises:
+        ValueError: one sentence that names the model, which does not support it.
+    """
+    renamed_in_5_24 = "activation_checkpointing_enable"
+    enable = getattr(model, renamed_in_5_24, None) or model.gradient_checkpointing_enable
+    with Foreign(f"model {model.name_or_path} ({model.config.model_type}) cannot be trained", plain=ValueError):
+        enable({"use_reentrant": False})
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a completion: the model's own and the tokenizer's, whose end of turn base models lack.
 
@@ -214,138 +230,3 @@ def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     if not ends:
         raise ValueError(f"model {model.name_or_path} has no end-of-sequence token, so no completion would ever end")
     return ends
-
-
-@dataclass
-class Pass:
-    """What a pass leaves beside the gradients."""
-
-    loss: float
-    logp: Tensor  # (R,), the scored tokens of all samples one after the other
-    entropy: Tensor  # (R,)
-    metrics: dict[str, float]
-    outputs: list[rf.LossOutput]  # of the micro-batches, without graph
-
-
-@dataclass
-class Batch:
-    """The samples of a step, ready for a forward and backward pass as often as wanted."""
-
-    sequences: list[Tensor]  # prompt + completion, one a sample
-    lengths: list[int]  # of the completions
-    advantages: Tensor  # (N,)
-    settings: rf.LossConfig
-    micro: int
-    step: int
-    seed: int
-    ref_logp: Tensor | None = None  # (R,), with a KL term
-
-    @classmethod
-    def of(
-        cls, prompts, rollout: Rollout, advantages: Tensor, settings: rf.LossConfig, config: TrainConfig, step: int
-    ) -> Batch:
-        prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
-        sequences = [torch.tensor(p + c, device="cpu") for p, c in zip(prompts, rollout.completions, strict=True)]
-        lengths = [len(completion) for completion in rollout.completions]
-        micro = config.micro_batch_size or len(sequences)
-        return cls(sequences, lengths, advantages, settings, micro, step, config.seed)
-
-    @property
-    def normalizer(self) -> float:
-        """The whole step's denominator, so that micro-batches add up."""
-        return denominator_of(self.settings, len(self.sequences), float(sum(self.lengths)))
-
-    def micro_batches(self) -> Iterator[tuple[list[int], bool]]:
-        """The samples of each micro-batch, and whether it needs a graph: samples that have no gradient come last."""
-        silent = (self.advantages == 0) & self.settings.silent_at_zero
-        if silent.all():  # the optimizer wants gradients, if only zeros
-            silent = torch.zeros_like(silent)
-        for part, graph in ((~silent, True), (silent, False)):
-            for samples in torch.nonzero(part).flatten().split(self.micro):
-                if len(samples):
-                    yield samples.tolist(), graph
-
-    def score_reference(self, reference: PreTrainedModel) -> None:
-        """Sets ref_logp to the log-probs under `reference`, for every pass of the step."""
-        head = head_of(reference)
-        logps: dict[int, Tensor] = {}
-        reference.eval()
-        with torch.no_grad():
-            for samples, _ in self.micro_batches():
-                hidden, targets, lengths = self.hidden(reference, samples)
-                transform = self.settings.transform._asdict()
-                logp: Any = rf.linear_logp(hidden, head.weight, targets, bias=head.bias, **transform)
-                logps |= zip(samples, logp.split(lengths), strict=True)
-        self.ref_logp = self._joined(logps)
-
-    def backward(self, model: PreTrainedModel, old_logp: Tensor | None = None, masks_of: Pass | None = None) -> Pass:
-        """Adds the gradient of the whole step's loss to .grad, one micro-batch after the other.
-
-        Both passes draw the same dropout and the same lots for clip_cov. The tokens that clip_cov and kl_cov choose are
-        by definition those of a call, of a micro-batch; with `masks_of` they are those of that pass.
-        """
-        torch.manual_seed((self.seed + self.step) % 2**63)
-        model.train()
-        head, loss, skipped = head_of(model), 0.0, 0.0
-        logps: dict[int, Tensor] = {}
-        entropies: dict[int, Tensor] = {}
-        outputs: list[rf.LossOutput] = []
-        for place, (samples, graph) in enumerate(self.micro_batches()):
-            with torch.set_grad_enabled(graph):
-                hidden, targets, lengths = self.hidden(model, samples)
-                out = rf.linear_grpo_loss(
-                    hidden,
-                    head.weight,
-                    targets,
-                    self.advantages[samples].to(model.device),
-                    bias=head.bias,
-                    old_logp=None if old_logp is None else self._part(samples, old_logp),
-                    ref_logp=None if self.ref_logp is None else self._part(samples, self.ref_logp),
-                    masks_of=None if masks_of is None else masks_of.outputs[place],
-                    cu_seqlens=torch.tensor([0, *lengths], device=model.device).cumsum(0),
-                    normalizer=self.normalizer,
-                    config=self.settings,
-                    step=self.step,
-                    seed=self.seed,
-                )
-            if graph:
-                out.loss.backward()
-            loss += out.loss.item()
-            outputs.append(out._replace(loss=out.loss.detach()))
-            skipped += float(out.metrics.get("head/frac_rows_skipped", 0)) * len(hidden)
-            logps |= zip(samples, out.logp.split(lengths), strict=True)
-            entropies |= zip(samples, given(out.entropy).split(lengths), strict=True)
-        logp, entropy = self._joined(logps), self._joined(entropies)
-        whole = rf.policy_loss(
-            logp,
-            self.advantages.to(logp.device),
-            old_logp=old_logp,
-            ref_logp=self.ref_logp,
-            entropy=entropy,
-            cu_seqlens=torch.tensor([0, *self.lengths], device=logp.device).cumsum(0),
-            config=self.settings,
-        )
-        metrics = {name: value.item() for name, value in whole.metrics.items()}
-        if self.settings.route == "fused":
-            metrics["head/frac_rows_skipped"] = skipped / max(1, len(logp))
-        return Pass(loss, logp, entropy, metrics, outputs)
-
-    def hidden(self, model: PreTrainedModel, samples: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """The last hidden states (R', D) that predict the samples' completions, those tokens (R',) and their counts."""
-        sequences, lengths = [self.sequences[i] for i in samples], [self.lengths[i] for i in samples]
-        # Padding is on the right, where causal attention keeps it from everything that is scored: no mask is needed.
-        ids = pad_sequence(sequences, batch_first=True).to(model.device)
-        ends = torch.tensor([len(s) for s in sequences], device=model.device)[:, None]
-        position = torch.arange(ids.shape[1], device=model.device)
-        scored = (position >= ends - torch.tensor(lengths, device=model.device)[:, None]) & (position < ends)
-        hidden = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state[scored[:, 1:]]
-        return hidden, ids[scored], lengths
-
-    def _part(self, samples: list[int], values: Any) -> Tensor:
-        """Of (R,) what belongs to the samples."""
-        parts = values.split(self.lengths)
-        return torch.cat([parts[i] for i in samples])
-
-    def _joined(self, parts: dict[int, Tensor]) -> Tensor:
-        """(R,) from each sample's."""
-        return torch.cat([parts[i] for i in range(len(self.sequences))])

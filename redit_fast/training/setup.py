@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, get_scheduler
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
@@ -49,6 +50,11 @@ def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, P
             f"steps was {before['steps']} in {run} and cannot become {config.steps} on --resume: dither_schedule "
             f"{config.dither_schedule} counts back from the last step"
         )
+    if config.steps != before["steps"] and config.lr_scheduler_type in ("linear", "cosine"):
+        raise ValueError(
+            f"steps was {before['steps']} in {run} and cannot become {config.steps} on --resume: lr_scheduler_type "
+            f"{config.lr_scheduler_type} ends at the last step"
+        )
     if not {"keep_checkpoints"} & (stored.keys() | config.model_fields_set):
         config = config.model_copy(update={"keep_checkpoints": None})
     folder = run / "checkpoints"
@@ -84,6 +90,13 @@ def optimizer(config: TrainConfig, model: PreTrainedModel) -> rf.RegularizedAdam
     )
 
 
+def learning_rate(config: TrainConfig) -> Callable[[int], float]:
+    """That of each optimizer step, from 0 on, by transformers."""
+    unused = torch.optim.SGD([torch.zeros(1, device="cpu")], lr=config.learning_rate)
+    schedule = get_scheduler(config.lr_scheduler_type, unused, config.warmup_steps, config.steps)
+    return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
+
+
 def dither(config: TrainConfig, functions: list[rewards.RewardFunction]) -> rf.Dither:
     return rf.Dither(
         config.dither_distribution,
@@ -108,7 +121,7 @@ def reference(config: TrainConfig, model: PreTrainedModel, saved: Path | None) -
         )
     reference = copy.deepcopy(model).requires_grad_(False)
     if saved is not None and not checkpoint.load_reference(saved, reference):
-        rf.reset_reference(reference, policy.load(checkpoint.start_of(saved))[0])
+        rf.reset_reference(reference, policy.load(checkpoint.start_of(saved), "cpu")[0])
     return reference
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 import redit_fast as rf
 from redit_fast.gr.two_pass import Copies, TwoPass
-from redit_fast.training.policy import Batch, Pass
+from redit_fast.training.batch import Batch, Pass
 
 RADIUS = 0.01  # of the perturbed weights' norm: in bfloat16 two to three units in the last place, so not lost
 

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -38,6 +39,7 @@ from redit_fast.training import (
     sharpness,
     trial,
 )
+from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.metrics import completion_lines, held_out_metrics, reward_metrics, summary_of
 from redit_fast.training.rewards.user_code import RewardError
@@ -74,10 +76,13 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         config, saved = setup.checkpoint_to_resume(config, run)
     elif config.name is not None:
         runs.refuse_taken(run)  # before the model is loaded; setup.claim decides
+    device = "cpu" if config.model is None and config.device == "auto" else config.device
     if saved is None and config.model is None:
         model, tokenizer = builtin.build(config.seed)
+        own: Any = {"device": policy.device_of(device), "dtype": getattr(torch, config.dtype, None)}
+        model.to(**own)
     else:
-        model, tokenizer = policy.load(saved or str(config.model))
+        model, tokenizer = policy.load(saved or str(config.model), device, config.dtype)
     read = inputs.of(config)  # before they are read: what changes meanwhile is noticed by the next --resume
     if resume:
         read = inputs.checked(read, run, accept_changed=accept_changed_inputs)
@@ -86,8 +91,11 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     loss_config = setup.loss_config(config, model)
     ends = policy.end_tokens(model, tokenizer)
     policy.check_head(model, tokenizer, loss_config)
-    trial.check(model, tokenizer, dataset, functions, loss_config, config)
+    if config.checkpoint_activations:
+        policy.checkpoint_activations(model)
+    why_padded = trial.check(model, tokenizer, dataset, functions, loss_config, config)
     optimizer = setup.optimizer(config, model)
+    learning_rate = setup.learning_rate(config)
     dither = setup.dither(config, functions)
     reference: Any = setup.reference(config, model, saved)
     done = -1  # steps taken: 0 after the warm start
@@ -135,6 +143,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     console = Console()
     if dataset.skipped:
         console.print(f"{dataset.skipped} prompts are too long and left out")
+    if why_padded is not None and config.packing == "auto":
+        console.print(f"rows are padded, not packed: {why_padded}", soft_wrap=True)
     with progress.shown(console) as shown:
         try:
             clock, samples = runs.Clock(), []  # of the step that is done and not yet recorded
@@ -167,6 +177,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         group_size=config.group_size,
                         max_new_tokens=config.max_completion_length,
                         temperature=config.temperature,
+                        top_p=config.top_p,
                         seed=config.seed,
                         step=step,
                     )
@@ -182,7 +193,9 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         step=step,
                         scale=config.advantage_scale,
                     )
-                batch = policy.Batch.of(prompts, rollout, advantages.values, loss_config, config, step)
+                batch = Batch.of(
+                    prompts, rollout, advantages.values, loss_config, config, step, packed=why_padded is None
+                )
                 if reference is not None:
                     with clock("reference"):
                         batch.score_reference(reference)
@@ -192,6 +205,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 if config.sharpness_every and (step + 1) % config.sharpness_every == 0:
                     with clock("sharpness"):
                         probed = sharpness.probe(model, batch, first, optimizer)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step)
                 with clock("pass2"):
                     with runs.uninterrupted():
                         perturbation = optimizer.perturb()
@@ -215,7 +230,9 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         **first.metrics,
                         **optimizer.metrics(),
                         **probed,
-                        "learning_rate": optimizer.param_groups[0]["lr"],
+                        "learning_rate": learning_rate(step),
+                        "tokens/useful": batch.useful_tokens,
+                        "tokens/computed": first.tokens,
                         "tokens/generated": rollout.tokens,
                         "tokens/per_second": rollout.tokens / clock.seconds["rollout"],
                     }

@@ -14,12 +14,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
 from redit_fast.foreign import Foreign
+from redit_fast.packing.attention import UnpackableError, refusal
 from redit_fast.training import data, policy, rewards
+from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.rewards.functions import SHIPPED
-from redit_fast.training.rollout.local import generate
+from redit_fast.training.rollout.local import CHECK_EVERY, generate
 
-PROMPT, COMPLETION, GROUP = 16, 4, 2  # tokens, tokens, samples
+PROMPT, COMPLETION, GROUP = 16, CHECK_EVERY + 4, 2  # tokens, tokens so that a row leaves the batch, samples
 ALIKE = 1e4  # a temperature at which all tokens are as likely, so that the samples of a prompt differ
 
 
@@ -30,24 +32,30 @@ def check(
     functions: list[rewards.RewardFunction],
     settings: rf.LossConfig,
     config: TrainConfig,
-) -> None:
+) -> str | None:
     """A rollout in which a row ends early, one score of each reward, a forward and backward pass, the data's answers.
 
     The hidden states of the rollout, with padding on the left and a cache, must be those of the training pass. Weights,
     modes and random states are left as they were, gradients are None.
 
+    Returns:
+        Why the training pass needs padded rows; None: its rows are packed, with the log-probs of padded ones.
+
     Raises:
-        ValueError: one sentence that names the model, or the data file and its line.
+        ValueError: one sentence that names the model, or the data file and its line; packing is on and cannot be.
         RewardError: one sentence that names the reward function.
     """
     _check_columns(dataset, functions, config)
     name, training, state = f"model {model.name_or_path} ({model.config.model_type})", model.training, random.getstate()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        texts = _check_passes(name, model, tokenizer, dataset.train[0], settings, config)
+        texts, why_padded = _check_passes(name, model, tokenizer, dataset.train[0], settings, config)
         trial = [dataclasses.replace(function, warned=True) for function in functions]  # unscored samples: not yet
         rewards.score_texts(trial, [dataset.train[0]] * GROUP, texts[:GROUP])
     model.train(training)
     random.setstate(state)
+    if why_padded is not None and config.packing == "on":
+        raise ValueError(f"packing is on and {name} needs padded rows: {why_padded}")
+    return why_padded
 
 
 def _check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction], config: TrainConfig) -> None:
@@ -63,8 +71,10 @@ def _check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction
                 raise ValueError(f"{config.data}:{line}: {error}") from None
 
 
-def _check_passes(name: str, model, tokenizer, record: dict, settings: rf.LossConfig, config: TrainConfig) -> list[str]:
-    """The texts of a rollout that the training pass agrees with."""
+def _check_passes(
+    name: str, model, tokenizer, record: dict, settings: rf.LossConfig, config: TrainConfig
+) -> tuple[list[str], str | None]:
+    """The texts of a rollout that the training pass agrees with, and why that needs padded rows."""
     ids = data.render(tokenizer, record, config.system_prompt)[-PROMPT:]
     prompts = [ids, ids[: (len(ids) + 1) // 2]]  # of two lengths
     sampling: dict[str, Any] = {"group_size": GROUP, "max_new_tokens": min(COMPLETION, config.max_completion_length)}
@@ -73,28 +83,30 @@ def _check_passes(name: str, model, tokenizer, record: dict, settings: rf.LossCo
         end = generate(model, [], prompts, **sampling).completions[0][0]
         with _inputs_of(policy.head_of(model)) as steps:
             rollout = generate(model, [end], prompts, **sampling)  # the first sample ends at once
-    config = config.model_copy(update={"group_size": GROUP, "micro_batch_size": None})
-    batch = policy.Batch.of(
-        prompts,
-        rollout,
-        torch.tensor([1.0, -1.0] * len(prompts), dtype=torch.float32, device="cpu"),
-        settings,
-        config,
-        0,
+    config = config.model_copy(
+        update={"group_size": GROUP, "micro_batch_size": GROUP * len(prompts), "overlong": "keep"}
     )
+    advantages = torch.tensor([1.0, -1.0] * len(prompts), dtype=torch.float32, device="cpu")
+    batch = Batch.of(prompts, rollout, advantages, settings, config, 0, packed=False)
+    ((rows, _),) = batch.micro_batches
     model.eval()
     with Foreign(f"{name} cannot be trained"):
         with torch.no_grad():
-            expected = batch.hidden(model, list(range(len(batch.lengths))))[0]
+            hidden, _, counts = batch.hidden(model, rows)
+        by_sample = dict(zip(rows.samples, hidden.split(counts), strict=True))
+        expected = torch.cat([by_sample[sample] for sample in range(len(batch.lengths))])
         if settings.beta:
             batch.score_reference(model)  # the reference is a copy of it
         batch.backward(model)
+        why_padded = _why_padded(model, batch) if config.packing != "off" else "packing is off"
     model.zero_grad()
 
     lengths = torch.tensor(batch.lengths, device="cpu")
     found = expected.new_zeros(len(lengths), max(batch.lengths), expected.shape[-1])
-    for t, step in enumerate(steps):
-        found[lengths > t, t] = step[:, -1].repeat_interleave(GROUP if t == 0 else 1, 0).to(found.dtype)
+    for t, step in enumerate(steps[: found.shape[1]]):
+        there = lengths > t // CHECK_EVERY * CHECK_EVERY  # rows of the rollout's batch, some of which have ended
+        states = step[:, -1].repeat_interleave(GROUP if t == 0 else 1, 0)
+        found[lengths > t, t] = states[(lengths > t)[there]].to(found.dtype)
     found = found[torch.arange(found.shape[1], device="cpu") < lengths[:, None]]
     off = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
     if not off < (1e-3 if model.dtype == torch.float32 else 0.2):  # bfloat16 rounds twice, router choices included
@@ -102,7 +114,22 @@ def _check_passes(name: str, model, tokenizer, record: dict, settings: rf.LossCo
             f"{name} cannot be rolled out: with padding and a cache its hidden states are {off:.2g} of their norm off "
             "those of the training pass, so that the loss would not be that of the samples"
         )
-    return tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+    return tokenizer.batch_decode(rollout.completions, skip_special_tokens=True), why_padded
+
+
+def _why_padded(model: PreTrainedModel, padded: Batch) -> str | None:
+    """Why the model's rows cannot be packed, by what it is and by the log-probs of a few, in training mode."""
+    if (why := refusal(model)) is not None:
+        return why
+    packed = dataclasses.replace(padded, packed=True)
+    try:
+        found = packed.logp(model)
+    except UnpackableError as error:
+        return str(error)
+    off = (found - padded.logp(model)).abs().max().item()
+    if not off < (1e-3 if model.dtype == torch.float32 else 0.3):  # bfloat16 logits are off by up to 0.17
+        return f"the log-probs of packed rows are {off:.2g} off those of padded ones"
+    return None
 
 
 @contextmanager

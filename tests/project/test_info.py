@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import redit_fast
 from redit_fast import backends, cli, info
 from redit_fast.backends.cuda import module as cuda
+from redit_fast.packing import varlen
 
 COMPILED = SimpleNamespace(architectures="sm_80 sm_90a sm_100 compute_100", toolkit=13000)
 REBUILD = (
@@ -119,6 +121,22 @@ def test_architectures_compiled_and_present(capsys, monkeypatch):
     assert info.found()["cuda_module"] == {"toolkit": "13.0", "architectures": COMPILED.architectures.split()}
     monkeypatch.setattr(cuda, "compiled", SimpleNamespace(architectures="sm_90a", toolkit=12080))
     assert "CUDA module: CUDA 12.8, for sm_90a\n" in printed(capsys, "info")
+
+
+def test_packed_rows_name_what_runs_and_why_the_others_do_not(capsys, monkeypatch):
+    assert "packed rows on cpu: SDPA a segment\n" in printed(capsys, "info")
+    pretend_gpus(monkeypatch, "NVIDIA H200")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    varlen._missing.cache_clear()
+    said = " ".join(printed(capsys, "info").split())
+    assert "packed rows on cuda:0: torch varlen_attn; flash-attn 3 cannot be imported: " in said
+    assert "; flash-attn 2 cannot be imported: " in said
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "packed rows on cuda:0: none, rows are padded; flash-attn 3 is for GPUs" in " ".join(
+        printed(capsys, "info").split()
+    )
+    varlen._missing.cache_clear()
 
 
 def test_what_to_type_is_a_whole_command(capsys, monkeypatch):

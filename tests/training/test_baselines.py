@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 import redit_fast as rf
 from redit_fast.cli import main
-from redit_fast.training import config, policy, report, sharpness
+from redit_fast.training import config, report, sharpness
+from redit_fast.training.batch import Batch
 from redit_fast.training.presets import PRESETS, Preset
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, lines_of
-from tests.training.test_policy import MIXED, batch_of, gradient
+from tests.training.test_batch import MIXED, batch_of, gradient
 from tests.training.test_stops import assert_equal_checkpoints, timeless
 
 
@@ -40,26 +41,26 @@ def weights(checkpoint, name="model.safetensors"):
 
 def test_the_reference_is_the_start_until_a_reset_makes_it_the_policy(resets, tmp_path, monkeypatch):
     """Step by step: what the loss is given as the reference's log-probs, and what the checkpoints hold of it."""
-    given, score = [], policy.Batch.score_reference
+    given, score = [], Batch.score_reference
 
     def recorded(batch, reference):
         score(batch, reference)
         given.append((copy.deepcopy(reference.state_dict()), batch.ref_logp, reference.training))
 
-    monkeypatch.setattr(policy.Batch, "score_reference", recorded)
+    monkeypatch.setattr(Batch, "score_reference", recorded)
     train(config.load(overrides={**resets, "steps": 5, "checkpoint_every": 1, "keep_checkpoints": None}))
     folders = [tmp_path / f"run/checkpoints/step-{n:06d}" for n in range(6)]
     for step, ((reference, _, training), start) in enumerate(zip(given[1:], (0, 0, 2, 2, 4))):  # first the trial's
         policy_then = weights(folders[start])
         assert all(torch.equal(reference[name], policy_then[name]) for name in policy_then), step
-        assert not training  # no dropout
+        assert not training
     assert not torch.equal(given[1][0]["model.norm.weight"], given[3][0]["model.norm.weight"])
     has_reference = [(folder / "reference.safetensors").is_file() for folder in folders]
     assert has_reference == [False, False, True, True, True, True]
     held = weights(folders[3], "reference.safetensors")
     assert all(torch.equal(held[name], weights(folders[2])[name]) for name in held)
     kl = [line["kl"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]]
-    assert kl[1] > 3 * kl[2] and kl[3] > 3 * kl[4]  # a reset takes the distance away, up to dropout
+    assert kl[1] > 3 * kl[2] and kl[3] > 3 * kl[4]  # a reset takes the distance away
 
 
 def test_resets_resume_bit_by_bit_between_two_of_them_and_before_the_first(resets, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Cache,
     FalconH1Config,
@@ -28,10 +29,12 @@ from transformers import (
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
 )
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import generic
 
 from redit_fast.noise import STREAM_SAMPLING, counter_uniform
+from redit_fast.training.rollout import local
 from redit_fast.training.rollout.local import generate
 
 V = 31
@@ -212,6 +215,71 @@ def test_token_t_of_sample_i_inverts_the_counter_uniform():
         assert tokens == [int((cumulative <= x).sum()) for x in u]
 
 
+@pytest.mark.parametrize("vocabulary", [5, 255, 256, 257, 1000, 50257])
+def test_a_token_in_two_levels_is_the_one_of_a_cumulative_sum_in_float64(vocabulary):
+    """But where u is within float32's rounding of where two tokens meet. A token of probability 0 is never drawn."""
+    logits = 3 * torch.randn(64, vocabulary)
+    logits[:, vocabulary // 3 :: 7] = -math.inf
+    u = torch.cat([torch.rand(62, dtype=torch.float64), torch.tensor([0.5 * 2.0**-24, 1 - 0.5 * 2.0**-24]).double()])
+    for temperature in (1.0, 0.3):
+        cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+        expected = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
+        found = local._choose(logits, temperature, 1.0, u)
+        assert logits.gather(1, found[:, None]).isfinite().all()
+        away = found != expected
+        near = [(cumulative[row] - u[row]).abs().min() < 1e-6 for row in away.nonzero()[:, 0].tolist()]
+        assert all(near) and away.sum() <= 2
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_top_p_draws_the_tokens_that_transformers_keeps(top_p, temperature):
+    """Each of them as often as its share among them."""
+    logits = 2 * torch.randn(300)
+    kept = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits[None]))[0].isfinite()
+    rollout = generate(
+        Fixed(logits), [], [[0]] * 64, group_size=8, max_new_tokens=25, temperature=temperature, top_p=top_p, seed=3
+    )
+    counts = torch.bincount(torch.tensor(rollout.completions).flatten(), minlength=300).double()
+    assert 0 < kept.sum() < 200 and not counts[~kept].any()
+    share = torch.where(kept, torch.softmax(logits.double() / temperature, 0), 0)
+    expected = share / share.sum() * counts.sum()
+    often = expected > 20
+    assert (((counts - expected)[often] / expected[often].sqrt()).abs() < 4.5).all() and often.any()
+
+
+class Waits(TorchDispatchMode):
+    """How often the host would wait for a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        by_counts = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        self.count += name in self.NAMES or by_mask or by_counts
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma3"])
+@pytest.mark.parametrize("high", [2, 14], ids=["prompts of one length", "padded prompts"])
+def test_the_host_waits_for_the_device_once_in_eight_tokens(name, high, monkeypatch):
+    """Counted by operation; `tolist` is none on the CPU."""
+    torch.manual_seed(5)
+    model, prompts, waits = MODELS[name]().eval(), prompts_of(6, high=high), []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append(1) or tolist(self))
+    counts = []
+    for tokens in (16, 48):
+        waits.clear()
+        with Waits() as recorder:
+            generate(model, [], prompts, group_size=2, max_new_tokens=tokens)
+        counts.append(recorder.count + len(waits))
+    assert counts[1] - counts[0] <= 32 // 8 and counts[0] > 1
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_seed_and_step_change_the_samples():
     def run(**key):
         return generate(Fixed(torch.zeros(7)), 99, [[0]], group_size=4, max_new_tokens=20, **key).completions
@@ -221,11 +289,12 @@ def test_seed_and_step_change_the_samples():
     assert len(set(map(tuple, run()))) == 4
 
 
-def test_one_prefill_a_prompt_and_finished_rows_leave_the_batch():
+def test_one_prefill_a_prompt_and_finished_rows_leave_the_batch_every_eight_tokens():
     model = Fixed(torch.zeros(4))  # a quarter of the samples ends at every token
     rollout = generate(model, [2], [[1], [0, 1], [3]], group_size=100, max_new_tokens=30)
     lengths = [len(c) for c in rollout.completions]
-    assert model.rows == [3] + [sum(n > t for n in lengths) for t in range(1, max(lengths))]
+    last = min(30, math.ceil(max(lengths) / 8) * 8)
+    assert model.rows == [3] + [sum(n > t // 8 * 8 for n in lengths) for t in range(1, last)] and last < 30
     assert all(2 not in c[:-1] for c in rollout.completions)
     assert rollout.finished == [c[-1] == 2 for c in rollout.completions]
 
@@ -258,6 +327,8 @@ def test_modes_are_put_back_and_nothing_is_differentiated():
         ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
         ({"group_size": 0}, "group_size .* 0"),
         ({"max_new_tokens": 0}, "max_new_tokens .* 0"),
+        ({"top_p": 0}, "top_p .* 0"),
+        ({"top_p": 1.5}, "top_p .* 1.5"),
         ({"temperature": -1.0}, "temperature .* -1.0"),
         ({"temperature": float("nan")}, "temperature .* nan"),
         ({"sample_ids": torch.arange(3)}, r"sample_ids must be 2 int64 .*\(3,\)"),

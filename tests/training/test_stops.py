@@ -42,14 +42,20 @@ def assert_equal_checkpoints(a, b):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_ten_steps_are_five_a_fresh_process_and_five_more_bit_by_bit(settings, tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["packed", "padded, with dropout"])
+def test_ten_steps_are_five_a_fresh_process_and_five_more_bit_by_bit(settings, tmp_path, dropout):
     """Dither, GR with its second pass, dropout, sampling, data order and AdamW's state included."""
+    shutil.copytree(settings["model"], tmp_path / "model")
+    described = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**described, "attention_dropout": dropout}))
+    settings = {**settings, "model": str(tmp_path / "model")}
     straight = {**settings, "name": "straight", "steps": 10, "checkpoint_every": 5}
     halves = {**settings, "name": "halves", "checkpoint_every": 5}
     for job, more in ((straight, ()), ({**halves, "steps": 5}, ()), ({**halves, "steps": 10}, ("--resume",))):
         process = launch(job, *more)
-        _, errors = process.communicate(timeout=300)
+        said, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
+        assert ("rows are padded, not packed: it has dropout" in said) == (dropout > 0)
     a, b = (tmp_path / name for name in ("straight", "halves"))
     assert_equal_checkpoints(*(run / "checkpoints" / "step-000010" for run in (a, b)))
     assert (a / "completions.jsonl").read_text() == (b / "completions.jsonl").read_text()

@@ -3,6 +3,7 @@
 import gc
 import json
 import random
+import re
 import warnings
 
 import pytest
@@ -56,8 +57,9 @@ def job_of(kind, sizes, settings, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)
-def test_models_with_recurrent_layers_train(kind, settings, tmp_path, capsys):
+def test_models_with_recurrent_layers_train_on_padded_rows(kind, settings, tmp_path, capsys):
     assert main(["train", *flags(job_of(kind, SUPPORTED[kind], settings, tmp_path))]) == 0, capsys.readouterr().err
+    assert "rows are padded, not packed: it keeps a state along the row" in capsys.readouterr().out
     metrics = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 1, 2]
     for line in metrics[1:]:
@@ -69,6 +71,50 @@ def test_other_designs_are_refused_by_name_before_anything_is_written(kind, sett
     assert main(["train", *flags(job_of(kind, REFUSED[kind], settings, tmp_path))]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert f"({kind}) cannot be rolled out: " in errors[-1] and not (tmp_path / "run").exists()
+
+
+def unpacked(kind, sizes, settings, tmp_path):
+    """Why the trial pads the rows of a random model."""
+    made = config.load(overrides={**job_of(kind, sizes, settings, tmp_path), "rewards": ["exact_answer"]})
+    model, tokenizer = policy.load(made.model)
+    function = rewards.RewardFunction("zero", lambda completions, **rest: [0.0] * len(completions))
+    return trial.check(model, tokenizer, data.load(made, tokenizer), [function], rf.LossConfig(), made)
+
+
+SINKS = {**BASE, **ATTENTION, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+QWEN2 = {**BASE, **ATTENTION, "attention_dropout": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "why"),
+    [
+        ("qwen3_next", SUPPORTED["qwen3_next"], "a state along the row, in its layers of kind linear_attention"),
+        ("lfm2", SUPPORTED["lfm2"], "a state along the row, in its layers of kind conv"),
+        ("falcon_h1", SUPPORTED["falcon_h1"], "a state along the row"),
+        ("gpt_oss", SINKS, "its attention has sinks"),
+        ("qwen2", QWEN2, "it has dropout: model.layers.0.self_attn.attention_dropout is 0.2"),
+    ],
+)
+def test_packing_is_refused_by_name_where_it_is_on_and_cannot_be(kind, sizes, why, settings, tmp_path, capsys):
+    job = job_of(kind, sizes, settings, tmp_path)
+    assert main(["train", *flags({**job, "packing": "on"})]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "packing is on and model" in error and f"({kind}) needs padded rows: " in error and why in error
+    assert not (tmp_path / "run").exists()
+    if kind == "gpt_oss":
+        assert main(["train", *flags({**job, "steps": 1})]) == 0
+        assert why in capsys.readouterr().out
+
+
+def test_log_probs_that_differ_are_found_where_nothing_else_tells(settings, tmp_path, monkeypatch):
+    """Qwen3-Next runs on packed rows without an error. A state runs on from one sample into the next."""
+    assert unpacked("qwen2", {**BASE, **ATTENTION}, settings, tmp_path) is None
+    assert unpacked("qwen2", {**BASE, **ATTENTION}, {**settings, "packing": "off"}, tmp_path) == "packing is off"
+    monkeypatch.setattr(trial, "refusal", lambda model: None)
+    for kind in ("qwen3_next", "falcon_h1", "lfm2"):
+        why = unpacked(kind, SUPPORTED[kind], settings, tmp_path)
+        off = re.fullmatch(r"the log-probs of packed rows are (\S+) off those of padded ones", why)
+        assert float(off[1]) > 0.05, why
 
 
 def without_mask(monkeypatch):

@@ -1,0 +1,1 @@
+"""Rows without padding, in which every token is computed once."""

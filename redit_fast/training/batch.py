@@ -1,0 +1,246 @@
+"""The forward and backward passes of a step, over rows that are packed or, for a model that cannot, padded."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+import redit_fast as rf
+from redit_fast.checks import given
+from redit_fast.losses.config import denominator_of
+from redit_fast.packing import plan
+from redit_fast.packing.attention import Segments, attending
+from redit_fast.packing.plan import Budget, MicroBatch
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.policy import head_of
+from redit_fast.training.rollout.local import Rollout
+
+
+@dataclass
+class Pass:
+    """What a pass leaves beside the gradients."""
+
+    loss: float
+    logp: (
+        Tensor  # (R,), the scored tokens of all samples one after the other; NaN where a second pass left a sample out
+    )
+    entropy: Tensor  # (R,)
+    metrics: dict[str, float]  # of a first pass
+    outputs: list[rf.LossOutput]  # of the micro-batches, without graph
+    tokens: int  # that the decoder computed
+
+
+@dataclass
+class Batch:
+    """The samples of a step, ready for a forward and backward pass as often as wanted."""
+
+    prompts: list[list[int]]  # one a sample
+    completions: list[list[int]]
+    advantages: Tensor  # (N,)
+    settings: rf.LossConfig
+    budget: Budget
+    packed: bool
+    step: int
+    seed: int
+    masked: frozenset[int] = frozenset()  # samples that count as sequences without tokens
+    ref_logp: Tensor | None = None  # (R,), with a KL term
+
+    @classmethod
+    def of(
+        cls,
+        prompts: list[list[int]],
+        rollout: Rollout,
+        advantages: Tensor,
+        settings: rf.LossConfig,
+        config: TrainConfig,
+        step: int,
+        *,
+        packed: bool,
+    ) -> Batch:
+        prompts = [prompt for prompt in prompts for _ in range(config.group_size)]
+        samples = config.micro_batch_size
+        budget = Budget(samples=samples) if samples else Budget(tokens=config.tokens_per_micro_batch)
+        cut_off = frozenset(i for i, finished in enumerate(rollout.finished) if not finished)
+        masked = cut_off if config.overlong == "mask" else frozenset()
+        return cls(prompts, rollout.completions, advantages, settings, budget, packed, step, config.seed, masked)
+
+    @cached_property
+    def sequences(self) -> list[Tensor]:
+        """Prompt and completion of each sample."""
+        pairs = zip(self.prompts, self.completions, strict=True)
+        return [torch.tensor([*prompt, *completion], device="cpu") for prompt, completion in pairs]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Of the completions."""
+        return [len(completion) for completion in self.completions]
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """The samples that are not masked."""
+        return [i for i in range(len(self.prompts)) if i not in self.masked]
+
+    @property
+    def useful_tokens(self) -> int:
+        return plan.useful_tokens([self.prompts[i] for i in self.kept], [self.lengths[i] for i in self.kept])
+
+    @property
+    def normalizer(self) -> float:
+        """The whole step's denominator, so that micro-batches add up."""
+        return denominator_of(self.settings, len(self.sequences), float(sum(self.lengths[i] for i in self.kept)))
+
+    @cached_property
+    def micro_batches(self) -> list[tuple[MicroBatch, bool]]:
+        """One plan for all passes, and which of it needs a graph: samples that have no gradient come last, alone."""
+        zero = [advantage == 0 and self.settings.silent_at_zero for advantage in self.advantages.tolist()]
+        silent, others = ([i for i in self.kept if zero[i] == wanted] for wanted in (True, False))
+        if not others:  # the optimizer wants gradients, if only zeros
+            silent, others = others, silent
+        found = []
+        for chosen, graph in ((others, True), (silent, False)):
+            if self.packed:
+                (parts,) = plan.packed(self.prompts, self.lengths, self.budget, chosen=chosen)
+            else:
+                parts = plan.padded(self.prompts, self.lengths, self.budget, chosen=chosen)
+            found += [(micro, graph) for micro in parts]
+        return found
+
+    def score_reference(self, reference: PreTrainedModel) -> None:
+        """Sets ref_logp to the log-probs under `reference`, for every pass of the step."""
+        reference.eval()
+        self.ref_logp = self.logp(reference)
+
+    @torch.no_grad()
+    def logp(self, model: PreTrainedModel) -> Tensor:
+        """(R,): of the completions' tokens under `model`, in the mode that it is in."""
+        head, transform = head_of(model), self.settings.transform._asdict()
+        logps: dict[int, Tensor] = {}
+        with attending(model) if self.packed else nullcontext():
+            for micro, _ in self.micro_batches:
+                hidden, targets, lengths = self.hidden(model, micro)
+                logp: Any = rf.linear_logp(hidden, head.weight, targets, bias=head.bias, **transform)
+                logps |= zip(micro.samples, logp.split(lengths), strict=True)
+        return self._joined(logps, model.device)
+
+    def backward(self, model: PreTrainedModel, old_logp: Tensor | None = None, masks_of: Pass | None = None) -> Pass:
+        """Adds the gradient of the whole step's loss to .grad, one micro-batch after the other.
+
+        Both passes draw the same dropout and the same lots for clip_cov. The tokens that clip_cov and kl_cov choose are
+        by definition those of a call, of a micro-batch; with `masks_of` they are those of that pass, and this is a
+        second one: samples without a gradient are left out, and there are no metrics.
+        """
+        torch.manual_seed((self.seed + self.step) % 2**63)
+        model.train()
+        head, tokens = head_of(model), 0
+        logps: dict[int, Tensor] = {}
+        entropies: dict[int, Tensor] = {}
+        outputs: list[rf.LossOutput] = []
+        skipped: list[Tensor] = []  # rows
+        with attending(model) if self.packed else nullcontext():
+            for place, (micro, graph) in enumerate(self.micro_batches):
+                if masks_of is not None and not graph:
+                    continue
+                tokens += micro.tokens
+                with torch.set_grad_enabled(graph):
+                    hidden, targets, lengths = self.hidden(model, micro)
+                    out = rf.linear_grpo_loss(
+                        hidden,
+                        head.weight,
+                        targets,
+                        self.advantages[list(micro.samples)].to(model.device),
+                        bias=head.bias,
+                        old_logp=None if old_logp is None else self._part(micro, old_logp),
+                        ref_logp=None if self.ref_logp is None else self._part(micro, self.ref_logp),
+                        masks_of=None if masks_of is None else masks_of.outputs[place],
+                        cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0).to(model.device),
+                        normalizer=self.normalizer,
+                        config=self.settings,
+                        step=self.step,
+                        seed=self.seed,
+                    )
+                if graph:
+                    out.loss.backward()
+                outputs.append(out._replace(loss=out.loss.detach()))
+                skipped.append(out.metrics.get("head/frac_rows_skipped", out.loss.new_zeros(())) * len(hidden))
+                logps |= zip(micro.samples, out.logp.split(lengths), strict=True)
+                entropies |= zip(micro.samples, given(out.entropy).split(lengths), strict=True)
+        if not outputs:  # all are masked
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad and p.grad is None else p.grad
+        loss = sum(torch.stack([out.loss for out in outputs]).tolist()) if outputs else 0.0
+        logp, entropy = self._joined(logps, model.device), self._joined(entropies, model.device)
+        if masks_of is not None:
+            return Pass(loss, logp, entropy, {}, outputs, tokens)
+        whole = rf.policy_loss(
+            logp,
+            self.advantages.to(logp.device),
+            old_logp=old_logp,
+            ref_logp=self.ref_logp,
+            entropy=entropy,
+            mask=self._mask.to(logp.device) if self.masked else None,
+            cu_seqlens=torch.tensor([0, *self.lengths], device="cpu").cumsum(0).to(logp.device),
+            config=self.settings,
+        )
+        metrics = dict(whole.metrics)
+        if self.settings.route == "fused":
+            metrics["head/frac_rows_skipped"] = sum(skipped, logp.new_zeros(())) / max(1, sum(map(len, logps.values())))
+        values = torch.stack([value.float() for value in metrics.values()]).tolist()
+        return Pass(loss, logp, entropy, dict(zip(metrics, values, strict=True)), outputs, tokens)
+
+    def hidden(self, model: PreTrainedModel, micro: MicroBatch) -> tuple[Tensor, Tensor, list[int]]:
+        """The last hidden states (R', D) that predict the samples' completions, those tokens (R',) and their counts."""
+        lengths = [self.lengths[i] for i in micro.samples]
+        targets = torch.cat([self.sequences[i][-self.lengths[i] :] for i in micro.samples]).to(model.device)
+        if not micro.segments:
+            # Padding is on the right, where causal attention keeps it from all that is scored: no mask is needed.
+            rows = pad_sequence([self.sequences[i][:-1] for i in micro.samples], batch_first=True)
+            hidden = model.get_decoder()(rows.to(model.device), use_cache=False).last_hidden_state.flatten(0, 1)
+            ends = [place * rows.shape[1] + len(self.sequences[i]) - 1 for place, i in enumerate(micro.samples)]
+            scored = _ranges([end - length for end, length in zip(ends, lengths, strict=True)], lengths)
+            return hidden[scored.to(model.device)], targets, lengths
+        parts = [self.sequences[segment.sample][segment.start :][: segment.length] for segment in micro.segments]
+        counts = [segment.length for segment in micro.segments]
+        positions = _ranges([segment.start for segment in micro.segments], counts)
+        hidden = model.get_decoder()(
+            torch.cat(parts)[None].to(model.device),
+            position_ids=positions[None].to(model.device),
+            use_cache=False,
+            segments=Segments(micro.segments, model.device),
+        ).last_hidden_state[0]
+        ends = torch.tensor([0, *counts], device="cpu").cumsum(0).tolist()
+        starts, lengths_of = [], []
+        for end, leaf, length in zip(micro.prompt_ends, micro.leaves, lengths, strict=True):
+            starts += [ends[end + 1] - 1, 0 if leaf is None else ends[leaf]]
+            lengths_of += [1, length - 1]
+        return hidden[_ranges(starts, lengths_of).to(model.device)], targets, lengths
+
+    @property
+    def _mask(self) -> Tensor:
+        """(R,): of the samples that are kept."""
+        kept = torch.tensor([i not in self.masked for i in range(len(self.lengths))], device="cpu")
+        return kept.repeat_interleave(torch.tensor(self.lengths, device="cpu"))
+
+    def _part(self, micro: MicroBatch, values: Any) -> Tensor:
+        """Of (R,) what belongs to the samples."""
+        parts = values.split(self.lengths)
+        return torch.cat([parts[i] for i in micro.samples])
+
+    def _joined(self, parts: dict[int, Tensor], device: torch.device) -> Tensor:
+        """(R,) from each sample's; NaN for those that are not there."""
+        missing = torch.full((max(self.lengths),), float("nan"), dtype=torch.float32, device=device)
+        return torch.cat([parts[i] if i in parts else missing[:n] for i, n in enumerate(self.lengths)])
+
+
+def _ranges(starts: list[int], counts: list[int]) -> Tensor:
+    """(sum of counts,) int64: start, start + 1, ... of each."""
+    first, count = torch.tensor(starts, device="cpu"), torch.tensor(counts, device="cpu")
+    before = count.cumsum(0) - count
+    total = sum(counts)
+    return torch.arange(total, device="cpu") + (first - before).repeat_interleave(count, output_size=total)

@@ -1,0 +1,43 @@
+"""The choices of settings, and whether a value was meant as its field takes it."""
+
+from __future__ import annotations
+
+import re
+from types import NoneType
+from typing import Annotated, Literal, get_args, get_origin
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Packing = Literal["auto", "on", "off"]
+Overlong = Literal["keep", "mask"]
+LearningRateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
+
+
+def check_as_meant(value: object, kinds: set[object]) -> None:
+    """Raises a ValueError for what pydantic would read as something else, in `value` or its items."""
+    # pydantic reads 8.0, b"8" and "1_0" as integers, 1 and "t" as true, true as 1; YAML reads `no` as false.
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if bool in kinds:
+            if not isinstance(item, bool) and not (item is None and NoneType in kinds):
+                raise ValueError("needs true or false")
+        elif isinstance(item, bool):
+            raise ValueError("needs a number or quoted text, not a truth value")
+        elif isinstance(item, bytes):
+            raise ValueError("needs a number or text, not bytes")
+        elif int in kinds and not (
+            re.fullmatch("[+-]?[0-9]+", item) if isinstance(item, str) else isinstance(item, int | NoneType)
+        ):
+            raise ValueError("needs a valid integer")
+        elif float in kinds and not (
+            "_" not in item if isinstance(item, str) else isinstance(item, int | float | NoneType)
+        ):
+            raise ValueError("needs a valid number")
+        elif isinstance(item, str) and "\0" in item:
+            raise ValueError("needs text without null characters")
+
+
+def kinds_of(annotation: object) -> set[object]:
+    """The types that a field's values have, or its items'."""
+    if get_origin(annotation) is Annotated:
+        return kinds_of(get_args(annotation)[0])
+    return {kind for part in get_args(annotation) for kind in kinds_of(part)} or {annotation}
