@@ -17,8 +17,13 @@ MAX_LOG_RATIO = 20.0
 DPPO_MAX_RATIO = 20.0  # arXiv 2602.04879, section 5.4
 
 
+def clamp(x: Tensor, low: float = -torch.inf, high: float = torch.inf) -> Tensor:
+    """With a gradient at the bounds, as torch.clamp had before 2.15."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 def clamp_exponent(x: Tensor) -> Tensor:
-    return x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return clamp(x, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 class Terms(NamedTuple):
@@ -70,8 +75,8 @@ def loss_terms(rows: Rows, logp: Tensor, kept: Tensor) -> Terms:
     elif config.loss_type == "kl_cov":
         policy = -ratio * A + config.kl_cov_coef * log_ratio.abs() * _kl_cov_tokens(rows, choosing)
     else:
-        unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
-        policy = -torch.min(unclipped * A, ratio.clamp(low, high) * A)
+        unclipped = ratio if config.delta is None else clamp(ratio, high=config.delta)
+        policy = -torch.min(unclipped * A, clamp(ratio, low, high) * A)
         if config.dual_clip is not None:
             policy = torch.where(A < 0, torch.min(policy, -config.dual_clip * A), policy)
         below, above = (unclipped < low) & (A < 0), (unclipped > high) & (A > 0)
@@ -100,7 +105,7 @@ def _exponent(rows: Rows, log_ratio: Tensor, correction: Tensor | None, kept: Te
         log_weights = clamp_exponent(log_ratio.detach())
         return rows.sequence_sum(log_weights if correction is None else log_weights + clamp_exponent(correction.log()))
     if config.loss_type == "gmpo":
-        clipped = log_ratio.clamp(*config.clip_range)
+        clipped = clamp(log_ratio, *config.clip_range)
         nearer = torch.where(rows.advantages > 0, torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped))
         return rows.sequence_mean(nearer, kept)
     return log_ratio
