@@ -506,6 +506,7 @@ CALLS = {
             "group_size": whole(2, 1),
             "max_new_tokens": whole(2, 1),
             "temperature": number(0.5, least=0),
+            "top_p": number(0.5, above=0, most=1),
             "seed": whole(5, bits=64),
             "step": whole(5, bits=32),
             "sample_ids": may_be_none(tensor(torch.arange(2), torch.arange(3), dtypes=(torch.float32, torch.int32))),

@@ -191,7 +191,7 @@ def test_a_log_is_alive_in_the_warm_start_and_sigterm_there_leaves_no_run(demo, 
     lines = [process.stdout.readline() for _ in range(2)]
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
-    pattern = r"0:0\d:\d\d warm start \d+/2000(, loss \d\.\d{3}, \d:\d\d:\d\d left)?\n"
+    pattern = r"0:0\d:\d\d warm start \d+/2000(, loss \d\.\d{3}, \d+:\d\d:\d\d left)?\n"
     assert all(re.fullmatch(pattern, line) for line in lines) and lines[0] != lines[1], (lines, errors)
     assert process.returncode == 143 and "nothing is saved; to start again: redit-fast train" in errors
     assert "--resume" not in errors and len(errors.splitlines()) == 1 and list(tmp_path.iterdir()) == []
