@@ -6,8 +6,9 @@ it is SDPA a segment; on a GPU one call of a kernel for rows of many lengths (`v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from redit_fast.packing.plan import Segment
 
 NAME = "redit_fast"
 DECODING = "redit_fast_decoding"  # SDPA whose mask is always made: transformers asks the device whether it hides any
+CHECKPOINT = "_gradient_checkpointing_func"  # of a layer: torch's, by which transformers calls its forward
 KINDS = {"full_attention", "sliding_attention"}  # of layers whose state is their keys and values
 
 
@@ -153,6 +155,9 @@ def by_kernel(
 ) -> Tensor:
     """The same in one call, from keys and values that are gathered for each segment where some share theirs."""
     queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings in float32 have undone it
+        dtype = torch.get_autocast_dtype(query.device.type)
+        queries, keys, values = (part.to(dtype) for part in (queries, keys, values))
     if segments.shared:  # by indexing, whose backward pass adds up in a fixed order
         keys, values = keys[segments.index()], values[segments.index()]
     counts = max(segments.lengths), max(segments.keys)
@@ -227,12 +232,32 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def attending(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
-    """The model's layers with that attention, and with their own again behind it, whatever happens."""
+    """The model's layers with that attention, and with their own again behind it, whatever happens.
+
+    A layer that gradient checkpointing computes again in a backward pass behind it has that attention there too.
+    """
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    kept = [(part, vars(part)[CHECKPOINT]) for part in model.modules() if CHECKPOINT in vars(part)]
     try:
         model.set_attn_implementation(name)
+        for part, checkpoint in kept:
+            setattr(part, CHECKPOINT, partial(_attending_again, model, name, checkpoint))
         yield
     finally:
         for config, own in before:
             config._attn_implementation_internal = own
+        for part, checkpoint in kept:
+            setattr(part, CHECKPOINT, checkpoint)
+
+
+def _attending_again(
+    model: PreTrainedModel, name: str, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any
+) -> Any:
+    def run(*args: Any) -> Any:
+        if model.config._attn_implementation_internal == name:
+            return layer(*args)
+        with attending(model, name):
+            return layer(*args)
+
+    return checkpoint(run, *args)

@@ -16,8 +16,9 @@ import redit_fast as rf
 from redit_fast.checks import given
 from redit_fast.losses.config import denominator_of
 from redit_fast.packing import plan
-from redit_fast.packing.attention import Segments, attending
+from redit_fast.packing.attention import attending
 from redit_fast.packing.plan import Budget, MicroBatch
+from redit_fast.packing.rows import ranges, scored_hidden
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.policy import head_of
 from redit_fast.training.rollout.local import Rollout
@@ -203,23 +204,10 @@ class Batch:
             rows = pad_sequence([self.sequences[i][:-1] for i in micro.samples], batch_first=True)
             hidden = model.get_decoder()(rows.to(model.device), use_cache=False).last_hidden_state.flatten(0, 1)
             ends = [place * rows.shape[1] + len(self.sequences[i]) - 1 for place, i in enumerate(micro.samples)]
-            scored = _ranges([end - length for end, length in zip(ends, lengths, strict=True)], lengths)
+            scored = ranges([end - length for end, length in zip(ends, lengths, strict=True)], lengths)
             return hidden[scored.to(model.device)], targets, lengths
-        parts = [self.sequences[segment.sample][segment.start :][: segment.length] for segment in micro.segments]
-        counts = [segment.length for segment in micro.segments]
-        positions = _ranges([segment.start for segment in micro.segments], counts)
-        hidden = model.get_decoder()(
-            torch.cat(parts)[None].to(model.device),
-            position_ids=positions[None].to(model.device),
-            use_cache=False,
-            segments=Segments(micro.segments, model.device),
-        ).last_hidden_state[0]
-        ends = torch.tensor([0, *counts], device="cpu").cumsum(0).tolist()
-        starts, lengths_of = [], []
-        for end, leaf, length in zip(micro.prompt_ends, micro.leaves, lengths, strict=True):
-            starts += [ends[end + 1] - 1, 0 if leaf is None else ends[leaf]]
-            lengths_of += [1, length - 1]
-        return hidden[_ranges(starts, lengths_of).to(model.device)], targets, lengths
+        hidden = scored_hidden(model.get_decoder(), self.sequences, self.lengths, micro, model.device)
+        return hidden, targets, lengths
 
     @property
     def _mask(self) -> Tensor:
@@ -236,11 +224,3 @@ class Batch:
         """(R,) from each sample's; NaN for those that are not there."""
         missing = torch.full((max(self.lengths),), float("nan"), dtype=torch.float32, device=device)
         return torch.cat([parts[i] if i in parts else missing[:n] for i, n in enumerate(self.lengths)])
-
-
-def _ranges(starts: list[int], counts: list[int]) -> Tensor:
-    """(sum of counts,) int64: start, start + 1, ... of each."""
-    first, count = torch.tensor(starts, device="cpu"), torch.tensor(counts, device="cpu")
-    before = count.cumsum(0) - count
-    total = sum(counts)
-    return torch.arange(total, device="cpu") + (first - before).repeat_interleave(count, output_size=total)

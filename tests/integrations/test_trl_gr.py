@@ -381,10 +381,11 @@ def test_two_ranks_are_one(a_trainer, folders, tokenizer, tmp_path):
         output = rank.communicate(timeout=120)[0].decode()
         assert rank.returncode == 0, output
     start = trl_rank.parameters(a_trainer(GRPOTrainer, GRPOConfig).model)
-    ranks = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2))
-    expected, *found = (trl_rank.parameters(trainer.model), *ranks)
-    for name, q in expected.items():
-        assert torch.equal(found[0][name], found[1][name]) and torch.allclose(found[0][name], q, rtol=0, atol=1e-6)
+    expected = trl_rank.parameters(trainer.model)
+    for packing in (False, True):
+        found = [torch.load(tmp_path / f"rank{i}-{packing}.pt", weights_only=True) for i in range(2)]
+        for name, q in expected.items():
+            assert torch.equal(found[0][name], found[1][name]) and torch.allclose(found[0][name], q, rtol=0, atol=1e-6)
     assert max((expected[name] - start[name]).abs().max() for name in start) > 5e-3
     for rank in range(2):  # of which the second has scored nothing
         for theirs, ours in torch.load(tmp_path / f"logged{rank}.pt", weights_only=True):

@@ -30,15 +30,17 @@ def parameters(model):
 
 if __name__ == "__main__":
     folder, out = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(f"{out}/tokenizer")
-    trainer = new_trainer(tokenizer, folder, out, Trainer, ReditGRPOConfig, ddp_backend="gloo",
-                          per_device_train_batch_size=GROUP, **OPTIONS)  # fmt: skip
-    assert trainer.accelerator.num_processes == 2
-    trainer.train()
-    torch.save(parameters(trainer.model), f"{out}/rank{trainer.accelerator.process_index}.pt")
-    found = []
-    for compact in (False, True):  # as TRL on a GPU: the second rank then has no rows
-        utils._use_triton = lambda device, compact=compact: compact
-        inputs = clipped_inputs(3, [[1 - trainer.accelerator.process_index] * 3] * 2, trainer.beta)
-        found.append([logged(trainer, cls, inputs) for cls in (GRPOTrainer, ReditGRPOTrainer)])
-    torch.save(found, f"{out}/logged{trainer.accelerator.process_index}.pt")
+    tokenizer, found = AutoTokenizer.from_pretrained(f"{out}/tokenizer"), []
+    for packing in (False, True):
+        trainer = new_trainer(tokenizer, folder, out, Trainer, ReditGRPOConfig, ddp_backend="gloo",
+                              per_device_train_batch_size=GROUP, packing=packing, **OPTIONS)  # fmt: skip
+        assert trainer.accelerator.num_processes == 2
+        rank, use_triton = trainer.accelerator.process_index, getattr(utils, "_use_triton", None)
+        trainer.train()
+        torch.save(parameters(trainer.model), f"{out}/rank{rank}-{packing}.pt")
+        for compact in (False, True):  # as TRL on a GPU: the second rank then has no rows
+            utils._use_triton = lambda device, compact=compact: compact
+            inputs = clipped_inputs(3, [[1 - rank] * 3] * 2, trainer.beta)
+            found.append([logged(trainer, cls, inputs) for cls in (GRPOTrainer, ReditGRPOTrainer)])
+        utils._use_triton = use_triton
+    torch.save(found, f"{out}/logged{rank}.pt")

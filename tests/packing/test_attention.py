@@ -9,7 +9,8 @@ import redit_fast as rf
 from redit_fast.packing.attention import Segments, UnpackableError, attending, attention, refusal
 from redit_fast.packing.plan import Budget, Segment
 from redit_fast.training.batch import Batch
-from tests.packing.models import batch_of, model_of
+from tests.packing.models import batch_of, gradient, model_of
+from tests.tolerance import relative
 from tests.training.test_batch import Elements
 from tests.training.test_rollout import Waits
 
@@ -124,6 +125,26 @@ def test_an_exception_gives_the_model_its_own_attention_back():
     assert model.config._attn_implementation == before
     ids = torch.randint(97, (2, 9))
     assert model(ids).logits.shape == (2, 9, 97)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")  # the newest transformers have another name for it
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_that_is_computed_again_in_a_later_backward_pass_has_that_attention(reentrant):
+    model = model_of("mistral").train()
+    gradients = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        batch = batch_of()
+        ((micro, _),) = batch.micro_batches
+        with attending(model):
+            hidden, _, _ = batch.hidden(model, micro)
+        assert model.config._attn_implementation != "redit_fast"
+        hidden.square().sum().backward()
+        gradients.append(gradient(model))
+    assert gradients[0].norm() > 1 and relative(gradients[1], gradients[0]) < 1e-6
 
 
 SHAPES = {

@@ -9,6 +9,8 @@ import torch
 from torch.nn.attention import varlen as of_torch
 
 from redit_fast.packing import attention, varlen
+from redit_fast.packing.attention import Segments
+from redit_fast.packing.plan import Segment
 from tests.packing import stubs
 from tests.packing.models import batch_of, gradient, model_of
 
@@ -113,6 +115,21 @@ def test_a_release_whose_signature_lacks_an_option_is_refused_by_name(monkeypatc
 
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", old)
     assert "has no softcap and no window_size" in varlen.refusal("flash-attn 2", (8, 0))
+
+
+def test_under_autocast_the_kernel_is_given_its_dtype(monkeypatch):
+    """Where rotary embeddings have made float32 of queries and keys, and of values not."""
+    monkeypatch.setattr(varlen, "DTYPES", (torch.bfloat16,))
+    install(monkeypatch, "flash-attn 2")
+    segments = Segments([Segment(0, 0, 4, None), Segment(0, 4, 2, 0), Segment(1, 4, 3, 0)], torch.device("cpu"))
+    q, k, v = torch.randn(3, 1, 2, 9, 8)
+    layer = torch.nn.Module()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention.attention(layer, q, k, v.bfloat16(), segments=segments)
+    expected, _ = attention.attention(layer, q.bfloat16(), k.bfloat16(), v.bfloat16(), segments=segments)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+    with pytest.raises(attention.UnpackableError, match="is for float16 and bfloat16, got torch.float32"):
+        attention.attention(layer, q, k, v, segments=segments)
 
 
 def test_another_dtype_is_refused_by_name(monkeypatch):

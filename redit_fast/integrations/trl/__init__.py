@@ -42,6 +42,7 @@ from redit_fast.integrations.options import DitherOptions, GROptions, described,
 from redit_fast.integrations.second_pass import SecondPassHooks
 from redit_fast.integrations.trl import head as trl_head
 from redit_fast.integrations.trl import loss as trl_loss
+from redit_fast.integrations.trl import packing as trl_packing
 from redit_fast.losses.config import LossConfig
 from redit_fast.noise import noise
 from redit_fast.ops.advantages import Advantages, group_advantages
@@ -67,6 +68,8 @@ class ReditOptions(DitherOptions, GROptions):
     fused_head: TRL's fused LM head computes by `linear_logp`, for the policy and its reference model; and GRPOTrainer's
         loss by `linear_grpo_loss` where it is token-level, without entropy bonus, entropy or off-policy mask, and
         vLLM's correction. Log-ratios are then limited to [-20, 20], which TRL does not.
+    packing: the log-probs of policy and reference model, and their gradients, come from rows without padding, in which
+        the tokens that prompts of a micro-batch share are computed once.
 
     Raises:
         ValueError, TypeError: a field out of range, naming it.
@@ -79,6 +82,9 @@ class ReditOptions(DitherOptions, GROptions):
     )
     gr_pass2_ratio: Pass2Ratio = of_gr("pass2_ratio")
     fused_head: bool = described(True, "Whether TRL's fused LM head, and its token-level loss, are computed by ours.")
+    packing: bool = described(
+        False, "Whether policy and reference model compute rows without padding, and what prompts share once."
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self, GRPOConfig):
@@ -86,6 +92,7 @@ class ReditOptions(DitherOptions, GROptions):
         if isinstance(self.dither_reward_scale, list | tuple) and len(self.dither_reward_scale) == 1:
             (self.dither_reward_scale,) = self.dither_reward_scale  # type: ignore[assignment]
         check_flag("fused_head", self.fused_head)
+        check_flag("packing", self.packing)
         self.dither(seed=0)
         self.gr()
 
@@ -146,11 +153,17 @@ class ReditHooks(SecondPassHooks):
     _generated: _Generation | None = None  # the last one that came to its end
 
     def _start_redit(self, options: ReditOptions) -> ExitStack:
-        """Called with the trainer built; what the stack undoes is the fused head."""
+        """Called with the trainer built; the stack undoes what is swapped in its models."""
         self._dither = options.dither(self.args.seed)
         if self._dither is not None:
             per_reward("dither_reward_scale", self._dither.reward_scale, len(self.reward_funcs))
+        policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if options.packing:
+            if _unsloth():
+                raise ValueError("packing=True does not work beside unsloth, which has put its own head in TRL's place")
+            trl_packing.check(self, policy)
         self._start_gr(options)
+        reference = None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         undo = ExitStack()
         if options.fused_head and _unsloth():
             warnings.warn(
@@ -161,15 +174,16 @@ class ReditHooks(SecondPassHooks):
         elif options.fused_head:
             if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
                 raise ValueError("fused_head=True does not work under DeepSpeed ZeRO-3: pass fused_head=False")
-            policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             entropy: Any = "grad" if getattr(self, "_entropy_bonus_enabled", False) else "metric"
             self._policy_head = undo.enter_context(trl_head.FusedHead(policy, entropy))
             theirs = super()._compute_loss  # type: ignore[misc]  # of the trainer's class
             if getattr(theirs, "__func__", None) is GRPOTrainer._compute_loss:
                 self._loss_config = trl_loss.fused_config(self)
-            if self.ref_model is not None:
-                reference = self.accelerator.unwrap_model(self.ref_model)
+            if reference is not None:
                 undo.enter_context(trl_head.FusedHead(reference, "none"))
+        if options.packing:
+            for model in (policy, *([] if reference is None else [reference])):
+                undo.enter_context(trl_packing.PackedForward(model))
         return undo
 
     def _compute_loss(self, model, inputs):
