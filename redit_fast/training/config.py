@@ -14,7 +14,6 @@ import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
-from decimal import Decimal
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -28,16 +27,9 @@ from redit_fast.losses.config import CLIPPED, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
 from redit_fast.training import config_file, config_values
-from redit_fast.training.config_values import check_as_meant, kinds_of
+from redit_fast.training.config_values import check_as_meant, flag_words, is_component, kinds_of, of_gr
 from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
-
-
-def _of_gr(name: str, more: str = "", **limits: Any) -> Any:
-    """A field with the default and the help text of a field of `GR`."""
-    source = GR.__dataclass_fields__[name]
-    default: Any = source.default
-    return Field(default, description=source.metadata["help"] + more, **limits)
 
 
 class TrainConfig(BaseModel):
@@ -99,6 +91,12 @@ class TrainConfig(BaseModel):
         description="Rows without padding, in which a prompt is computed once for its completions: auto where the "
         "model can and gives the same log-probs so, which is tried at the start; on refuses a model that cannot.",
     )
+    updates_per_rollout: int = Field(
+        1,
+        ge=1,
+        description="Optimizer steps on each step's samples, every one on all of them; ratios are to the policy that "
+        "sampled them, as with TRL's num_iterations. Rounding and GR's settings count optimizer steps.",
+    )
     max_completion_length: int = Field(ge=1, description="Tokens after which a completion is cut off.")
     max_prompt_length: int | None = Field(
         None, ge=1, description="Longest prompt in tokens; none is the model's context less the completion."
@@ -114,9 +112,11 @@ class TrainConfig(BaseModel):
     )
     learning_rate: float = Field(gt=0, description="AdamW learning rate, the highest that lr_scheduler_type has.")
     lr_scheduler_type: config_values.LearningRateSchedule = Field(
-        "constant", description="Learning rate over the steps, by transformers' names."
+        "constant", description="Learning rate over the optimizer steps, by transformers' names."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps in which it rises linearly from 0, which the first one has.")
+    warmup_steps: int = Field(
+        0, ge=0, description="Optimizer steps in which it rises linearly from 0, which the first one has."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
     loss_type: LossType = Field("dapo", description="Policy loss.")
@@ -124,7 +124,7 @@ class TrainConfig(BaseModel):
         0.2,
         ge=0,
         description="How far below 1 the importance ratio goes before the loss clips it. On this trainer's own "
-        "completions it is 1 but in a second pass with gr_pass2_ratio pass1.",
+        "completions it is 1 but with updates_per_rollout above 1 and in a second pass with gr_pass2_ratio pass1.",
     )
     clip_high: float | None = Field(None, ge=0, description="The same above 1; none is clip_low.")
     dro_beta: float | None = Field(None, gt=0, description="Weight of the squared log-ratio in loss_type dro alone.")
@@ -139,17 +139,17 @@ class TrainConfig(BaseModel):
         description="Groups of equal rewards: apply dithers them like any other, skip gives them advantage 0, "
         "center_only does not divide, only dithers them alone.",
     )
-    gr_gamma: float = _of_gr("gamma", ge=0)
-    gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = _of_gr(
+    gr_gamma: float = of_gr("gamma", ge=0)
+    gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = of_gr(
         "epsilon", " The word auto finds one that rounding leaves alone."
     )
-    gr_normalized: bool = _of_gr("normalized")
-    gr_perturb_max_norm: float = _of_gr("perturb_max_norm", gt=0)
-    gr_rounding: Rounding = _of_gr("rounding")
-    gr_keep_first_grad: bool | None = _of_gr("keep_first_grad")
-    gr_gamma_warmup_steps: int = _of_gr("gamma_warmup_steps", ge=0)
-    gr_every_k_steps: int = _of_gr("every_k_steps", ge=1)
-    gr_pass2_ratio: Pass2Ratio = _of_gr("pass2_ratio")
+    gr_normalized: bool = of_gr("normalized")
+    gr_perturb_max_norm: float = of_gr("perturb_max_norm", gt=0)
+    gr_rounding: Rounding = of_gr("rounding")
+    gr_keep_first_grad: bool | None = of_gr("keep_first_grad")
+    gr_gamma_warmup_steps: int = of_gr("gamma_warmup_steps", ge=0)
+    gr_every_k_steps: int = of_gr("every_k_steps", ge=1)
+    gr_pass2_ratio: Pass2Ratio = of_gr("pass2_ratio")
     beta: float = Field(
         0.0, ge=0, description="Weight of the KL term (k3) to a reference, the model as it was before RL; 0 is off."
     )
@@ -186,7 +186,7 @@ class TrainConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _one_component(cls, name: str | None) -> str | None:
-        if name is not None and not _is_component(name):
+        if name is not None and not is_component(name):
             raise ValueError("needs one printable path component of at most 200 bytes, without slashes or outer spaces")
         return name
 
@@ -239,7 +239,7 @@ class TrainConfig(BaseModel):
             stem = "-".join(filter(None, (run, folder.name))) or "run"
         names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
         name = next(name for name in names if not os.path.lexists(Path(self.out_dir, name)))
-        if not _is_component(name):
+        if not is_component(name):
             raise ValueError(f"name: {name!r}, after model {self.model}, is none that a run can have: give a --name")
         return self.model_copy(update={"name": name})
 
@@ -270,20 +270,6 @@ class TrainConfig(BaseModel):
             setting = yaml.safe_dump({name: value}, sort_keys=False, width=2**30)
             blocks.append(f"{comment}\n{f'# {name}:' + chr(10) if name in unset else setting}")
         return "\n".join(blocks)
-
-
-def flag_words(name: str, value: object) -> list[str]:
-    """A field and its value as words of the command line, where a word that begins with a dash would be a flag."""
-    values = value if isinstance(value, list) else ["none" if value is None else value]
-    items = [f"{Decimal(repr(item)):f}" if isinstance(item, float) and item < 0 else str(item) for item in values]
-    if len(items) == 1 and items[0].startswith("-"):
-        return [f"{flag(name)}={items[0]}"]
-    return [flag(name), *items]
-
-
-def _is_component(name: str) -> bool:
-    shown = name.isprintable() and name == name.strip()  # also no bytes that are not UTF-8
-    return shown and name not in ("", ".", "..") and not set(name) & set("/\\") and len(name.encode()) <= 200
 
 
 def default_of(name: str, demo: bool, preset: str | None = None) -> object:

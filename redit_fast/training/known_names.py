@@ -54,7 +54,7 @@ _MEANT = {
     "scale_rewards norm_adv_by_std_in_grpo": "{advantage_scale}",
     "loss algorithm adv_estimator": "{loss_type}",
     "importance_sampling_level": "{loss_type} gspo has the sequence's ratio",
-    "num_iterations ppo_epochs max_epochs": "a batch of completions takes one optimizer step",
+    "num_iterations ppo_epochs max_epochs": "{updates_per_rollout}",
     "mask_truncated_completions overlong_filtering": "{overlong}",
     "lr_warmup_steps num_warmup_steps": "{warmup_steps}",
     "warmup_ratio lr_warmup_ratio lr_warmup_steps_ratio": "the warm-up has {warmup_steps}",

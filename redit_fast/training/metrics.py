@@ -14,6 +14,7 @@ from redit_fast.training.report.summary import environment, phases
 from redit_fast.training.rollout.local import Rollout, generate
 
 EVAL_BATCH = 256  # held-out prompts decoded together
+LAST = {"learning_rate", "gr/epsilon", "gr/skipped_steps"}  # settings and a count so far: no means of them
 
 
 def held_out_metrics(model, tokenizer, ends, records: list[dict], functions, config: TrainConfig) -> dict[str, float]:
@@ -58,6 +59,20 @@ def reward_metrics(functions, scores: Tensor, advantages: rf.Advantages, rollout
         "completions/mean_length": rollout.tokens / len(rollout.completions),
         "completions/clipped_frac": 1 - sum(rollout.finished) / len(rollout.finished),
     }
+
+
+def over_updates(each: list[dict[str, float]]) -> dict[str, float]:
+    """Of the updates that a step has made: means over those that have the metric, of an extreme the extreme."""
+    found = {}
+    for name in dict.fromkeys(name for metrics in each for name in metrics):
+        values = [metrics[name] for metrics in each if name in metrics]
+        if name in LAST:
+            found[name] = values[-1]
+        elif name.endswith(("_max", "/max_abs_dev")):
+            found[name] = max(values)
+        else:
+            found[name] = min(values) if name.endswith("_min") else sum(values) / len(values)
+    return found
 
 
 def completion_lines(step: int, records, texts, functions, scores: Tensor, advantages: rf.Advantages) -> list[dict]:

@@ -6,9 +6,9 @@ What the GR paper compares with is here too, as settings (docs/epsilon.md): a KL
 Resets (`reference_reset_every`), SAM and the unsquared norm (`gr_normalized`), plain GRPO (`gr_gamma: 0`).
 
 Departures from the two papers: (1) one optimizer step per batch of rollouts, so the importance ratio is 1 in both
-passes (`gr_pass2_ratio` keeps pass 1's instead); (2) only the decoder layers are perturbed, as in the GR paper, but the
-gradient of everything else is combined too; (3) noise, sampling and rounding are counter-based, so a resumed run is the
-same run.
+passes (`gr_pass2_ratio` keeps pass 1's instead), unless `updates_per_rollout` asks for more; (2) only the decoder
+layers are perturbed, as in the GR paper, but the gradient of everything else is combined too; (3) noise, sampling and
+rounding are counter-based, so a resumed run is the same run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from redit_fast.training import (
 )
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.metrics import completion_lines, held_out_metrics, reward_metrics, summary_of
+from redit_fast.training.metrics import completion_lines, held_out_metrics, over_updates, reward_metrics, summary_of
 from redit_fast.training.rewards.user_code import RewardError
 from redit_fast.training.rollout.local import generate
 
@@ -98,6 +98,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     learning_rate = setup.learning_rate(config)
     dither = setup.dither(config, functions)
     reference: Any = setup.reference(config, model, saved)
+    keeps_logp = config.updates_per_rollout > 1 or config.gr_pass2_ratio == "pass1"  # of the rollout, in pass 2
     done = -1  # steps taken: 0 after the warm start
     if saved is not None:
         checkpoint.load_optimizer(saved, optimizer)
@@ -199,25 +200,32 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 if reference is not None:
                     with clock("reference"):
                         batch.score_reference(reference)
-                with clock("pass1"):
-                    first = batch.backward(model)
+                first: Any = None
+                updates: list[dict[str, float]] = []
                 probed = {}
-                if config.sharpness_every and (step + 1) % config.sharpness_every == 0:
-                    with clock("sharpness"):
-                        probed = sharpness.probe(model, batch, first, optimizer)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step)
-                with clock("pass2"):
-                    with runs.uninterrupted():
-                        perturbation = optimizer.perturb()
-                    with perturbation:
-                        if perturbation:
-                            old_logp = first.logp if config.gr_pass2_ratio == "pass1" else None
-                            batch.backward(model, old_logp, masks_of=first)
-                with runs.uninterrupted():
-                    with clock("optimizer"):
-                        optimizer.step()
-                        optimizer.zero_grad()
+                with ExitStack() as whole:  # from the first optimizer step on, a stop waits for the last
+                    for number in range(step * config.updates_per_rollout, (step + 1) * config.updates_per_rollout):
+                        with clock("pass1"):
+                            one = batch.backward(model, first.logp if first else None)
+                        first = first or one
+                        if one is first and config.sharpness_every and (step + 1) % config.sharpness_every == 0:
+                            with clock("sharpness"):
+                                probed = sharpness.probe(model, batch, first, optimizer)
+                        for group in optimizer.param_groups:
+                            group["lr"] = learning_rate(number)
+                        with clock("pass2"):
+                            with runs.uninterrupted():
+                                perturbation = optimizer.perturb()
+                            with perturbation:
+                                if perturbation:
+                                    batch.backward(model, first.logp if keeps_logp else None, masks_of=one)
+                        if not updates:
+                            whole.enter_context(runs.uninterrupted())
+                        with clock("optimizer"):
+                            optimizer.step()
+                            optimizer.zero_grad()
+                        numbers = {"loss": one.loss, **one.metrics, **optimizer.metrics()}
+                        updates.append({**numbers, "learning_rate": learning_rate(number)})
                     done = step + 1
                     if config.reference_reset_every and done % config.reference_reset_every == 0:
                         rf.reset_reference(reference, model)
@@ -225,12 +233,9 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     metrics = {
                         "schema": runs.SCHEMA,
                         "step": done,
-                        "loss": first.loss,
                         **reward_metrics(functions, scores, advantages, rollout),
-                        **first.metrics,
-                        **optimizer.metrics(),
+                        **over_updates(updates),
                         **probed,
-                        "learning_rate": learning_rate(step),
                         "tokens/useful": batch.useful_tokens,
                         "tokens/computed": first.tokens,
                         "tokens/generated": rollout.tokens,
