@@ -47,6 +47,9 @@ class TrainConfig(BaseModel):
     data: str | None = Field(
         None, description="JSONL file with a column `prompt` (text or chat messages) and others; the demo has its own."
     )
+    eval_data: str | None = Field(
+        None, description="JSONL file of the held-out problems, with the columns of data; none holds out some of data."
+    )
     dtype: config_values.DType = Field(
         "auto", description="Of the weights: auto is float32 on the CPU, the checkpoint's on a GPU."
     )
@@ -69,7 +72,13 @@ class TrainConfig(BaseModel):
     steps: int = Field(ge=1, lt=2**32, description="Reinforcement learning steps.")
     warm_start_steps: int = Field(ge=0, description="Supervised steps before them; the demo only.")
     eval_problems: int = Field(
-        500, ge=0, description="Held-out problems, answered greedily; at most a fifth of a data file is held out."
+        500, ge=0, description="Held-out problems, at most a fifth of data; of eval_data at most so many."
+    )
+    eval_samples: int = Field(
+        1,
+        ge=1,
+        description="Answers to each held-out problem: one is greedy, several are sampled as in training, and pass@k "
+        "is the share of problems of which at least one answer is right.",
     )
     eval_every: int = Field(ge=1, description="Steps between held-out evaluations, besides the first and the last.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts in a step.")
@@ -196,6 +205,10 @@ class TrainConfig(BaseModel):
             raise ValueError("data: the embedded demo has its own; set model to train on a file")
         if self.model is not None and self.data is None:
             raise ValueError("data: training a model of your own needs a JSONL file")
+        if self.model is None and self.eval_data is not None:
+            raise ValueError("eval_data: the embedded demo has its own; set model to train on a file")
+        if self.eval_data is not None and not self.eval_problems:
+            raise ValueError("eval_data: eval_problems is 0, which evaluates nothing")
         if self.model is not None and self.warm_start_steps:
             raise ValueError(f"warm_start_steps: got {self.warm_start_steps}, only the embedded demo has a warm start")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
@@ -307,7 +320,7 @@ def _word(value: object) -> str:
 def load(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> TrainConfig:
     """The config in the YAML or JSON file `path` (None: all defaults), with `overrides` in place of its values.
 
-    Relative `model` and `data` of the file and reward modules are looked up in the current folder, then in the file's.
+    Relative paths of the file and reward modules are looked up in the current folder, then in the file's.
     Warns of names that have changed (`known_names.RENAMED`), but in a run's own config.json, of version 0.1 too.
 
     Raises:
@@ -345,7 +358,7 @@ def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple
         if key not in TrainConfig.model_fields:
             raise ValueError(f"{where(key)}unknown key {key!r}{hint(key, TrainConfig.model_fields, repr)}")
     folder = Path() if path is None else Path(path).parent
-    for field in ("model", "data"):
+    for field in ("model", "data", "eval_data"):
         if isinstance(values.get(field), str):
             values[field] = config_file.placed(values[field], folder)
     values.update(overrides)

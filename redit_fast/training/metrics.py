@@ -13,26 +13,42 @@ from redit_fast.training.config import TrainConfig
 from redit_fast.training.report.summary import environment, phases
 from redit_fast.training.rollout.local import Rollout, generate
 
-EVAL_BATCH = 256  # held-out prompts decoded together
+EVAL_BATCH = 256  # answers to held-out prompts decoded together, unless one prompt has more
+EVAL_STEP = 2**32 - 1  # of the random numbers: no training step has it, and every evaluation has the same
 LAST = {"learning_rate", "gr/epsilon", "gr/skipped_steps"}  # settings and a count so far: no means of them
 
 
 def held_out_metrics(model, tokenizer, ends, records: list[dict], functions, config: TrainConfig) -> dict[str, float]:
-    """Of greedy answers: the share whose first reward is above 0, and every reward; nothing where none is held out."""
+    """Of `eval_samples` answers, greedy where it is 1: the share whose first reward is above 0, that of problems with
+    such an answer (pass@k), and every reward; nothing where none is held out."""
     if not records:
         return {}
-    parts = []
-    for start in range(0, len(records), EVAL_BATCH):
-        part = records[start : start + EVAL_BATCH]
+    parts, k = [], config.eval_samples
+    together = max(1, EVAL_BATCH // k)
+    for start in range(0, len(records), together):
+        part = records[start : start + together]
         prompts = [data.render(tokenizer, record, config.system_prompt) for record in part]
-        rollout = generate(model, ends, prompts, max_new_tokens=config.max_completion_length, temperature=0)
+        rollout = generate(
+            model,
+            ends,
+            prompts,
+            group_size=k,
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature if k > 1 else 0,
+            top_p=config.top_p,
+            seed=config.seed,
+            step=EVAL_STEP,
+            sample_ids=torch.arange(start * k, (start + len(part)) * k, device="cpu"),
+        )
         texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-        parts.append(rewards.score_texts(functions, part, texts))
+        parts.append(rewards.score_texts(functions, [record for record in part for _ in range(k)], texts))
     scores = torch.cat(parts)
     weights = scores.new_tensor(config.reward_weights or [1.0] * len(functions))
     scored = ~scores.isnan().all(1)
-    metrics = {
-        "accuracy/held_out": (scores[:, 0] > 0).double().mean().item(),
+    right = scores[:, 0] > 0
+    passed = {"accuracy/held_out_pass_at_k": right.view(-1, k).any(1).double().mean().item()} if k > 1 else {}
+    metrics = passed | {
+        "accuracy/held_out": right.double().mean().item(),
         "reward/held_out": (scores * weights).nansum(1)[scored].mean().item(),
     }
     for function, column in zip(functions, scores.T, strict=True):
@@ -98,10 +114,14 @@ def summary_of(run: Path, dataset: data.Dataset, config: TrainConfig) -> dict:
     accuracy = [line["accuracy/held_out"] for line in lines if "accuracy/held_out" in line]
     times = dict(phases(lines, {}))
     tokens = sum(line.get("tokens/generated", 0) for line in lines)
+    passed = [line[key] for line in lines if (key := "accuracy/held_out_pass_at_k") in line]
     return {
+        "pass_at_k_before": passed[0] if passed else None,
+        "pass_at_k_after": passed[-1] if passed else None,
         "accuracy_before": accuracy[0] if accuracy else None,
         "accuracy_after": accuracy[-1] if accuracy else None,
         "eval_problems": len(dataset.held_out),
+        "eval_samples": config.eval_samples,
         "steps": config.steps,
         "tokens_generated": tokens,
         "tokens_per_second": tokens / times["rollout"],

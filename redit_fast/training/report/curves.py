@@ -65,7 +65,11 @@ def draw(config: TrainConfig, metrics: Sequence[dict]) -> Figure:
 
     _panel(accuracy, "Accuracy", "share correct")
     _line(accuracy, metrics, "accuracy/train", BLUE, "training, sampled")
-    _line(accuracy, metrics, "accuracy/held_out", GREEN, "held out, greedy", marker="o", markersize=4)
+    answers = "greedy" if config.eval_samples == 1 else "sampled"
+    _line(accuracy, metrics, "accuracy/held_out", GREEN, f"held out, {answers}", marker="o", markersize=4)
+    if config.eval_samples > 1:
+        passed = f"held out, pass@{config.eval_samples}"
+        _line(accuracy, metrics, "accuracy/held_out_pass_at_k", ORANGE, passed, marker="o", markersize=4)
     accuracy.set_ylim(0, 1.02)
 
     _panel(length, "Completion length", "tokens, mean")
