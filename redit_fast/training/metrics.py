@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import redit_fast as rf
-from redit_fast.training import data, report, rewards, runs
+from redit_fast.training import data, flops, report, rewards, runs
+from redit_fast.training.batch import Batch, Pass
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.report.summary import environment, phases
 from redit_fast.training.rollout.local import Rollout, generate
@@ -59,21 +60,25 @@ def held_out_metrics(model, tokenizer, ends, records: list[dict], functions, con
 def reward_metrics(functions, scores: Tensor, advantages: rf.Advantages, rollout: Rollout) -> dict[str, float]:
     """Clean and dithered rewards, each the mean over samples of the group's mean and deviation."""
     metrics = {
-        "reward/raw_mean": advantages.group_mean.mean().item(),
-        "reward/raw_std": advantages.group_std.mean().item(),
+        "reward": advantages.group_mean.mean().item(),
+        "reward_std": advantages.group_std.mean().item(),
         "reward/dithered_mean": advantages.dithered_mean.mean().item(),
         "reward/dithered_std": advantages.dithered_std.mean().item(),
     }
     for function, column in zip(functions, scores.T, strict=True):
         metrics[f"rewards/{function.name}/mean"] = column.nanmean().item()
+        scored = column[~column.isnan()]
+        metrics[f"rewards/{function.name}/std"] = scored.std().item() if len(scored) > 1 else 0.0
         metrics[f"rewards/{function.name}/nan_frac"] = column.isnan().double().mean().item()
-    dead = advantages.dead
+    dead, lengths = advantages.dead, [len(completion) for completion in rollout.completions]
     return metrics | {
         "accuracy/train": (scores[:, 0] > 0).double().mean().item(),
         "frac_reward_zero_std": dead.double().mean().item(),
         "adv/rms_dead_groups": advantages.values[dead].square().mean().sqrt().item() if dead.any() else 0.0,
-        "completions/mean_length": rollout.tokens / len(rollout.completions),
-        "completions/clipped_frac": 1 - sum(rollout.finished) / len(rollout.finished),
+        "completions/mean_length": rollout.tokens / len(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - sum(rollout.finished) / len(rollout.finished),
     }
 
 
@@ -88,6 +93,38 @@ def over_updates(each: list[dict[str, float]]) -> dict[str, float]:
             found[name] = max(values)
         else:
             found[name] = min(values) if name.endswith("_min") else sum(values) / len(values)
+    return found
+
+
+def work_metrics(
+    batch: Batch,
+    first: Pass,
+    generated: int,
+    seconds: dict[str, float],
+    passes: tuple[int, int],
+    shape: flops.Shape | None,
+    peak: float | None,
+) -> dict[str, float]:
+    """Tokens and model FLOPs of a step, and how many a second.
+
+    Args:
+        seconds: by phase.
+        passes: how many first and second ones the step had.
+        peak: FLOPs a second that the device can do.
+    """
+    in_passes = seconds["pass1"] + seconds["pass2"]
+    found = {
+        "tokens/useful": batch.useful_tokens,
+        "tokens/computed": first.tokens,
+        "tokens/generated": generated,
+        "tokens/per_second_rollout": generated / seconds["rollout"],
+        "tokens/per_second_update": batch.useful_tokens * passes[0] / (in_passes + seconds["optimizer"]),
+    }
+    if shape is not None:
+        done = passes[0] * flops.of_pass(shape, batch) + passes[1] * flops.of_pass(shape, batch, second=True)
+        found["flops/model"] = done
+        if peak is not None:
+            found["flops/share_of_peak"] = done / in_passes / peak
     return found
 
 
@@ -110,7 +147,7 @@ def completion_lines(step: int, records, texts, functions, scores: Tensor, advan
 
 def summary_of(run: Path, dataset: data.Dataset, config: TrainConfig) -> dict:
     """The whole run's numbers, from its metrics: a resumed run sums over all its parts."""
-    lines = report.rows(run / "metrics.jsonl")
+    lines = report.metrics_of(run)
     accuracy = [line["accuracy/held_out"] for line in lines if "accuracy/held_out" in line]
     times = dict(phases(lines, {}))
     tokens = sum(line.get("tokens/generated", 0) for line in lines)

@@ -29,6 +29,7 @@ from redit_fast.training import (
     builtin,
     checkpoint,
     data,
+    flops,
     inputs,
     policy,
     progress,
@@ -41,7 +42,14 @@ from redit_fast.training import (
 )
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.metrics import completion_lines, held_out_metrics, over_updates, reward_metrics, summary_of
+from redit_fast.training.metrics import (
+    completion_lines,
+    held_out_metrics,
+    over_updates,
+    reward_metrics,
+    summary_of,
+    work_metrics,
+)
 from redit_fast.training.rewards.user_code import RewardError
 from redit_fast.training.rollout.local import generate
 
@@ -94,6 +102,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     if config.checkpoint_activations:
         policy.checkpoint_activations(model)
     why_padded = trial.check(model, tokenizer, dataset, functions, loss_config, config)
+    shape, peak = flops.of(model), flops.peak(model)
     optimizer = setup.optimizer(config, model)
     learning_rate = setup.learning_rate(config)
     dither = setup.dither(config, functions)
@@ -165,6 +174,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 check_folder()
                 runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
                 shown.update(bar, advance=0, numbers="", held_out=metrics.get("accuracy/held_out"))
+            tokens = lines[-1].get("num_tokens", 0) if lines else 0
 
             for step in range(done, config.steps):
                 clock = runs.Clock()
@@ -202,7 +212,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         batch.score_reference(reference)
                 first: Any = None
                 updates: list[dict[str, float]] = []
-                probed = {}
+                probed, second_passes = {}, 0
                 with ExitStack() as whole:  # from the first optimizer step on, a stop waits for the last
                     for number in range(step * config.updates_per_rollout, (step + 1) * config.updates_per_rollout):
                         with clock("pass1"):
@@ -218,6 +228,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                                 perturbation = optimizer.perturb()
                             with perturbation:
                                 if perturbation:
+                                    second_passes += 1
                                     batch.backward(model, first.logp if keeps_logp else None, masks_of=one)
                         if not updates:
                             whole.enter_context(runs.uninterrupted())
@@ -230,16 +241,16 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     if config.reference_reset_every and done % config.reference_reset_every == 0:
                         rf.reset_reference(reference, model)
                     samples = completion_lines(done, records, texts, functions, scores, advantages)
+                    tokens += sum(map(len, batch.sequences))
+                    passes = len(updates), second_passes
                     metrics = {
                         "schema": runs.SCHEMA,
                         "step": done,
                         **reward_metrics(functions, scores, advantages, rollout),
                         **over_updates(updates),
                         **probed,
-                        "tokens/useful": batch.useful_tokens,
-                        "tokens/computed": first.tokens,
-                        "tokens/generated": rollout.tokens,
-                        "tokens/per_second": rollout.tokens / clock.seconds["rollout"],
+                        "num_tokens": tokens,
+                        **work_metrics(batch, first, rollout.tokens, clock.seconds, passes, shape, peak),
                     }
                 if evaluates(done):
                     with clock("eval"):  # can take minutes: a stop cuts it short, and --resume makes up for it

@@ -82,6 +82,26 @@ def test_a_stop_between_two_updates_waits_for_the_last_and_the_run_goes_on_bit_b
         assert_equal_checkpoints(tmp_path / "whole/checkpoints" / step, tmp_path / "halves/checkpoints" / step)
 
 
+def test_samples_that_are_cut_off_and_masked_have_no_part_in_any_update(job, tmp_path):
+    """Nor have they log-probs, which are NaN in the old ones."""
+    (tmp_path / "half.py").write_text(
+        "def judge(prompts, completions, **columns):\n    return [-float(len(c)) for c in completions]\n"
+    )
+    job |= {
+        "rewards": [f"{tmp_path}/half:judge"],
+        "overlong": "mask",
+        "max_completion_length": 30,
+        "beta": 0.1,
+        "steps": 1,
+    }
+    with pytest.warns(UserWarning, match="a KL term and gradient regularisation are both"):
+        train(config.load(overrides={**job, "prompts_per_step": 8, "lr_scheduler_type": "constant", "warmup_steps": 0}))
+    for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]:
+        assert 0 < line["completions/clipped_ratio"] < 1
+        unknown = {name for name, value in line.items() if value is None}
+        assert unknown == {"gr/penalty_ratio"} and line["ratio/max_abs_dev"] > 0
+
+
 def test_metrics_of_several_updates_are_means_but_for_extremes_counts_and_settings():
     each = [
         {"loss": 1.0, "clip_ratio/low_min": 0.2, "ratio/max_abs_dev": 0.0, "gr/skipped_steps": 0.0, "gr/g2_norm": 3.0},

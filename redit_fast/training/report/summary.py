@@ -45,7 +45,7 @@ def phases(metrics: Sequence[dict], summary: dict) -> list[tuple[str, float]]:
     """(phase, seconds) of the whole run, the longest first: of its summary, else summed over its metrics."""
     if summary.get("time"):
         return list(summary["time"].items())
-    names = dict.fromkeys(key for row in metrics for key in row if key.startswith("time/") and key != "time/step")
+    names = dict.fromkeys(key for row in metrics for key in row if key.startswith("time/"))
     total = [(name.removeprefix("time/"), sum(row.get(name) or 0.0 for row in metrics)) for name in names]
     return sorted(total, key=lambda phase: -phase[1])
 
