@@ -6,8 +6,6 @@ in the file, and for an unknown key the closest valid one.
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import shlex
 import textwrap
@@ -27,7 +25,7 @@ from redit_fast.losses.config import CLIPPED, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
 from redit_fast.training import config_file, config_values
-from redit_fast.training.config_values import check_as_meant, flag_words, is_component, kinds_of, of_gr
+from redit_fast.training.config_values import check_as_meant, flag_words, free_name, is_component, kinds_of, of_gr
 from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
 
@@ -83,6 +81,11 @@ class TrainConfig(BaseModel):
     eval_every: int = Field(ge=1, description="Steps between held-out evaluations, besides the first and the last.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts in a step.")
     group_size: int = Field(8, ge=2, description="Completions for each prompt.")
+    dynamic_sampling: int = Field(
+        0,
+        ge=0,
+        description="Most further rounds of a step, of new prompts in place of groups whose rewards are all equal.",
+    )
     overlong: config_values.Overlong = Field(
         "keep", description="Completions that are cut off: in the loss as they are, or masked, as no tokens at all."
     )
@@ -245,13 +248,7 @@ class TrainConfig(BaseModel):
         """
         if self.name is not None:
             return self
-        stem = "demo"
-        if self.model is not None:
-            folder = Path(os.path.abspath(self.model))  # `..` and `.` have a name too
-            run = folder.parent.parent.name if folder.parent.name == "checkpoints" else ""
-            stem = "-".join(filter(None, (run, folder.name))) or "run"
-        names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
-        name = next(name for name in names if not os.path.lexists(Path(self.out_dir, name)))
+        name = free_name(self.model, self.out_dir)
         if not is_component(name):
             raise ValueError(f"name: {name!r}, after model {self.model}, is none that a run can have: give a --name")
         return self.model_copy(update={"name": name})

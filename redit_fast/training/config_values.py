@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from decimal import Decimal
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -68,3 +71,14 @@ def flag_words(name: str, value: object) -> list[str]:
 def is_component(name: str) -> bool:
     shown = name.isprintable() and name == name.strip()  # also no bytes that are not UTF-8
     return shown and name not in ("", ".", "..") and not set(name) & set("/\\") and len(name.encode()) <= 200
+
+
+def free_name(model: str | None, out_dir: str) -> str:
+    """The first of demo, demo-2, ..., or of the same after the model, that nothing in `out_dir` has."""
+    stem = "demo"
+    if model is not None:
+        folder = Path(os.path.abspath(model))  # `..` and `.` have a name too
+        run = folder.parent.parent.name if folder.parent.name == "checkpoints" else ""
+        stem = "-".join(filter(None, (run, folder.name))) or "run"
+    names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(Path(out_dir, name)))

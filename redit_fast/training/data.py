@@ -253,14 +253,12 @@ def _key(record: dict) -> str:
     return json.dumps(record["prompt"], sort_keys=True)
 
 
-def batch(records: list[dict], seed: int, step: int, n: int) -> list[dict]:
-    """The `n` records of step `step`: a pure function of its arguments, so that a resumed run needs no state.
-
-    The steps walk through one endless list, epoch after epoch, each epoch a permutation of its own.
-    """
+def batch(records: list[dict], seed: int, position: int, n: int) -> list[dict]:
+    """The `n` records from `position` on of one endless list, epoch after epoch, each epoch a permutation of its own: a
+    pure function of its arguments, so that a resumed run needs the position alone."""
     chosen = []
-    for position in range(step * n, step * n + n):
-        epoch, index = divmod(position, len(records))
+    for place in range(position, position + n):
+        epoch, index = divmod(place, len(records))
         chosen.append(records[_permutation(len(records), seed, epoch)[index]])
     return chosen
 

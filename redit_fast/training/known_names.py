@@ -57,6 +57,7 @@ _MEANT = {
     "loss algorithm adv_estimator": "{loss_type}",
     "importance_sampling_level": "{loss_type} gspo has the sequence's ratio",
     "num_iterations ppo_epochs max_epochs": "{updates_per_rollout}",
+    "dynamic_filtering filter_groups filter_groups_enable max_num_gen_batches": "{dynamic_sampling}",
     "mask_truncated_completions overlong_filtering": "{overlong}",
     "lr_warmup_steps num_warmup_steps": "{warmup_steps}",
     "warmup_ratio lr_warmup_ratio lr_warmup_steps_ratio": "the warm-up has {warmup_steps}",

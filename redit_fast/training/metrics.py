@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import redit_fast as rf
 from redit_fast.training import data, flops, report, rewards, runs
 from redit_fast.training.batch import Batch, Pass
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.report.summary import environment, phases
-from redit_fast.training.rollout.local import Rollout, generate
+from redit_fast.training.rollout.local import generate
+from redit_fast.training.sampling import Samples
 
 EVAL_BATCH = 256  # answers to held-out prompts decoded together, unless one prompt has more
 EVAL_STEP = 2**32 - 1  # of the random numbers: no training step has it, and every evaluation has the same
@@ -57,9 +57,14 @@ def held_out_metrics(model, tokenizer, ends, records: list[dict], functions, con
     return metrics
 
 
-def reward_metrics(functions, scores: Tensor, advantages: rf.Advantages, rollout: Rollout) -> dict[str, float]:
-    """Clean and dithered rewards, each the mean over samples of the group's mean and deviation."""
-    metrics = {
+def reward_metrics(functions, samples: Samples, advantages: rf.Advantages, config: TrainConfig) -> dict[str, float]:
+    """Clean and dithered rewards, each the mean over samples of the group's mean and deviation; completions, and the
+    rounds that they took."""
+    rollout, scores = samples.rollout, samples.scores
+    metrics: dict[str, float] = {}
+    if config.dynamic_sampling:
+        metrics = {"sampling/rounds": samples.rounds, "sampling/prompts": samples.drawn}
+    metrics |= {
         "reward": advantages.group_mean.mean().item(),
         "reward_std": advantages.group_std.mean().item(),
         "reward/dithered_mean": advantages.dithered_mean.mean().item(),
@@ -128,7 +133,7 @@ def work_metrics(
     return found
 
 
-def completion_lines(step: int, records, texts, functions, scores: Tensor, advantages: rf.Advantages) -> list[dict]:
+def completion_lines(step: int, samples: Samples, functions, advantages: rf.Advantages) -> list[dict]:
     return [
         {
             "schema": runs.SCHEMA,
@@ -139,8 +144,13 @@ def completion_lines(step: int, records, texts, functions, scores: Tensor, advan
             "rewards": {function.name: value for function, value in zip(functions, row, strict=True)},
             "advantage": advantage,
         }
-        for i, (record, text, row, advantage) in enumerate(
-            zip(records, texts, scores.tolist(), advantages.values.tolist(), strict=True)
+        for i, record, text, row, advantage in zip(
+            samples.ids.tolist(),
+            samples.records,
+            samples.texts,
+            samples.scores.tolist(),
+            advantages.values.tolist(),
+            strict=True,
         )
     ]
 

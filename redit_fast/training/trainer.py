@@ -36,6 +36,7 @@ from redit_fast.training import (
     report,
     rewards,
     runs,
+    sampling,
     setup,
     sharpness,
     trial,
@@ -51,7 +52,6 @@ from redit_fast.training.metrics import (
     work_metrics,
 )
 from redit_fast.training.rewards.user_code import RewardError
-from redit_fast.training.rollout.local import generate
 
 
 def train(config: TrainConfig, resume: bool = False, accept_changed_inputs: bool = False) -> dict:
@@ -108,10 +108,11 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     dither = setup.dither(config, functions)
     reference: Any = setup.reference(config, model, saved)
     keeps_logp = config.updates_per_rollout > 1 or config.gr_pass2_ratio == "pass1"  # of the rollout, in pass 2
-    done = -1  # steps taken: 0 after the warm start
+    done, position = -1, 0  # steps taken: 0 after the warm start; prompts drawn
     if saved is not None:
         checkpoint.load_optimizer(saved, optimizer)
         done = checkpoint.step_of(saved)
+        position = checkpoint.position_of(saved, config.prompts_per_step)
     if not resume:
         config, run, check_folder = setup.claim(config, held)
     checkpoint.remove_drafts(run / "checkpoints")
@@ -123,9 +124,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     def draft() -> Path:
         check_folder()
         reset = config.reference_reset_every and done >= config.reference_reset_every
-        return checkpoint.write(
-            run / "checkpoints", done, model, tokenizer, optimizer, reference=reference if reset else None
-        )
+        kept = reference if reset else None
+        return checkpoint.write(run / "checkpoints", done, model, tokenizer, optimizer, kept, position=position)
 
     def record(save: bool) -> None:
         """The lines of the step that is done between its checkpoint's draft and its name."""
@@ -178,35 +178,21 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
 
             for step in range(done, config.steps):
                 clock = runs.Clock()
-                with clock("rollout"):
-                    records = data.batch(dataset.train, config.seed, step, config.prompts_per_step)
-                    prompts = [data.render(tokenizer, record, config.system_prompt) for record in records]
-                    rollout = generate(
-                        model,
-                        ends,
-                        prompts,
-                        group_size=config.group_size,
-                        max_new_tokens=config.max_completion_length,
-                        temperature=config.temperature,
-                        top_p=config.top_p,
-                        seed=config.seed,
-                        step=step,
-                    )
+                drawn = sampling.draw(
+                    model, tokenizer, ends, dataset.train, functions, config, step=step, position=position, clock=clock
+                )
                 with clock("reward"):
-                    records = [record for record in records for _ in range(config.group_size)]
-                    texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-                    scores = rewards.score_texts(functions, records, texts)
                     advantages = rf.group_advantages(
-                        scores,
+                        drawn.scores,
                         group_size=config.group_size,
                         reward_weights=config.reward_weights,
                         dither=dither,
                         step=step,
+                        sample_ids=drawn.ids,
                         scale=config.advantage_scale,
                     )
-                batch = Batch.of(
-                    prompts, rollout, advantages.values, loss_config, config, step, packed=why_padded is None
-                )
+                values, packed = advantages.values, why_padded is None
+                batch = Batch.of(drawn.prompts, drawn.rollout, values, loss_config, config, step, packed=packed)
                 if reference is not None:
                     with clock("reference"):
                         batch.score_reference(reference)
@@ -240,17 +226,18 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     done = step + 1
                     if config.reference_reset_every and done % config.reference_reset_every == 0:
                         rf.reset_reference(reference, model)
-                    samples = completion_lines(done, records, texts, functions, scores, advantages)
+                    position += drawn.drawn
+                    samples = completion_lines(done, drawn, functions, advantages)
                     tokens += sum(map(len, batch.sequences))
                     passes = len(updates), second_passes
                     metrics = {
                         "schema": runs.SCHEMA,
                         "step": done,
-                        **reward_metrics(functions, scores, advantages, rollout),
+                        **reward_metrics(functions, drawn, advantages, config),
                         **over_updates(updates),
                         **probed,
                         "num_tokens": tokens,
-                        **work_metrics(batch, first, rollout.tokens, clock.seconds, passes, shape, peak),
+                        **work_metrics(batch, first, drawn.generated, clock.seconds, passes, shape, peak),
                     }
                 if evaluates(done):
                     with clock("eval"):  # can take minutes: a stop cuts it short, and --resume makes up for it
