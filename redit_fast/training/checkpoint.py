@@ -34,8 +34,13 @@ def write(
     tokenizer: Tokenizer,
     optimizer: torch.optim.Optimizer,
     reference: PreTrainedModel | None = None,
+    *,
+    position: int,
 ) -> Path:
     """A draft of `folder`/step-NNNNNN on disk, which `publish` makes a checkpoint.
+
+    Args:
+        position: how many prompts of the data the steps have drawn.
 
     Raises:
         OSError: the disk is full or the folder is not writable; older checkpoints are untouched.
@@ -53,7 +58,7 @@ def write(
     except SafetensorError as error:
         raise OSError(f"checkpoint {target} could not be written: {error}") from None
     tokenizer.save_pretrained(draft)
-    _write_json(draft / "state.json", {"step": step, "optimizer": state})
+    _write_json(draft / "state.json", {"step": step, "position": position, "optimizer": state})
     _write_json(draft / MANIFEST, {path.name: _digest(path) for path in sorted(draft.iterdir())})
     for path in [*draft.iterdir(), draft]:
         _flush(path)
@@ -119,6 +124,12 @@ def newest(folder: Path) -> Path:
 
 def step_of(path: Path) -> int:
     return json.loads((path / "state.json").read_text("utf-8"))["step"]
+
+
+def position_of(path: Path, prompts_per_step: int) -> int:
+    """How many prompts the steps have drawn; older checkpoints do not tell, since every step drew as many."""
+    state = json.loads((path / "state.json").read_text("utf-8"))
+    return state.get("position", state["step"] * prompts_per_step)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -6,15 +6,12 @@ in the file, and for an unknown key the closest valid one.
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import shlex
 import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
-from decimal import Decimal
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -28,16 +25,9 @@ from redit_fast.losses.config import CLIPPED, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
 from redit_fast.training import config_file, config_values
-from redit_fast.training.config_values import check_as_meant, kinds_of
+from redit_fast.training.config_values import check_as_meant, flag_words, free_name, is_component, kinds_of, of_gr
 from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
-
-
-def _of_gr(name: str, more: str = "", **limits: Any) -> Any:
-    """A field with the default and the help text of a field of `GR`."""
-    source = GR.__dataclass_fields__[name]
-    default: Any = source.default
-    return Field(default, description=source.metadata["help"] + more, **limits)
 
 
 class TrainConfig(BaseModel):
@@ -54,6 +44,9 @@ class TrainConfig(BaseModel):
     )
     data: str | None = Field(
         None, description="JSONL file with a column `prompt` (text or chat messages) and others; the demo has its own."
+    )
+    eval_data: str | None = Field(
+        None, description="JSONL file of the held-out problems, with the columns of data; none holds out some of data."
     )
     dtype: config_values.DType = Field(
         "auto", description="Of the weights: auto is float32 on the CPU, the checkpoint's on a GPU."
@@ -77,11 +70,22 @@ class TrainConfig(BaseModel):
     steps: int = Field(ge=1, lt=2**32, description="Reinforcement learning steps.")
     warm_start_steps: int = Field(ge=0, description="Supervised steps before them; the demo only.")
     eval_problems: int = Field(
-        500, ge=0, description="Held-out problems, answered greedily; at most a fifth of a data file is held out."
+        500, ge=0, description="Held-out problems, at most a fifth of data; of eval_data at most so many."
+    )
+    eval_samples: int = Field(
+        1,
+        ge=1,
+        description="Answers to each held-out problem: one is greedy, several are sampled as in training, and pass@k "
+        "is the share of problems of which at least one answer is right.",
     )
     eval_every: int = Field(ge=1, description="Steps between held-out evaluations, besides the first and the last.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts in a step.")
     group_size: int = Field(8, ge=2, description="Completions for each prompt.")
+    dynamic_sampling: int = Field(
+        0,
+        ge=0,
+        description="Most further rounds of a step, of new prompts in place of groups whose rewards are all equal.",
+    )
     overlong: config_values.Overlong = Field(
         "keep", description="Completions that are cut off: in the loss as they are, or masked, as no tokens at all."
     )
@@ -99,6 +103,12 @@ class TrainConfig(BaseModel):
         description="Rows without padding, in which a prompt is computed once for its completions: auto where the "
         "model can and gives the same log-probs so, which is tried at the start; on refuses a model that cannot.",
     )
+    updates_per_rollout: int = Field(
+        1,
+        ge=1,
+        description="Optimizer steps on each step's samples, every one on all of them; ratios are to the policy that "
+        "sampled them, as with TRL's num_iterations. Rounding and GR's settings count optimizer steps.",
+    )
     max_completion_length: int = Field(ge=1, description="Tokens after which a completion is cut off.")
     max_prompt_length: int | None = Field(
         None, ge=1, description="Longest prompt in tokens; none is the model's context less the completion."
@@ -114,9 +124,11 @@ class TrainConfig(BaseModel):
     )
     learning_rate: float = Field(gt=0, description="AdamW learning rate, the highest that lr_scheduler_type has.")
     lr_scheduler_type: config_values.LearningRateSchedule = Field(
-        "constant", description="Learning rate over the steps, by transformers' names."
+        "constant", description="Learning rate over the optimizer steps, by transformers' names."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps in which it rises linearly from 0, which the first one has.")
+    warmup_steps: int = Field(
+        0, ge=0, description="Optimizer steps in which it rises linearly from 0, which the first one has."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
     loss_type: LossType = Field("dapo", description="Policy loss.")
@@ -124,7 +136,7 @@ class TrainConfig(BaseModel):
         0.2,
         ge=0,
         description="How far below 1 the importance ratio goes before the loss clips it. On this trainer's own "
-        "completions it is 1 but in a second pass with gr_pass2_ratio pass1.",
+        "completions it is 1 but with updates_per_rollout above 1 and in a second pass with gr_pass2_ratio pass1.",
     )
     clip_high: float | None = Field(None, ge=0, description="The same above 1; none is clip_low.")
     dro_beta: float | None = Field(None, gt=0, description="Weight of the squared log-ratio in loss_type dro alone.")
@@ -139,17 +151,17 @@ class TrainConfig(BaseModel):
         description="Groups of equal rewards: apply dithers them like any other, skip gives them advantage 0, "
         "center_only does not divide, only dithers them alone.",
     )
-    gr_gamma: float = _of_gr("gamma", ge=0)
-    gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = _of_gr(
+    gr_gamma: float = of_gr("gamma", ge=0)
+    gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = of_gr(
         "epsilon", " The word auto finds one that rounding leaves alone."
     )
-    gr_normalized: bool = _of_gr("normalized")
-    gr_perturb_max_norm: float = _of_gr("perturb_max_norm", gt=0)
-    gr_rounding: Rounding = _of_gr("rounding")
-    gr_keep_first_grad: bool | None = _of_gr("keep_first_grad")
-    gr_gamma_warmup_steps: int = _of_gr("gamma_warmup_steps", ge=0)
-    gr_every_k_steps: int = _of_gr("every_k_steps", ge=1)
-    gr_pass2_ratio: Pass2Ratio = _of_gr("pass2_ratio")
+    gr_normalized: bool = of_gr("normalized")
+    gr_perturb_max_norm: float = of_gr("perturb_max_norm", gt=0)
+    gr_rounding: Rounding = of_gr("rounding")
+    gr_keep_first_grad: bool | None = of_gr("keep_first_grad")
+    gr_gamma_warmup_steps: int = of_gr("gamma_warmup_steps", ge=0)
+    gr_every_k_steps: int = of_gr("every_k_steps", ge=1)
+    gr_pass2_ratio: Pass2Ratio = of_gr("pass2_ratio")
     beta: float = Field(
         0.0, ge=0, description="Weight of the KL term (k3) to a reference, the model as it was before RL; 0 is off."
     )
@@ -186,7 +198,7 @@ class TrainConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _one_component(cls, name: str | None) -> str | None:
-        if name is not None and not _is_component(name):
+        if name is not None and not is_component(name):
             raise ValueError("needs one printable path component of at most 200 bytes, without slashes or outer spaces")
         return name
 
@@ -196,6 +208,10 @@ class TrainConfig(BaseModel):
             raise ValueError("data: the embedded demo has its own; set model to train on a file")
         if self.model is not None and self.data is None:
             raise ValueError("data: training a model of your own needs a JSONL file")
+        if self.model is None and self.eval_data is not None:
+            raise ValueError("eval_data: the embedded demo has its own; set model to train on a file")
+        if self.eval_data is not None and not self.eval_problems:
+            raise ValueError("eval_data: eval_problems is 0, which evaluates nothing")
         if self.model is not None and self.warm_start_steps:
             raise ValueError(f"warm_start_steps: got {self.warm_start_steps}, only the embedded demo has a warm start")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
@@ -232,14 +248,8 @@ class TrainConfig(BaseModel):
         """
         if self.name is not None:
             return self
-        stem = "demo"
-        if self.model is not None:
-            folder = Path(os.path.abspath(self.model))  # `..` and `.` have a name too
-            run = folder.parent.parent.name if folder.parent.name == "checkpoints" else ""
-            stem = "-".join(filter(None, (run, folder.name))) or "run"
-        names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
-        name = next(name for name in names if not os.path.lexists(Path(self.out_dir, name)))
-        if not _is_component(name):
+        name = free_name(self.model, self.out_dir)
+        if not is_component(name):
             raise ValueError(f"name: {name!r}, after model {self.model}, is none that a run can have: give a --name")
         return self.model_copy(update={"name": name})
 
@@ -270,20 +280,6 @@ class TrainConfig(BaseModel):
             setting = yaml.safe_dump({name: value}, sort_keys=False, width=2**30)
             blocks.append(f"{comment}\n{f'# {name}:' + chr(10) if name in unset else setting}")
         return "\n".join(blocks)
-
-
-def flag_words(name: str, value: object) -> list[str]:
-    """A field and its value as words of the command line, where a word that begins with a dash would be a flag."""
-    values = value if isinstance(value, list) else ["none" if value is None else value]
-    items = [f"{Decimal(repr(item)):f}" if isinstance(item, float) and item < 0 else str(item) for item in values]
-    if len(items) == 1 and items[0].startswith("-"):
-        return [f"{flag(name)}={items[0]}"]
-    return [flag(name), *items]
-
-
-def _is_component(name: str) -> bool:
-    shown = name.isprintable() and name == name.strip()  # also no bytes that are not UTF-8
-    return shown and name not in ("", ".", "..") and not set(name) & set("/\\") and len(name.encode()) <= 200
 
 
 def default_of(name: str, demo: bool, preset: str | None = None) -> object:
@@ -321,7 +317,7 @@ def _word(value: object) -> str:
 def load(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> TrainConfig:
     """The config in the YAML or JSON file `path` (None: all defaults), with `overrides` in place of its values.
 
-    Relative `model` and `data` of the file and reward modules are looked up in the current folder, then in the file's.
+    Relative paths of the file and reward modules are looked up in the current folder, then in the file's.
     Warns of names that have changed (`known_names.RENAMED`), but in a run's own config.json, of version 0.1 too.
 
     Raises:
@@ -359,7 +355,7 @@ def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple
         if key not in TrainConfig.model_fields:
             raise ValueError(f"{where(key)}unknown key {key!r}{hint(key, TrainConfig.model_fields, repr)}")
     folder = Path() if path is None else Path(path).parent
-    for field in ("model", "data"):
+    for field in ("model", "data", "eval_data"):
         if isinstance(values.get(field), str):
             values[field] = config_file.placed(values[field], folder)
     values.update(overrides)

@@ -1,10 +1,19 @@
-"""The choices of settings, and whether a value was meant as its field takes it."""
+"""The choices of settings, whether a value was meant as its field takes it, and its words on a command line."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+from decimal import Decimal
+from pathlib import Path
 from types import NoneType
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import Field
+
+from redit_fast.gr.config import GR
+from redit_fast.training.known_names import flag
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -41,3 +50,35 @@ def kinds_of(annotation: object) -> set[object]:
     if get_origin(annotation) is Annotated:
         return kinds_of(get_args(annotation)[0])
     return {kind for part in get_args(annotation) for kind in kinds_of(part)} or {annotation}
+
+
+def of_gr(name: str, more: str = "", **limits: Any) -> Any:
+    """A field with the default and the help text of a field of `GR`."""
+    source = GR.__dataclass_fields__[name]
+    default: Any = source.default
+    return Field(default, description=source.metadata["help"] + more, **limits)
+
+
+def flag_words(name: str, value: object) -> list[str]:
+    """A field and its value as words of the command line, where a word that begins with a dash would be a flag."""
+    values = value if isinstance(value, list) else ["none" if value is None else value]
+    items = [f"{Decimal(repr(item)):f}" if isinstance(item, float) and item < 0 else str(item) for item in values]
+    if len(items) == 1 and items[0].startswith("-"):
+        return [f"{flag(name)}={items[0]}"]
+    return [flag(name), *items]
+
+
+def is_component(name: str) -> bool:
+    shown = name.isprintable() and name == name.strip()  # also no bytes that are not UTF-8
+    return shown and name not in ("", ".", "..") and not set(name) & set("/\\") and len(name.encode()) <= 200
+
+
+def free_name(model: str | None, out_dir: str) -> str:
+    """The first of demo, demo-2, ..., or of the same after the model, that nothing in `out_dir` has."""
+    stem = "demo"
+    if model is not None:
+        folder = Path(os.path.abspath(model))  # `..` and `.` have a name too
+        run = folder.parent.parent.name if folder.parent.name == "checkpoints" else ""
+        stem = "-".join(filter(None, (run, folder.name))) or "run"
+    names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(Path(out_dir, name)))

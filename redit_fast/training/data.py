@@ -29,28 +29,30 @@ RESERVED = ("prompts", "completions")  # what reward functions call their other 
 class Dataset:
     """Records to train on and to evaluate on; `skipped` counts those left out because their prompt was too long.
 
-    `numbered` has all of them in the file's order, each with its line; it is empty where there is no file.
+    `numbered` has all of them in the files' order, each with FILE:LINE; it is empty where there is no file.
     """
 
     train: list[dict]
     held_out: list[dict]
     skipped: int = 0
-    numbered: list[tuple[int, dict]] = field(default_factory=list)
+    numbered: list[tuple[str, dict]] = field(default_factory=list)
 
 
 def load(
     config: TrainConfig, tokenizer: Tokenizer, context: int | None = None, vocabulary: int | None = None
 ) -> Dataset:
-    """The records of `config.data`, every prompt checked for its length, split by `config.seed`.
+    """The records of `config.data`, every prompt checked for its length, split by `config.seed`; with an `eval_data`
+    all of them are trained on.
 
     Args:
         context: tokens that the model can attend to, prompt and completion together; None for no limit.
         vocabulary: tokens that the model's embedding has; None for no limit.
 
-    Warns where the file has chat prompts and the tokenizer no chat template.
+    Warns where a file has chat prompts and the tokenizer no chat template, and of prompts that are in both files.
 
     Raises:
-        ValueError: one sentence with file, line and column, for a bad line, an empty file or a prompt that is too long.
+        ValueError: one sentence with file, line and column, for a bad line, an empty file, a prompt that is too long or
+            columns that differ between the files.
     """
     limit = context - config.max_completion_length if context is not None else None
     if limit is not None and limit < 1:
@@ -60,33 +62,26 @@ def load(
         )
     if config.max_prompt_length is not None:
         limit = min(config.max_prompt_length, limit) if limit is not None else config.max_prompt_length
-    kept, skipped = [], 0
-    for line, record in read(str(config.data)):
-        part = "tokenizer" if isinstance(record["prompt"], str) else "chat template"
-        with Foreign(f"{config.data}:{line}: the {part} refuses this prompt", plain=jinja2.TemplateError):
-            ids = render(tokenizer, record, config.system_prompt)
-        if not ids:
-            raise ValueError(f"{config.data}:{line}: the tokenizer makes no tokens of this prompt")
-        if vocabulary is not None and max(ids) >= vocabulary:
-            token = tokenizer.decode([max(ids)])
-            raise ValueError(
-                f"{config.data}:{line}: the prompt has token {max(ids)} ({token!r}), the model's embedding only has "
-                f"{vocabulary} rows"
-            )
-        if limit is None or len(ids) <= limit:
-            kept.append((line, record))
-        elif config.long_prompts == "skip":
-            skipped += 1
-        else:
-            raise ValueError(
-                f"{config.data}:{line}: the prompt has {len(ids)} tokens, the most that fit are {limit} "
-                "(long_prompts: skip leaves such prompts out)"
-            )
-    if not kept:
-        raise ValueError(f"{config.data}: every one of its {skipped} prompts is longer than {limit} tokens")
-    records = [record for _, record in kept]
-    if tokenizer.chat_template is None and any(not isinstance(record["prompt"], str) for record in records):
+    kept, skipped = _that_fit(str(config.data), config, tokenizer, limit, vocabulary)
+    apart: list[tuple[str, dict]] = []
+    skipped_apart = 0
+    if config.eval_data is not None:
+        apart, skipped_apart = _that_fit(config.eval_data, config, tokenizer, limit, vocabulary)
+        for column in sorted(kept[0][1].keys() ^ apart[0][1].keys()):
+            (has, _), (lacks, _) = (kept[0], apart[0]) if column in kept[0][1] else (apart[0], kept[0])
+            raise ValueError(f"{lacks}: column {column!r} is missing, {has} has it")
+    records, others = [record for _, record in kept], [record for _, record in apart]
+    if tokenizer.chat_template is None and any(not isinstance(record["prompt"], str) for record in records + others):
         warnings.warn("the tokenizer has no chat template: chat prompts are rendered as plain text", stacklevel=2)
+    if config.eval_data is not None:
+        trained = {_key(record) for record in records}
+        if both := sum(_key(record) in trained for record in others):
+            warnings.warn(
+                f"{config.eval_data}: {both} of its prompts are in {config.data} too, so they are trained on",
+                stacklevel=2,
+            )
+        chosen = random.Random(f"{config.seed} eval").sample(range(len(others)), min(config.eval_problems, len(others)))
+        return Dataset(records, [others[i] for i in sorted(chosen)], skipped + skipped_apart, kept + apart)
     train, held_out = split(records, config.eval_problems, config.seed)
     if config.eval_problems and not held_out:
         warnings.warn(
@@ -95,6 +90,38 @@ def load(
             stacklevel=2,
         )
     return Dataset(train, held_out, skipped, kept)
+
+
+def _that_fit(
+    path: str, config: TrainConfig, tokenizer: Tokenizer, limit: int | None, vocabulary: int | None
+) -> tuple[list[tuple[str, dict]], int]:
+    """(FILE:LINE, record) for each of a file, and how many `long_prompts` has left out."""
+    kept, skipped = [], 0
+    for line, record in read(path):
+        place = f"{path}:{line}"
+        part = "tokenizer" if isinstance(record["prompt"], str) else "chat template"
+        with Foreign(f"{place}: the {part} refuses this prompt", plain=jinja2.TemplateError):
+            ids = render(tokenizer, record, config.system_prompt)
+        if not ids:
+            raise ValueError(f"{place}: the tokenizer makes no tokens of this prompt")
+        if vocabulary is not None and max(ids) >= vocabulary:
+            token = tokenizer.decode([max(ids)])
+            raise ValueError(
+                f"{place}: the prompt has token {max(ids)} ({token!r}), the model's embedding only has "
+                f"{vocabulary} rows"
+            )
+        if limit is None or len(ids) <= limit:
+            kept.append((place, record))
+        elif config.long_prompts == "skip":
+            skipped += 1
+        else:
+            raise ValueError(
+                f"{place}: the prompt has {len(ids)} tokens, the most that fit are {limit} "
+                "(long_prompts: skip leaves such prompts out)"
+            )
+    if not kept:
+        raise ValueError(f"{path}: every one of its {skipped} prompts is longer than {limit} tokens")
+    return kept, skipped
 
 
 def read(path: str | Path) -> list[tuple[int, dict]]:
@@ -210,7 +237,7 @@ def split(records: list[dict], eval_problems: int, seed: int) -> tuple[list[dict
     """
     groups: dict[str, list[int]] = {}
     for index, record in enumerate(records):
-        groups.setdefault(json.dumps(record["prompt"], sort_keys=True), []).append(index)
+        groups.setdefault(_key(record), []).append(index)
     order = list(groups.values())
     random.Random(f"{seed} split").shuffle(order)
     room = min(eval_problems, len(records) // 5)
@@ -222,14 +249,16 @@ def split(records: list[dict], eval_problems: int, seed: int) -> tuple[list[dict
     return [record for index, record in enumerate(records) if index not in chosen], held_out
 
 
-def batch(records: list[dict], seed: int, step: int, n: int) -> list[dict]:
-    """The `n` records of step `step`: a pure function of its arguments, so that a resumed run needs no state.
+def _key(record: dict) -> str:
+    return json.dumps(record["prompt"], sort_keys=True)
 
-    The steps walk through one endless list, epoch after epoch, each epoch a permutation of its own.
-    """
+
+def batch(records: list[dict], seed: int, position: int, n: int) -> list[dict]:
+    """The `n` records from `position` on of one endless list, epoch after epoch, each epoch a permutation of its own: a
+    pure function of its arguments, so that a resumed run needs the position alone."""
     chosen = []
-    for position in range(step * n, step * n + n):
-        epoch, index = divmod(position, len(records))
+    for place in range(position, position + n):
+        epoch, index = divmod(place, len(records))
         chosen.append(records[_permutation(len(records), seed, epoch)[index]])
     return chosen
 

@@ -41,7 +41,7 @@ def of(config: TrainConfig) -> Inputs:
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
         return {"reward module": modules, "the demo": {builtin.__name__: demo}}
-    data = {str(config.data): _digest(Path(str(config.data)), f"data {config.data}")}
+    data = {file: _digest(Path(file), f"data {file}") for file in (config.data, config.eval_data) if file is not None}
     return {"reward module": modules, "data": data, "model": _model(config.model)}
 
 

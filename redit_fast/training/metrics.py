@@ -5,33 +5,51 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import redit_fast as rf
-from redit_fast.training import data, report, rewards, runs
+from redit_fast.training import data, flops, report, rewards, runs
+from redit_fast.training.batch import Batch, Pass
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.report.summary import environment, phases
-from redit_fast.training.rollout.local import Rollout, generate
+from redit_fast.training.rollout.local import generate
+from redit_fast.training.sampling import Samples
 
-EVAL_BATCH = 256  # held-out prompts decoded together
+EVAL_BATCH = 256  # answers to held-out prompts decoded together, unless one prompt has more
+EVAL_STEP = 2**32 - 1  # of the random numbers: no training step has it, and every evaluation has the same
+LAST = {"learning_rate", "gr/epsilon", "gr/skipped_steps"}  # settings and a count so far: no means of them
 
 
 def held_out_metrics(model, tokenizer, ends, records: list[dict], functions, config: TrainConfig) -> dict[str, float]:
-    """Of greedy answers: the share whose first reward is above 0, and every reward; nothing where none is held out."""
+    """Of `eval_samples` answers, greedy where it is 1: the share whose first reward is above 0, that of problems with
+    such an answer (pass@k), and every reward; nothing where none is held out."""
     if not records:
         return {}
-    parts = []
-    for start in range(0, len(records), EVAL_BATCH):
-        part = records[start : start + EVAL_BATCH]
+    parts, k = [], config.eval_samples
+    together = max(1, EVAL_BATCH // k)
+    for start in range(0, len(records), together):
+        part = records[start : start + together]
         prompts = [data.render(tokenizer, record, config.system_prompt) for record in part]
-        rollout = generate(model, ends, prompts, max_new_tokens=config.max_completion_length, temperature=0)
+        rollout = generate(
+            model,
+            ends,
+            prompts,
+            group_size=k,
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature if k > 1 else 0,
+            top_p=config.top_p,
+            seed=config.seed,
+            step=EVAL_STEP,
+            sample_ids=torch.arange(start * k, (start + len(part)) * k, device="cpu"),
+        )
         texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-        parts.append(rewards.score_texts(functions, part, texts))
+        parts.append(rewards.score_texts(functions, [record for record in part for _ in range(k)], texts))
     scores = torch.cat(parts)
     weights = scores.new_tensor(config.reward_weights or [1.0] * len(functions))
     scored = ~scores.isnan().all(1)
-    metrics = {
-        "accuracy/held_out": (scores[:, 0] > 0).double().mean().item(),
+    right = scores[:, 0] > 0
+    passed = {"accuracy/held_out_pass_at_k": right.view(-1, k).any(1).double().mean().item()} if k > 1 else {}
+    metrics = passed | {
+        "accuracy/held_out": right.double().mean().item(),
         "reward/held_out": (scores * weights).nansum(1)[scored].mean().item(),
     }
     for function, column in zip(functions, scores.T, strict=True):
@@ -39,28 +57,83 @@ def held_out_metrics(model, tokenizer, ends, records: list[dict], functions, con
     return metrics
 
 
-def reward_metrics(functions, scores: Tensor, advantages: rf.Advantages, rollout: Rollout) -> dict[str, float]:
-    """Clean and dithered rewards, each the mean over samples of the group's mean and deviation."""
-    metrics = {
-        "reward/raw_mean": advantages.group_mean.mean().item(),
-        "reward/raw_std": advantages.group_std.mean().item(),
+def reward_metrics(functions, samples: Samples, advantages: rf.Advantages, config: TrainConfig) -> dict[str, float]:
+    """Clean and dithered rewards, each the mean over samples of the group's mean and deviation; completions, and the
+    rounds that they took."""
+    rollout, scores = samples.rollout, samples.scores
+    metrics: dict[str, float] = {}
+    if config.dynamic_sampling:
+        metrics = {"sampling/rounds": samples.rounds, "sampling/prompts": samples.drawn}
+    metrics |= {
+        "reward": advantages.group_mean.mean().item(),
+        "reward_std": advantages.group_std.mean().item(),
         "reward/dithered_mean": advantages.dithered_mean.mean().item(),
         "reward/dithered_std": advantages.dithered_std.mean().item(),
     }
     for function, column in zip(functions, scores.T, strict=True):
         metrics[f"rewards/{function.name}/mean"] = column.nanmean().item()
+        scored = column[~column.isnan()]
+        metrics[f"rewards/{function.name}/std"] = scored.std().item() if len(scored) > 1 else 0.0
         metrics[f"rewards/{function.name}/nan_frac"] = column.isnan().double().mean().item()
-    dead = advantages.dead
+    dead, lengths = advantages.dead, [len(completion) for completion in rollout.completions]
     return metrics | {
         "accuracy/train": (scores[:, 0] > 0).double().mean().item(),
         "frac_reward_zero_std": dead.double().mean().item(),
         "adv/rms_dead_groups": advantages.values[dead].square().mean().sqrt().item() if dead.any() else 0.0,
-        "completions/mean_length": rollout.tokens / len(rollout.completions),
-        "completions/clipped_frac": 1 - sum(rollout.finished) / len(rollout.finished),
+        "completions/mean_length": rollout.tokens / len(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - sum(rollout.finished) / len(rollout.finished),
     }
 
 
-def completion_lines(step: int, records, texts, functions, scores: Tensor, advantages: rf.Advantages) -> list[dict]:
+def over_updates(each: list[dict[str, float]]) -> dict[str, float]:
+    """Of the updates that a step has made: means over those that have the metric, of an extreme the extreme."""
+    found = {}
+    for name in dict.fromkeys(name for metrics in each for name in metrics):
+        values = [metrics[name] for metrics in each if name in metrics]
+        if name in LAST:
+            found[name] = values[-1]
+        elif name.endswith(("_max", "/max_abs_dev")):
+            found[name] = max(values)
+        else:
+            found[name] = min(values) if name.endswith("_min") else sum(values) / len(values)
+    return found
+
+
+def work_metrics(
+    batch: Batch,
+    first: Pass,
+    generated: int,
+    seconds: dict[str, float],
+    passes: tuple[int, int],
+    shape: flops.Shape | None,
+    peak: float | None,
+) -> dict[str, float]:
+    """Tokens and model FLOPs of a step, and how many a second.
+
+    Args:
+        seconds: by phase.
+        passes: how many first and second ones the step had.
+        peak: FLOPs a second that the device can do.
+    """
+    in_passes = seconds["pass1"] + seconds["pass2"]
+    found = {
+        "tokens/useful": batch.useful_tokens,
+        "tokens/computed": first.tokens,
+        "tokens/generated": generated,
+        "tokens/per_second_rollout": generated / seconds["rollout"],
+        "tokens/per_second_update": batch.useful_tokens * passes[0] / (in_passes + seconds["optimizer"]),
+    }
+    if shape is not None:
+        done = passes[0] * flops.of_pass(shape, batch) + passes[1] * flops.of_pass(shape, batch, second=True)
+        found["flops/model"] = done
+        if peak is not None:
+            found["flops/share_of_peak"] = done / in_passes / peak
+    return found
+
+
+def completion_lines(step: int, samples: Samples, functions, advantages: rf.Advantages) -> list[dict]:
     return [
         {
             "schema": runs.SCHEMA,
@@ -71,22 +144,31 @@ def completion_lines(step: int, records, texts, functions, scores: Tensor, advan
             "rewards": {function.name: value for function, value in zip(functions, row, strict=True)},
             "advantage": advantage,
         }
-        for i, (record, text, row, advantage) in enumerate(
-            zip(records, texts, scores.tolist(), advantages.values.tolist(), strict=True)
+        for i, record, text, row, advantage in zip(
+            samples.ids.tolist(),
+            samples.records,
+            samples.texts,
+            samples.scores.tolist(),
+            advantages.values.tolist(),
+            strict=True,
         )
     ]
 
 
 def summary_of(run: Path, dataset: data.Dataset, config: TrainConfig) -> dict:
     """The whole run's numbers, from its metrics: a resumed run sums over all its parts."""
-    lines = report.rows(run / "metrics.jsonl")
+    lines = report.metrics_of(run)
     accuracy = [line["accuracy/held_out"] for line in lines if "accuracy/held_out" in line]
     times = dict(phases(lines, {}))
     tokens = sum(line.get("tokens/generated", 0) for line in lines)
+    passed = [line[key] for line in lines if (key := "accuracy/held_out_pass_at_k") in line]
     return {
+        "pass_at_k_before": passed[0] if passed else None,
+        "pass_at_k_after": passed[-1] if passed else None,
         "accuracy_before": accuracy[0] if accuracy else None,
         "accuracy_after": accuracy[-1] if accuracy else None,
         "eval_problems": len(dataset.held_out),
+        "eval_samples": config.eval_samples,
         "steps": config.steps,
         "tokens_generated": tokens,
         "tokens_per_second": tokens / times["rollout"],

@@ -91,8 +91,8 @@ def shown(console: Console) -> Progress | Lines:
 
 
 def numbers(metrics: dict[str, float]) -> str:
-    accuracy, rate = metrics["accuracy/train"], metrics["tokens/per_second"]
-    return f"reward {metrics['reward/raw_mean']:.2f}, accuracy {accuracy:.0%}, {rate:,.0f} tokens/s"
+    accuracy, rate = metrics["accuracy/train"], metrics["tokens/per_second_rollout"]
+    return f"reward {metrics['reward']:.2f}, accuracy {accuracy:.0%}, {rate:,.0f} tokens/s"
 
 
 def print_table(console: Console, run: Path, summary: dict) -> None:

@@ -17,7 +17,7 @@ import torch
 from redit_fast.signals import handled
 from redit_fast.training import report
 
-SCHEMA = 1  # of the lines in metrics.jsonl and completions.jsonl: docs/metrics.md
+SCHEMA = 2  # of the lines in metrics.jsonl and completions.jsonl: docs/metrics.md
 LOCK = ".lock"
 OF_A_START = {LOCK, "inputs.json", ".inputs.json", ".config.json"}  # what one that was killed may leave
 
@@ -129,7 +129,9 @@ def keep_lines_until(run: Path, step: int) -> None:
 def complete(path: Path, step: int, metrics: dict, times: dict[str, float]) -> None:
     """Puts what an evaluation gave into the line of `step`, the last one, which is made where there is none."""
     lines = report.rows(path)
-    line = lines.pop() if lines and lines[-1]["step"] == step else {"schema": SCHEMA, "step": step}
+    there = lines and lines[-1]["step"] == step
+    line = report.in_todays_names(lines.pop()) if there else {"step": step}
+    line = {"schema": SCHEMA} | line
     line |= metrics | {name: line.get(name, 0.0) + seconds for name, seconds in times.items()}
     replace(path, "".join(json.dumps(_without_nan(line)) + "\n" for line in [*lines, line]))
 
@@ -157,7 +159,7 @@ class Clock:
     def times(self) -> dict[str, float]:
         total = time.perf_counter() - self.start
         parts = self.seconds | {"other": total - sum(self.seconds.values())}
-        return {f"time/{phase}": seconds for phase, seconds in parts.items()} | {"time/step": total}
+        return {f"time/{phase}": seconds for phase, seconds in parts.items()} | {"step_time": total}
 
 
 @contextmanager

@@ -92,8 +92,9 @@ def optimizer(config: TrainConfig, model: PreTrainedModel) -> rf.RegularizedAdam
 
 def learning_rate(config: TrainConfig) -> Callable[[int], float]:
     """That of each optimizer step, from 0 on, by transformers."""
+    total = config.steps * config.updates_per_rollout
     unused = torch.optim.SGD([torch.zeros(1, dtype=torch.float32, device="cpu")], lr=config.learning_rate)
-    schedule = get_scheduler(config.lr_scheduler_type, unused, config.warmup_steps, config.steps)
+    schedule = get_scheduler(config.lr_scheduler_type, unused, config.warmup_steps, total)
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
 
 

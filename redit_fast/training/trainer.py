@@ -6,9 +6,9 @@ What the GR paper compares with is here too, as settings (docs/epsilon.md): a KL
 Resets (`reference_reset_every`), SAM and the unsquared norm (`gr_normalized`), plain GRPO (`gr_gamma: 0`).
 
 Departures from the two papers: (1) one optimizer step per batch of rollouts, so the importance ratio is 1 in both
-passes (`gr_pass2_ratio` keeps pass 1's instead); (2) only the decoder layers are perturbed, as in the GR paper, but the
-gradient of everything else is combined too; (3) noise, sampling and rounding are counter-based, so a resumed run is the
-same run.
+passes (`gr_pass2_ratio` keeps pass 1's instead), unless `updates_per_rollout` asks for more; (2) only the decoder
+layers are perturbed, as in the GR paper, but the gradient of everything else is combined too; (3) noise, sampling and
+rounding are counter-based, so a resumed run is the same run.
 """
 
 from __future__ import annotations
@@ -29,21 +29,29 @@ from redit_fast.training import (
     builtin,
     checkpoint,
     data,
+    flops,
     inputs,
     policy,
     progress,
     report,
     rewards,
     runs,
+    sampling,
     setup,
     sharpness,
     trial,
 )
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.metrics import completion_lines, held_out_metrics, reward_metrics, summary_of
+from redit_fast.training.metrics import (
+    completion_lines,
+    held_out_metrics,
+    over_updates,
+    reward_metrics,
+    summary_of,
+    work_metrics,
+)
 from redit_fast.training.rewards.user_code import RewardError
-from redit_fast.training.rollout.local import generate
 
 
 def train(config: TrainConfig, resume: bool = False, accept_changed_inputs: bool = False) -> dict:
@@ -94,14 +102,17 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     if config.checkpoint_activations:
         policy.checkpoint_activations(model)
     why_padded = trial.check(model, tokenizer, dataset, functions, loss_config, config)
+    shape, peak = flops.of(model), flops.peak(model)
     optimizer = setup.optimizer(config, model)
     learning_rate = setup.learning_rate(config)
     dither = setup.dither(config, functions)
     reference: Any = setup.reference(config, model, saved)
-    done = -1  # steps taken: 0 after the warm start
+    keeps_logp = config.updates_per_rollout > 1 or config.gr_pass2_ratio == "pass1"  # of the rollout, in pass 2
+    done, position = -1, 0  # steps taken: 0 after the warm start; prompts drawn
     if saved is not None:
         checkpoint.load_optimizer(saved, optimizer)
         done = checkpoint.step_of(saved)
+        position = checkpoint.position_of(saved, config.prompts_per_step)
     if not resume:
         config, run, check_folder = setup.claim(config, held)
     checkpoint.remove_drafts(run / "checkpoints")
@@ -113,9 +124,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     def draft() -> Path:
         check_folder()
         reset = config.reference_reset_every and done >= config.reference_reset_every
-        return checkpoint.write(
-            run / "checkpoints", done, model, tokenizer, optimizer, reference=reference if reset else None
-        )
+        kept = reference if reset else None
+        return checkpoint.write(run / "checkpoints", done, model, tokenizer, optimizer, kept, position=position)
 
     def record(save: bool) -> None:
         """The lines of the step that is done between its checkpoint's draft and its name."""
@@ -164,77 +174,70 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 check_folder()
                 runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
                 shown.update(bar, advance=0, numbers="", held_out=metrics.get("accuracy/held_out"))
+            tokens = lines[-1].get("num_tokens", 0) if lines else 0
 
             for step in range(done, config.steps):
                 clock = runs.Clock()
-                with clock("rollout"):
-                    records = data.batch(dataset.train, config.seed, step, config.prompts_per_step)
-                    prompts = [data.render(tokenizer, record, config.system_prompt) for record in records]
-                    rollout = generate(
-                        model,
-                        ends,
-                        prompts,
-                        group_size=config.group_size,
-                        max_new_tokens=config.max_completion_length,
-                        temperature=config.temperature,
-                        top_p=config.top_p,
-                        seed=config.seed,
-                        step=step,
-                    )
+                drawn = sampling.draw(
+                    model, tokenizer, ends, dataset.train, functions, config, step=step, position=position, clock=clock
+                )
                 with clock("reward"):
-                    records = [record for record in records for _ in range(config.group_size)]
-                    texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-                    scores = rewards.score_texts(functions, records, texts)
                     advantages = rf.group_advantages(
-                        scores,
+                        drawn.scores,
                         group_size=config.group_size,
                         reward_weights=config.reward_weights,
                         dither=dither,
                         step=step,
+                        sample_ids=drawn.ids,
                         scale=config.advantage_scale,
                     )
-                batch = Batch.of(
-                    prompts, rollout, advantages.values, loss_config, config, step, packed=why_padded is None
-                )
+                values, packed = advantages.values, why_padded is None
+                batch = Batch.of(drawn.prompts, drawn.rollout, values, loss_config, config, step, packed=packed)
                 if reference is not None:
                     with clock("reference"):
                         batch.score_reference(reference)
-                with clock("pass1"):
-                    first = batch.backward(model)
-                probed = {}
-                if config.sharpness_every and (step + 1) % config.sharpness_every == 0:
-                    with clock("sharpness"):
-                        probed = sharpness.probe(model, batch, first, optimizer)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step)
-                with clock("pass2"):
-                    with runs.uninterrupted():
-                        perturbation = optimizer.perturb()
-                    with perturbation:
-                        if perturbation:
-                            old_logp = first.logp if config.gr_pass2_ratio == "pass1" else None
-                            batch.backward(model, old_logp, masks_of=first)
-                with runs.uninterrupted():
-                    with clock("optimizer"):
-                        optimizer.step()
-                        optimizer.zero_grad()
+                first: Any = None
+                updates: list[dict[str, float]] = []
+                probed, second_passes = {}, 0
+                with ExitStack() as whole:  # from the first optimizer step on, a stop waits for the last
+                    for number in range(step * config.updates_per_rollout, (step + 1) * config.updates_per_rollout):
+                        with clock("pass1"):
+                            one = batch.backward(model, first.logp if first else None)
+                        first = first or one
+                        if one is first and config.sharpness_every and (step + 1) % config.sharpness_every == 0:
+                            with clock("sharpness"):
+                                probed = sharpness.probe(model, batch, first, optimizer)
+                        for group in optimizer.param_groups:
+                            group["lr"] = learning_rate(number)
+                        with clock("pass2"):
+                            with runs.uninterrupted():
+                                perturbation = optimizer.perturb()
+                            with perturbation:
+                                if perturbation:
+                                    second_passes += 1
+                                    batch.backward(model, first.logp if keeps_logp else None, masks_of=one)
+                        if not updates:
+                            whole.enter_context(runs.uninterrupted())
+                        with clock("optimizer"):
+                            optimizer.step()
+                            optimizer.zero_grad()
+                        numbers = {"loss": one.loss, **one.metrics, **optimizer.metrics()}
+                        updates.append({**numbers, "learning_rate": learning_rate(number)})
                     done = step + 1
                     if config.reference_reset_every and done % config.reference_reset_every == 0:
                         rf.reset_reference(reference, model)
-                    samples = completion_lines(done, records, texts, functions, scores, advantages)
+                    position += drawn.drawn
+                    samples = completion_lines(done, drawn, functions, advantages)
+                    tokens += sum(map(len, batch.sequences))
+                    passes = len(updates), second_passes
                     metrics = {
                         "schema": runs.SCHEMA,
                         "step": done,
-                        "loss": first.loss,
-                        **reward_metrics(functions, scores, advantages, rollout),
-                        **first.metrics,
-                        **optimizer.metrics(),
+                        **reward_metrics(functions, drawn, advantages, config),
+                        **over_updates(updates),
                         **probed,
-                        "learning_rate": learning_rate(step),
-                        "tokens/useful": batch.useful_tokens,
-                        "tokens/computed": first.tokens,
-                        "tokens/generated": rollout.tokens,
-                        "tokens/per_second": rollout.tokens / clock.seconds["rollout"],
+                        "num_tokens": tokens,
+                        **work_metrics(batch, first, drawn.generated, clock.seconds, passes, shape, peak),
                     }
                 if evaluates(done):
                     with clock("eval"):  # can take minutes: a stop cuts it short, and --resume makes up for it

@@ -64,11 +64,11 @@ def _check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction
     for function in functions:
         if function.fn not in SHIPPED.values() or not hasattr(function.fn, "check_column"):
             continue
-        for line, record in dataset.numbered:
+        for place, record in dataset.numbered:
             try:
                 function.fn.check_column(record["answer"])
             except ValueError as error:
-                raise ValueError(f"{config.data}:{line}: {error}") from None
+                raise ValueError(f"{place}: {error}") from None
 
 
 def _check_passes(

@@ -286,19 +286,19 @@ def test_at_most_a_fifth_is_held_out():
 
 def test_an_epoch_holds_every_record_once_and_the_next_one_in_another_order():
     records = [{"prompt": str(i)} for i in range(30)]
-    stream = [record["prompt"] for step in range(10) for record in data.batch(records, 3, step, 6)]
+    stream = [record["prompt"] for step in range(10) for record in data.batch(records, 3, 6 * step, 6)]
     first, second = stream[:30], stream[30:]
     assert sorted(first) == sorted(second) == sorted(r["prompt"] for r in records)
     assert first != second != [r["prompt"] for r in records]
     assert [r["prompt"] for r in data.batch(records, 4, 0, 6)] != first[:6]
 
 
-def test_a_batch_depends_on_its_step_alone():
+def test_a_batch_depends_on_its_position_alone():
     records = [{"prompt": str(i)} for i in range(7)]
-    straight = [data.batch(records, 1, step, 3) for step in range(12)]
+    straight = [data.batch(records, 1, 3 * step, 3) for step in range(12)]
     data._permutation.cache_clear()
-    assert data.batch(records, 1, 11, 3) == straight[11]
-    assert [data.batch(records, 1, step, 3) for step in reversed(range(12))] == straight[::-1]
+    assert data.batch(records, 1, 33, 3) == straight[11]
+    assert [data.batch(records, 1, 3 * step, 3) for step in reversed(range(12))] == straight[::-1]
     counts = Counter(record["prompt"] for batch in straight[:7] for record in batch)
     assert set(counts.values()) == {3}  # 21 drawn from 7, batches across epochs included
 

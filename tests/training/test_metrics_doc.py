@@ -18,14 +18,16 @@ def keys_of(lines):
 
 def test_every_key_that_is_written_is_on_the_page_and_the_other_way_round(settings, tmp_path):
     seen = set()
-    own = {"sharpness_every": 1, "gr_gamma": 0.0, "beta": 0.1}, {}, {}
+    own = {"sharpness_every": 1, "gr_gamma": 0.0, "beta": 0.1}, {"eval_samples": 2}, {"dynamic_sampling": 1}
     for loss_type, more in zip(("dapo", "cispo", "vespo"), own):  # dapo has the keys of every loss that clips
         train(config.load(overrides={**settings, "loss_type": loss_type, "name": loss_type, "steps": 1, **more}))
         start, first = lines_of(tmp_path / loss_type / "metrics.jsonl")
         seen |= keys_of([start, first])
-        assert all(key in ("schema", "step") or key.startswith("time/") or "held_out" in key for key in start)
+        assert all(
+            key in ("schema", "step", "step_time") or key.startswith("time/") or "held_out" in key for key in start
+        )
         assert start["schema"] == first["schema"] == runs.SCHEMA
-    assert seen == DOCUMENTED
+    assert seen | {"flops/share_of_peak"} == DOCUMENTED  # which the CPU has not
 
 
 def test_what_gamma_above_0_brings_is_marked(settings, tmp_path):

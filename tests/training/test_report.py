@@ -18,19 +18,19 @@ PHASES = {"rollout": 2.0, "reward": 0.5, "pass1": 3.0, "pass2": 3.0, "optimizer"
 def metrics(steps):
     """The line before the first step, then those of the steps 1 to `steps`."""
     yield {
-        "schema": 1,
+        "schema": 2,
         "step": 0,
         "accuracy/held_out": 0.0,
         "time/warm_start": 30.0,
         "time/other": 0.0,
-        "time/step": 30.0,
+        "step_time": 30.0,
     }
     for step in range(1, steps + 1):
         row = {
-            "schema": 1,
+            "schema": 2,
             "step": step,
-            "reward/raw_mean": 0.5 + step / steps,
-            "reward/raw_std": 0.3,
+            "reward": 0.5 + step / steps,
+            "reward_std": 0.3,
             "reward/dithered_mean": None if step == 3 else 0.51 + step / steps,
             "reward/dithered_std": 0.31,
             "accuracy/train": step / steps,
@@ -39,7 +39,7 @@ def metrics(steps):
             "gr/step_cos": 0.999,
             "completions/mean_length": 20 + step,
             **{f"time/{phase}": seconds for phase, seconds in PHASES.items()},
-            "time/step": 10.0,
+            "step_time": 10.0,
         }
         if step % 5 == 0:
             row["accuracy/held_out"] = step / steps
@@ -49,7 +49,7 @@ def metrics(steps):
 def completions(step):
     for sample, value in enumerate((0.5, 1.0, 0.0, None)):
         yield {
-            "schema": 1,
+            "schema": 2,
             "step": step,
             "sample": sample,
             "prompt": f"prompt {sample}",
@@ -60,7 +60,7 @@ def completions(step):
 
 
 SUMMARY = {
-    "schema": 1,
+    "schema": 2,
     "accuracy_before": 0.312,
     "accuracy_after": 0.948,
     "eval_problems": 500,
@@ -177,12 +177,23 @@ def test_an_unscored_reward_says_so(run):
     assert "exact_answer unscored, xml_format 0.25 · advantage unscored" in read(run).text
 
 
+def test_a_run_of_schema_1_has_the_same_report(run):
+    pages = []
+    names = {new: old for old, new in report.OF_SCHEMA_1.items()}
+    for lines in (metrics(12), [{names.get(key, key): row[key] for key in row} | {"schema": 1} for row in metrics(12)]):
+        write(run / "metrics.jsonl", lines)
+        report.write(run)
+        pages.append((run / "report.html").read_text() + (run / "curves.png").read_bytes().hex())
+    assert "reward/raw_mean" in (run / "metrics.jsonl").read_text() and pages[0] == pages[1]
+    assert report.metrics_of(run) == list(metrics(12))
+
+
 def test_a_killed_run_has_a_report_without_its_half_line(run):
     (run / "summary.json").unlink()
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"schema": 1, "step": 13, "reward/ra')
+        file.write('{"schema": 2, "step": 13, "reward/ra')
     with open(run / "completions.jsonl", "a") as file:
-        file.write('{"schema": 1, "step": 13}')  # whole, but without its line end
+        file.write('{"schema": 2, "step": 13}')  # whole, but without its line end
     report.write(run)
     page = read(run)
     assert "it has not ended" in page.text
@@ -201,7 +212,7 @@ def test_a_run_that_has_hardly_begun_has_a_report(run, damage):
     if damage == "one":
         write(run / "metrics.jsonl", metrics(0))
     if damage == "bare":
-        write(run / "metrics.jsonl", [{"schema": 1, "step": 0}, {"schema": 1, "step": 1, "grad_norm": None}])
+        write(run / "metrics.jsonl", [{"schema": 2, "step": 0}, {"schema": 2, "step": 1, "grad_norm": None}])
     (run / "summary.json").unlink()
     report.write(run)
     steps = {"empty": 0, "missing": 0, "one": 0, "bare": 1}[damage]

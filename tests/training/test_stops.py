@@ -31,7 +31,11 @@ def demo(tmp_path):
 def timeless(metrics):
     """The lines of metrics.jsonl without what differs between equal runs."""
     return [
-        {key: value for key, value in line.items() if not key.startswith(("time/", "tokens/per"))}
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("time/", "step_time", "tokens/per", "flops/share"))
+        }
         for line in lines_of(metrics)
     ]
 

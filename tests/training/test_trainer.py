@@ -26,11 +26,11 @@ def test_a_config_file_and_flags_train_a_users_model_on_a_users_data(settings, t
     assert "Held-out accuracy after RL" in capsys.readouterr().out
 
     metrics = lines_of(run / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == [0, 1, 2, 3] and {line["schema"] for line in metrics} == {1}
+    assert [line["step"] for line in metrics] == [0, 1, 2, 3] and {line["schema"] for line in metrics} == {2}
     for line in metrics:
-        parts = [value for key, value in line.items() if key.startswith("time/") and key != "time/step"]
-        assert sum(parts) == pytest.approx(line["time/step"], rel=0.02)
-    expected = {"loss", "reward/raw_mean", "reward/dithered_std", "grad_norm", "gr/step_cos", "gr/g1_norm",
+        parts = [value for key, value in line.items() if key.startswith("time/")]
+        assert sum(parts) == pytest.approx(line["step_time"], rel=0.02)
+    expected = {"loss", "reward", "reward/dithered_std", "grad_norm", "gr/step_cos", "gr/g1_norm",
                 "frac_reward_zero_std", "adv/rms_dead_groups", "rewards/right_steps/mean",
                 "rewards/right_steps/nan_frac", "completions/mean_length", "entropy", "ratio/mean",
                 "tokens/generated", "learning_rate"}  # fmt: skip
@@ -76,7 +76,7 @@ def test_the_main_job_learns_what_its_reward_pays_for(settings, tmp_path):
         "learning_rate": 3e-3, "gr_gamma": 1e-3, "gr_epsilon": 1e-3, "eval_problems": 0, "checkpoint_every": 15,
     }  # fmt: skip
     train(config.load(overrides=job))
-    rewards = [line["reward/raw_mean"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]]
+    rewards = [line["reward"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]]
     assert rewards[0] < 0.1 and rewards[-1] > 0.5
 
 
@@ -105,7 +105,7 @@ def test_every_variant_trains(varied, tmp_path, change):
     assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
     assert ("gr/step_cos" in line) == (change.get("gr_gamma") != 0.0)
     if change.get("dither_level") == 0.0:
-        assert line["reward/dithered_std"] == line["reward/raw_std"] and line["adv/rms_dead_groups"] == 0
+        assert line["reward/dithered_std"] == line["reward_std"] and line["adv/rms_dead_groups"] == 0
     if change.get("dither_dead_groups") == "skip":
         assert line["adv/rms_dead_groups"] == 0
 

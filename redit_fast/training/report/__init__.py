@@ -16,6 +16,14 @@ from matplotlib import rc_context
 from redit_fast.training import config as train_config
 from redit_fast.training.report import curves, page
 
+OF_SCHEMA_1 = {
+    "reward/raw_mean": "reward",
+    "reward/raw_std": "reward_std",
+    "completions/clipped_frac": "completions/clipped_ratio",
+    "tokens/per_second": "tokens/per_second_rollout",
+    "time/step": "step_time",
+}
+
 
 def write(run_dir: str | Path) -> None:
     """Write curves.png and report.html into a run's folder, replacing older ones.
@@ -27,7 +35,7 @@ def write(run_dir: str | Path) -> None:
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} holds no run: it has no config.json")
     config = train_config.load(run / "config.json")
-    metrics, completions = rows(run / "metrics.jsonl"), rows(run / "completions.jsonl")
+    metrics, completions = metrics_of(run), rows(run / "completions.jsonl")
     try:
         summary = json.loads((run / "summary.json").read_text("utf-8"))
     except FileNotFoundError:
@@ -44,6 +52,17 @@ def write(run_dir: str | Path) -> None:
         draft = run / f".{name}.{os.getpid()}"  # a run that ends may draw its own meanwhile
         draft.write_bytes(content)
         os.replace(draft, run / name)
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """The lines of a run's metrics, those of schema 1 too, in today's names."""
+    return [in_todays_names(line) for line in rows(run / "metrics.jsonl")]
+
+
+def in_todays_names(line: dict) -> dict:
+    if line.get("schema") != 1:
+        return line
+    return {OF_SCHEMA_1.get(name, name): value for name, value in line.items()} | {"schema": 2}
 
 
 def rows(path: Path) -> list[dict]:

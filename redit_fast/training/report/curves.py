@@ -53,11 +53,11 @@ def draw(config: TrainConfig, metrics: Sequence[dict]) -> Figure:
     reward, accuracy, length, norm, cosine, dead, gamed, each, sharp = figure.subplots(3, 3, sharex=True).flat
 
     _panel(reward, "Reward", "reward, mean \u00b1 std")
-    steps, low, high = _band(metrics, "reward/raw")
+    steps, low, high = _band(metrics, "reward", "reward_std")
     reward.fill_between(steps, low, high, color=BLUE, alpha=0.13, linewidth=0)
-    _line(reward, metrics, "reward/raw_mean", BLUE, "clean")
+    _line(reward, metrics, "reward", BLUE, "clean")
     if config.dither_level:
-        steps, low, high = _band(metrics, "reward/dithered")
+        steps, low, high = _band(metrics, "reward/dithered_mean", "reward/dithered_std")
         for edge in (low, high):
             reward.plot(steps, edge, color=ORANGE, linewidth=0.8, linestyle=DOTS)
         steps, mean = _series(metrics, "reward/dithered_mean")
@@ -65,7 +65,11 @@ def draw(config: TrainConfig, metrics: Sequence[dict]) -> Figure:
 
     _panel(accuracy, "Accuracy", "share correct")
     _line(accuracy, metrics, "accuracy/train", BLUE, "training, sampled")
-    _line(accuracy, metrics, "accuracy/held_out", GREEN, "held out, greedy", marker="o", markersize=4)
+    answers = "greedy" if config.eval_samples == 1 else "sampled"
+    _line(accuracy, metrics, "accuracy/held_out", GREEN, f"held out, {answers}", marker="o", markersize=4)
+    if config.eval_samples > 1:
+        passed = f"held out, pass@{config.eval_samples}"
+        _line(accuracy, metrics, "accuracy/held_out_pass_at_k", ORANGE, passed, marker="o", markersize=4)
     accuracy.set_ylim(0, 1.02)
 
     _panel(length, "Completion length", "tokens, mean")
@@ -94,7 +98,7 @@ def draw(config: TrainConfig, metrics: Sequence[dict]) -> Figure:
     dead.set_ylim(0, 1.02)
 
     _panel(gamed, "Training reward against the truth", "reward; share correct")
-    _line(gamed, metrics, "reward/raw_mean", BLUE, "training reward")
+    _line(gamed, metrics, "reward", BLUE, "training reward")
     _line(gamed, metrics, "accuracy/held_out", GREEN, "held-out acc.", marker="o", markersize=4)
     gamed.set_ylim(bottom=min(0.0, gamed.get_ylim()[0]))
 
@@ -138,9 +142,9 @@ def _series(metrics: Sequence[dict], *keys: str) -> tuple[list[float], ...]:
     return [row["step"] for row in found], *values
 
 
-def _band(metrics: Sequence[dict], key: str) -> tuple[list[float], ...]:
+def _band(metrics: Sequence[dict], *mean_and_std: str) -> tuple[list[float], ...]:
     """Steps, mean - std and mean + std, smoothed in a long run."""
-    steps, mean, std = _series(metrics, f"{key}_mean", f"{key}_std")
+    steps, mean, std = _series(metrics, *mean_and_std)
     low, high = ([m + side * s for m, s in zip(mean, std, strict=True)] for side in (-1, 1))
     return steps, _smooth(low), _smooth(high)
 

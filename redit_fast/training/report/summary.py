@@ -24,8 +24,13 @@ def closing_rows(summary: dict) -> list[tuple[str, str]]:
         table.append(("Held-out accuracy after RL", f"{summary['accuracy_after']:.1%}"))
     if known("accuracy_before", "accuracy_after"):
         table.append(("Gain", f"{100 * (summary['accuracy_after'] - summary['accuracy_before']):+.1f} points"))
+    samples = summary.get("eval_samples") or 1
+    if known("pass_at_k_before", "pass_at_k_after"):
+        before, after = summary["pass_at_k_before"], summary["pass_at_k_after"]
+        table.append((f"Held-out pass@{samples} before and after RL", f"{before:.1%}, {after:.1%}"))
     if known("eval_problems"):
-        table.append(("Held-out problems, answered greedily", f"{summary['eval_problems']:,}"))
+        answered = "answered greedily" if samples == 1 else f"{samples} sampled answers each"
+        table.append((f"Held-out problems, {answered}", f"{summary['eval_problems']:,}"))
     if known("steps"):
         table.append(("RL steps", f"{summary['steps']:,}"))
     if known("tokens_generated", "tokens_per_second"):
@@ -40,7 +45,7 @@ def phases(metrics: Sequence[dict], summary: dict) -> list[tuple[str, float]]:
     """(phase, seconds) of the whole run, the longest first: of its summary, else summed over its metrics."""
     if summary.get("time"):
         return list(summary["time"].items())
-    names = dict.fromkeys(key for row in metrics for key in row if key.startswith("time/") and key != "time/step")
+    names = dict.fromkeys(key for row in metrics for key in row if key.startswith("time/"))
     total = [(name.removeprefix("time/"), sum(row.get(name) or 0.0 for row in metrics)) for name in names]
     return sorted(total, key=lambda phase: -phase[1])
 
