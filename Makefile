@@ -30,11 +30,11 @@ test: $(TESTS) $(TRITON36)
 	PIP_CONSTRAINT=$(abspath $(LOCK)) $(PYTEST)
 
 # A contributor's loop: lint and the ops' tests. Without the fuzz tests, the hostile logits and the allocator's records,
-# what compiles or interprets, float16, fifty repeats, and the vocabularies of 50,000 and more.
+# what compiles or interprets, float16, fifty repeats, the vocabularies of 50,000 and more, and the reference by itself.
 SLOW := $(addprefix tests/ops/test_,arguments.py hostile_logits.py linear_memory.py compile.py) \
 	tests/backends/test_compilers.py $(wildcard $(addprefix tests/backends/test_,ptx.py sass.py triton*.py *cuda.py *mutants.py))
 check: lint
-	$(PYTEST) -q -k "not dtype2 and not fifty and not 50257 and not 151936" \
+	$(PYTEST) -q -k "not dtype2 and not fifty and not 50257 and not 151936 and not [reference" \
 		$(filter-out $(SLOW),$(wildcard tests/ops/test_*.py tests/backends/test_*.py))
 
 # The same as `make test` with the newest releases of the day, in an environment of its own; torch as above, or TORCH=torch.
