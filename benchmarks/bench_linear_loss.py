@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,12 +95,7 @@ class Inputs:
         targets = self.batches[turn % 2].targets.unique()
         for part in oracle.slices(len(targets)):
             of_targets.add(weight_grad[targets[part]], exact_weight[targets[part]].double())
-        frobenius = max(of_hidden.errors(None).gradient, of_weight.errors(None).gradient, key=_nan_first)
-        return Errors(None, frobenius, max(of_hidden.worst, of_targets.worst, key=_nan_first))
-
-
-def _nan_first(value: float) -> float:
-    return value if value == value else float("inf")
+        return oracle.worst(of_hidden.errors(None), of_weight.errors(None)._replace(row=of_targets.worst))
 
 
 def table(
@@ -117,8 +114,8 @@ def table(
                 leaves = [x.detach().requires_grad_() for x in (inputs.hidden, inputs.weight)]
                 with clock:
                     loss, logp = loss_of(*leaves, batch)
-                    grads = torch.autograd.grad(loss, leaves)
-                return inputs.compare(*grads, turn)._replace(value=oracle.value_error(logp, batch))
+                    hidden_grad, weight_grad = torch.autograd.grad(loss, leaves)
+                return inputs.compare(hidden_grad, weight_grad, turn)._replace(value=oracle.value_error(logp, batch))
 
             return run
 
@@ -138,10 +135,10 @@ def table(
 
     backends = of_ours("exp_product", place)
     providers = [
-        *(provider(name, lambda backend=backend: _ours(forced(backend, rf.linear_grpo_loss), None), True)
+        *(provider(name, partial(_ours, forced(backend, rf.linear_grpo_loss), None), True)
           for name, backend in backends),
         provider("redit-fast, R/4 rows a chunk", lambda: _ours(rf.linear_grpo_loss, max(1, rows // 4)), True),
-        of("redit-fast, linear_logp", lambda: rf.linear_logp, True),
+        of("redit-fast, linear_logp", lambda: cast(peers.Logp, rf.linear_logp), True),
         Provider("three products", lambda: _products(inputs), cause=CAUSES["three products"]),
         of("PyTorch, eager", lambda: peers.eager_head),
         of("TRL, fused head", lambda: peers.trl_head(place)),
@@ -170,9 +167,7 @@ def _ours(linear_grpo_loss: Callable, chunk_rows: int | None) -> Callable:
     config = rf.LossConfig()
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        out = linear_grpo_loss(
-            hidden, weight, batch.targets, batch.advantages, config=config, chunk_rows=chunk_rows
-        )
+        out = linear_grpo_loss(hidden, weight, batch.targets, batch.advantages, config=config, chunk_rows=chunk_rows)
         return out.loss, out.logp
 
     return loss
@@ -209,4 +204,4 @@ def _without_logp(loss: Callable) -> Callable:
 if __name__ == "__main__":
     from .command import main
 
-    sys.exit(main(["linear_loss", *sys.argv[1:]]))
+    sys.exit(main("linear_loss", tables))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -62,11 +63,16 @@ def _normal(place: Place, count: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def _table(
-    title: str, dtype: torch.dtype, count: int, work: Work, providers: list[Provider], value: str, limit: float, rounds: int
+    title: str,
+    dtype: torch.dtype,
+    count: int,
+    work: Work,
+    providers: list[Provider],
+    value: str,
+    limit: float,
+    rounds: int,
 ) -> Table:
-    return Table(
-        "params", title, {"W": count}, name_of(dtype), work, providers, value, Errors(limit), rounds
-    )
+    return Table("params", title, {"W": count}, name_of(dtype), work, providers, value, Errors(limit), rounds)
 
 
 def norm(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
@@ -97,7 +103,7 @@ def norm(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
         return square
 
     providers = [
-        *(provider(name, lambda backend=backend: of_backend(backend), True)
+        *(provider(name, partial(of_backend, backend), True)
           for name, backend in of_ours("squared_norm", place)),
         provider("torch foreach_norm", lambda: lambda g: torch._foreach_norm([g], dtype=F32)[0].double().square()),
     ]  # fmt: skip
@@ -122,7 +128,8 @@ def perturb(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
                 worst = 0.0
                 for part in pieces(count, turn, thorough):
                     exact = start[part].double() + scale * grad[part].double()
-                    worst = max(worst, ((p[part].double() - exact).abs() / spacing(p[part])).max().item())
+                    unit = spacing(torch.maximum(p[part].abs(), start[part].abs()))
+                    worst = max(worst, ((p[part].double() - exact).abs() / unit).max().item())
                 return Errors(worst)
 
             return run
@@ -143,12 +150,14 @@ def perturb(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
     roundings = ["nearest"] if dtype == F32 else ["stochastic", "nearest"]
     providers = [
         *(provider(name if rounding == roundings[0] else f"{name}, {rounding}",
-                   lambda backend=backend, rounding=rounding: of_backend(backend, rounding), True)
+                   partial(of_backend, backend, rounding), True)
           for name, backend in of_ours("perturb", place) for rounding in roundings),
         provider("torch foreach_add_", lambda: lambda p, scale: torch._foreach_add_([p], [grad], alpha=scale)),
     ]  # fmt: skip
     work = Work(reads=grad.nbytes, updates=start.nbytes)
-    return _table("perturbation", dtype, count, work, providers, "units in the last place", 1.05, rounds)
+    return _table(
+        "perturbation", dtype, count, work, providers, "units in the last place", 3 if dtype == F32 else 1.05, rounds
+    )
 
 
 def adamw(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
@@ -203,7 +212,7 @@ def adamw(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
         return weight, update
 
     providers = [
-        *(provider(name, lambda backend=backend: of_backend(backend), True)
+        *(provider(name, partial(of_backend, backend), True)
           for name, backend in of_ours("adamw", place)),
         provider("torch fused AdamW", lambda: of_torch(fused=True)),
         provider("torch foreach AdamW", lambda: of_torch(foreach=True)),
@@ -216,4 +225,4 @@ def adamw(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
 if __name__ == "__main__":
     from .command import main
 
-    sys.exit(main(["params", *sys.argv[1:]]))
+    sys.exit(main("params", tables))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ LIMITS = {  # log-prob; gradient in the Frobenius norm. Others round log-probs o
 SIZES = {  # rows and vocabulary; rows of the series, and their vocabulary; vocabularies of theirs, and their rows
     "cpu": ((1024, 32_000), (64, 128, 256, 512, 1024), 8000, (2000, 8000, 32_000, 64_000, 128_000), 128),
     "quick": ((256, 16_000), (16, 32, 64, 128, 256), 4000, (1000, 2000, 4000, 8000, 16_000), 64),
-    "cuda": ((16_384, 151_936), (1024, 2048, 4096, 8192, 16_384), 32_000, (8000, 16_000, 32_000, 64_000, 128_000), 4096),
+    "cuda": ((16_384, 151_936), (1024, 2048, 4096, 8192, 16_384), 32_000,
+             (8000, 16_000, 32_000, 64_000, 128_000), 4096),
     "dry": ((32, 300), (8, 16, 24, 32, 40), 50, (20, 40, 60, 80, 100), 8),
 }  # fmt: skip
 CAUSES = {
@@ -93,7 +95,7 @@ def forward(place: Place, rows: int, vocabulary: int, dtype: torch.dtype, rounds
         return run
 
     providers = [
-        *(provider(name, lambda name=backend: forced(name, rf.token_logp), True)
+        *(provider(name, partial(forced, backend, rf.token_logp), True)
           for name, backend in of_ours("token_logp", place)),
         Provider("x.sum()", add, cause=CAUSES["x.sum()"]),
         provider("PyTorch, eager", lambda: peers.eager),
@@ -117,9 +119,7 @@ def gradient(place: Place, rows: int, vocabulary: int, dtype: torch.dtype, round
             sums.add(found[part], oracle.slopes(flat[part].double(), targets[part], wanted[part]))
         return sums.errors(None)
 
-    def provider(
-        name: str, load: Callable[[], Callable], ours: bool = False, inplace: bool = False
-    ) -> Provider:
+    def provider(name: str, load: Callable[[], Callable], ours: bool = False, inplace: bool = False) -> Provider:
         """`load()` gives f(leaf, batch) -> (loss, log-probs or None)."""
 
         def build() -> Run:
@@ -144,7 +144,7 @@ def gradient(place: Place, rows: int, vocabulary: int, dtype: torch.dtype, round
     def ours(inplace: bool) -> list[Provider]:
         way = "in place" if inplace else "fresh"
         return [
-            provider(f"{name}, {way}", lambda backend=backend: _ours(forced(backend, rf.grpo_loss), inplace), True, inplace)
+            provider(f"{name}, {way}", partial(_ours, forced(backend, rf.grpo_loss), inplace), True, inplace)
             for name, backend in of_ours("token_loss", place)
         ]
 
@@ -211,4 +211,4 @@ def _table(
 if __name__ == "__main__":
     from .command import main
 
-    sys.exit(main(["token_loss", *sys.argv[1:]]))
+    sys.exit(main("token_loss", tables))

@@ -1,4 +1,4 @@
-"""What is timed. `with clock:` around the work and nothing else: its inputs are ready, its result is checked after it."""
+"""What is timed: `with clock:` around the work alone. Its inputs are ready before, its result is checked after."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Clock:
     def __init__(self) -> None:
         self.timer: Callable[[], float] = time.perf_counter
         self.seconds, self.cold, self.watch = 0.0, False, False
-        self.peak, self.held = 0, 0
+        self.peak, self.held = 0.0, 0
         self._flushed: torch.Tensor | None = None
 
     def restart(self, *, cold: bool = False, watch: bool = False) -> None:
-        self.seconds, self.cold, self.watch, self.peak = 0.0, cold, watch, 0
+        self.seconds, self.cold, self.watch, self.peak = 0.0, cold, watch, 0.0
 
     def __enter__(self) -> None:
         if self.cold:
@@ -67,8 +67,8 @@ class Clock:
 
 
 class Peak:
-    """`with Peak() as peak:`; then `peak.bytes` is what the block added at its peak: on a GPU of torch's allocator, else
-    of this process's resident memory, NaN where Linux does not count it. `peak.before` is what was there."""
+    """`with Peak() as peak:`; then `peak.bytes` is what the block added at its peak: on a GPU of torch's allocator,
+    else of this process's resident memory, NaN where Linux does not count it. `peak.before` is what was there."""
 
     bytes = 0.0
 

@@ -7,15 +7,21 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import SUITES
 
+if TYPE_CHECKING:  # --help imports no torch
+    from .measure import Table
+    from .place import Place
+
+Tables = Callable[["Place", str], Iterator["Table"]]
 DEVICES = ("cpu", "cuda")
 OUT = "bench-results"
 SCHEMA = 1
@@ -23,18 +29,22 @@ SCHEMA = 1
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; without any: all")
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda")
     parser.add_argument("--out", default=OUT, metavar="DIR", help=f"folder of the results, {OUT} by default")
     parser.add_argument("--quick", action="store_true", help="small sizes: minutes become seconds")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of all threads: others use the cores too")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """For the doors; `redit-fast bench` calls `bench` itself."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_*")
-    add_flags(parser)
+def main(name: str, tables: Tables, argv: Sequence[str] | None = None) -> int:
+    """`python -m benchmarks.bench_<name>`: that suite alone."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{name}")
+    _add_settings(parser)
     try:
-        return bench(parser.parse_args(argv))
+        return _bench({name: tables}, parser.parse_args(argv))
     except (ValueError, OSError) as error:
         print(f"redit-fast: {error}", file=sys.stderr)
         return 2
@@ -47,7 +57,10 @@ def bench(args: argparse.Namespace) -> int:
         ValueError, OSError: an unknown suite, a device that is not there, a folder that cannot be written; before
         anything runs.
     """
-    suites = _suites(args.suites)
+    return _bench({name: partial(_tables, name) for name in _suites(args.suites)}, args)
+
+
+def _bench(suites: Mapping[str, Tables], args: argparse.Namespace) -> int:
     _check_device(args.device)
     out = _folder(args.out)
     from .place import here
@@ -91,7 +104,11 @@ def _folder(name: str) -> Path:
     return folder
 
 
-def run(suites: Sequence[str], place: Any, out: Path, size: str, *, cpu_time: bool = False) -> dict[str, Any]:
+def _tables(suite: str, place: Place, size: str) -> Iterator[Table]:
+    return import_module(f"{__package__}.bench_{suite}").tables(place, size)
+
+
+def run(suites: Mapping[str, Tables], place: Place, out: Path, size: str, *, cpu_time: bool = False) -> dict[str, Any]:
     """The results as they are stored in `out`/results.json, which is written after every table."""
     from . import growth, machine, roofline, table
     from .clock import clock
@@ -106,31 +123,48 @@ def run(suites: Sequence[str], place: Any, out: Path, size: str, *, cpu_time: bo
         "tables": [], "growth": [],
     }  # fmt: skip
     began, cache = time.monotonic(), roofline.cache_of(place)
-    for suite in suites:
-        for way, speed in roofline.speeds(place).items():
-            results["speeds"][way] = max(speed, results["speeds"].get(way, 0.0))
-        for made in module(suite).tables(place, size):
-            print(f"[{time.monotonic() - began:4.0f} s] {suite}: {made.title}, {made.dtype}, {_sizes(made.sizes)}",
-                  flush=True)  # fmt: skip
-            stored = {
-                "suite": suite, "title": made.title, "sizes": made.sizes, "dtype": made.dtype, "axis": made.axis,
-                "value": made.value, "bytes": made.work.bytes(cache), "flops": made.work.flops,
-                "rows": [row.stored() for row in measure(made)],
-                "work": asdict(made.work),
-            }  # fmt: skip
-            results["tables"].append(stored)
-            rate(results, cache)
-            if not made.axis:
-                print(f"\n{table.of(stored)}\n", flush=True)
-            (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    for made in ordered(suites, place, size):
+        if not results["tables"] or results["tables"][-1]["suite"] != made.suite:
+            for way, speed in roofline.speeds(place).items():
+                results["speeds"][way] = max(speed, results["speeds"].get(way, 0.0))
+        sizes = " ".join(f"{name}={value}" for name, value in made.sizes.items())
+        print(f"[{time.monotonic() - began:4.0f} s] {made.suite}: {made.title}, {made.dtype}, {sizes}", flush=True)
+        stored = {
+            "suite": made.suite, "title": made.title, "sizes": made.sizes, "dtype": made.dtype, "axis": made.axis,
+            "value": made.value, "bytes": made.work.bytes(cache), "flops": made.work.flops,
+            "rows": [row.stored() for row in measure(made)], "work": asdict(made.work),
+        }  # fmt: skip
+        results["tables"].append(stored)
+        rate(results, cache)
+        if not made.axis:
+            print(f"\n{table.of(stored)}\n", flush=True)
+        _store(results, out)
     results["growth"] = growth.series(results["tables"])
     results["machine"]["seconds"] = round(time.monotonic() - began)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    _store(results, out)
     if results["growth"]:
         print(f"\n{table.growth(results['growth'])}")
     print(f"\n{table.machine(results['machine'], results['speeds'])}\n")
     print(table.legend())
     return results
+
+
+def ordered(suites: Mapping[str, Tables], place: Place, size: str) -> Iterator[Table]:
+    """Every suite's tables, then every suite's series: what is stopped early has the tables."""
+    waiting = []
+    for tables in suites.values():
+        made = tables(place, size)
+        for table in made:
+            if table.axis:
+                waiting.append(chain([table], made))
+                break
+            yield table
+    for rest in waiting:
+        yield from rest
+
+
+def _store(results: dict[str, Any], out: Path) -> None:
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def rate(results: dict[str, Any], cache: int) -> None:
@@ -141,12 +175,3 @@ def rate(results: dict[str, Any], cache: int) -> None:
         stored["floor_ms"] = Work(**stored["work"]).floor_ms(results["speeds"], stored["dtype"], cache)
         for row in stored["rows"]:
             row["share"] = None if row["ms"] is None else stored["floor_ms"] / row["ms"]
-
-
-def module(suite: str) -> ModuleType:
-    return import_module(f"{__package__}.bench_{suite}")
-
-
-def _sizes(sizes: dict[str, int]) -> str:
-    return " ".join(f"{name}={value}" for name, value in sizes.items())
-

@@ -21,7 +21,7 @@ class Slope(NamedTuple):
 def slope(sizes: Sequence[float], values: Sequence[float]) -> Slope:
     """Of at least three points, all above 0."""
     if len(sizes) != len(values) or not 3 <= len(sizes) <= len(T) + 2 or min(*sizes, *values) <= 0:
-        raise ValueError(f"a slope needs 3 to {len(T) + 2} points above 0, got {list(zip(sizes, values, strict=False))}")
+        raise ValueError(f"a slope needs 3 to {len(T) + 2} points above 0, got {sizes} and {values}")
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)

@@ -72,10 +72,11 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Of the checkout that this package runs from; None in an installation."""
-    folder = Path(__file__).resolve().parent
+    file = Path(__file__).resolve()
+    folder = file.parent
     try:
         git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-        inside = subprocess.run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__],
+        inside = subprocess.run(["git", "-C", str(folder), "ls-files", "--error-unmatch", str(file)],
                                 capture_output=True, text=True)  # fmt: skip
         done = subprocess.run(git, capture_output=True, text=True)
     except OSError:  # no git

@@ -6,7 +6,8 @@ float32 weights that is restored from, 52 / 38. With gamma other than epsilon g1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,11 +26,14 @@ EPSILON, MAX_NORM, PERTURB_MAX_NORM, SAM_RHO = 0.1, 1.0, 10.0, 0.05
 STEPS = ((F32, 1.0), (F32, 0.75), (BF16, 1.0), (BF16, 0.75))  # dtype, gamma / epsilon
 BYTES = {(F32, 1.0): 52, (F32, 0.75): 60, (BF16, 1.0): 38, (BF16, 0.75): 42}
 SHAPE = (1024, 1024)
-Give = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _grads(params: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
 
 
 class Gradients:
@@ -92,14 +96,14 @@ def step_table(
     shapes = [(16, 16), (16,)] if small else [SHAPE] * tensors
     gradients = Gradients(place, dtype, ratio, shapes)
     providers = [
-        Provider(name, lambda backend=backend: _ours(gradients, backend, keep=ratio != 1), True)
+        Provider(name, partial(_ours, gradients, backend, keep=ratio != 1), True)
         for name, backend in of_ours("adamw", place)
     ]
     if ratio != 1:
         providers.append(Provider("redit-fast, g1 folded in", lambda: _ours(gradients, None, keep=False), True))
     providers.append(Provider("torch foreach, fused AdamW", lambda: _foreach(gradients, keep=True)))
     if dtype != F32 and not axis:
-        providers.append(Provider("the same, no copy kept", lambda: _foreach(gradients, keep=False)))
+        providers.append(Provider("torch foreach, no copy kept", lambda: _foreach(gradients, keep=False)))
     if dtype == F32 and ratio == 1:
         providers.append(Provider("SAM's formula, AdamW", lambda: _sam(gradients)))
     weights = sum(p.numel() for p in gradients.start)
@@ -135,7 +139,7 @@ def _ours(gradients: Gradients, backend: str | None, keep: bool) -> Run:
         else:
             second = [g * sign(turn) for g in gradients.g2]
             with clock, torch.no_grad():  # what autograd does in the second backward pass
-                torch._foreach_add_([p.grad for p in params], second)
+                torch._foreach_add_(_grads(params), second)
         with clock:
             step()
         optimizer.zero_grad()
@@ -161,7 +165,7 @@ def _foreach(gradients: Gradients, keep: bool) -> Run:
         with clock:
             if keep:
                 torch._foreach_copy_(copies, params)
-            first = [p.grad for p in params]
+            first = _grads(params)
             norm = torch.nn.utils.get_total_norm(first, foreach=True).item()
             torch._foreach_add_(params, first, alpha=EPSILON * min(1.0, PERTURB_MAX_NORM / (norm + 1e-6)))
         watch.perturbed(params)
@@ -171,7 +175,7 @@ def _foreach(gradients: Gradients, keep: bool) -> Run:
         with clock:
             if keep:
                 torch._foreach_copy_(params, copies)
-            grads = [p.grad for p in params]
+            grads = _grads(params)
             if gradients.ratio != 1:
                 torch._foreach_lerp_(first, grads, gradients.ratio)
                 grads = first
@@ -203,10 +207,10 @@ def _sam(gradients: Gradients) -> Run:
         gradients.give(params, gradients.g1, turn)
         watch.before(params, turn, thorough)
         with clock:
-            norm = torch.stack([p.grad.norm() for p in params if p.grad is not None]).norm()
+            norm = torch.stack([grad.norm() for grad in _grads(params)]).norm()
             old = [p.clone() for p in params]
-            for p in params:
-                p.add_(p.grad * (SAM_RHO / (norm + 1e-12)))
+            for p, grad in zip(params, _grads(params), strict=True):
+                p.add_(grad * (SAM_RHO / (norm + 1e-12)))
         watch.perturbed(params)
         gradients.give(params, gradients.g2, turn)
         with clock:

@@ -182,7 +182,7 @@ def nemo_head(place: Place) -> Logp:
 
 
 class _Nemo(torch.autograd.Function):
-    """Chunks of 256 positions of every sequence; float32 log-softmax of a chunk's logits, which backward makes again."""
+    """Chunks of 256 positions of every sequence: the log-softmax of their logits in float32, again in backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""The command `redit-fast`: train, report, info (also named doctor), selftest, bench. Bad input gets one line on stderr and
-exit code 2, Ctrl-C 130, SIGTERM 143.
+"""The command `redit-fast`: train, report, info (also named doctor), selftest, bench. Bad input gets one line on
+stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
 
 Heavy imports are inside the functions, so that --help and --version answer at once.
 """
