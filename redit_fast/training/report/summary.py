@@ -29,7 +29,7 @@ def totals(metrics: Sequence[dict]) -> dict:
     }
 
 
-def closing_rows(summary: dict, after: str = "after RL") -> list[tuple[str, str]]:
+def closing_rows(summary: dict, then: str = "after RL") -> list[tuple[str, str]]:
     """The closing table of a run, (what, value), from its summary; what the summary lacks is left out."""
 
     def known(*names: str) -> bool:
@@ -39,13 +39,13 @@ def closing_rows(summary: dict, after: str = "after RL") -> list[tuple[str, str]
     if known("accuracy_before"):
         table.append(("Held-out accuracy before RL", f"{summary['accuracy_before']:.1%}"))
     if known("accuracy_after"):
-        table.append((f"Held-out accuracy {after}", f"{summary['accuracy_after']:.1%}"))
+        table.append((f"Held-out accuracy {then}", f"{summary['accuracy_after']:.1%}"))
     if known("accuracy_before", "accuracy_after"):
         table.append(("Gain", f"{100 * (summary['accuracy_after'] - summary['accuracy_before']):+.1f} points"))
     samples = summary.get("eval_samples") or 1
     if known("pass_at_k_before", "pass_at_k_after"):
         before, after = summary["pass_at_k_before"], summary["pass_at_k_after"]
-        table.append((f"Held-out pass@{samples} before and {after}", f"{before:.1%}, {after:.1%}"))
+        table.append((f"Held-out pass@{samples} before and {then}", f"{before:.1%}, {after:.1%}"))
     if known("eval_problems"):
         answered = "answered greedily" if samples == 1 else f"{samples} sampled answers each"
         table.append((f"Held-out problems, {answered}", f"{summary['eval_problems']:,}"))
