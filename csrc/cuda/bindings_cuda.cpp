@@ -25,10 +25,7 @@ Launches call_group_advantages(const Tensors<6>& outputs, const Tensors<5>& inpu
   const int64_t samples = args.in.samples, K = args.in.reward_count;
   require(K <= kMostRewards,
           "rewards must have at most " + std::to_string(kMostRewards) + " columns, got " + std::to_string(K));
-  require((group_size > 0) != given(inputs[1]), "either groups or a group_size above 0 must be given");
-  require(group_size == 0 || samples % group_size == 0, "group_size must divide the number of samples, got " +
-                                                            std::to_string(group_size) + " for " +
-                                                            std::to_string(samples));
+  check_groups(group_size, inputs);
   AdvantagesLaunch a{};
   a.out = args.out, a.in = args.in, a.options = args.options;
   std::copy_n(args.in.weights, K, a.weights);
