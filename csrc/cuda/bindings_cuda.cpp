@@ -1,17 +1,19 @@
 // redit_fast._cuda: tensors as numbers in, a list of launches out, and launch(), which sends such a list to a device.
-// It links the CUDA runtime, statically, and nothing of PyTorch. redit_fast/backends/cuda/ is the only caller.
+// It links the CUDA runtime, statically, and nothing of PyTorch. redit_fast/backends/cuda/ is the only caller. One
+// file for the compiler, as csrc/cpu/bindings_cpu.cpp.
 
 #include <cuda_runtime_api.h>
 
 #include "bindings/advantages.h"
 #include "cuda/advantages.h"
+#include "cuda/bindings_linear_loss.h"
+#include "cuda/bindings_params.h"
+#include "cuda/bindings_token_loss.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
 
 namespace redit {
-
-void bind_linear_loss(py::module_& module);
 
 namespace {
 
@@ -60,9 +62,6 @@ std::tuple<int, int, int, int, int> call_device(int index) {
 }
 
 }  // namespace
-
-void bind_params(py::module_& module);
-void bind_token_loss(py::module_& module);
 
 void bind(py::module_& module) {
   py::class_<Launch>(module, "Launch")
