@@ -11,17 +11,7 @@ CLOCKS = {
     "perf_counter": "seconds, on a machine that did nothing else",
     "process_time": "CPU seconds of all threads, since other work ran beside them",
 }
-README = {  # row of the README's table -> suite, title, dtype, our provider, the others
-    "log-probs from logits": ("token_loss", "log-probs", "bfloat16", "TRL, selective_log_softmax"),
-    "loss and its gradient from logits": ("token_loss", "loss and gradient", "bfloat16", "TRL, selective_log_softmax"),
-    "head: loss and gradients from hidden states": (
-        "linear_loss", "head: loss and gradients", "bfloat16", "TRL, fused head", "Liger, chunked loss", "verl, torch head",
-        "PyTorch, eager",
-    ),
-    "AdamW step with GR": ("params", "step, gamma = 1 epsilon", "float32", "torch foreach, fused AdamW"),
-    "supervised step of a model": ("apply", "supervised step", "float32", "transformers, its own loss"),
-    "group advantages": ("advantages", "advantages", "float64", "TRL, eager lines"),
-}  # fmt: skip
+README = {"TRL, fused head": "TRL", "Liger, chunked loss": "Liger", "verl, torch head": "verl"}  # heads shown there
 
 
 def results() -> dict:
@@ -98,17 +88,14 @@ def growth() -> str:
 
 
 def readme() -> str:
-    """How many times as long as ours each takes; a group's largest size."""
-    lines = ["| op, on two CPU threads | time over redit-fast's | log-prob error, ours |", "|---|---|---|"]
-    for what, (name, title, dtype, *others) in README.items():
-        stored = [found for found in tables(name) if (found["title"], found["dtype"]) == (title, dtype)][-1]
-        rows = {row["name"]: row for row in stored["rows"]}
-        main = next(row for row in stored["rows"] if row["ours"])
-        errors = stored["value"] == "log-prob"
-        shown = []
-        for other in others:
-            error = f" (error {rows[other]['value_error']:.0e})" if errors and rows[other]["value_error"] else ""
-            shown.append(f"{other} {rows[other]['times']:.1f}{error}")
-        lines.append(f"| {what}, {dtype} | {', '.join(shown)} | {main['value_error']:.0e} |" if errors
-                     else f"| {what}, {dtype} | {', '.join(shown)} | |")  # fmt: skip
+    """The head in bfloat16: how many times as long as ours the others take, and every one's log-prob error."""
+    (head,) = [stored for stored in tables("linear_loss") if stored["dtype"] == "bfloat16"]
+    rows = {row["name"]: row for row in head["rows"]}
+    main = head["rows"][0]
+    lines = ["| head, bfloat16, CPU | time | log-prob error |", "|---|---|---|"]
+    lines.append(f"| redit-fast | 1 | {main['value_error']:.0e} |")
+    for name, short in README.items():
+        error = rows[name]["value_error"]
+        shown = "none given" if error is None else f"{error:.0e}"
+        lines.append(f"| {short} | {rows[name]['times']:.1f} | {shown} |")
     return "\n".join(lines)

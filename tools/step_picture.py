@@ -42,21 +42,29 @@ def megabytes(row: dict) -> float:
     return (row["held_mb"] or 0) + row["peak_mb"]
 
 
+def unit(name: str) -> str:
+    """Of the times in a file of results."""
+    clock = json.loads((RESULTS / f"{name}.json").read_text())["machine"]["clock"]
+    return "CPU seconds of all threads" if clock == "process_time" else "seconds"
+
+
 def table(*names: str) -> str:
     """Milliseconds and megabytes of the steps in `names`."""
-    return _table([(row["name"], row) for name in names for row in rows(name)], "ms")
+    lines = ["| | ms | MB |", "|---|---|---|"]
+    lines += [_line(row["name"], row, "bench" if name == "apply" else name) for name in names for row in rows(name)]
+    return "\n".join(lines)
 
 
 def apply_table() -> str:
     """The modes of `apply_to`."""
-    found = json.loads((RESULTS / "apply_hosts.json").read_text())
-    named = [(f"{table['title']}: {row['name']}", row) for table in found["tables"] for row in table["rows"]]
-    return _table(named, "CPU ms" if found["machine"]["clock"] == "process_time" else "ms")
+    tables = json.loads((RESULTS / "apply_hosts.json").read_text())["tables"]
+    lines = [_line(f"{found['title']}: {row['name']}", row, "apply_hosts") for found in tables for row in found["rows"]]
+    return "\n".join(["| | ms | MB |", "|---|---|---|", *lines])
 
 
-def _table(named: list[tuple[str, dict]], unit: str) -> str:
-    lines = [f"| {name} | {row['ms']:.0f} | {megabytes(row):.0f} |" for name, row in named]
-    return "\n".join([f"| | {unit} | MB |", "|---|---|---|", *lines])
+def _line(name: str, row: dict, file: str) -> str:
+    cpu = " of CPU time" if unit(file) != "seconds" else ""
+    return f"| {name} | {row['ms']:.0f}{cpu} | {megabytes(row):.0f} |"
 
 
 def shown() -> list[dict]:
@@ -84,7 +92,7 @@ def figure() -> Figure:
         time.annotate(f"{bar['s']:.2f}", (bar["p90"], place), (5, 0), textcoords="offset points", va="center")
         memory.annotate(f"{bar['mb']:.0f}", (bar["mb"], place), (5, 0), textcoords="offset points", va="center")
     time.set_title("Time of one training step")
-    time.set_xlabel("seconds: median, 10th to 90th percentile")
+    time.set_xlabel(f"{unit('trl')}: median, 10th to 90th percentile")
     memory.set_title("Peak memory of one training step")
     memory.set_xlabel("MB, with the model")
     time.set_yticks(places, [bar["name"] for bar in bars])
