@@ -26,9 +26,9 @@ SIZES = {  # vocabulary and tokens of a sequence; lengths of the series, and the
     "cpu": ((50_257, 128), (16, 32, 64, 128, 256), 8000, WIDTH),
     "quick": ((8000, 32), (8, 16, 24, 32, 48), 2000, WIDTH),
     "cuda": ((151_936, 1024), (128, 256, 512, 1024, 2048), 32_000, 896),
-    "dry": ((60, 8), (4, 6, 8, 10, 12), 40, 16),
+    "dry": ((60, 8), (4, 8, 12), 40, 16),
 }
-LIMITS = {torch.float32: Errors(1e-4, 1e-3, 0.5), torch.bfloat16: Errors(0.1, 0.2, 0.9)}
+LIMITS = {torch.float32: Errors(1e-4, 1e-3, 0.5), torch.bfloat16: Errors(0.1, 0.2, 0.5)}
 CAUSES = {"transformers, its own loss": "with a small vocabulary its one large product is faster than ours in chunks"}
 
 
@@ -39,7 +39,7 @@ def a_model(vocabulary: int, width: int = WIDTH) -> Any:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2 * (128 / width) ** 0.5,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2 * min(1.0, (128 / width) ** 0.5),
         tie_word_embeddings=True,
     )  # fmt: skip
     return Qwen2ForCausalLM(config)
@@ -71,14 +71,16 @@ class Exact:
             model.zero_grad()
 
     def errors(self, loss: Tensor, model: Any, turn: int) -> Errors:
-        """Of the loss, all gradients, and the embedding's rows of these tokens."""
+        """Of the loss, of all gradients, and of the embedding's rows of these tokens: there a small one is a sum in
+        which larger ones cancel, so a row's error is a share of their mean square."""
         sums = oracle.Sums()
         for p, exact in zip(model.parameters(), self.grads[turn % 2], strict=True):
             sums.add(p.grad.view(1, -1), exact.double().view(1, -1))
-        rows = oracle.Sums()
         used = self.tokens[turn % 2].unique()
-        rows.add(model.get_input_embeddings().weight.grad[used], self.grads[turn % 2][0][used].double())
-        return Errors(abs(loss.item() - self.losses[turn % 2]), sums.errors(None).gradient, rows.worst)
+        rows = self.grads[turn % 2][0][used].double()
+        wrong = (model.get_input_embeddings().weight.grad[used].double() - rows).norm(dim=1)
+        worst = (wrong / rows.norm(dim=1).clamp_min(rows.square().sum(1).mean().sqrt())).max().item()
+        return Errors(abs(loss.item() - self.losses[turn % 2]), sums.errors(None).gradient, worst)
 
 
 def table(place: Place, vocabulary: int, length: int, width: int, rounds: int, axis: str = "") -> Table:

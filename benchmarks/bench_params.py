@@ -27,7 +27,7 @@ from .roofline import Work
 
 BF16 = torch.bfloat16
 SIZES = {  # weights of a pass; tensors of 1024 x 1024 in a step; the same of the series
-    "cpu": (25_000_000, 48, (1, 2, 4, 8, 16)),
+    "cpu": (25_000_000, 24, (1, 2, 4, 8, 16)),
     "quick": (4_000_000, 8, (1, 2, 3, 4, 6)),
     "cuda": (200_000_000, 480, (16, 32, 64, 128, 256)),
     "dry": (10_000, 0, ()),

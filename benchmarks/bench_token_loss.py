@@ -36,7 +36,7 @@ SIZES = {  # rows and vocabulary; rows of the series, and their vocabulary; voca
     "quick": ((256, 16_000), (16, 32, 64, 128, 256), 4000, (1000, 2000, 4000, 8000, 16_000), 64),
     "cuda": ((16_384, 151_936), (1024, 2048, 4096, 8192, 16_384), 32_000,
              (8000, 16_000, 32_000, 64_000, 128_000), 4096),
-    "dry": ((32, 300), (8, 16, 24, 32, 40), 50, (20, 40, 60, 80, 100), 8),
+    "dry": ((32, 300), (8, 16, 32), 50, (), 8),
 }  # fmt: skip
 CAUSES = {
     "x.sum()": "it computes no exponential: a sum of the same bytes",

@@ -79,7 +79,7 @@ def _suites(names: Sequence[str]) -> list[str]:
 
     for name in names:
         if name not in SUITES:
-            raise ValueError(f"unknown suite {name!r}{did_you_mean(name, SUITES)}: choose from {', '.join(SUITES)}")
+            raise ValueError(f"unknown suite {name!r}, {did_you_mean(name, SUITES)}")
     return [name for name in SUITES if name in names or not names]
 
 

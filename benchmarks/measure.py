@@ -11,7 +11,7 @@
     rows = measure(Table("token_loss", "forward, float32", ..., [Provider("redit-fast", build, ours=True), ...]))
 
 The first run is compiled and loaded in, the second shows the memory. Then each round times each provider twice, from
-cold caches and from warm ones.
+cold caches and, where it is short, from warm ones.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .roofline import Work
 # What a library of others raises where it cannot run: all but the interrupts and the memory errors of this process.
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ImportError, AssertionError, OSError)
 WORST_ROW = 0.5  # relative error of one row of a gradient: a row left out has 1, one with the wrong sign 2
+SHORT = 0.1  # seconds: what takes longer moves more than any cache holds, so that warm is cold
 LEAST_ROUNDS = 2  # a spread needs two
 
 
@@ -156,7 +157,8 @@ class Runner:
     def round(self, thorough: bool) -> None:
         try:
             self.row.seconds.append(self.timed(cold=True, thorough=thorough))
-            self.warm.append(self.timed(again=True))
+            if self.row.seconds[-1] < SHORT:
+                self.warm.append(self.timed(again=True))
         except FAILURES as error:
             self.failed(error)
 
@@ -190,7 +192,7 @@ def _summarise(runner: Runner, main: Runner | None) -> None:
         row.peak_mb = row.held_mb = row.first_ms = None
         return
     row.p10, row.ms, row.p90 = (1e3 * x for x in _spread(row.seconds))
-    row.n, row.warm_ms = len(row.seconds), 1e3 * median(runner.warm)
+    row.n, row.warm_ms = len(row.seconds), 1e3 * median(runner.warm) if runner.warm else None
     if main is not None and main is not runner and main.row.status == "measured":
         pairs = zip(row.seconds, main.row.seconds, strict=True)
         row.times_p10, row.times, row.times_p90 = _spread([theirs / ours for theirs, ours in pairs])

@@ -93,7 +93,7 @@ class Watch:
 def step_table(
     place: Place, dtype: torch.dtype, ratio: float, tensors: int, rounds: int, axis: str = "", small: bool = False
 ) -> Table:
-    shapes = [(16, 16), (16,)] if small else [SHAPE] * tensors
+    shapes = [(256, 256)] if small else [SHAPE] * tensors
     gradients = Gradients(place, dtype, ratio, shapes)
     providers = [
         Provider(name, partial(_ours, gradients, backend, keep=ratio != 1), True)

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from redit_fast.training.report.curves import BLUE, GREEN, GREY, ORANGE, STYLE
 
@@ -60,7 +60,7 @@ def _grid(count: int, height: float) -> tuple[Figure, Iterator[Axes]]:
 
 def _panels(all_series: list[list[Mapping[str, Any]]], what: str) -> Figure:
     """Both axes logarithmic: time with the floor as a line, or memory."""
-    figure, panels = _grid(len(all_series), 3.4)
+    figure, panels = _grid(len(all_series), 3.9)
     for entries, axes in zip(all_series, panels, strict=False):
         colours = iter(COLOURS * 3)
         for entry in entries:
@@ -81,14 +81,15 @@ def _panels(all_series: list[list[Mapping[str, Any]]], what: str) -> Figure:
         axes.xaxis.set_major_locator(FixedLocator(sizes))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticklabels([_short(size) for size in sizes])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        if axes.lines:
-            axes.legend(fontsize=6.5)
+        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, columnspacing=1)
     return figure
 
 
 def _short(size: int) -> str:
-    return f"{size / 1e6:g}M" if size >= 1e6 else f"{size / 1e3:g}k" if size >= 10_000 else str(size)
+    return f"{size / 1e6:.2g}M" if size >= 1e6 else f"{size / 1e3:g}k" if size >= 10_000 else str(size)
 
 
 def _measured(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -104,7 +105,7 @@ def _shares(tables: Sequence[Mapping[str, Any]]) -> Figure:
         colours = [BLUE if row["ours"] else GREY for row in rows]
         axes.barh(range(len(rows)), [100 * row["share"] for row in rows], color=colours, height=0.7)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
-        axes.invert_yaxis()
+        axes.set_ylim(most - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x")
         axes.axvline(100, color=ORANGE, linewidth=0.9, linestyle="--")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import plots, table
 
@@ -38,7 +38,7 @@ def text(results: Mapping[str, Any]) -> str:
 
 def page(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     environment = Environment(
-        loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"number": table.number, "power": table.power}
     images = [

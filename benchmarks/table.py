@@ -9,11 +9,11 @@ from typing import Any
 from . import roofline
 
 WIDTH = 100
-NAME = 30  # columns
+NAME = 29  # columns
 LEGEND = (
     "ms: median [10th, 90th percentile] from cold caches, which are emptied before each call; warm: once more on the "
-    "same inputs; floor: share of the least time that bytes and operations take here; MB: added by a call at its peak; "
-    "errors: from float64; times: the time of a call over that of the first row."
+    "same inputs, of calls below 0.1 s; floor: share of the least time that bytes and operations take here; MB: added "
+    "by a call at its peak; errors: from float64; times: the time of a call over that of the first row."
 )
 
 
@@ -21,7 +21,7 @@ def of(table: Mapping[str, Any]) -> str:
     """One stored table: a line for each provider, sentences below the ones that have no number."""
     sizes = " ".join(f"{name}={value}" for name, value in table["sizes"].items())
     head = (
-        f"{'':{NAME}} {'ms':>8} {'[p10, p90]':<18}{'warm':>8} {'floor':>5} {'MB':>6} "
+        f"{'':{NAME}} {'ms':>7} {'[p10, p90]':<17}{'warm':>7} {'floor':>5} {'MB':>5} "
         f"{_short(table['value']):>8} {'gradient':>8} {'times':>6}"
     )
     lines = [f"{table['suite']}: {table['title']}, {table['dtype']}, {sizes}"[:WIDTH], head.rstrip()]
@@ -42,8 +42,8 @@ def _line(row: Mapping[str, Any]) -> Iterator[str]:
     memory = "" if row["peak_mb"] is None else f"{max(row['peak_mb'], 0):.0f}"
     times = "" if row["times"] is None else f"{row['times']:.2f}"
     yield (
-        f"{row['name'][:NAME]:{NAME}} {number(row['ms']):>8} {spread:<18}{number(row['warm_ms']):>8} {share:>5} "
-        f"{memory:>6} {errors} {times:>6}"
+        f"{row['name'][:NAME]:{NAME}} {number(row['ms']):>7} {spread:<17}{number(row['warm_ms']):>7} {share:>5} "
+        f"{memory:>5} {errors} {times:>6}"
     ).rstrip()
 
 
@@ -55,11 +55,12 @@ def warnings(table: Mapping[str, Any]) -> list[str]:
 
 def growth(entries: Sequence[Mapping[str, Any]]) -> str:
     """The slopes of each series: time and memory grow with that power of the size."""
-    lines = ["growth: power of the size with which time and memory grow [95 % interval]"]
+    head = "growth: the power of the size, [95 % interval]"
+    lines = [f"{head:58} {'time':20} memory"]
     for entry in entries:
         sizes = f"{entry['size'][0]}..{entry['size'][-1]}"
         what = f"{entry['suite']} {entry['axis']}={sizes}: {entry['name']}"
-        lines.append(f"{what[:54]:54} {'time ' + power(entry['time_slope']):22} memory {power(entry['memory_slope'])}")
+        lines.append(f"{what[:58]:58} {power(entry['time_slope']):20} {power(entry['memory_slope'])}".rstrip())
     return "\n".join(lines)
 
 
