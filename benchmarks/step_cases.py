@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .place import Kind
@@ -142,11 +143,11 @@ def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> None:
     """Writes the start, the reference and what is expected of each turn to the case's folder."""
     folder = Path(case.folder)
     model, reference = new_model(case).to(dtype), new_model(case, seed=1).to(dtype)
-    model.save_pretrained(folder / "start")
+    _save(model, folder / "start")
     with torch.no_grad():  # near the start, as a reference is
         for p, start in zip(reference.parameters(), model.parameters(), strict=True):
             p.copy_(start + 0.3 * (p - start))
-    reference.save_pretrained(folder / "reference")
+    _save(reference, folder / "reference")
     model, reference = model.double().to(device), reference.double().to(device)
     for turn, batch in enumerate(batches(case)):
         with torch.no_grad():
@@ -160,6 +161,18 @@ def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> None:
             if norm >= MAX_NORM:
                 raise ValueError(f"case {case.name}: the gradient's norm is {norm:.2g}, must be below {MAX_NORM:g}")
             torch.save({"gradient": gradient, "logp": logp}, folder / f"expected-{turn}-{gr}.pt")
+
+
+def _save(model: Any, folder: Path) -> None:
+    """As `save_pretrained` does, which shows a progress bar."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    save_file(dict(model.named_parameters()), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def weights(case: Case) -> dict[str, Tensor]:
+    """The start's, by name."""
+    return load_file(Path(case.folder) / "start" / "model.safetensors")
 
 
 def expected(case: Case, turn: int, gr: bool) -> Expected:
@@ -189,11 +202,11 @@ def _backward(model: Any, case: Case, batch: Batch, ref_logp: list[Tensor] | Non
     """The gradient of DAPO's loss at ratio 1, part by part; the log-probs (R,)."""
     model.zero_grad()
     found: list[Tensor] = []
-    weights, done = advantages(batch.rewards).to(model.device), 0
+    values, done = advantages(batch.rewards).to(model.device), 0
     for place, (prompt, completions) in enumerate(_parts(case, batch)):
         logp = _logp(model, prompt, completions)
         lengths = torch.tensor([len(completion) for completion in completions], device=model.device)
-        loss = -weights[done : done + len(lengths)].repeat_interleave(lengths) * (logp - logp.detach()).exp()
+        loss = -values[done : done + len(lengths)].repeat_interleave(lengths) * (logp - logp.detach()).exp()
         if ref_logp is not None:
             off = ref_logp[place] - logp
             loss = loss + case.beta * (off.exp() - off - 1)

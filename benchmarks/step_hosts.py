@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from redit_fast.training.rollout.local import CHECK_EVERY, Rollout, generate
 
 from .clock import wait
 from .measure import Wrong
-from .step_cases import END, EPSILON, GROUP, MAX_NORM, Case, batches
+from .step_cases import END, EPSILON, GROUP, MAX_NORM, Case, batches, weights
 
 LR = 1e-6
 
@@ -31,9 +32,8 @@ class Settings:
     case: Case
     device: str
     dtype: str
-    rollout: bool  # whether completions are sampled, before the frozen ones take their place
-    gr: bool
-    packing: bool | None = None  # None: the trainer's default
+    gr: bool = False
+    packing: bool = False  # of the swap-in; the trainer packs by itself
 
 
 class Host(Protocol):
@@ -50,8 +50,9 @@ class Host(Protocol):
             Absent: the provider cannot run here, and why.
         """
 
-    def step(self, turn: int, phases: Phases) -> None:
-        """One whole step on the batch of that turn."""
+    def step(self, turn: int, phases: Phases, rollout: bool) -> None:
+        """One whole step on the batch of that turn; under `rollout` completions are sampled, before the frozen ones
+        take their place."""
 
     def logp(self) -> dict[tuple[int, ...], Tensor]:
         """Of the last step's first pass: the log-probs (T,) of each completion."""
@@ -64,6 +65,7 @@ class Phases:
         self.timer = timer
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
+        self._since = 0.0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -150,12 +152,11 @@ class Trainer:
 
     @staticmethod
     def load() -> None:
-        import transformers.models.qwen2.modeling_qwen2
+        import_module("transformers.models.qwen2.modeling_qwen2")
 
     def __init__(self, settings: Settings):
         self.settings, self.case = settings, settings.case
-        packing = "auto" if settings.packing is None else "on" if settings.packing else "off"
-        config = {"model": "-", "data": "-", "rewards": ["exact_match"], "group_size": GROUP, "packing": packing,
+        config = {"model": "-", "data": "-", "rewards": ["exact_match"], "group_size": GROUP,
                   "prompts_per_step": len(self.case.prompts), "learning_rate": LR, "beta": self.case.beta,
                   "max_completion_length": max(self.case.lengths), "max_grad_norm": MAX_NORM,
                   "gr_gamma": EPSILON if settings.gr else 0.0, "gr_epsilon": EPSILON}  # fmt: skip
@@ -169,18 +170,17 @@ class Trainer:
         self.batches = batches(self.case)
         self.ends = Ends(self.model, self.case.lengths, drops=True)
 
-    def step(self, turn: int, phases: Phases) -> None:
+    def step(self, turn: int, phases: Phases, rollout: bool) -> None:
         prompts, completions, rewards = self.batches[turn % 2]
-        if self.settings.rollout:
+        if rollout:
             with phases("rollout"), self.ends:
                 sampled = generate(self.model, [END], prompts, group_size=GROUP, step=turn,
                                    max_new_tokens=self.config.max_completion_length)  # fmt: skip
             check_rollout(self.case, sampled.completions)
         with phases("scoring"):
             values = rf.group_advantages(rewards[:, None], group_size=GROUP, step=turn).values
-            rollout = Rollout(completions, [True] * len(completions))
-            packed = self.config.packing != "off"
-            self.batch = Batch.of(prompts, rollout, values, self.loss, self.config, turn, packed=packed)
+            given = Rollout(completions, [True] * len(completions))
+            self.batch = Batch.of(prompts, given, values, self.loss, self.config, turn, packed=True)
             if self.reference is not None:
                 self.batch.score_reference(self.reference)
         with phases("update"):
@@ -213,9 +213,7 @@ def states(host: Host) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
 @torch.no_grad()
 def restart(host: Host, case: Case) -> None:
     """The start's weights, and an optimizer that has seen no step."""
-    from safetensors.torch import load_file
-
-    start = load_file(Path(case.folder) / "start" / "model.safetensors")
+    start = weights(case)
     for name, p, state in states(host):
         p.copy_(start[name])
         for key in state.keys() & {"step", "exp_avg", "exp_avg_sq"}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from importlib import import_module
 from importlib.util import find_spec
 from queue import SimpleQueue
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .measure import Absent
+from .measure import FAILURES, Absent, Wrong
 from .step_cases import EPSILON, GROUP, MAX_NORM, batches
 from .step_hosts import LR, Ends, Phases, Settings, check_rollout, start_of
 
@@ -21,17 +22,15 @@ class TRL:
     that it has tokenized and sampled."""
 
     swap_in = False
+    phases: Phases  # of the step under way
 
     @staticmethod
     def load() -> None:
         if not find_spec("trl"):
             raise Absent("trl is not installed: pip install 'redit-fast[bench]'")
-        import datasets
-        import transformers.models.qwen2.modeling_qwen2
-        import trl.trainer.grpo_trainer
-
-        import redit_fast.integrations.trl
-        import redit_fast.training.builtin
+        for name in ("transformers.models.qwen2.modeling_qwen2", "datasets", "trl.trainer.grpo_trainer",
+                     "redit_fast.integrations.trl", "redit_fast.training.builtin"):  # fmt: skip
+            import_module(name)
 
     def __init__(self, settings: Settings):
         os.environ["CI"] = "1"  # TRL sends telemetry otherwise
@@ -42,13 +41,14 @@ class TRL:
         from redit_fast.training import builtin
 
         self.settings, self.case = settings, settings.case
-        self.batches, self.turn = batches(self.case), 0
+        self.batches, self.turn, self.samples = batches(self.case), 0, False
         samples, on_gpu = len(self.case.lengths), settings.device == "cuda"
         options: dict[str, Any] = {
             "output_dir": os.path.join(self.case.folder, "trl"), "learning_rate": LR, "lr_scheduler_type": "constant",
             "max_steps": 10**6, "num_generations": GROUP, "max_completion_length": max(self.case.lengths),
             "per_device_train_batch_size": self.case.micro_batch, "beta": self.case.beta, "max_grad_norm": MAX_NORM,
             "gradient_accumulation_steps": samples // self.case.micro_batch, "shuffle_dataset": False,
+            "use_bias_correction_kl": False,  # else its KL term has another gradient than ours
             "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "use_cpu": not on_gpu,
         }  # fmt: skip
         if not on_gpu:  # both of which its defaults have
@@ -58,7 +58,7 @@ class TRL:
             from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer
 
             trainer_class, config_class = ReditGRPOTrainer, ReditGRPOConfig
-            options["packing"] = bool(settings.packing)
+            options["packing"] = settings.packing
             if settings.gr:
                 options |= {"gr_gamma": EPSILON, "gr_epsilon": EPSILON}
         model = start_of(self.case, "reference" if self.case.beta else "start")  # where it loads its reference from
@@ -74,21 +74,22 @@ class TRL:
         self.ends = Ends(self.model, self.case.lengths, drops=False)
         self.found: list[tuple[Tensor, Tensor]] = []
         self.sampled: list[list[int]] | None = None
-        self.asked: SimpleQueue[tuple[int, Phases]] = SimpleQueue()
-        self.done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self.asked: SimpleQueue[tuple[int, Phases, bool]] = SimpleQueue()
+        self.stopped: SimpleQueue[Exception | None] = SimpleQueue()  # before a step, or by an error
         self._wrap()
 
         class Steps(TrainerCallback):
             def on_step_begin(self, *args: Any, **options: Any) -> None:
-                host.turn, host.phases = host.asked.get()
+                host.stopped.put(None)
+                host.turn, host.phases, host.samples = host.asked.get()
                 host.phases.enter("update")
 
             def on_step_end(self, *args: Any, **options: Any) -> None:
                 host.phases.leave()
-                host.done.put(None)
 
         trainer.add_callback(Steps())
         threading.Thread(target=self._train, daemon=True).start()
+        self._wait()
 
     @property
     def optimizer(self) -> Any:
@@ -97,8 +98,13 @@ class TRL:
     def _train(self) -> None:
         try:
             self.trainer.train()
-        except BaseException as error:  # for the thread that waits
-            self.done.put(error)
+        except (*FAILURES, Wrong) as error:
+            self.stopped.put(error)
+
+    def _wait(self) -> None:
+        error = self.stopped.get()
+        if error is not None:
+            raise error
 
     def _reward(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
         return self.batches[self.turn % 2].rewards.tolist()
@@ -116,7 +122,7 @@ class TRL:
             return [self.batches[self.turn % 2].prompts[int(prompt)] for prompt in prompts], None, {}
 
         def sample(*args: Any) -> Any:
-            if self.settings.rollout:
+            if self.samples:
                 with self.phases("rollout"), self.ends:
                     self.sampled, _ = sampled(*args)
             return self.batches[self.turn % 2].completions, None
@@ -130,13 +136,11 @@ class TRL:
         trainer._generate_and_score_completions, trainer._tokenize_prompts = score, tokenize
         trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies = sample, of_tokens
 
-    def step(self, turn: int, phases: Phases) -> None:
+    def step(self, turn: int, phases: Phases, rollout: bool) -> None:
         self.found.clear()
-        self.asked.put((turn, phases))
-        error = self.done.get()
-        if error is not None:
-            raise error
-        if self.settings.rollout:
+        self.asked.put((turn, phases, rollout))
+        self._wait()
+        if rollout:
             check_rollout(self.case, self.sampled or [])
 
     def logp(self) -> dict[tuple[int, ...], Tensor]:

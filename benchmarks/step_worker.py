@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from . import oracle
 from .clock import Peak, clock, resident, trim
-from .measure import FAILURES, Absent, Errors, Run, Wrong
-from .step_cases import Case, batches, expected
+from .measure import FAILURES, Absent, Errors, Wrong
+from .step_cases import batches, expected, weights
 from .step_hosts import LR, Host, Phases, Settings, own, restart, states
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch's AdamW and ours
@@ -49,21 +50,22 @@ class Measured:
         if self.phases.current != "rollout":
             self.tokens += args[0].shape[:2].numel()
 
-    def step(self, turn: int, timer: Callable[[], float], watch: bool) -> Step:
+    def step(self, turn: int, rollout: bool, timer: Callable[[], float], watch: bool) -> Step:
         case = self.settings.case
         restart(self.host, case)
         self.tokens, self.phases, wrong = 0, Phases(timer), ""
         peak = Peak()
         if watch:
             peak.__enter__()
+        found = Errors()
         try:
-            self.host.step(turn, self.phases)
+            self.host.step(turn, self.phases, rollout)
+            if watch:
+                peak.__exit__()
+                peak.bytes += peak.before - self.base
+            found = judge(self.host, self.settings, turn)
         except Wrong as why:
             wrong = str(why)
-        if watch:
-            peak.__exit__()
-            peak.bytes += peak.before - self.base
-        found = Errors() if wrong else judge(self.host, self.settings, turn)
         return Step(found, self.phases.seconds, self.tokens, peak.bytes, wrong)
 
 
@@ -87,7 +89,7 @@ def judge(host: Host, settings: Settings, turn: int) -> Errors:
         value = max(value, off) if off == off else off
     sums, rows = oracle.Sums(), oracle.Sums()
     used = torch.tensor(sorted({token for completion in completions for token in completion}))
-    start = _start(settings.case)
+    start = weights(settings.case)
     for name, p, state in states(host):
         gradient = own(state["exp_avg"]).float().cpu() / (1 - BETA1)
         sums.add(gradient.view(1, -1), right.gradient[name].double().view(1, -1))
@@ -96,12 +98,6 @@ def judge(host: Host, settings: Settings, turn: int) -> Errors:
         if p.dtype == torch.float32:
             _check_update(name, start[name], p.cpu(), gradient)
     return Errors(value, sums.errors(None).gradient, rows.worst)
-
-
-def _start(case: Case) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(f"{case.folder}/start/model.safetensors")
 
 
 def _check_update(name: str, before: Tensor, after: Tensor, gradient: Tensor) -> None:
@@ -114,7 +110,10 @@ def _check_update(name: str, before: Tensor, after: Tensor, gradient: Tensor) ->
 
 
 def serve(connection: Connection, module: str, name: str, settings: Settings, threads: int, timer: str) -> None:
-    """The process: builds the host, then answers (turn, watch) with a Step, or with what was raised."""
+    """The process: builds the host, then answers (turn, rollout, watch) with a Step, or with what was raised."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)  # progress bars and notices of the libraries
+    os.dup2(quiet, 2)
     torch.set_num_threads(threads)
     read = getattr(time, timer)
     try:
@@ -125,9 +124,23 @@ def serve(connection: Connection, module: str, name: str, settings: Settings, th
         measured = Measured(settings, factory, base)
         connection.send(None)
         while (asked := connection.recv()) is not None:
-            connection.send(measured.step(asked[0], read, asked[1]))
+            turn, rollout, watch = asked
+            connection.send(measured.step(turn, rollout, read, watch))
     except (*FAILURES, Absent) as error:
-        connection.send(error if isinstance(error, Absent) else RuntimeError(f"{type(error).__name__}: {error}"))
+        kind = next(kind for kind in (*FAILURES, Absent) if isinstance(error, kind))  # its own may not be known there
+        connection.send(kind(str(error)))
+
+
+def taken(step: Step) -> Errors:
+    """Hands a step's times and memory to the clock.
+
+    Raises:
+        Wrong: what no error describes.
+    """
+    clock.took(step.seconds, step.computed, step.peak)
+    if step.wrong:
+        raise Wrong(step.wrong)
+    return step.errors
 
 
 class Process:
@@ -152,15 +165,16 @@ class Process:
             raise found
         return found
 
-    def __call__(self, turn: int, thorough: bool) -> Errors:
+    def __call__(self, turn: int, rollout: bool) -> Errors:
         """One step; its times are the clock's."""
-        self.connection.send((turn, clock.watch))
-        step: Step = self._received()
-        clock.took(step.seconds, step.computed, step.peak)
-        if step.wrong:
-            raise Wrong(step.wrong)
-        return step.errors
+        self.connection.send((turn, rollout, clock.watch))
+        return taken(self._received())
 
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
 
-def process(module: str, name: str, settings: Settings) -> Run:
-    return Process(module, name, settings)
+    def close(self) -> None:
+        if self.alive:
+            self.connection.send(None)
+        self.process.join()
