@@ -75,7 +75,7 @@ class Inputs:
             batch = Batch(targets, advantages, torch.empty(targets.shape, dtype=torch.float64, device=place.device))
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(wide)
             wanted = oracle.coefficients(batch)
-            for part in oracle.slices(rows):
+            for part in oracle.slices(rows, place.device):
                 logits, chosen = hidden[part] @ wide.t(), targets.flatten()[part]
                 batch.exact.view(-1)[part] = oracle.log_probs(logits, chosen)
                 slopes = oracle.slopes(logits, chosen, wanted[part])
@@ -89,10 +89,10 @@ class Inputs:
         of_hidden, of_weight, of_targets = oracle.Sums(), oracle.Sums(), oracle.Sums()
         exact_hidden, exact_weight = self.exact[turn % 2]
         of_hidden.add(hidden_grad.flatten(0, 1), exact_hidden.double())
-        for part in oracle.slices(len(exact_weight)):
+        for part in oracle.slices(len(exact_weight), hidden_grad.device):
             of_weight.add(weight_grad[part], exact_weight[part].double())
         targets = self.batches[turn % 2].targets.unique()
-        for part in oracle.slices(len(targets)):
+        for part in oracle.slices(len(targets), hidden_grad.device):
             of_targets.add(weight_grad[targets[part]], exact_weight[targets[part]].double())
         return oracle.worst(of_hidden.errors(None), of_weight.errors(None)._replace(row=of_targets.worst))
 

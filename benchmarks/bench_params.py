@@ -20,7 +20,7 @@ from redit_fast import backends
 from .backends import of_ours
 from .clock import clock
 from .measure import Errors, Provider, Run, Table
-from .params_oracle import ADAMW, BETAS, DECAY, EPS, LR, Descent, pieces, sign, spacing
+from .params_oracle import ADAMW, BETAS, DECAY, EPS, LR, Descent, largest, pieces, sign, spacing
 from .params_steps import F32, STEPS, name_of, step_table
 from .place import Place
 from .roofline import Work
@@ -125,12 +125,12 @@ def perturb(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
                 scale = PERTURBATION * sign(turn)
                 with clock:
                     add(p, scale)
-                worst = 0.0
+                errors = []
                 for part in pieces(count, turn, thorough):
                     exact = start[part].double() + scale * grad[part].double()
                     unit = spacing(torch.maximum(p[part].abs(), start[part].abs()))
-                    worst = max(worst, ((p[part].double() - exact).abs() / unit).max().item())
-                return Errors(worst)
+                    errors.append(((p[part].double() - exact).abs() / unit).max().item())
+                return Errors(largest(errors))
 
             return run
 
@@ -178,7 +178,9 @@ def adamw(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
                 with clock:
                     update(grads[sign(turn)])
                 found = zip(before, parts, strict=True)
-                return Errors(max(descent.error(b, weights.detach()[part], grad[part].double()) for b, part in found))
+                return Errors(
+                    largest(descent.error(b, weights.detach()[part], grad[part].double()) for b, part in found)
+                )
 
             return run
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import redit_fast as rf
@@ -64,7 +65,9 @@ def logits_and_batches(place: Place, rows: int, vocabulary: int, dtype: torch.dt
     for turn in range(2):
         targets, advantages = oracle.draw(place, SEQUENCES, length, vocabulary, turn)
         flat, wanted = logits.view(rows, vocabulary), targets.flatten()
-        exact = torch.cat([oracle.log_probs(flat[part].double(), wanted[part]) for part in oracle.slices(rows)])
+        exact = torch.cat(
+            [oracle.log_probs(flat[part].double(), wanted[part]) for part in oracle.slices(rows, place.device)]
+        )
         batches.append(Batch(targets, advantages, exact.view(targets.shape)))
     return logits, batches
 
@@ -72,14 +75,14 @@ def logits_and_batches(place: Place, rows: int, vocabulary: int, dtype: torch.dt
 def forward(place: Place, rows: int, vocabulary: int, dtype: torch.dtype, rounds: int) -> Table:
     logits, batches = logits_and_batches(place, rows, vocabulary, dtype)
 
-    def provider(name: str, load: Callable[[], peers.Logp], ours: bool = False) -> Provider:
+    def provider(name: str, load: Callable[[], peers.Logp], ours: bool = False, one_more: bool = False) -> Provider:
         def build() -> Run:
-            logp = load()
+            logp, given = load(), _one_more(logits) if one_more else logits
 
             def run(turn: int, thorough: bool) -> Errors:
                 batch = batches[turn % 2]
                 with torch.no_grad(), clock:
-                    out = logp(logits, batch.targets)
+                    out = logp(given, batch.targets)
                 return Errors(oracle.value_error(out, batch))
 
             return run
@@ -103,7 +106,7 @@ def forward(place: Place, rows: int, vocabulary: int, dtype: torch.dtype, rounds
         provider("F.cross_entropy", lambda: peers.cross_entropy),
         provider("TRL, selective_log_softmax", lambda: peers.trl_logp(place)),
         provider("verl, logprobs_from_logits", lambda: peers.verl_logp(place)),
-        provider("Liger, Triton", lambda: peers.liger_logp(place)),
+        provider("Liger, Triton", lambda: peers.liger_logp(place), one_more=True),
         provider("quack", lambda: peers.quack_logp(place)),
     ]  # fmt: skip
     return _table(FORWARD, logits, dtype, Work(reads=logits.nbytes), providers, rounds)
@@ -114,27 +117,30 @@ def gradient(place: Place, rows: int, vocabulary: int, dtype: torch.dtype, round
 
     def compare(grad: Tensor, batch: Batch, turn: int, thorough: bool) -> Errors:
         sums, targets, wanted = oracle.Sums(), batch.targets.flatten(), oracle.coefficients(batch)
-        found, flat = grad.view(rows, vocabulary), logits.view(rows, vocabulary)
-        for part in oracle.chosen(rows, turn, thorough, place.device).split(oracle.ROWS_AT_ONCE):
+        found, flat = grad.reshape(rows, vocabulary), logits.view(rows, vocabulary)
+        for part in oracle.chosen(rows, turn, thorough, place.device).split(oracle.rows_at_once(place.device)):
             sums.add(found[part], oracle.slopes(flat[part].double(), targets[part], wanted[part]))
         return sums.errors(None)
 
-    def provider(name: str, load: Callable[[], Callable], ours: bool = False, inplace: bool = False) -> Provider:
-        """`load()` gives f(leaf, batch) -> (loss, log-probs or None)."""
+    def provider(
+        name: str, load: Callable[[], Callable], ours: bool = False, inplace: bool = False, one_more: bool = False
+    ) -> Provider:
+        """`load()` gives f(leaf, batch) -> (loss, log-probs or None); `one_more`: of one position more a sequence."""
 
         def build() -> Run:
             loss_of = load()
-            buffer = torch.empty_like(logits) if inplace else logits
+            given = _one_more(logits) if one_more else logits
+            buffer = torch.empty_like(given) if inplace else given
 
             def run(turn: int, thorough: bool) -> Errors:
                 batch = batches[turn % 2]
                 if inplace:
-                    buffer.copy_(logits)
+                    buffer.copy_(given)
                 leaf = buffer.detach().requires_grad_()
                 with clock:
                     loss, logp = loss_of(leaf, batch)
                     (grad,) = torch.autograd.grad(loss, leaf)
-                found = compare(grad, batch, turn, thorough)
+                found = compare(grad[:, : logits.shape[1]], batch, turn, thorough)
                 return found._replace(value=oracle.value_error(logp, batch))
 
             return run
@@ -168,7 +174,8 @@ def gradient(place: Place, rows: int, vocabulary: int, dtype: torch.dtype, round
         provider("TRL, selective_log_softmax", of(lambda: peers.trl_logp(place))),
         *([] if axis else [
             provider("verl, logprobs_from_logits", of(lambda: peers.verl_logp(place))),
-            provider("Liger, Triton", lambda: _without_logp(peers.liger_triton_loss(place)), inplace=True),
+            provider("Liger, Triton", lambda: _without_logp(peers.liger_triton_loss(place)), inplace=True,
+                     one_more=True),
             provider("quack", of(lambda: peers.quack_logp(place))),
         ]),
     ]  # fmt: skip
@@ -183,6 +190,11 @@ def _ours(grpo_loss: Callable, inplace: bool) -> Callable:
         return out.loss, out.logp
 
     return loss
+
+
+def _one_more(logits: Tensor) -> Tensor:
+    """(B, T + 1, V), as a model gives them."""
+    return F.pad(logits, (0, 0, 0, 1))
 
 
 def _compiled(leaf: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ def spacing(x: Tensor) -> Tensor:
     return torch.exp2((torch.frexp(x.double())[1] - digits).double())
 
 
+def largest(errors: Iterable[float]) -> float:
+    """NaN where one is."""
+    known = list(errors)
+    return next((error for error in known if error != error), max(known))
+
+
 class Descent:
     """AdamW with the gradients s_1 g, s_2 g, ..., each s 1 or -1. Its second moment is then g^2 and its first c g with
     a known number c, both after their correction, so that a step is p (1 - lr decay) - lr c g / (|g| + eps)."""
@@ -49,8 +55,7 @@ class Descent:
         """Largest difference from this step's weights, as a share of the learning rate."""
         c = self.momentum / (1 - BETAS[0] ** self.steps)
         wanted = before.double() * (1 - LR * DECAY) - LR * c * gradient / (gradient.abs() + EPS)
-        wrong = (after.double() - wanted).abs()
-        return float("nan") if wrong.isnan().any() else wrong.max().item() / LR
+        return (after.double() - wanted).abs().max().item() / LR
 
 
 def check_perturbation(

@@ -17,7 +17,7 @@ import redit_fast as rf
 from .backends import forced, of_ours
 from .clock import clock
 from .measure import Errors, Provider, Run, Table
-from .params_oracle import ADAMW, Descent, check_perturbation, sign
+from .params_oracle import ADAMW, Descent, check_perturbation, largest, sign
 from .place import Place
 from .roofline import Work
 
@@ -87,7 +87,7 @@ class Watch:
 
     def after(self, weights: Sequence[Tensor]) -> Errors:
         pairs = zip(self.chosen, self.kept, strict=True)
-        return Errors(max(self.descent.error(p, weights[i].detach(), self.gradients.exact(i)) for i, p in pairs))
+        return Errors(largest(self.descent.error(p, weights[i].detach(), self.gradients.exact(i)) for i, p in pairs))
 
 
 def step_table(

@@ -79,18 +79,17 @@ def verl_logp(place: Place) -> Logp:
 
 
 def liger_logp(place: Place) -> Logp:
-    """Forward only. It leaves out the last logits of a sequence: one more row of them is not read."""
+    """Forward only, of logits (B, T + 1, V) as a model gives them: it leaves out the last ones of a sequence."""
     selective = load_for_gpus(place, "liger-kernel", "liger_kernel.ops.grpo_loss", "fused_selective_log_softmax")
-    return lambda logits, targets: selective(F.pad(logits, (0, 0, 0, 1)), targets, 1.0, None)
+    return lambda logits, targets: selective(logits, targets, 1.0, None)
 
 
 def liger_triton_loss(place: Place) -> Callable[..., Tensor]:
-    """f(logits (B, T, V), targets, advantages (B,)) -> loss; in place, its default."""
+    """f(logits (B, T + 1, V), targets, advantages (B,)) -> loss; in place, its default."""
     of = load_for_gpus(place, "liger-kernel", "liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
 
     def loss(logits: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
-        padded = F.pad(logits, (0, 0, 0, 1))
-        return of(padded, None, None, targets, advantages, temperature=1.0, beta=0.0, eps_high=0.2)[0].mean()
+        return of(logits, None, None, targets, advantages, temperature=1.0, beta=0.0, eps_high=0.2)[0].mean()
 
     return loss
 

@@ -89,7 +89,8 @@ def _panels(all_series: list[list[Mapping[str, Any]]], what: str) -> Figure:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, columnspacing=1)
+        if axes.lines:
+            axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, columnspacing=1)
     return figure
 
 

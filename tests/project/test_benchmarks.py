@@ -36,7 +36,7 @@ from redit_fast.benchmarks.params_steps import step_table
 from redit_fast.benchmarks.place import here
 from redit_fast.benchmarks.roofline import Work
 from tests import ROOT
-from tools import gpu_check
+from tools import gpu_check, overlap
 
 CPU = here("cpu")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -81,6 +81,7 @@ MUTANTS = {
     "sign": lambda new, old: -new,
     "zero": lambda new, old: torch.zeros_like(new),
     "stale": lambda new, old: old,
+    "nan": lambda new, old: torch.where(torch.arange(new.numel()).view(new.shape) == 0, torch.nan, new),
     "row": lambda new, old: torch.cat([torch.zeros_like(new[:1]), new[1:]]) if new.dim() else torch.zeros_like(new),
 }
 
@@ -346,6 +347,14 @@ def test_the_text_fits_100_columns_and_survives_json():
     shown = report.text(results)
     assert max(map(len, shown.splitlines())) <= table.WIDTH and "a reason of many words" in shown
     assert report.text(json.loads(json.dumps(results))) == shown
+
+
+def test_two_runs_are_compared_by_the_intervals_of_their_ratios():
+    first = results_of(a_table(a_provider("main", ours=True), a_provider("peer"), a_provider("other")))
+    second = json.loads(json.dumps(first))
+    first["tables"][0]["rows"][1].update(times_p10=1.0, times_p90=2.0)
+    second["tables"][0]["rows"][1].update(times_p10=2.1, times_p90=3.0)
+    assert [key[-1] for key in overlap.apart(first, second)] == ["peer"] and overlap.apart(first, first) == []
 
 
 def test_the_report_needs_nothing_else(tmp_path):
