@@ -21,6 +21,7 @@ GROUP = 8
 LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text())
 EPSILON = 0.02  # of GR, and its gamma: the paper's ratio, with a step that changes these gradients by a hundredth
 AT_ONCE = 4096  # tokens, in float64
+LOGP = "log-probs"  # beside the gradients' names
 TURNS = 2  # two batches take turns, so that what is left of the step before is a wrong result
 SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip
@@ -76,7 +77,9 @@ def of_table(name: str, kind: Kind, size: str) -> Case:
     lengths divided by a common number, and a vocabulary in which the head is as large a part as it is in that model."""
     table = LENGTHS[name]
     if kind == "cuda" and size != "dry":
-        return _of_lengths(name, table["prompts"], table["completions"], QWEN, 151_936)
+        divisor = 4 if name == "reasoning" else 1  # 16384 tokens a sample would be minutes in float64
+        completions = [[max(2, n // divisor) for n in of] for of in table["completions"]]
+        return _of_lengths(name, table["prompts"], completions, QWEN, 151_936)
     groups = {"cpu": 8, "quick": 4, "dry": 2}[size]
     prompts, completions = table["prompts"][:groups], table["completions"][:groups]
     per_sample = {"cpu": 64, "quick": 24, "dry": 8}[size]  # useful tokens, on average
@@ -160,7 +163,7 @@ def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> None:
             norm = torch.nn.utils.get_total_norm(gradient.values()).item()
             if norm >= MAX_NORM:
                 raise ValueError(f"case {case.name}: the gradient's norm is {norm:.2g}, must be below {MAX_NORM:g}")
-            torch.save({"gradient": gradient, "logp": logp}, folder / f"expected-{turn}-{gr}.pt")
+            save_file(gradient | {LOGP: logp}, folder / f"expected-{turn}-{gr}.safetensors")
 
 
 def _save(model: Any, folder: Path) -> None:
@@ -176,7 +179,8 @@ def weights(case: Case) -> dict[str, Tensor]:
 
 
 def expected(case: Case, turn: int, gr: bool) -> Expected:
-    return Expected(**torch.load(Path(case.folder) / f"expected-{turn % TURNS}-{gr}.pt", mmap=True))
+    found = load_file(Path(case.folder) / f"expected-{turn % TURNS}-{gr}.safetensors")
+    return Expected(found, found.pop(LOGP))
 
 
 def _parts(case: Case, batch: Batch) -> Iterator[tuple[list[int], list[list[int]]]]:

@@ -13,10 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import redit_fast as rf
-from redit_fast.training import setup
-from redit_fast.training.batch import Batch
-from redit_fast.training.config import TrainConfig
-from redit_fast.training.rollout.local import CHECK_EVERY, Rollout, generate
 
 from .clock import wait
 from .measure import Wrong
@@ -104,6 +100,8 @@ class Ends:
     """
 
     def __init__(self, model: nn.Module, lengths: list[int], *, drops: bool):
+        from redit_fast.training.rollout.local import CHECK_EVERY
+
         self.model, self.tokens = model, 0
         self.rows, self.ending = [], []
         for token in range(max(lengths)):
@@ -152,9 +150,14 @@ class Trainer:
 
     @staticmethod
     def load() -> None:
-        import_module("transformers.models.qwen2.modeling_qwen2")
+        for name in ("transformers.models.qwen2.modeling_qwen2", "redit_fast.training.setup",
+                     "redit_fast.training.batch"):  # fmt: skip
+            import_module(name)
 
     def __init__(self, settings: Settings):
+        from redit_fast.training import setup
+        from redit_fast.training.config import TrainConfig
+
         self.settings, self.case = settings, settings.case
         config = {"model": "-", "data": "-", "rewards": ["exact_match"], "group_size": GROUP,
                   "prompts_per_step": len(self.case.prompts), "learning_rate": LR, "beta": self.case.beta,
@@ -171,6 +174,9 @@ class Trainer:
         self.ends = Ends(self.model, self.case.lengths, drops=True)
 
     def step(self, turn: int, phases: Phases, rollout: bool) -> None:
+        from redit_fast.training.batch import Batch
+        from redit_fast.training.rollout.local import Rollout, generate
+
         prompts, completions, rewards = self.batches[turn % 2]
         if rollout:
             with phases("rollout"), self.ends:

@@ -11,6 +11,8 @@ CLOCKS = {
     "perf_counter": "seconds, on a machine that did nothing else",
     "process_time": "CPU seconds of all threads, since other work ran beside them",
 }
+COLUMNS = ["times ours", "ms", "of the floor", "MB"]
+STEP_COLUMNS = ["times ours", "ms", "% rollout / scoring / update", "tokens/s", "computed", "MB"]
 README = {"TRL, fused head": "TRL", "Liger, chunked loss": "Liger", "verl, torch head": "verl"}  # heads shown there
 
 
@@ -46,12 +48,14 @@ def suite(name: str) -> str:
     parts = []
     for stored in tables(name):
         sizes = ", ".join(f"{letter} = {size:,}" for letter, size in stored["sizes"].items())
+        row_of, columns = (_step, STEP_COLUMNS) if stored["tokens"] else (_row, COLUMNS)
+        columns = [*columns, f"{stored['value']} error", "gradient error"]
         lines = [
             f"**{stored['title']}, {stored['dtype']}**, {sizes}",
             "",
-            f"| | times ours | ms | of the floor | MB | {stored['value']} error | gradient error |",
-            "|---|---|---|---|---|---|---|",
-            *(_row(row) for row in stored["rows"] if row["status"] == "measured"),
+            f"| | {' | '.join(columns)} |",
+            "|---" * (1 + len(columns)) + "|",
+            *(row_of(row, stored["tokens"]) for row in stored["rows"] if row["status"] == "measured"),
         ]
         wrong = [f"- {row['name']}: {row['note']}" for row in stored["rows"] if row["status"] in ("wrong", "failed")]
         faster = [f"- {row['name']} is faster: {row['cause']}." for row in stored["rows"] if row["cause"]]
@@ -59,12 +63,23 @@ def suite(name: str) -> str:
     return "\n\n".join(parts)
 
 
-def _row(row: dict) -> str:
+def _row(row: dict, tokens: int) -> str:
+    return _cells(row, f"{row['share']:.0%}", _memory(row))
+
+
+def _step(row: dict, tokens: int) -> str:
+    speed, computed = f"{1e3 * tokens / row['ms']:.0f}", f"{row['computed'] / tokens:.2f}"
+    return _cells(row, table.shares(row).replace("/", " / "), speed, computed, _memory(row))
+
+
+def _memory(row: dict) -> str:
+    return "" if row["peak_mb"] is None else f"{max(row['peak_mb'], 0):.0f}"
+
+
+def _cells(row: dict, *own: str) -> str:
     times = "1" if row["times"] is None else f"{row['times']:.2f} [{row['times_p10']:.2f}, {row['times_p90']:.2f}]"
-    memory = "" if row["peak_mb"] is None else f"{max(row['peak_mb'], 0):.0f}"
     errors = ["-" if row[name] is None else f"{row[name]:.0e}" for name in ("value_error", "gradient_error")]
-    cells = [row["name"], times, table.number(row["ms"]), f"{row['share']:.0%}", memory, *errors]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join([row['name'], times, table.number(row['ms']), *own, *errors])} |"
 
 
 def absent() -> str:

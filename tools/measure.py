@@ -1,6 +1,6 @@
 """Measures what docs/benchmarks.md and the README show and writes them: python -m tools.measure [--cpu-time]
 
-About 11 minutes on two cores that do nothing else; --cpu-time where others use them too.
+About 25 minutes on two cores that do nothing else; --cpu-time where others use them too.
 """
 
 import shutil
@@ -14,8 +14,6 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 COMMANDS = {  # file of results -> what writes it
     "bench": ("redit_fast", "bench"),
-    "trl": ("benchmarks.bench_trl",),
-    "verl": ("tests.integrations.bench_verl",),
     "apply_hosts": ("benchmarks.bench_apply_hosts",),
 }
 

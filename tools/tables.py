@@ -107,7 +107,6 @@ BLOCKS = {  # page, marker -> what stands there
     **{("docs/benchmarks.md", name): partial(bench_tables.suite, name) for name in SUITES},
     ("docs/benchmarks.md", "absent"): bench_tables.absent,
     ("docs/benchmarks.md", "growth"): bench_tables.growth,
-    ("docs/benchmarks.md", "steps"): lambda: step_picture.table("trl", "verl", "apply"),
     ("docs/integrations/trl.md", "step"): lambda: step_picture.table("trl"),
     ("docs/integrations/verl.md", "step"): lambda: step_picture.table("verl"),
     ("docs/integrations/transformers.md", "step"): lambda: step_picture.table("apply"),
