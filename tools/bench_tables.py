@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from redit_fast.benchmarks import table
 
@@ -12,6 +13,28 @@ CLOCKS = {
     "process_time": "CPU seconds of all threads, since other work ran beside them",
 }
 README = {"TRL, fused head": "TRL", "Liger, chunked loss": "Liger", "verl, torch head": "verl"}  # heads shown there
+
+
+class Goal(NamedTuple):
+    """The time of `other` over ours is to be `least` or more."""
+
+    suite: str
+    title: str
+    dtype: str
+    other: str
+    least: float
+
+
+GOALS = (
+    Goal("token_loss", "log-probs", "float32", "x.sum()", 1 / 1.4),
+    Goal("token_loss", "log-probs", "bfloat16", "x.sum()", 1 / 1.7),
+    Goal("token_loss", "loss and gradient", "float32", "TRL, selective_log_softmax", 15),
+    Goal("linear_loss", "head: loss and gradients", "float32", "three products", 1 / 1.05),
+    Goal("linear_loss", "head: loss and gradients", "bfloat16", "three products", 1 / 1.25),
+    Goal("params", "step, gamma = 1 epsilon", "float32", "torch foreach, fused AdamW", 1.4),
+    Goal("params", "step, gamma = 1 epsilon", "bfloat16", "torch foreach, fused AdamW", 1.7),
+    Goal("advantages", "advantages", "float64", "TRL, GRPOTrainer's lines", 1),
+)
 
 
 def results() -> dict:
@@ -49,7 +72,7 @@ def suite(name: str) -> str:
         lines = [
             f"**{stored['title']}, {stored['dtype']}**, {sizes}",
             "",
-            f"| | times ours | ms | of the floor | MB | {stored['value']} error | gradient error |",
+            f"| | times ours | ms | of the floor | MB | error: {stored['value']} | error: gradient |",
             "|---|---|---|---|---|---|---|",
             *(_row(row) for row in stored["rows"] if row["status"] == "measured"),
         ]
@@ -65,6 +88,21 @@ def _row(row: dict) -> str:
     errors = ["-" if row[name] is None else f"{row[name]:.0e}" for name in ("value_error", "gradient_error")]
     cells = [row["name"], times, table.number(row["ms"]), f"{row['share']:.0%}", memory, *errors]
     return f"| {' | '.join(cells)} |"
+
+
+def goals() -> str:
+    """What the time of others over ours is to be, at each size, and what it is; ours as a share of the floor."""
+    lines = ["| | goal | found | ours, of the floor | |", "|---|---|---|---|---|"]
+    for goal in GOALS:
+        for stored in tables(goal.suite):
+            if (stored["title"], stored["dtype"]) == (goal.title, goal.dtype):
+                times = next(row["times"] for row in stored["rows"] if row["name"] == goal.other)
+                share = next(row["share"] for row in stored["rows"] if row["ours"])
+                sizes = ", ".join(f"{letter} = {size:,}" for letter, size in stored["sizes"].items())
+                cells = [f"{goal.title}, {goal.dtype}, {sizes}: {goal.other}", f"{goal.least:.3g}", f"{times:.3g}",
+                         f"{share:.0%}", "met" if times >= goal.least else "missed"]  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def absent() -> str:

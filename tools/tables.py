@@ -106,6 +106,7 @@ BLOCKS = {  # page, marker -> what stands there
     ("docs/benchmarks.md", "machine"): bench_tables.machine,
     **{("docs/benchmarks.md", name): partial(bench_tables.suite, name) for name in SUITES},
     ("docs/benchmarks.md", "absent"): bench_tables.absent,
+    ("docs/benchmarks.md", "goals"): bench_tables.goals,
     ("docs/benchmarks.md", "growth"): bench_tables.growth,
     ("docs/benchmarks.md", "steps"): lambda: step_picture.table("trl", "verl", "apply"),
     ("docs/integrations/trl.md", "step"): lambda: step_picture.table("trl"),
