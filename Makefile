@@ -20,7 +20,7 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check test-newest lock lint sanitize kernel-gates packing-gates gpu-check
+.PHONY: demo test check test-newest lock lint sanitize kernel-gates packing-gates budgets gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -60,6 +60,12 @@ kernel-gates: $(TESTS) $(TRITON36)
 # Packed rows of every family in every setting; `make test` has every family in one, and every setting on Qwen2.
 packing-gates: $(TESTS)
 	PACKING_GATES=1 $(PYTEST) tests/packing
+
+# What the package costs, counted without a clock, and what is stored of it in tests/budgets.json: make budgets. New and
+# lower numbers are stored by STORE=1, all of them by STORE=all; GROUP= counts some (tests/budgets).
+STORE ?=
+budgets: $(TESTS) $(TRITON36)
+	$(VENV)/bin/python -m tests.budgets $(STORE:%=--store %) $(GROUP)
 
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
 OUT ?= gpu-check
