@@ -75,7 +75,7 @@ gpu-check:
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/* tests/backends/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/* tests/*/*.cpp
 	$(VENV)/bin/mypy
 
 # The tests of the C++ module, and where nvcc is of the host code of CUDA's, what it refuses and what launches it plans, on

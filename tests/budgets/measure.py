@@ -1,34 +1,39 @@
 """What a run costs the host, in one thread."""
 
 import gc
-import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 
+from redit_fast.backends.cpu.module import compiled
 from tests.counting import Peak, Recorder
 
 
 @contextmanager
 def calls_of(module):
-    """A Counter of the calls of a compiled module's functions inside the block, in this thread."""
+    """A Counter of the calls of a compiled module's functions, and of its classes' methods, inside the block."""
     calls = Counter()
 
-    def called(frame, event, function):
-        if event == "c_call" and getattr(function, "__module__", None) == module:
-            calls[function.__name__] += 1
+    def counted(name, function):
+        def call(*args):
+            calls[name] += 1
+            return function(*args)
 
-    sys.setprofile(called)
-    try:
+        return call
+
+    with ExitStack() as patches:
+        for owner in (module, *(value for value in vars(module).values() if isinstance(value, type))):
+            for name, value in vars(owner).items():
+                if callable(value) and not isinstance(value, type) and not name.startswith("__"):
+                    patches.enter_context(mock.patch.object(owner, name, counted(name, value)))
         yield calls
-    finally:
-        sys.setprofile(None)
 
 
 def recorded(run):
     """{unit: number} of what `run` costs the host; operators by name."""
-    with Recorder() as recorder, calls_of("redit_fast._cpu") as calls:
+    with Recorder() as recorder, calls_of(compiled) as calls:
         run()
     return {"operators": dict(recorder.ops), "waits": len(recorder.waits), "calls of _cpu": sum(calls.values())}
 

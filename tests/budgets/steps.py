@@ -85,30 +85,30 @@ class Ready(ReditGRPOTrainer):
         return {name: value for name, value in rows().items() if "per_token_logps" not in name}
 
 
-def trl_step(folder, **options):
+def trl_run(folder, steps, **options):
     tokenizer = builtin.build(0)[1]
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     model_of("qwen2", vocab_size=len(tokenizer), **ends).save_pretrained(folder)
+    trainer = new_trainer(tokenizer, folder, folder, Ready, ReditGRPOConfig, steps=steps,
+                          per_device_train_batch_size=GROUP, **options)  # fmt: skip
+    return recorded(trainer.train)
 
-    def run_of(steps):
-        trainer = new_trainer(tokenizer, folder, folder, Ready, ReditGRPOConfig, steps=steps,
-                              per_device_train_batch_size=GROUP, **options)  # fmt: skip
-        return recorded(trainer.train)
 
-    run_of(1)
-    return difference(run_of(3), run_of(2))
+def trl_step(folder, **options):
+    return difference(trl_run(folder, 2, **options), trl_run(folder, 1, **options))
 
 
 def count():
     with cpu.use_instruction_set("baseline"), tempfile.TemporaryDirectory() as folder:
-        run_of(1, folder + "/first")
+        run_of(1, folder + "/first")  # which imports and builds what is kept
+        trl_run(folder, 1)
         return {
             f"rollout, {CHECK_EVERY} tokens": decoding(),
             "a micro-batch more": micro_batch(),
             "passes and AdamW, packed": training_step(0.0, packed=True),
             "passes and AdamW, packed, GR": training_step(0.1, packed=True),
             "passes and AdamW, padded, GR": training_step(0.1, packed=False),
-            "redit-fast train, a step": difference(run_of(3, folder), run_of(2, folder)),
+            "redit-fast train, a step": difference(run_of(2, folder), run_of(1, folder)),
             "TRL, a step": trl_step(folder),
             "TRL, a step, packed": trl_step(folder, packing=True),
             "TRL, a step, packed, GR": trl_step(folder, packing=True, **GR),
