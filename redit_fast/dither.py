@@ -136,9 +136,9 @@ def per_reward(name: str, value: float | Sequence[float] | Tensor, count: int | 
                 raise TypeError(f"{wanted} {described(each)}{' among them' if many else ''}")
             if not abs(as_float(each)) <= LARGEST:
                 raise ValueError(f"{wanted} {described(each)}{' among them' if many else ''}")
-        numbers = torch.tensor(
-            [float(each) for each in plain] if many else float(plain), dtype=torch.float64, device="cpu"
-        )
+        if not many:
+            return torch.full(() if count is None else (count,), float(plain), dtype=torch.float64, device="cpu")
+        numbers = torch.tensor([float(each) for each in plain], dtype=torch.float64, device="cpu")
     if count is None:
         return numbers
     if numbers.ndim == 1 and len(numbers) != count:

@@ -39,9 +39,9 @@ DEPENDENCIES = {
     "safetensors": "checkpoints without pickle",
     "pyyaml": "configuration files",
     "pydantic": "checking them",
-    "jinja2": "errors of chat templates",
+    "jinja2": "the report's page, errors of chat templates",
     "rich": "progress and tables",
-    "matplotlib": "the report",
+    "matplotlib": "the picture of its curves",
 }
 UNSLOTH = (
     "| Unsloth | not run | `import unsloth` first, then the trainer for TRL | [page](docs/integrations/unsloth.md) |"

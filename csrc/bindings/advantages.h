@@ -30,4 +30,13 @@ inline GroupAdvantages group_advantages_of(const Tensors<6>& outputs, const Tens
   return {out, in, filled<AdvantageOptions>("options", options)};
 }
 
+inline void check_groups(int64_t group_size, const Tensors<5>& inputs) {
+  const int64_t samples = std::get<2>(inputs[0]);
+  if (group_size < 0 || (group_size > 0) == given(inputs[1]))
+    throw std::invalid_argument("either groups or a group_size above 0 must be given");
+  if (group_size > 0 && samples % group_size)
+    throw std::invalid_argument("group_size must divide the number of samples, got " + std::to_string(group_size) +
+                                " for " + std::to_string(samples));
+}
+
 }  // namespace redit

@@ -115,9 +115,10 @@ struct Block {
         const double reward = a.in.rewards[i * K + k], weight = whole ? a.weights[k] : 1.0;
         if (!(std::fabs(reward) < kInfinity)) continue;
         double x = reward;
-        if (a.dithered && (!results || results[k].noisy))
-          x = reward + noise(a.options.distribution == Distribution::gaussian, a.half_range[k], a.options.seed, id,
-                             uint32_t(k), a.options.step);
+        if (a.dithered && (!results || results[k].noisy)) {
+          const Words words = philox4x32(a.options.seed, id, uint32_t(k), a.options.step);
+          x = reward + noise(a.options.distribution == Distribution::gaussian, a.half_range[k], words.x0, words.x1);
+        }
         scored = true;
         clean += weight * reward;
         dithered += weight * x;

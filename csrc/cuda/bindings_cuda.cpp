@@ -1,17 +1,19 @@
 // redit_fast._cuda: tensors as numbers in, a list of launches out, and launch(), which sends such a list to a device.
-// It links the CUDA runtime, statically, and nothing of PyTorch. redit_fast/backends/cuda/ is the only caller.
+// It links the CUDA runtime, statically, and nothing of PyTorch. redit_fast/backends/cuda/ is the only caller. One
+// file for the compiler, as csrc/cpu/bindings_cpu.cpp.
 
 #include <cuda_runtime_api.h>
 
 #include "bindings/advantages.h"
 #include "cuda/advantages.h"
+#include "cuda/bindings_linear_loss.h"
+#include "cuda/bindings_params.h"
+#include "cuda/bindings_token_loss.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
 
 namespace redit {
-
-void bind_linear_loss(py::module_& module);
 
 namespace {
 
@@ -25,10 +27,7 @@ Launches call_group_advantages(const Tensors<6>& outputs, const Tensors<5>& inpu
   const int64_t samples = args.in.samples, K = args.in.reward_count;
   require(K <= kMostRewards,
           "rewards must have at most " + std::to_string(kMostRewards) + " columns, got " + std::to_string(K));
-  require((group_size > 0) != given(inputs[1]), "either groups or a group_size above 0 must be given");
-  require(group_size == 0 || samples % group_size == 0, "group_size must divide the number of samples, got " +
-                                                            std::to_string(group_size) + " for " +
-                                                            std::to_string(samples));
+  check_groups(group_size, inputs);
   AdvantagesLaunch a{};
   a.out = args.out, a.in = args.in, a.options = args.options;
   std::copy_n(args.in.weights, K, a.weights);
@@ -63,9 +62,6 @@ std::tuple<int, int, int, int, int> call_device(int index) {
 }
 
 }  // namespace
-
-void bind_params(py::module_& module);
-void bind_token_loss(py::module_& module);
 
 void bind(py::module_& module) {
   py::class_<Launch>(module, "Launch")

@@ -24,9 +24,9 @@ namespace redit {
 
 namespace {
 
-constexpr int kWarps = kRowThreads / 32;
+constexpr int kWarps = kHeadThreads / 32;
 
-// Of all threads of a block of kRowThreads, in the order of the warps. `shared` may be used again after a barrier.
+// Of all threads of a block of kHeadThreads, in the order of the warps. `shared` may be used again after a barrier.
 REDIT_DEVICE float block_sum(float x, float (&shared)[kWarps]) {
   x = sum_over<32>(x);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
@@ -42,7 +42,7 @@ REDIT_DEVICE float target_logit(const HeadLaunch& a, int64_t row, float (&shared
   const int64_t target = a.targets[row];
   if (stray(target, weight.rows)) return kNaN;
   float sum = 0;
-  for (int64_t d = threadIdx.x; d < hidden.columns; d += kRowThreads)
+  for (int64_t d = threadIdx.x; d < hidden.columns; d += kHeadThreads)
     sum += element(hidden.data, row * hidden.row_stride + d * hidden.column_stride, type) *
            element(weight.data, target * weight.row_stride + d * weight.column_stride, type);
   const float logit = block_sum(sum, shared);
@@ -140,7 +140,7 @@ REDIT_DEVICE void rescale(const HeadLaunch& a, int64_t r, float anchor, bool kee
     set_element(a.e.data, at, a.e_type, x);
   }
 }
-static_assert(kRowThreads == kPart, "a block has a part at a time");
+static_assert(kHeadThreads == kPart, "a block has a part at a time");
 
 struct Finished {
   float others[kWarps], weighted[kWarps], largest[kWarps], moved[kWarps];
@@ -154,7 +154,7 @@ REDIT_DEVICE void finish(const HeadLaunch& a, Finished& shared) {
   const float target = a.rows[r].at_target;
   RowSums sums{0, 0};
   float largest = target, away = 0;
-  for (int64_t p = threadIdx.x; p < a.part_count; p += kRowThreads) {
+  for (int64_t p = threadIdx.x; p < a.part_count; p += kHeadThreads) {
     const HeadPart part = parts[p];
     sums.others += part.others, sums.weighted += part.weighted;
     largest = device::max_nan(largest, part.largest);
@@ -169,7 +169,7 @@ REDIT_DEVICE void finish(const HeadLaunch& a, Finished& shared) {
   const float anchor = repaired ? largest : target;
   if (repaired) {
     sums = {0, 0};
-    for (int64_t p = threadIdx.x; p < a.part_count; p += kRowThreads) {
+    for (int64_t p = threadIdx.x; p < a.part_count; p += kHeadThreads) {
       const RowSums more = moved<capped>(parts[p], anchor, a.transform);
       sums.others += more.others, sums.weighted += more.weighted;
     }
@@ -201,12 +201,12 @@ REDIT_DEVICE void finish(const HeadLaunch& a, Finished& shared) {
   extern "C" __global__ void __launch_bounds__(threads) linear_loss_##name(const __grid_constant__ HeadLaunch a) { \
     __VA_ARGS__;                                                                                                   \
   }
-REDIT_HEAD(anchor, kRowThreads, anchor(a))
-REDIT_HEAD(resume, kRowThreads, resume(a))
+REDIT_HEAD(anchor, kHeadThreads, anchor(a))
+REDIT_HEAD(resume, kHeadThreads, resume(a))
 REDIT_HEAD(tile, kMostTile / kPerThread, tile<true>(a))
 REDIT_HEAD(tile_grad, kMostTile / kPerThread, tile<false>(a))
 
-extern "C" __global__ void __launch_bounds__(kRowThreads) linear_loss_finish(const __grid_constant__ HeadLaunch a) {
+extern "C" __global__ void __launch_bounds__(kHeadThreads) linear_loss_finish(const __grid_constant__ HeadLaunch a) {
   __shared__ Finished shared;
   if (a.transform.capped)
     finish<true>(a, shared);

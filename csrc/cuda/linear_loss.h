@@ -10,7 +10,7 @@ namespace redit {
 constexpr int kPart = 256;       // columns whose exponentials are one partial sum
 constexpr int kPerThread = 8;    // columns of a tile that a thread has
 constexpr int kMostTile = 4096;  // columns of a tile
-constexpr int kRowThreads = 256;
+constexpr int kHeadThreads = 256;
 
 // A row between its kernels. E is e_j (constant + by_gap y_j) dz/dx_j with the exponentials taken from `anchor`.
 struct HeadRow {
@@ -41,8 +41,9 @@ struct HeadLaunch {
 };
 
 // The product with the exponentials at its end, linear_loss_product.cu: its tile, and the ring that brings it.
-constexpr int kProductRows = 128, kProductPeers = 2, kProductThreads = 384, kStages = 4;
-constexpr int kProductShared = 1024 + kStages * (kProductRows + kPart) * 2 * cuda::kBoxColumns + kStages * 16;
+constexpr int kProductRows = 128, kProductPeers = 2, kProductThreads = 384, kProductStages = 4;
+constexpr int kProductShared =
+    1024 + kProductStages * (kProductRows + kPart) * 2 * cuda::kBoxColumns + kProductStages * 16;
 
 struct ProductLaunch {
   device::TensorMap hidden, weight;  // boxes of kProductRows rows

@@ -12,7 +12,7 @@ using cuda::Device, cuda::Launch, cuda::launch_of, cuda::Launches;
 namespace {
 
 Launch over_rows(const char* kernel, const HeadLaunch& args) {
-  return launch_of(kernel, args.head.hidden.rows, kRowThreads, 1, 0, args);
+  return launch_of(kernel, args.head.hidden.rows, kHeadThreads, 1, 0, args);
 }
 
 Launches over_tiles(const char* kernel, const HeadLaunch& args) {

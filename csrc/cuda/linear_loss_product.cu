@@ -28,8 +28,8 @@ struct Stage {
 };
 
 struct Ring {
-  Stage stages[kStages];
-  uint64_t full[kStages], empty[kStages];
+  Stage stages[kProductStages];
+  uint64_t full[kProductStages], empty[kProductStages];
 };
 static_assert(sizeof(Ring) + 1024 == kProductShared);
 
@@ -39,7 +39,7 @@ struct Turn {
   uint32_t parity = 0;
 
   REDIT_DEVICE void next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (++stage == kProductStages) stage = 0, parity ^= 1;
   }
 };
 
@@ -160,7 +160,7 @@ REDIT_DEVICE void product(const ProductLaunch& p) {
   // The swizzle goes by the bits of the address: stages begin at multiples of 1024.
   Ring& ring = *reinterpret_cast<Ring*>(memory + (-device::shared_address(memory) & 1023));
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < kProductStages; ++i) {
       device::mbarrier_init(ring.full + i, 1);
       device::mbarrier_init(ring.empty + i, 2 * kProductPeers);  // each warpgroup of both blocks
     }

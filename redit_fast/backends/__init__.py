@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
 from typing import ParamSpec, Protocol, cast
 
@@ -44,6 +45,7 @@ class Backend(Protocol):
     def why_not(self, op: str, device: torch.device) -> str | None: ...
 
 
+@cache
 def _backend(name: str) -> Backend:
     if name not in NAMES:
         raise ValueError(f"REDIT_FAST_BACKEND must be one of {', '.join(NAMES)}, got {name!r}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from redit_fast.backends.args import DTYPES
 
 View = tuple[int, int, int, int, int, int]
+_ABSENT: View = (0, 0, 0, 0, 0, 0)
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
@@ -25,14 +26,20 @@ def view(tensor: Tensor | None, device: str = "cpu") -> View:
         ValueError: the tensor lies on another type of device, or has more than two dimensions.
     """
     if tensor is None:
-        return (0, 0, 0, 0, 0, 0)
-    if tensor.device.type != device or tensor.ndim > 2:
+        return _ABSENT
+    dimensions = tensor.ndim
+    there = tensor.is_cpu if device == "cpu" else tensor.device.type == device  # is_cpu makes no object
+    if not there or dimensions > 2:
         raise ValueError(
             f"the backend needs tensors of at most two dimensions on {device}, got {tuple(tensor.shape)} on "
             f"{tensor.device}"
         )
-    shape, strides = (1, 1, *tensor.shape), (1, 1, *tensor.stride())
-    return (tensor.data_ptr(), code(tensor.dtype), *shape[-2:], *strides[-2:])
+    address, dtype = tensor.data_ptr(), _CODES.get(tensor.dtype, -1)
+    if dimensions == 2:
+        return (address, dtype, *tensor.shape, *tensor.stride())
+    if dimensions == 1:
+        return (address, dtype, 1, *tensor.shape, 1, *tensor.stride())
+    return (address, dtype, 1, 1, 1, 1)
 
 
 def table(tensors: Sequence[Tensor | None]) -> list[tuple[int, int, int]]:

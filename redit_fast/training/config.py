@@ -6,7 +6,6 @@ in the file, and for an unknown key the closest valid one.
 
 from __future__ import annotations
 
-import re
 import shlex
 import textwrap
 import warnings
@@ -24,7 +23,7 @@ from redit_fast.gr.config import GR, Pass2Ratio, Rounding
 from redit_fast.losses.config import CLIPPED, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
-from redit_fast.training import config_file, config_values
+from redit_fast.training import config_errors, config_file, config_values
 from redit_fast.training.config_values import check_as_meant, flag_words, free_name, is_component, kinds_of, of_gr
 from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
@@ -379,18 +378,5 @@ def _checked(values: dict, where: Callable[[str], str], said: list[str]) -> Trai
             warnings.warn(sentence, stacklevel=3)
         return config
     except ValidationError as error:
-        first, *others = error.errors()
-    message = re.sub(r"^\w+ should (be|have)( greater| less)?", _needs, first["msg"].removeprefix("Value error, "))
-    if not first["loc"]:  # a check across fields, whose message names them
-        raise ValueError(where(message.partition(":")[0]) + message)
-    field, rest = str(first["loc"][0]), first["loc"][1:]
-    if first["type"] == "missing":
-        raise ValueError(f"{field}: training a model of your own needs at least one reward function")
-    item = "".join(f"[{index}]" for index in rest if isinstance(index, int))  # the others name a kind of a union
-    words = [o["ctx"]["expected"] for o in others if o["loc"][:1] == (field,) and o["type"] == "literal_error"]
-    raise ValueError(f"{where(field)}{field}{item}: got {first['input']!r}, {' or '.join([message, *words])}")
-
-
-def _needs(match: re.Match) -> str:
-    """pydantic's "Input should be greater than 0" in our words: needs a number greater than 0."""
-    return f"needs a number{match[2]}" if match[2] else "needs"
+        field, sentence = config_errors.first(error)
+    raise ValueError(where(field) + sentence)

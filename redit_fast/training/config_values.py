@@ -36,11 +36,11 @@ def check_as_meant(value: object, kinds: set[object]) -> None:
         elif int in kinds and not (
             re.fullmatch("[+-]?[0-9]+", item) if isinstance(item, str) else isinstance(item, int | NoneType)
         ):
-            raise ValueError("needs a valid integer")
+            raise ValueError("needs an integer")
         elif float in kinds and not (
             "_" not in item if isinstance(item, str) else isinstance(item, int | float | NoneType)
         ):
-            raise ValueError("needs a valid number")
+            raise ValueError("needs a number")
         elif isinstance(item, str) and "\0" in item:
             raise ValueError("needs text without null characters")
 

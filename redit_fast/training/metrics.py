@@ -10,7 +10,7 @@ import redit_fast as rf
 from redit_fast.training import data, flops, report, rewards, runs
 from redit_fast.training.batch import Batch, Pass
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.report.summary import environment, phases
+from redit_fast.training.report.summary import environment, totals
 from redit_fast.training.rollout.local import generate
 from redit_fast.training.sampling import Samples
 
@@ -157,22 +157,10 @@ def completion_lines(step: int, samples: Samples, functions, advantages: rf.Adva
 
 def summary_of(run: Path, dataset: data.Dataset, config: TrainConfig) -> dict:
     """The whole run's numbers, from its metrics: a resumed run sums over all its parts."""
-    lines = report.metrics_of(run)
-    accuracy = [line["accuracy/held_out"] for line in lines if "accuracy/held_out" in line]
-    times = dict(phases(lines, {}))
-    tokens = sum(line.get("tokens/generated", 0) for line in lines)
-    passed = [line[key] for line in lines if (key := "accuracy/held_out_pass_at_k") in line]
     return {
-        "pass_at_k_before": passed[0] if passed else None,
-        "pass_at_k_after": passed[-1] if passed else None,
-        "accuracy_before": accuracy[0] if accuracy else None,
-        "accuracy_after": accuracy[-1] if accuracy else None,
+        **totals(report.metrics_of(run)),
         "eval_problems": len(dataset.held_out),
         "eval_samples": config.eval_samples,
         "steps": config.steps,
-        "tokens_generated": tokens,
-        "tokens_per_second": tokens / times["rollout"],
-        "seconds": sum(times.values()),
-        "time": times,
         **environment(),
     }

@@ -56,7 +56,7 @@ void token_rows(const char* op, const Run& run) {
   print(op, "scaled", grad.data(), grad.size());
 }
 
-void dithered_advantages(const char* op, bool gaussian) {
+void dithered_advantages(const char* op, bool gaussian, int level) {
   constexpr int64_t N = 4096, K = 2;
   std::vector<double> rewards(N * K);
   std::vector<int64_t> groups(N), ids(N);
@@ -77,7 +77,7 @@ void dithered_advantages(const char* op, bool gaussian) {
   group_advantages({{values, mean, std, dead, dithered_mean, dithered_std},
                     {rewards.data(), groups.data(), ids.data(), weights, half_range, N, K},
                     options},
-                   1);
+                   0, {1, level});
   print(op, "values", values, N);
   print(op, "dithered_mean", dithered_mean, N);
   print(op, "dithered_std", dithered_std, N);
@@ -92,6 +92,6 @@ int main() {
   token_rows("bfloat16_capped", {Dtype::bfloat16, capped, 1, level});
   token_rows("float16", {Dtype::float16, plain, 1, level});
   token_rows("float16_capped", {Dtype::float16, capped, 1, level});
-  dithered_advantages("gaussian", true);
-  dithered_advantages("uniform", false);
+  dithered_advantages("gaussian", true, level);
+  dithered_advantages("uniform", false, level);
 }

@@ -52,6 +52,9 @@ def test_a_million_draws_at_the_edges_of_the_counter_have_the_bits_of_the_refere
     options = dict(group_size=2, dither=settings, step=2**32 - 1, sample_ids=ids, scale="none")
     ours, reference = both(torch.zeros(len(ids)), **options)
     assert all(map(torch.equal, ours, reference)) and ours.values.abs().max() > 0.03
+    for name in cpu.instruction_sets():
+        with cpu.use_instruction_set(name), rf.use_backend("cpu"):
+            assert all(map(torch.equal, rf.group_advantages(torch.zeros(len(ids)), **options), reference)), name
 
 
 def both(rewards, **options):

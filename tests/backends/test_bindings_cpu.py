@@ -60,9 +60,9 @@ def finished_rows():
     return chunk
 
 
-def group_advantages(given, options=OPTIONS, processor=PROCESSOR):
+def group_advantages(given, options=OPTIONS, group_size=0):
     tensors = list(given.values())
-    compiled.group_advantages(tensors[:6], tensors[6:], options, processor)
+    compiled.group_advantages(tensors[:6], tensors[6:], options, group_size, PROCESSOR)
 
 
 def token_loss(given, policy):
@@ -89,7 +89,7 @@ ENTRIES = {
             "weights": lambda: torch.ones(2, dtype=torch.float64),
             "half_range": lambda: torch.ones(2, dtype=torch.float64),
         },
-        {"half_range": ()},
+        {"sample_ids": (), "half_range": ()},
         (),
     ),
     "token_logp": (
@@ -270,11 +270,16 @@ def test_numbers_that_do_not_fit_are_refused_by_name():
         "first_row": [lambda row=row: anchored.add(NONE, tile, (row, 0), *HOW) for row in (1, -1, 2**63 - 1)],
         "first_column": [lambda column=column: anchored.add(NONE, tile, (0, column), *HOW) for column in (1, -1)],
         "groups": [lambda i=i: group_advantages(group | {"groups": view(ids[i])}) for i in range(2)],
+        "group_size": [
+            lambda: group_advantages(group, group_size=ROWS), lambda: group_advantages(group, group_size=-1),
+            *(lambda size=size: group_advantages(group | {"groups": NONE}, group_size=size) for size in (-5, 0, 2, 10)),
+        ],
     }  # fmt: skip
     for name, calls in refused.items():
         for call in calls:
             with pytest.raises(ValueError, match=name):
                 call()
+    group_advantages(group | {"groups": NONE}, group_size=ROWS)
     adamw(masters=(None,))
     adamw(params=(wide[0],), state=(wide[1],))
 

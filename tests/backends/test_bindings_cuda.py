@@ -62,7 +62,7 @@ def entries():
     _, advantages, free, _ = cpu.ENTRIES["group_advantages"]
     room = {"order": lambda: torch.arange(ROWS), "starts": lambda: torch.arange(ROWS + 1),
             "room": lambda: torch.zeros(ROWS * (3 * 2 + 2) + 3, dtype=torch.float64)}  # fmt: skip
-    yield "group_advantages", group_advantages, advantages | room, free | {"sample_ids": ()}, ()
+    yield "group_advantages", group_advantages, advantages | room, free, ()
     for name, call in (("token_logp", token_logp), ("token_logp_grad", token_logp_grad)):
         yield name, call, *cpu.ENTRIES[name][1:]
     for name, policy in (("token_loss", POLICY), ("token_loss with KL and correction", LOSS)):

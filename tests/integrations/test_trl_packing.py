@@ -15,11 +15,13 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer, patch  # noqa: E402
 from redit_fast.packing.attention import UnpackableError  # noqa: E402
 from tests.integrations.trl_trainers import MODELS, logs  # noqa: E402
-from tests.packing.models import model_of  # noqa: E402
+from tests.packing.models import BASE, model_of  # noqa: E402
 from tests.tolerance import relative  # noqa: E402
 
 pytest_plugins = ("tests.integrations.trl_trainers",)
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:.*gradient_checkpointing")
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28}  # fmt: skip
 TIMES = {"step_time", "train_runtime", "time/gr_pass2"}
 GR = {"gr_gamma": 0.03, "gr_epsilon": 0.05}
 RUNS = {
@@ -216,14 +218,20 @@ def test_what_cannot_be_packed_is_refused_by_name(a_trainer, folders, tokenizer,
              "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
     for kind, words in {
         # whose learned positions TRL counts from the padding on
-        "gpt2": r"the log-probs of packed rows are [0-9.e-]+ off those of TRL's padded ones",
+        "gpt2": r"the log-probs of packed rows are [0-9.e-]+ off those of padded ones",
         "lfm2": "it keeps a state along the row, in its layers of kind conv",
         "bloom": "its layers do not take their attention from transformers' registry",
         "gpt_oss": "its attention has sinks",
         "mixtral": "the loss of its router counts the tokens of every row: set router_aux_loss_coef to 0",
+        "qwen3_moe": "the loss of its router counts the tokens of every row: set router_aux_loss_coef to 0",
+        "gemma3": "it reads more than text",
     }.items():
-        own = {"layer_types": ["conv", "full_attention"]} if kind == "lfm2" else {}
-        own |= {"router_aux_loss_coef": 0.0} if kind == "gpt_oss" else {}
+        own = {
+            "lfm2": {"layer_types": ["conv", "full_attention"]},
+            "gpt_oss": {"router_aux_loss_coef": 0.0},
+            "qwen3_moe": {"num_experts": 4, "output_router_logits": True, "moe_intermediate_size": 16},
+            "gemma3": {"text_config": BASE | sizes, "vision_config": VISION},
+        }.get(kind, {})
         model_of(kind, **sizes, **own).save_pretrained(tmp_path / kind)
         tokenizer.save_pretrained(tmp_path / kind)
         monkeypatch.setitem(folders, kind, tmp_path / kind)

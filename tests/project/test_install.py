@@ -105,11 +105,11 @@ def test_the_wheel_holds_the_package_the_kernels_and_the_compiled_module(wheel, 
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         kernel = archive.read("redit_fast/kernels/element.py")
-    expected = {f"redit_fast/{name}" for name in modules(source / "redit_fast")}
+    expected = {path.relative_to(source).as_posix() for path in (source / "redit_fast").rglob("*") if path.is_file()}
     expected |= {f"redit_fast/kernels/{name}" for name in modules(source / "kernels")}
-    assert {name for name in names if name.endswith(".py")} == expected
+    assert {"redit_fast/py.typed", "redit_fast/training/report/page.html.j2"} < expected
+    assert {name for name in names if name.startswith("redit_fast/") and not name.endswith(".so")} == expected
     assert kernel == (source / "kernels" / "element.py").read_bytes()
-    assert "redit_fast/py.typed" in names
     assert any(name.startswith("redit_fast/_cpu.") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"redit_fast"}
@@ -119,8 +119,9 @@ def test_the_sdist_holds_what_a_build_needs(dist, source):
     with tarfile.open(only(dist, "*.tar.gz")) as archive:
         names = {member.name.split("/", 1)[-1] for member in archive.getmembers() if member.isfile()}
     needed = {path.relative_to(source).as_posix() for path in (source / "csrc").rglob("*") if path.is_file()}
+    needed |= {path.relative_to(source).as_posix() for path in (source / "redit_fast").rglob("*") if path.is_file()}
     needed |= {f"kernels/{name}" for name in modules(source / "kernels")}
-    needed |= {"setup.py", "setup_cuda.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "redit_fast/py.typed"}
+    needed |= {"setup.py", "setup_cuda.py", "pyproject.toml", "LICENSE", "CHANGELOG.md"}
     assert needed <= names
 
 

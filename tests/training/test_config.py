@@ -7,8 +7,9 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
+from pydantic import BaseModel, Field, ValidationError
 
-from redit_fast.training import config, known_names, presets
+from redit_fast.training import config, config_errors, known_names, presets
 from redit_fast.training.config import TrainConfig, load
 
 
@@ -89,12 +90,12 @@ def test_a_value_is_taken_as_it_is_written():
         ("gr_normalized: 1", "c.yaml:1: gr_normalized: got 1, needs true or false"),
         ("stepz: 3", "c.yaml:1: unknown key 'stepz', the closest valid one is 'steps'"),
         ("seed: 1\n\nlearning-rate: 1e-5", "c.yaml:3: unknown key 'learning-rate', the closest valid one is"),
-        ("seed: 1\nsteps: many", "c.yaml:2: steps: got 'many', needs a valid integer"),
-        ("steps: 2.5", "c.yaml:1: steps: got 2.5, needs a valid integer"),
+        ("seed: 1\nsteps: many", "c.yaml:2: steps: got 'many', needs an integer"),
+        ("steps: 2.5", "c.yaml:1: steps: got 2.5, needs an integer"),
         ("steps: 0", "c.yaml:1: steps: got 0, needs a number greater than or equal to 1"),
-        ("steps: null", "c.yaml:1: steps: got None, needs a valid integer"),
+        ("steps: null", "c.yaml:1: steps: got None, needs an integer"),
         ("steps: true", "c.yaml:1: steps: got True, needs a number or quoted text, not a truth value"),
-        ("steps: {a: 1}", "c.yaml:1: steps: got {'a': 1}, needs a valid integer"),
+        ("steps: {a: 1}", "c.yaml:1: steps: got {'a': 1}, needs an integer"),
         ("name: no", "c.yaml:1: name: got False, needs a number or quoted text, not a truth value"),
         ("name: ../x", "c.yaml:1: name: got '../x', needs one printable path component"),
         ("name: ..", "c.yaml:1: name: got '..', needs one printable path component"),
@@ -104,10 +105,13 @@ def test_a_value_is_taken_as_it_is_written():
         ("group_size: 1", "c.yaml:1: group_size: got 1, needs a number greater than or equal to 2"),
         ("seed: -1", "c.yaml:1: seed: got -1, needs a number greater than or equal to 0"),
         (f"seed: {2**64}", "c.yaml:1: seed: got 18446744073709551616, needs a number less than 18446744073709551616"),
-        ("dither_dead_groups: drop", "c.yaml:1: dither_dead_groups: got 'drop', needs 'apply', 'skip', 'center_only'"),
-        ("rewards: exact_answer", "c.yaml:1: rewards: got 'exact_answer', needs a valid list"),
+        (
+            "dither_dead_groups: drop",
+            "c.yaml:1: dither_dead_groups: got 'drop', needs 'apply', 'skip', 'center_only' or 'only'",
+        ),
+        ("rewards: exact_answer", "c.yaml:1: rewards: got 'exact_answer', needs a list"),
         ("rewards: []", "c.yaml:1: rewards: got [], needs at least 1 item"),
-        ("rewards: [a, 3]", "c.yaml:1: rewards[1]: got 3, needs a valid string"),
+        ("rewards: [a, 3]", "c.yaml:1: rewards[1]: got 3, needs text"),
         ("data: x.jsonl", "c.yaml:1: data: the embedded demo has its own"),
         ("model: gpt2", "rewards: training a model of your own needs at least one reward function"),
         ("model: gpt2\nrewards: [a]", "data: training a model of your own needs a JSONL file"),
@@ -115,7 +119,7 @@ def test_a_value_is_taken_as_it_is_written():
         (OWN + "reward_weights: [1, 2]", "c.yaml:4: reward_weights: got 2 for 1 reward functions"),
         ("seed: 1\nloss_type: dro", "c.yaml:2: loss_type: dro needs a dro_beta"),
         ("gr_epsilon: 0", "c.yaml:1: gr_epsilon: got 0, needs a number greater than 0"),
-        ("gr_epsilon: auot", "c.yaml:1: gr_epsilon: got 'auot', needs a valid number, unable to parse string as a"),
+        ("gr_epsilon: auot", "c.yaml:1: gr_epsilon: got 'auot', needs a number or 'auto'"),
         ("epsilon: 1e-3", "c.yaml:1: unknown key 'epsilon': GR's step is 'gr_epsilon', a clip range is 'clip_low' and"),
         ("seed: 1\nlr: 1e-5", "c.yaml:2: unknown key 'lr', it is 'learning_rate' here"),
         ("seed: 1\nuse_vllm: true", "c.yaml:2: unknown key 'use_vllm': completions are sampled by the model itself"),
@@ -141,6 +145,35 @@ def test_a_bad_file_gets_one_sentence_that_names_the_place(tmp_path, text, sente
         load(write(tmp_path / "c.yaml", text))
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+HOSTILE = ["x", "", "\ud800", "1" * 5000, "-1", 0, -1, 2**33, 10.5, math.inf, [], [[]], ["\ud800"], [""], {}, object()]
+
+
+def test_every_error_that_pydantic_can_have_for_a_setting_has_its_words():
+    seen = set()
+    for field in TrainConfig.model_fields:
+        for value in HOSTILE:
+            try:
+                TrainConfig(**{field: value})
+                continue
+            except ValidationError as error:
+                seen |= {problem["type"] for problem in error.errors()}
+            with pytest.raises(ValueError, match=field) as error:
+                load(None, {field: value})
+            assert "another value" not in str(error.value) and len(str(error.value).splitlines()) == 1
+            assert len(str(error.value)) < 500
+    assert seen - {"value_error", "missing"} == set(config_errors.NEEDS)
+
+
+def test_an_error_that_is_in_no_table_is_told_as_pydantic_tells_it():
+    class Even(BaseModel):
+        number: int = Field(multiple_of=2)
+
+    with pytest.raises(ValidationError) as error:
+        Even(number=3)
+    told = "number: got 3, needs another value (Input should be a multiple of 2)"
+    assert config_errors.first(error.value) == ("number", told)
 
 
 def test_an_override_that_is_wrong_is_not_blamed_on_the_file(tmp_path):

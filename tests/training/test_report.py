@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 
 from redit_fast.training import config, report
-from redit_fast.training.report import curves
+from redit_fast.training.report import curves, panels, samples, svg
 from redit_fast.training.report.summary import closing_rows, environment
 
 PHASES = {"rollout": 2.0, "reward": 0.5, "pass1": 3.0, "pass2": 3.0, "optimizer": 0.5, "eval": 1.0}
@@ -35,9 +35,13 @@ def metrics(steps):
             "reward/dithered_std": 0.31,
             "accuracy/train": step / steps,
             "frac_reward_zero_std": 0.25,
+            "loss": -1 / step,
+            "entropy": 0.2,
             "grad_norm": 1.5 + math.sin(step),
             "gr/step_cos": 0.999,
             "completions/mean_length": 20 + step,
+            "completions/clipped_ratio": 0.1,
+            "tokens/per_second_rollout": 9000.0,
             **{f"time/{phase}": seconds for phase, seconds in PHASES.items()},
             "step_time": 10.0,
         }
@@ -82,7 +86,7 @@ def run(tmp_path):
     own = {"model": "gpt2", "data": "d.jsonl", "rewards": ["exact_answer", "xml_format"], "steps": 12, "seed": 3}
     (folder / "config.json").write_text(config.load(None, own).model_dump_json())
     write(folder / "metrics.jsonl", metrics(12))
-    write(folder / "completions.jsonl", [*completions(1), *completions(12)])
+    write(folder / "completions.jsonl", [line for step in range(1, 13) for line in completions(step)])
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     return folder
 
@@ -92,7 +96,7 @@ def write(path, rows):
 
 
 class Page(HTMLParser):
-    """The text and the tags of a page; every tag closed, nothing loaded from elsewhere."""
+    """The text and the tags of a page; every tag closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -103,7 +107,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
-        if tag not in ("meta", "img", "br", "wbr"):
+        if tag not in ("meta", "br", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -111,21 +115,22 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if "style" not in self.open:
-            self.text += data + "\n"
+            self.text += data
 
 
-def read(run):
-    return Page((run / "report.html").read_text("utf-8"))
+def page_of(run):
+    return Page(report.page.render(report.read(run)))
 
 
 def test_a_finished_run_has_a_picture_and_a_page_that_stands_alone(run):
     report.write(run)
     picture = matplotlib.image.imread(run / "curves.png")
-    assert picture.shape[1] > picture.shape[0] > 600
+    assert picture.shape[0] > picture.shape[1] > 600
     assert len({tuple(pixel) for pixel in picture[::7, ::7].reshape(-1, picture.shape[2])}) > 20
-    page = read(run)
-    assert len(page.links) == 1 and page.links[0].startswith("data:image/png;base64,")
-    assert "script" not in page.tags and "link" not in page.tags and "@import" not in (run / "report.html").read_text()
+    source = (run / "report.html").read_text("utf-8")
+    page = Page(source)
+    assert page.links == [] and not {"script", "link", "img", "image", "use"} & set(page.tags)
+    assert "@import" not in source and "url(" not in source and "@media print" in source
     for expected in (
         "my run",
         "gpt2 on d.jsonl: 12 of 12 steps",
@@ -140,7 +145,6 @@ def test_a_finished_run_has_a_picture_and_a_page_that_stands_alone(run):
         "learning_rate",
     ):
         assert expected in page.text, expected
-    assert "@media print" in (run / "report.html").read_text()
     assert not list(run.glob(".*"))
 
 
@@ -149,32 +153,71 @@ def test_the_rerun_command_gives_the_same_config(run):
 
     from redit_fast import cli
 
-    report.write(run)
-    command = re.search(r"redit-fast train .*", read(run).text)[0]
+    command = re.search(r"redit-fast train .*", page_of(run).text)[0]
     parser = cli._Parser()
     cli._add_train_flags(parser)
     again = config.load(None, cli.settings(parser.parse_args(shlex.split(command)[2:])))
     assert again == config.load(run / "config.json").model_copy(update={"name": "my run-again"})
 
 
-def test_best_and_worst_completion_of_the_last_step_are_shown_by_weighted_reward(run):
-    report.write(run)
-    page = read(run)
-    shown = re.findall(r"completion \d of step \d+", page.text)
-    assert shown == ["completion 1 of step 12", "completion 2 of step 12"]
+def shown_in(page):
+    return re.findall(r"completion \d of step \d+", page.text)
+
+
+def test_best_and_worst_completions_of_four_steps_are_shown_by_weighted_reward(run):
+    page = page_of(run)
+    assert shown_in(page) == [f"completion {i} of step {step}" for step in (1, 5, 8, 12) for i in (1, 2)]
     assert "exact_answer 1, xml_format 0.25 · advantage 0.5" in page.text
+    assert "Step 8 mean reward 1.17, 67% correct" in page.text and "Best of 4" in page.text
     negative = config.load(run / "config.json", {"reward_weights": [-1, 1]})
     (run / "config.json").write_text(negative.model_dump_json())
     write(run / "completions.jsonl", list(completions(4))[:2])
-    report.write(run)
-    shown = re.findall(r"completion \d of step \d+", read(run).text)
-    assert shown == ["completion 0 of step 4", "completion 1 of step 4"]
+    assert shown_in(page_of(run)) == ["completion 0 of step 4", "completion 1 of step 4"]
 
 
-def test_an_unscored_reward_says_so(run):
-    write(run / "completions.jsonl", list(completions(2))[3:])
-    report.write(run)
-    assert "exact_answer unscored, xml_format 0.25 · advantage unscored" in read(run).text
+@pytest.mark.parametrize(("steps", "chosen"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (5000, [1, 1667, 3334, 5000])])
+def test_the_steps_are_the_first_the_last_and_some_between(steps, chosen):
+    lines = (line for step in range(1, steps + 1) for line in completions(step))
+    assert [found.step for found in samples.chosen(lines, [1.0, 1.0])] == chosen
+
+
+def test_samples_of_equal_rewards_are_shown_once_and_unscored_ones_say_so(run):
+    write(run / "completions.jsonl", list(completions(2))[3:] * 2)
+    page = page_of(run)
+    assert "exact_answer unscored, xml_format 0.25 · advantage unscored" in page.text
+    assert "One of 2 with equal rewards" in page.text and len(shown_in(page)) == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 2000, 2001, 3000])
+def test_a_text_of_some_length_is_whole(length):
+    whole = "x" * length
+    text = samples.Text.of(whole, 1000)
+    assert text.beginning + text.end == whole and text.left_out == 0
+
+
+@pytest.mark.parametrize(("whole", "most"), [("y" * 100_000, 3000), ("\n" * 900, 60), ("word " * 30 + "\n" * 900, 210)])
+def test_a_long_text_has_its_two_ends_and_says_what_is_left_out(whole, most):
+    text = samples.Text.of(whole, 1000)
+    assert len(text.beginning) + text.left_out + len(text.end) == len(whole) and text.left_out > 0
+    assert whole.startswith(text.beginning) and whole.endswith(text.end)
+    assert len(text.beginning) + len(text.end) <= most
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": None},
+        {"rewards": {}},
+        {"rewards": {"a": "1", "b": 1}},
+        {"rewards": [1, 1]},
+        {"advantage": "0"},
+        {"completion": 3},
+    ],
+)
+def test_a_line_that_is_no_sample_is_named(run, change):
+    write(run / "completions.jsonl", [next(completions(7)) | change])
+    with pytest.raises(ValueError, match="completions.jsonl: malformed: a sample of step 7 lacks"):
+        report.read(run)
 
 
 def test_a_run_of_schema_1_has_the_same_report(run):
@@ -182,9 +225,10 @@ def test_a_run_of_schema_1_has_the_same_report(run):
     names = {new: old for old, new in report.OF_SCHEMA_1.items()}
     for lines in (metrics(12), [{names.get(key, key): row[key] for key in row} | {"schema": 1} for row in metrics(12)]):
         write(run / "metrics.jsonl", lines)
-        report.write(run)
-        pages.append((run / "report.html").read_text() + (run / "curves.png").read_bytes().hex())
-    assert "reward/raw_mean" in (run / "metrics.jsonl").read_text() and pages[0] == pages[1]
+        pages.append(report.page.render(report.read(run)))
+    written = (run / "metrics.jsonl").read_text()
+    assert all(f'"{old}": ' in written for old in report.OF_SCHEMA_1) and pages[0] == pages[1]
+    assert all(title in pages[1] for title in ("Completions cut off", "Tokens a second", "Time of a step"))
     assert report.metrics_of(run) == list(metrics(12))
 
 
@@ -194,12 +238,13 @@ def test_a_killed_run_has_a_report_without_its_half_line(run):
         file.write('{"schema": 2, "step": 13, "reward/ra')
     with open(run / "completions.jsonl", "a") as file:
         file.write('{"schema": 2, "step": 13}')  # whole, but without its line end
-    report.write(run)
-    page = read(run)
+    page = page_of(run)
     assert "it has not ended" in page.text
-    assert "12 of 12 steps" in page.text and "of step 12" in page.text
+    assert "12 of 12 steps" in page.text and "of step 12" in page.text and "step 13" not in page.text
+    assert "Held-out accuracy so far83.3%" in page.text and "after RL" not in page.text
     assert "Where the time went: 2 min 30 s" in page.text and "pass1 36.0 s (24%)" in page.text
-    assert page.text.index("pass1 36.0 s") < page.text.index("warm start 30.0 s (20%)") < page.text.index("other 0.0 s")
+    assert page.text.index("pass1 36.0 s") < page.text.index("warm start 30.0 s (20%)")
+    assert "other" not in page.text  # which took no time
     assert "(where this report was made)" in page.text
 
 
@@ -216,15 +261,15 @@ def test_a_run_that_has_hardly_begun_has_a_report(run, damage):
     (run / "summary.json").unlink()
     report.write(run)
     steps = {"empty": 0, "missing": 0, "one": 0, "bare": 1}[damage]
-    assert f"{steps} of 12 steps" in read(run).text
-    assert matplotlib.image.imread(run / "curves.png").shape[0] > 600
+    assert f"{steps} of 12 steps" in page_of(run).text
+    assert matplotlib.image.imread(run / "curves.png").shape[1] > 600
 
 
 def test_a_damaged_line_in_the_middle_is_named(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([*lines[:4], lines[4][:30], *lines[5:]]) + "\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl:5: malformed line"):
-        report.write(run)
+        report.read(run)
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", "null", '{"step": "1"}', '{"step": true}'])
@@ -232,85 +277,166 @@ def test_a_damaged_line_in_the_middle_is_named(run):
 def test_a_line_that_is_of_no_step_is_named(run, name, line):
     (run / name).write_text(line + "\n")
     with pytest.raises(ValueError, match=rf"{name}:1: malformed line: needs an object with the number of its step"):
-        report.write(run)
+        report.read(run)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{"])
 def test_a_damaged_summary_is_named(run, text):
     (run / "summary.json").write_text(text)
     with pytest.raises(ValueError, match=r"summary.json: malformed"):
-        report.write(run)
+        report.read(run)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nothing here holds no run: it has no config.json"):
-        report.write(tmp_path / "nothing here")
+        report.read(tmp_path / "nothing here")
 
 
-EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'"
+EVIL = "</pre></style><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'{{ 7 * 7 }}{% raw %}"
 
 
 def test_every_text_is_escaped(run):
+    tags = set(page_of(run).tags)
     settings = {"model": EVIL, "data": EVIL, "rewards": [EVIL], "system_prompt": EVIL, "steps": 12}
     (run / "config.json").write_text(config.load(None, settings).model_dump_json())
     row = next(completions(0))
     write(run / "completions.jsonl", [{**row, "prompt": EVIL, "completion": EVIL, "rewards": {EVIL: 1.0}}])
+    write(run / "metrics.jsonl", [line | {f"rewards/{EVIL}/mean": 0.5} for line in metrics(12)])
     summary = {**SUMMARY, "commit": EVIL, "versions": {EVIL: EVIL}, "time": {EVIL: 1.0}}
     (run / "summary.json").write_text(json.dumps(summary))
     evil_run = run.rename(run.parent / "<b>&")
-    report.write(evil_run)
-    page = read(evil_run)
-    assert "script" not in page.tags and page.tags.count("img") == 1 and len(page.links) == 1
-    assert page.text.count(EVIL) >= 9
+    page = page_of(evil_run)
+    assert set(page.tags) <= tags and page.links == []
+    assert page.text.count(EVIL) >= 11
     assert "<b>&" in page.text
 
 
-def test_a_picture_is_drawn_of_what_was_switched_off_and_of_a_long_run(run):
+UNSEEN = "\0 \x07 \x1b[31m \x7f \x85 \r\n \u202eright to left\u202c \u2067 \ud800 \udfff"
+
+
+def test_a_character_that_shows_nothing_is_spelled_and_the_others_are_as_they_are(run):
+    seen = "\n\tمرحبا 12 + 4 \u200d😀\n"
+    line = {**next(completions(1)), "prompt": UNSEEN, "completion": seen, "rewards": {"a": 1.0, UNSEEN: 0.5}}
+    write(run / "completions.jsonl", [line])
+    source = report.page.render(report.read(run))
+    assert source.encode() and not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", source)
+    page = Page(source)
+    spelled = r"\x00 \x07 \x1b[31m \x7f \x85 \r" + "\n " + r"\u202eright to left\u202c \u2067 \ud800 \udfff"
+    assert page.text.count(spelled) == 2
+    assert f"\n{seen}" in page.text  # a browser drops the line end that is right after <pre>
+
+
+def titles(found):
+    return {panel.title for section in found for panel in section.panels}
+
+
+def panel_of(run_config, rows, title):
+    return next(p for section in panels.of_run(run_config, rows) for p in section.panels if p.title == title)
+
+
+def test_a_panel_and_a_part_that_the_run_has_nothing_for_are_left_out(run):
     off = config.load(run / "config.json", {"gr_gamma": 0, "dither_level": 0, "max_grad_norm": None})
-    with_all = curves.draw(config.load(run / "config.json"), list(metrics(12)))
-    figure = curves.draw(off, list(metrics(500)))
-    reward, _, _, norm, cosine, _, _, each, sharp = figure.axes
-    assert [text.get_text() for text in cosine.texts] == ["no perturbation: gr_gamma is 0"] and not cosine.lines
-    assert len(with_all.axes[3].lines) == 2 and not any(line.get_label().startswith("clipped") for line in norm.lines)
-    labels = [[text.get_text() for text in axes.get_legend().texts] for axes in (reward, with_all.axes[0])]
-    assert labels == [["clean"], ["clean", "dithered"]]
-    assert [len(axes.lines) for axes in (reward, norm)] == [2, 2]  # the steps, faint, and the smoothed curve
-    assert [text.get_text() for text in sharp.texts] == ["not probed: sharpness_every is 0"] and not sharp.lines
-    assert not each.lines  # these runs have no single rewards
-    assert all(axes.get_title() and axes.get_ylabel() for axes in figure.axes)
-    assert [axes.get_xlabel() for axes in figure.axes[6:]] == ["step"] * 3
+    rows = [{key: value for key, value in row.items() if not key.startswith("gr/")} for row in metrics(12)]
+    everything = titles(panels.of_run(config.load(run / "config.json"), list(metrics(12))))
+    assert everything - titles(panels.of_run(off, rows)) == {"Perturbation"}
+    assert {"Reward", "Loss", "Entropy", "Accuracy", "Completion length"} < everything
+    assert not {"Sharpness", "Each reward", "KL to the reference", "Learning rate"} & everything
+    assert [curve.label for curve in panel_of(off, rows, "Reward").curves] == ["clean"]
+    assert panel_of(off, rows, "Gradient norm").mark is None
+    for name in ("metrics.jsonl", "completions.jsonl", "summary.json"):
+        (run / name).unlink()
+    page = page_of(run)
+    assert not {"svg", "article", "figure"} & set(page.tags)
+    assert not re.search("Curves|Completions|Where the time|accuracy", page.text) and "Run it again" in page.text
+
+
+def test_the_picture_has_every_panel(run):
+    found = panels.of_run(config.load(run / "config.json"), list(metrics(12)))
+    figure = curves.draw(found, 12)
+    assert {axes.get_title() for axes in figure.axes} == titles(found)
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_title() == "Reward"]
+    assert [text.get_text() for text in legends[0].texts] == ["clean", "dithered"]
+    assert all(axes.lines and axes.get_xlim()[1] >= 12 for axes in figure.axes)
+    assert [axes.get_xlabel() for axes in figure.axes[-3:]] == ["step"] * 3
 
 
 def test_a_gamed_reward_shows_in_one_panel_and_each_reward_in_another(run):
     """The training reward with what is true of the held-out problems; format beside correctness."""
-    probed = config.load(run / "config.json", {"sharpness_every": 4})
     rows = list(metrics(12))
     for row in rows[1:]:
         row |= {"rewards/exact_answer/mean": 0.1, "rewards/xml_format/mean": row["step"] / 12, "ratio/mean": 1.0}
         if row["step"] % 4 == 0:
             row |= {"sharpness/curvature": 2.0 * row["step"], "rewards/xml_format/held_out": 0.7}
-    *_, gamed, each, sharp = curves.draw(probed, rows).axes
-    assert [line.get_label() for line in gamed.lines] == ["training reward", "held-out acc."]
-    assert list(gamed.lines[1].get_ydata()) == [0.0, 5 / 12, 10 / 12]
-    assert [text.get_text() for text in each.get_legend().texts] == ["exact_answer", "xml_format"]
-    assert list(each.lines[3].get_xdata()) == [4, 8, 12] and set(each.lines[3].get_ydata()) == {0.7}
-    assert list(sharp.lines[0].get_ydata()) == [8.0, 16.0, 24.0]
+    gamed, each, sharp = (
+        panel_of(config.load(run / "config.json"), rows, title)
+        for title in ("Reward and truth", "Each reward", "Sharpness")
+    )
+    assert [curve.label for curve in gamed.curves] == ["training reward", "held out, greedy"]
+    assert gamed.curves[1].values == [0.0, 5 / 12, 10 / 12]
+    assert [curve.label for curve in each.curves] == ["exact_answer", "xml_format", ""]
+    assert each.curves[2].steps == [4, 8, 12] and set(each.curves[2].values) == {0.7}
+    assert each.curves[1].colour == each.curves[2].colour != each.curves[0].colour
+    assert sharp.curves[0].values == [8.0, 16.0, 24.0]
 
 
 def test_null_is_a_gap_in_a_curve():
-    figure = curves.draw(config.load(), list(metrics(12)))
-    dithered = next(line for line in figure.axes[0].lines if line.get_label() == "dithered")
-    assert [math.isnan(value) for value in dithered.get_ydata()] == [step == 3 for step in range(1, 13)]
-    held_out = next(line for line in figure.axes[1].lines if line.get_label().startswith("held out"))
-    assert list(held_out.get_xdata()) == [0, 5, 10]
+    reward = panel_of(config.load(), list(metrics(12)), "Reward")
+    clean, dithered = reward.curves
+    assert [math.isnan(value) for value in dithered.values] == [step == 3 for step in range(1, 13)]
+    drawn = svg.drawing(reward, 12).lines
+    assert [line.line.count("M") for line in drawn] == [1, 2] and drawn[0].band.count("z") == 1
+    assert clean.last() == 1.5 and dithered.last() == 1.51
+    lone = svg.drawing(
+        panels.Panel("", "", panels._curve([{"step": i, "x": [1, None][i % 2]} for i in range(4)], "x")), 3
+    )
+    assert len(lone.lines[0].dots) == 2  # a path through one point draws nothing
 
 
-def test_smoothing_keeps_the_mean_and_bridges_single_gaps():
-    values = [float(i % 2) for i in range(400)]
-    values[100] = math.nan
-    smooth = curves._smooth(values)
-    assert len(smooth) == 400 and all(abs(value - 0.5) < 0.11 for value in smooth[10:-10])
-    assert curves._smooth(values[:50]) == values[:50]
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "x", True, 10**400, 1e308, -1e308, 5e-324, 1e17])
+def test_no_value_stops_a_report(run, value):
+    rows = list(metrics(12))
+    rows[5] |= {"loss": value, "reward": value, "reward_std": value, "grad_norm": value}
+    found = panels.of_run(config.load(run / "config.json"), rows)
+    for section in found:
+        for panel in section.panels:
+            drawn = svg.drawing(panel, 12)
+            numbers = re.findall(r"[-\d.e+]+|nan|inf", " ".join(line.line + line.band for line in drawn.lines))
+            assert all(-1 <= float(number) <= svg.WIDTH + 1 for number in numbers) and drawn.rows
+    if value in (math.nan, 1e308, 1e17):
+        write(run / "metrics.jsonl", rows)
+        report.write(run)
+
+
+def test_a_long_curve_has_the_means_of_its_stretches_and_what_is_around_them():
+    rows = [{"step": i, "x": float(i % 2)} for i in range(400)]
+    rows[100]["x"] = None
+    (curve,) = panels._curve(rows, "x")
+    assert len(curve.values) == 100 and curve.steps[:2] == [1.5, 5.5]
+    assert [value for i, value in enumerate(curve.values) if i != 25] == [0.5] * 99 and curve.values[25] == 2 / 3
+    assert set(curve.low) == {0.0} and set(curve.high) == {1.0}
+    (short,) = panels._curve(rows[:50], "x")
+    assert short.values == [row["x"] for row in rows[:50]] and short.low == []
+    (around,) = panels._curve([row | {"d": 0.25} for row in rows], "x", around="d")
+    assert around.low[0] == 0.25 and around.high[0] == 0.75
+
+
+def test_a_page_of_5000_steps_is_small(run):
+    own = config.load(run / "config.json", {"steps": 5000})
+    (run / "config.json").write_text(own.model_dump_json())
+    long = "word " * 4000
+    write(run / "metrics.jsonl", metrics(5000))
+    write(run / "completions.jsonl", [{**line, "prompt": long, "completion": long} for line in completions(3)])
+    assert "5,000 of 5,000 steps" in page_of(run).text and "means of up to 51 steps" in page_of(run).text
+    assert len(report.page.render(report.read(run)).encode()) < 150_000
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, "0 0.2 0.4 0.6 0.8 1"), (-3, 41, "0 10 20 30 40"), (0.99991, 1, "0.99992 0.99994 0.99996 0.99998 1"),
+     (0, 3e4, "0 10k 20k 30k"), (-0.7, 0, "−0.6 −0.4 −0.2 0"), (0, 2.4e6, "0 500k 1M 1.5M 2M")],
+)  # fmt: skip
+def test_an_axis_has_round_numbers(low, high, expected):
+    assert " ".join(map(svg.number, svg.ticks(low, high, 5))) == expected
 
 
 def test_the_closing_table_leaves_out_what_it_does_not_know():

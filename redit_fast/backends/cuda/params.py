@@ -123,7 +123,7 @@ def adamw(
     grads = contiguous(grads)
     p, master, m, v = map(table, work)
     lists = [p, master, table(grads), m, v, table(steps)]
-    scalars = factor.new_empty(10 * len(steps), dtype=torch.float32)  # csrc/cuda/bindings_params.cpp says of what
+    scalars = factor.new_empty(10 * len(steps), dtype=torch.float32)  # csrc/cuda/bindings_params.h says of what
     options = AdamwOptions(lr, beta1, beta2, eps, weight_decay)
     launches = compiled.adamw(lists, views(factor, finite), options, view(scalars), device_of(factor))
     run(launches, factor, finite, scalars, *steps, *grads, *(tensor for tensors in work for tensor in tensors))

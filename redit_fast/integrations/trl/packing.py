@@ -18,7 +18,7 @@ from redit_fast.ops.targets import IGNORE
 from redit_fast.packing import plan
 from redit_fast.packing.attention import UnpackableError, attending, refusal
 from redit_fast.packing.plan import Budget
-from redit_fast.packing.rows import ranges, scored_hidden
+from redit_fast.packing.rows import difference, ranges, scored_hidden
 
 ROWS = {"input_ids", "attention_mask", "use_cache"}  # what TRL hands to the decoder for text
 
@@ -131,8 +131,4 @@ def _difference(trainer: Any, model: PreTrainedModel) -> str | None:
                 packed = model(**rows, fused_lm_head=True).log_probs
     finally:
         model.train(training)
-    off = (packed - padded).abs().max().item()
-    rounded = trainer.args.bf16 or trainer.args.fp16 or model.dtype != torch.float32
-    if not off < (0.3 if rounded else 1e-3):  # bfloat16 logits are off by up to 0.17
-        return f"the log-probs of packed rows are {off:.2g} off those of TRL's padded ones"
-    return None
+    return difference(packed, padded, trainer.args.bf16 or trainer.args.fp16 or model.dtype != torch.float32)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib import rc_context
 
 from redit_fast.training import config as train_config
-from redit_fast.training.report import curves, page
+from redit_fast.training.report import curves, page, panels, samples
+from redit_fast.training.report.summary import totals
 
 OF_SCHEMA_1 = {
     "reward/raw_mean": "reward",
@@ -29,29 +31,55 @@ def write(run_dir: str | Path) -> None:
     """Write curves.png and report.html into a run's folder, replacing older ones.
 
     Raises:
-        ValueError: the folder holds no run, or a file of it is damaged (but for a last line that was cut off).
+        ValueError: as `read`.
     """
-    run = Path(run_dir)
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} holds no run: it has no config.json")
-    config = train_config.load(run / "config.json")
-    metrics, completions = metrics_of(run), rows(run / "completions.jsonl")
+    run = read(run_dir)
+    picture = io.BytesIO()
+    with rc_context(curves.STYLE):
+        curves.draw(run.sections, run.done).savefig(picture, format="png", dpi=150)
+    for name, content in (("curves.png", picture.getvalue()), ("report.html", page.render(run).encode())):
+        draft = Path(run_dir, f".{name}.{os.getpid()}")  # a run that ends may draw its own meanwhile
+        draft.write_bytes(content)
+        os.replace(draft, Path(run_dir, name))
+
+
+def read(run_dir: str | Path) -> page.Run:
+    """What a run's folder tells.
+
+    Raises:
+        ValueError: it holds no run, or a file of it is damaged (but for a last line that was cut off).
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no run: it has no config.json")
+    config, metrics, summary = train_config.load(folder / "config.json"), metrics_of(folder), _summary(folder)
+    weights, completions = config.reward_weights or [1.0] * len(config.rewards), folder / "completions.jsonl"
+    try:
+        shown = samples.chosen(each_row(completions), weights)
+    except samples.SampleError as error:
+        raise ValueError(f"{completions}: malformed: {error}") from None
+    return page.Run(
+        name=folder.resolve().name,
+        config=config,
+        metrics=metrics,
+        sections=panels.of_run(config, metrics),
+        samples=shown,
+        summary=totals(metrics) | summary,
+        ended=bool(summary),
+    )
+
+
+def _summary(run: Path) -> dict:
+    """Empty while the run has not ended."""
     try:
         summary = json.loads((run / "summary.json").read_text("utf-8"))
     except FileNotFoundError:
-        summary = {}
+        return {}
     except ValueError as error:
         raise ValueError(f"{run / 'summary.json'}: malformed: {error}") from None
     if not isinstance(summary, dict):
         raise ValueError(f"{run / 'summary.json'}: malformed: needs an object")
-    picture = io.BytesIO()
-    with rc_context(curves.STYLE):
-        curves.draw(config, metrics).savefig(picture, format="png", dpi=150)
-    html = page.render(run, config, metrics, completions, summary, picture.getvalue())
-    for name, content in (("curves.png", picture.getvalue()), ("report.html", html.encode("utf-8", "replace"))):
-        draft = run / f".{name}.{os.getpid()}"  # a run that ends may draw its own meanwhile
-        draft.write_bytes(content)
-        os.replace(draft, run / name)
+    return summary
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -66,17 +94,24 @@ def in_todays_names(line: dict) -> dict:
 
 
 def rows(path: Path) -> list[dict]:
+    """All of `each_row`."""
+    return list(each_row(path))
+
+
+def each_row(path: Path) -> Iterator[dict]:
     """The objects of a JSONL file, none if there is no file. A last line without a line end was cut off: left out."""
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        file = path.open("rb")
     except FileNotFoundError:
-        lines = []
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: malformed line: {error}") from None
-        if not isinstance(found[-1], dict) or type(found[-1].get("step")) is not int:
-            raise ValueError(f"{path}:{number}: malformed line: needs an object with the number of its step")
-    return found
+        return
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: malformed line: {error}") from None
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError(f"{path}:{number}: malformed line: needs an object with the number of its step")
+            yield row

@@ -11,7 +11,25 @@ from pathlib import Path
 from redit_fast import __version__
 
 
-def closing_rows(summary: dict) -> list[tuple[str, str]]:
+def totals(metrics: Sequence[dict]) -> dict:
+    """What a run's lines come to, under the names of its summary; None is what they do not tell."""
+    accuracy = [row["accuracy/held_out"] for row in metrics if "accuracy/held_out" in row]
+    passed = [row[key] for row in metrics if (key := "accuracy/held_out_pass_at_k") in row]
+    times = _times(metrics)
+    tokens = sum(row.get("tokens/generated") or 0 for row in metrics)
+    return {
+        "pass_at_k_before": passed[0] if passed else None,
+        "pass_at_k_after": passed[-1] if passed else None,
+        "accuracy_before": accuracy[0] if accuracy else None,
+        "accuracy_after": accuracy[-1] if accuracy else None,
+        "tokens_generated": tokens,
+        "tokens_per_second": tokens / times["rollout"] if times.get("rollout") else None,
+        "seconds": sum(times.values()) or None,
+        "time": times,
+    }
+
+
+def closing_rows(summary: dict, then: str = "after RL") -> list[tuple[str, str]]:
     """The closing table of a run, (what, value), from its summary; what the summary lacks is left out."""
 
     def known(*names: str) -> bool:
@@ -21,13 +39,13 @@ def closing_rows(summary: dict) -> list[tuple[str, str]]:
     if known("accuracy_before"):
         table.append(("Held-out accuracy before RL", f"{summary['accuracy_before']:.1%}"))
     if known("accuracy_after"):
-        table.append(("Held-out accuracy after RL", f"{summary['accuracy_after']:.1%}"))
+        table.append((f"Held-out accuracy {then}", f"{summary['accuracy_after']:.1%}"))
     if known("accuracy_before", "accuracy_after"):
         table.append(("Gain", f"{100 * (summary['accuracy_after'] - summary['accuracy_before']):+.1f} points"))
     samples = summary.get("eval_samples") or 1
     if known("pass_at_k_before", "pass_at_k_after"):
         before, after = summary["pass_at_k_before"], summary["pass_at_k_after"]
-        table.append((f"Held-out pass@{samples} before and after RL", f"{before:.1%}, {after:.1%}"))
+        table.append((f"Held-out pass@{samples} before and {then}", f"{before:.1%}, {after:.1%}"))
     if known("eval_problems"):
         answered = "answered greedily" if samples == 1 else f"{samples} sampled answers each"
         table.append((f"Held-out problems, {answered}", f"{summary['eval_problems']:,}"))
@@ -41,13 +59,11 @@ def closing_rows(summary: dict) -> list[tuple[str, str]]:
     return table
 
 
-def phases(metrics: Sequence[dict], summary: dict) -> list[tuple[str, float]]:
-    """(phase, seconds) of the whole run, the longest first: of its summary, else summed over its metrics."""
-    if summary.get("time"):
-        return list(summary["time"].items())
+def _times(metrics: Sequence[dict]) -> dict[str, float]:
+    """Seconds of each phase over all lines, the longest first."""
     names = dict.fromkeys(key for row in metrics for key in row if key.startswith("time/"))
-    total = [(name.removeprefix("time/"), sum(row.get(name) or 0.0 for row in metrics)) for name in names]
-    return sorted(total, key=lambda phase: -phase[1])
+    times = {name.removeprefix("time/"): sum(row.get(name) or 0.0 for row in metrics) for name in names}
+    return dict(sorted(times.items(), key=lambda phase: -phase[1]))
 
 
 def environment() -> dict:

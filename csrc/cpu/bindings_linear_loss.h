@@ -1,4 +1,5 @@
 // The head's working rows as redit_fast._cpu.HeadRows, and its products; see bindings_cpu.cpp.
+#pragma once
 
 #include "bindings.h"
 #include "bindings/token_loss.h"
@@ -98,7 +99,7 @@ class Chunk {
 
 }  // namespace
 
-void bind_linear_loss(py::module_& module) {
+inline void bind_linear_loss(py::module_& module) {
   module.def("has_product", &has_product);
   module.def("product", &call_product);
   py::class_<Chunk>(module, "HeadRows")

@@ -1,4 +1,5 @@
 // The passes over parameters of redit_fast._cuda; see bindings_cuda.cpp.
+#pragma once
 
 #include "bindings/params.h"
 #include "cuda/params.h"
@@ -56,7 +57,7 @@ Launches call_adamw(const std::array<Table, 6>& lists, const Tensors<2>& numbers
 
 }  // namespace
 
-void bind_params(py::module_& module) {
+inline void bind_params(py::module_& module) {
   module.attr("weights_per_chunk") = kWeights;
   module.def("squared_norm", &call_squared_norm);
   module.def("perturb", &call_perturb);

@@ -1,4 +1,5 @@
 // Bindings of the passes over parameters: (address, dtype, elements) lists from redit_fast/backends/cpu/.
+#pragma once
 
 #include "bindings.h"
 #include "bindings/params.h"
@@ -43,7 +44,7 @@ void call_adamw(const std::array<Table, 6>& lists, const Tensors<2>& numbers, py
 
 }  // namespace
 
-void bind_params(py::module_& module) {
+inline void bind_params(py::module_& module) {
   module.def("squared_norm", &call_squared_norm);
   module.def("perturb", &call_perturb);
   module.def("combine", &call_combine);

@@ -1,4 +1,5 @@
 // The head's launches; see bindings_cuda.cpp.
+#pragma once
 
 #include <pybind11/pybind11.h>
 
@@ -84,7 +85,7 @@ Plan call_exp_product_grad(const Tensor& e, const Tensors<4>& inputs, const Tens
 
 }  // namespace
 
-void bind_linear_loss(py::module_& module) {
+inline void bind_linear_loss(py::module_& module) {
   module.def("has_product", &call_has_product);
   module.def("exp_product", &call_exp_product);
   module.def("exp_product_grad", &call_exp_product_grad);

@@ -1,4 +1,5 @@
 // The token-loss functions of redit_fast._cpu; see bindings_cpu.cpp.
+#pragma once
 
 #include "bindings.h"
 #include "bindings/token_loss.h"
@@ -43,7 +44,7 @@ void call_scale_in_place(const Tensor& x, float factor, py::handle processor) {
 
 }  // namespace
 
-void bind_token_loss(py::module_& module) {
+inline void bind_token_loss(py::module_& module) {
   module.def("best_level", &best_level);
   module.def("token_logp", &call_token_logp);
   module.def("token_logp_grad", &call_token_logp_grad);

@@ -1,4 +1,5 @@
 // The token-loss functions of redit_fast._cuda; see bindings_cuda.cpp.
+#pragma once
 
 #include "bindings/token_loss.h"
 #include "cuda/token_loss.h"
@@ -48,7 +49,7 @@ Launches call_scale_in_place(const Tensor& x, const Tensor& factor, py::handle d
 
 }  // namespace
 
-void bind_token_loss(py::module_& module) {
+inline void bind_token_loss(py::module_& module) {
   module.def("token_logp", &call_token_logp);
   module.def("token_logp_grad", &call_token_logp_grad);
   module.def("token_loss", &call_token_loss);
