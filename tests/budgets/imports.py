@@ -1,10 +1,9 @@
 """The modules that an import loads, by their top-level package, in a new process."""
 
 import json
-import subprocess
 import sys
 
-from tests import ROOT
+from tests.budgets import said
 
 SCRIPT = """
 import collections, json, sys
@@ -25,5 +24,4 @@ print(json.dumps(found))
 
 
 def count():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, check=True, capture_output=True, text=True)
-    return {name: {"modules": parts} for name, parts in json.loads(done.stdout).items()}
+    return {name: {"modules": parts} for name, parts in json.loads(said(sys.executable, "-c", SCRIPT)).items()}

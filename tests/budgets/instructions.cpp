@@ -111,31 +111,30 @@ void passes_over_parameters(int type, int level) {
   });
 }
 
-void advantages(const char* name, Distribution distribution, bool dithered) {
+void advantages(const std::string& noise, Distribution distribution, bool dithered, int level) {
   std::vector<double> rewards(N * K);
-  std::vector<int64_t> groups(N), ids(N);
-  for (int64_t i = 0; i < N; ++i) groups[size_t(i)] = i / 8, ids[size_t(i)] = i;
   for (int64_t i = 0; i < N * K; ++i) rewards[size_t(i)] = i % 5 > 2;
   const double weights[K] = {1.0, 0.3}, half_range[K] = {0.05, 0.2};
   float values[N], mean[N], deviation[N], dithered_mean[N], dithered_deviation[N];
   bool dead[N];
   const AdvantageOptions options{
       distribution, 7, 3, DeadGroups::apply, Baseline::mean, Scale::group, Combine::sum_then_normalize, 1e-4, 1};
-  counted(name, [&] {
+  counted("group_advantages, " + noise + ", " + kLevels[level], [&] {
     group_advantages({{values, mean, deviation, dead, dithered_mean, dithered_deviation},
-                      {rewards.data(), groups.data(), ids.data(), weights, dithered ? half_range : nullptr, N, K},
+                      {rewards.data(), nullptr, nullptr, weights, dithered ? half_range : nullptr, N, K},
                       options},
-                     1);
+                     8, {1, level});
   });
 }
 
 int main() {
-  for (int level = 0; level < 2; ++level)
+  for (int level = 0; level < 2; ++level) {
     for (int type = 0; type < 3; ++type) {
       rows_of_logits(type, level);
       passes_over_parameters(type, level);
     }
-  advantages("group_advantages, clean", Distribution::gaussian, false);
-  advantages("group_advantages, gaussian", Distribution::gaussian, true);
-  advantages("group_advantages, uniform", Distribution::uniform, true);
+    advantages("clean", Distribution::gaussian, false, level);
+    advantages("gaussian", Distribution::gaussian, true, level);
+    advantages("uniform", Distribution::uniform, true, level);
+  }
 }
