@@ -21,7 +21,7 @@ import redit_fast as rf
 from . import oracle, peers
 from .backends import forced, of_ours
 from .clock import clock
-from .measure import Errors, Provider, Run, Table, Wrong
+from .measure import WORST_ROW, Errors, Provider, Run, Table, Wrong
 from .oracle import Batch
 from .place import Place
 from .roofline import Work
@@ -159,7 +159,9 @@ def table(
     work = Work(reads=moved, writes=moved, flops=6 * rows * vocabulary * width)
     value, grad = LIMITS[dtype]
     sizes, name = {"R": rows, "D": width, "V": vocabulary}, str(dtype).removeprefix("torch.")
-    return Table("linear_loss", HEAD, sizes, name, work, providers, "log-prob", Errors(value, grad, 0.5), rounds, axis)
+    return Table(
+        "linear_loss", HEAD, sizes, name, work, providers, "log-prob", Errors(value, grad, WORST_ROW), rounds, axis
+    )
 
 
 def _ours(linear_grpo_loss: Callable, chunk_rows: int | None) -> Callable:
