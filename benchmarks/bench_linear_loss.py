@@ -157,7 +157,7 @@ def table(
         ]
     moved = inputs.hidden.nbytes + inputs.weight.nbytes
     work = Work(reads=moved, writes=moved, flops=6 * rows * vocabulary * width)
-    value, grad = LIMITS[dtype]
+    limits = Errors(*LIMITS[dtype], WORST_ROW)
     sizes, name = {"R": rows, "D": width, "V": vocabulary}, str(dtype).removeprefix("torch.")
     return Table(
         "linear_loss", HEAD, sizes, name, work, providers, "log-prob", Errors(value, grad, WORST_ROW), rounds, axis

@@ -215,7 +215,7 @@ def _table(
     title: str, logits: Tensor, dtype: torch.dtype, work: Work, providers: list[Provider], rounds: int, axis: str = ""
 ) -> Table:
     sizes = {"R": logits.shape[0] * logits.shape[1], "V": logits.shape[2]}
-    value, grad = LIMITS[dtype]
+    limits = Errors(*LIMITS[dtype], WORST_ROW)
     name = str(dtype).removeprefix("torch.")
     return Table(
         "token_loss", title, sizes, name, work, providers, "log-prob", Errors(value, grad, WORST_ROW), rounds, axis
