@@ -159,9 +159,7 @@ def table(
     work = Work(reads=moved, writes=moved, flops=6 * rows * vocabulary * width)
     limits = Errors(*LIMITS[dtype], WORST_ROW)
     sizes, name = {"R": rows, "D": width, "V": vocabulary}, str(dtype).removeprefix("torch.")
-    return Table(
-        "linear_loss", HEAD, sizes, name, work, providers, "log-prob", Errors(value, grad, WORST_ROW), rounds, axis
-    )
+    return Table("linear_loss", HEAD, sizes, name, work, providers, "log-prob", limits, rounds, axis)
 
 
 def _ours(linear_grpo_loss: Callable, chunk_rows: int | None) -> Callable:

@@ -217,9 +217,7 @@ def _table(
     sizes = {"R": logits.shape[0] * logits.shape[1], "V": logits.shape[2]}
     limits = Errors(*LIMITS[dtype], WORST_ROW)
     name = str(dtype).removeprefix("torch.")
-    return Table(
-        "token_loss", title, sizes, name, work, providers, "log-prob", Errors(value, grad, WORST_ROW), rounds, axis
-    )
+    return Table("token_loss", title, sizes, name, work, providers, "log-prob", limits, rounds, axis)
 
 
 if __name__ == "__main__":
