@@ -1,7 +1,7 @@
 """Group advantages from rewards: redit-fast bench advantages
 
-Eight completions a prompt and three rewards in float64, clean and dithered; the others have no dithering and no
-unscored rewards, so they do less. Rewards are halves from 0 to 1: some groups are dead.
+Eight completions a prompt and three rewards in float64, clean and dithered; nobody else has dithering. Rewards are
+halves from 0 to 1: some groups are dead.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ SIZES = {  # prompts; prompts of the series
     "cuda": ((128, 1024), (64, 256, 1024, 4096, 16_384)),
     "dry": ((4,), (2, 4, 8)),
 }
+BARE = "it checks nothing, takes no unscored rewards and gives neither statistics nor dead groups"
 CAUSES = {
-    "TRL, eager lines": "it checks nothing and gives no statistics and no dead groups; much of ours is Python before "
-    "the kernel",
-    "torch.compile of TRL's lines": "it checks nothing and gives the advantages alone",
+    "TRL, GRPOTrainer's lines": "it checks nothing, and much of our call is Python before the kernel",
+    "the bare formula": BARE,
+    "its torch.compile": BARE,
 }
 
 
@@ -106,10 +107,12 @@ def table(place: Place, prompts: int, rounds: int, axis: str = "") -> Table:
                  dither=dither)
         for name, backend in backends for dither in (False, True)
     ]  # fmt: skip
-    providers.append(provider("TRL, eager lines", lambda: lambda rewards: peers.trl_advantages(rewards, GROUP)))
+    providers.append(provider("TRL, GRPOTrainer's lines", lambda: peers.trl_advantages(place, GROUP, REWARDS),
+                              prepare=lambda rewards: rewards.float()))  # fmt: skip
+    providers.append(provider("the bare formula", lambda: lambda rewards: peers.bare_advantages(rewards, GROUP)))
     if not axis:
-        compiled = torch.compile(peers.trl_advantages)
-        providers.append(provider("torch.compile of TRL's lines", lambda: lambda rewards: compiled(rewards, GROUP)))
+        compiled = torch.compile(peers.bare_advantages)
+        providers.append(provider("its torch.compile", lambda: lambda rewards: compiled(rewards, GROUP)))
     if not axis and prompts <= 128:  # it takes 20 us a sample
         providers.append(provider("verl, grpo estimator", verl, eps=1e-6, prepare=lambda rewards: rewards.sum(1)))
     work = Work(reads=8 * REWARDS * samples, writes=samples * (5 * 4 + 1))

@@ -203,10 +203,29 @@ class _Nemo(torch.autograd.Function):
         return hidden_grad, weight_grad, None
 
 
-def trl_advantages(rewards: Tensor, group: int) -> Tensor:
-    """GRPOTrainer's lines for rewards (N, K): the sum over K, less its group's mean, over its deviation."""
-    total = rewards.nansum(1).view(-1, group)
+def bare_advantages(rewards: Tensor, group: int) -> Tensor:
+    """Rewards (N, K): the sum over K, less its group's mean, over its deviation; nothing else."""
+    total = rewards.sum(1).view(-1, group)
     return ((total - total.mean(1, keepdim=True)) / (total.std(1, keepdim=True) + 1e-4)).flatten().float()
+
+
+def trl_advantages(place: Place, group: int, count: int) -> Callable[[Tensor], Tensor]:
+    """f(rewards (N, K) in float32): GRPOTrainer has no function for it; these are the operations between its rewards
+    and its advantages, unscored completions and zero deviations included."""
+    nanstd = load("trl", "trl.trainer.utils", "nanstd")
+    weights = torch.ones(count, device=place.device)
+
+    def advantages(rewards: Tensor) -> Tensor:
+        unscored = rewards.isnan().all(1)
+        total = (rewards * weights[None]).nansum(1)
+        total[unscored] = torch.nan
+        grouped = total.view(-1, group)
+        mean, std = (x.repeat_interleave(group) for x in (grouped.nanmean(1), nanstd(grouped, dim=1)))
+        found = (total - mean) / (std + 1e-4)
+        torch.isclose(std, torch.zeros_like(std))
+        return found.nan_to_num(nan=0.0)
+
+    return advantages
 
 
 def verl_advantages(place: Place) -> Callable[[Tensor, Any], Tensor]:

@@ -30,10 +30,12 @@ def draw(results: Mapping[str, Any]) -> dict[str, bytes]:
             pictures["memory.png"] = _png(_panels(over_rows, "peak_mb"))
         if others:
             pictures["growth.png"] = _png(_panels(others, "ms"))
-        steps = [table for table in results["tables"] if table["tokens"] and _measured(table)]
+        steps = [table for table in results["tables"] if table.get("tokens", 0) and _measured(table)]
         if steps:
             pictures["steps.png"] = _png(_steps(steps))
-        tables = [table for table in results["tables"] if not (table["axis"] or table["tokens"]) and _measured(table)]
+        tables = [
+            table for table in results["tables"] if not (table["axis"] or table.get("tokens", 0)) and _measured(table)
+        ]
         if tables:
             pictures["roofline.png"] = _png(_shares(tables))
     return pictures

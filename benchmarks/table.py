@@ -32,10 +32,10 @@ STEP_HEAD = (
 def of(table: Mapping[str, Any]) -> str:
     """One stored table: a line for each provider, sentences below the ones that have no number."""
     sizes = " ".join(f"{name}={value}" for name, value in table["sizes"].items())
-    head = STEP_HEAD if table["tokens"] else HEAD.format(value=_short(table["value"]))
+    head = STEP_HEAD if table.get("tokens", 0) else HEAD.format(value=_short(table["value"]))
     lines = [f"{table['suite']}: {table['title']}, {table['dtype']}, {sizes}"[:WIDTH], head.rstrip()]
     for row in table["rows"]:
-        lines += _line(row, table["tokens"])
+        lines += _line(row, table.get("tokens", 0))
     for sentence in warnings(table):
         lines += textwrap.wrap(f"! {sentence}", WIDTH)
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""The tables of docs/benchmarks.md and of the README, from benchmarks/results/cpu/bench.json, which
-`python -m tools.measure` writes. `python -m tools.tables` writes the pages, and a test compares them."""
+"""The tables of docs/benchmarks.md and of the README, from bench.json and step.json in
+benchmarks/results/cpu/, which `python -m tools.measure` writes. `python -m tools.tables` writes the pages, and a test compares them."""
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from redit_fast.benchmarks import table
 
@@ -11,17 +12,42 @@ CLOCKS = {
     "perf_counter": "seconds, on a machine that did nothing else",
     "process_time": "CPU seconds of all threads, since other work ran beside them",
 }
-COLUMNS = ["times ours", "ms", "of the floor", "MB"]
-STEP_COLUMNS = ["times ours", "ms", "% rollout / scoring / update", "tokens/s", "computed", "MB"]
 README = {"TRL, fused head": "TRL", "Liger, chunked loss": "Liger", "verl, torch head": "verl"}  # heads shown there
 
 
-def results() -> dict:
-    return json.loads((RESULTS / "bench.json").read_text())
+COLUMNS = ["times ours", "ms", "of the floor", "MB"]
+STEP_COLUMNS = ["times ours", "ms", "% rollout / scoring / update", "tokens/s", "computed", "MB"]
+
+
+class Goal(NamedTuple):
+    """The time of `other` over ours is to be `least` or more."""
+
+    suite: str
+    title: str
+    dtype: str
+    other: str
+    least: float
+
+
+GOALS = (
+    Goal("token_loss", "log-probs", "float32", "x.sum()", 1 / 1.4),
+    Goal("token_loss", "log-probs", "bfloat16", "x.sum()", 1 / 1.7),
+    Goal("token_loss", "loss and gradient", "float32", "TRL, selective_log_softmax", 15),
+    Goal("linear_loss", "head: loss and gradients", "float32", "three products", 1 / 1.05),
+    Goal("linear_loss", "head: loss and gradients", "bfloat16", "three products", 1 / 1.25),
+    Goal("params", "step, gamma = 1 epsilon", "float32", "torch foreach, fused AdamW", 1.4),
+    Goal("params", "step, gamma = 1 epsilon", "bfloat16", "torch foreach, fused AdamW", 1.7),
+    Goal("advantages", "advantages", "float64", "TRL, GRPOTrainer's lines", 1),
+)
+
+
+def results(name: str = "bench") -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def tables(suite: str) -> list[dict]:
-    return [stored for stored in results()["tables"] if stored["suite"] == suite and not stored["axis"]]
+    measured = results("step" if suite == "step" else "bench")["tables"]
+    return [stored for stored in measured if stored["suite"] == suite and not stored["axis"]]
 
 
 def machine() -> str:
@@ -48,14 +74,13 @@ def suite(name: str) -> str:
     parts = []
     for stored in tables(name):
         sizes = ", ".join(f"{letter} = {size:,}" for letter, size in stored["sizes"].items())
-        row_of, columns = (_step, STEP_COLUMNS) if stored["tokens"] else (_row, COLUMNS)
-        columns = [*columns, f"{stored['value']} error", "gradient error"]
+        row_of, columns = (_step, STEP_COLUMNS) if name == "step" else (_row, COLUMNS)
         lines = [
             f"**{stored['title']}, {stored['dtype']}**, {sizes}",
             "",
-            f"| | {' | '.join(columns)} |",
-            "|---" * (1 + len(columns)) + "|",
-            *(row_of(row, stored["tokens"]) for row in stored["rows"] if row["status"] == "measured"),
+            f"| | {' | '.join(columns)} | error: {stored['value']} | error: gradient |",
+            "|---" * (3 + len(columns)) + "|",
+            *(row_of(row, stored) for row in stored["rows"] if row["status"] == "measured"),
         ]
         wrong = [f"- {row['name']}: {row['note']}" for row in stored["rows"] if row["status"] in ("wrong", "failed")]
         faster = [f"- {row['name']} is faster: {row['cause']}." for row in stored["rows"] if row["cause"]]
@@ -63,13 +88,13 @@ def suite(name: str) -> str:
     return "\n\n".join(parts)
 
 
-def _row(row: dict, tokens: int) -> str:
+def _row(row: dict, stored: dict) -> str:
     return _cells(row, f"{row['share']:.0%}", _memory(row))
 
 
-def _step(row: dict, tokens: int) -> str:
-    speed, computed = f"{1e3 * tokens / row['ms']:.0f}", f"{row['computed'] / tokens:.2f}"
-    return _cells(row, table.shares(row).replace("/", " / "), speed, computed, _memory(row))
+def _step(row: dict, stored: dict) -> str:
+    speed, computed = 1e3 * stored["tokens"] / row["ms"], row["computed"] / stored["tokens"]
+    return _cells(row, table.shares(row).replace("/", " / "), f"{speed:.0f}", f"{computed:.2f}", _memory(row))
 
 
 def _memory(row: dict) -> str:
@@ -80,6 +105,21 @@ def _cells(row: dict, *own: str) -> str:
     times = "1" if row["times"] is None else f"{row['times']:.2f} [{row['times_p10']:.2f}, {row['times_p90']:.2f}]"
     errors = ["-" if row[name] is None else f"{row[name]:.0e}" for name in ("value_error", "gradient_error")]
     return f"| {' | '.join([row['name'], times, table.number(row['ms']), *own, *errors])} |"
+
+
+def goals() -> str:
+    """What the time of others over ours is to be, at each size, and what it is; ours as a share of the floor."""
+    lines = ["| | goal | found | ours, of the floor | |", "|---|---|---|---|---|"]
+    for goal in GOALS:
+        for stored in tables(goal.suite):
+            if (stored["title"], stored["dtype"]) == (goal.title, goal.dtype):
+                times = next(row["times"] for row in stored["rows"] if row["name"] == goal.other)
+                share = next(row["share"] for row in stored["rows"] if row["ours"])
+                sizes = ", ".join(f"{letter} = {size:,}" for letter, size in stored["sizes"].items())
+                cells = [f"{goal.title}, {goal.dtype}, {sizes}: {goal.other}", f"{goal.least:.3g}", f"{times:.3g}",
+                         f"{share:.0%}", "met" if times >= goal.least else "missed"]  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def absent() -> str:

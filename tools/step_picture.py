@@ -1,6 +1,6 @@
 """The README's picture, docs/steps.png, and the tables of a training step: python -m tools.step_picture
 
-From the suites step and apply in benchmarks/results/cpu/bench.json and from apply_hosts.json, which `python -m
+From benchmarks/results/cpu/{trl,verl,apply_hosts}.json and the suite apply in bench.json, which `python -m
 tools.measure` writes. A test compares picture and pages with them.
 """
 
@@ -17,28 +17,24 @@ from redit_fast.training.report.curves import BLUE, GREY, STYLE
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 PICTURE = ROOT / "docs" / "steps.png"
-STEP = "step without rollout, lengths equal"
 NAMES = {  # of a row in the results -> how the pages call it
-    ("trainer", "redit-fast"): "redit-fast's own trainer",
-    ("trl", "TRL, redit-fast, packing"): "TRL, redit-fast's head, packing",
-    ("trl", "TRL, redit-fast"): "TRL, redit-fast's head",
+    ("trl", "redit-fast"): "TRL, redit-fast's head",
     ("trl", "TRL"): "TRL, its own head",
-    ("verl", "verl, redit-fast's head"): "verl, redit-fast's head",
-    ("verl", "verl, its torch head"): "verl, its own fused head",
+    ("verl", "redit-fast"): "verl, redit-fast's head",
+    ("verl", "verl, torch head"): "verl, its own fused head",
     ("verl", "verl, logits"): "verl, without a fused head",
     ("apply", "redit-fast, apply_to"): "supervised step, under apply_to",
     ("apply", "transformers, its own loss"): "supervised step, transformers' own loss",
 }
-SETTING = "A model of four layers of width 128 with a vocabulary of 50 thousand, in float32, on two CPU threads"
+SETTING = "A model of two layers of width 128 with a vocabulary of 50 thousand, in float32, on two CPU threads"
 
 
-def rows(host: str) -> list[dict]:
-    """The rows of one host's step that have a number, in the order of NAMES."""
-    stored = json.loads((RESULTS / "bench.json").read_text())["tables"]
-    (table,) = [found for found in stored if not found["axis"] and
-                (found["suite"] == "apply" if host == "apply" else found["title"] == STEP)]  # fmt: skip
-    measured = {row["name"]: row for row in table["rows"] if row["status"] == "measured"}
-    return [{**measured[name], "name": shown} for (of, name), shown in NAMES.items() if of == host and name in measured]
+def rows(name: str) -> list[dict]:
+    """The rows of one step that have a number."""
+    file = "bench" if name == "apply" else name
+    stored = json.loads((RESULTS / f"{file}.json").read_text())["tables"]
+    (table,) = [found for found in stored if found["suite"] == name and not found["axis"]]
+    return [{**row, "name": NAMES[name, row["name"]]} for row in table["rows"] if row["status"] == "measured"]
 
 
 def megabytes(row: dict) -> float:
@@ -55,7 +51,7 @@ def unit(name: str) -> str:
 def table(*names: str) -> str:
     """Milliseconds and megabytes of the steps in `names`."""
     lines = ["| | ms | MB |", "|---|---|---|"]
-    lines += [_line(row["name"], row, "bench") for name in names for row in rows(name)]
+    lines += [_line(row["name"], row, "bench" if name == "apply" else name) for name in names for row in rows(name)]
     return "\n".join(lines)
 
 
@@ -76,7 +72,7 @@ def shown() -> list[dict]:
     return [
         {"name": row["name"], "s": row["ms"] / 1e3, "p10": row["p10"] / 1e3, "p90": row["p90"] / 1e3,
          "mb": megabytes(row)}
-        for name in ("trainer", "trl", "verl") for row in rows(name)
+        for name in ("trl", "verl") for row in rows(name)
     ]  # fmt: skip
 
 
@@ -84,8 +80,8 @@ def figure() -> Figure:
     bars = shown()
     places = [i + 0.6 * bar["name"].startswith("verl") for i, bar in enumerate(bars)]  # a gap between the hosts
     colours = [BLUE if "redit-fast" in bar["name"] else GREY for bar in bars]
-    drawn = Figure(figsize=(9, 3.5))
-    drawn.subplots_adjust(0.235, 0.21, 0.985, 0.92, wspace=0.07)
+    drawn = Figure(figsize=(9, 2.9))
+    drawn.subplots_adjust(0.205, 0.255, 0.985, 0.9, wspace=0.07)
     time, memory = drawn.subplots(1, 2, sharey=True)
     seconds = [bar["s"] for bar in bars]
     time.barh(places, seconds, color=colours, height=0.72)

@@ -17,12 +17,15 @@ BINDINGS = list((ROOT / "csrc" / "cpu").glob("bindings*.cpp"))
 pytestmark = pytest.mark.parametrize("compiler", EMULATOR)
 
 
-@pytest.fixture(scope="module")
-def setup():
-    """The names of setup.py."""
+def names_of_setup():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("setuptools.setup", lambda **settings: None)
         return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return names_of_setup()
 
 
 def need(*programs):
@@ -37,7 +40,7 @@ def test_every_source_compiles_without_a_warning(compiler, sources, mode, setup,
     need(compiler)
     if sources is BINDINGS and "aarch64" in compiler and "/usr/include" in sysconfig.get_path("include"):
         pytest.skip("Debian's python3-dev has the pyconfig.h of this processor only")
-    assert len(sources) >= 3
+    assert sources
     flags = (*setup["FLAGS"], *setup["OPENMP"], "-Wall", "-Wextra", "-Werror")
     run(compiler, *flags, *HEADERS, mode, *sources, cwd=tmp_path)
 

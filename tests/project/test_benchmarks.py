@@ -463,7 +463,7 @@ def test_the_parts_of_gpu_check_fit_nine_minutes_and_tests_come_first(tools, tmp
     assert names.index("tests-triton") < names.index("selftest") < names.index("bench")
 
 
-def test_gpu_check_runs_on_cpu_twins_from_end_to_end(tmp_path):
+def test_gpu_check_runs_from_end_to_end_on_twins(tmp_path):
     """Every part is a command of its own, as on a GPU: the tests are collected by the ids of the reference, what is
     built is nothing, and the benchmark is the same code with twins for what has no CPU."""
     planned = {name: part for name, part in gpu_check.parts(tmp_path, (9, 0)).items() if not name.startswith("sanit")}
