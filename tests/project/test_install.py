@@ -27,6 +27,7 @@ WHERE = """
 import importlib.util, redit_fast
 print(redit_fast.__file__, importlib.util.find_spec("redit_fast.kernels.element").origin)
 """
+LINKED = ("kernels", "benchmarks")  # folders that are packages of redit_fast
 SENTENCE = "redit_fast._cpu was not built; install a C++17 compiler (g++)"
 
 
@@ -106,7 +107,8 @@ def test_the_wheel_holds_the_package_the_kernels_and_the_compiled_module(wheel, 
         names = set(archive.namelist())
         kernel = archive.read("redit_fast/kernels/element.py")
     expected = {path.relative_to(source).as_posix() for path in (source / "redit_fast").rglob("*") if path.is_file()}
-    expected |= {f"redit_fast/kernels/{name}" for name in modules(source / "kernels")}
+    expected |= {f"redit_fast/{folder}/{name}" for folder in LINKED for name in modules(source / folder)}
+    expected |= {"redit_fast/benchmarks/report.html.j2"}
     assert {"redit_fast/py.typed", "redit_fast/training/report/page.html.j2"} < expected
     assert {name for name in names if name.startswith("redit_fast/") and not name.endswith(".so")} == expected
     assert kernel == (source / "kernels" / "element.py").read_bytes()
@@ -120,7 +122,8 @@ def test_the_sdist_holds_what_a_build_needs(dist, source):
         names = {member.name.split("/", 1)[-1] for member in archive.getmembers() if member.isfile()}
     needed = {path.relative_to(source).as_posix() for path in (source / "csrc").rglob("*") if path.is_file()}
     needed |= {path.relative_to(source).as_posix() for path in (source / "redit_fast").rglob("*") if path.is_file()}
-    needed |= {f"kernels/{name}" for name in modules(source / "kernels")}
+    needed |= {f"{folder}/{name}" for folder in LINKED for name in modules(source / folder)}
+    needed |= {"benchmarks/report.html.j2"}
     needed |= {"setup.py", "setup_cuda.py", "pyproject.toml", "LICENSE", "CHANGELOG.md"}
     assert needed <= names
 
