@@ -42,7 +42,7 @@ SIZES = {  # cases, rounds and providers
     "cpu": (("equal", "gsm8k", "math", "reasoning", "few_shot"), 3, tuple(HOSTS)),
     "quick": (("gsm8k",), 2, ("redit-fast", "redit-fast, GR", "TRL, redit-fast, packing", "TRL")),
     "cuda": (("gsm8k", "math", "reasoning", "few_shot"), 5, tuple(HOSTS)),
-    "dry": (("gsm8k",), 2, ("redit-fast", "TRL")),
+    "dry": (("gsm8k",), 2, ("redit-fast",)),
 }
 
 

@@ -1,5 +1,5 @@
-"""The tables of docs/benchmarks.md and of the README, from bench.json and step.json in
-benchmarks/results/cpu/, which `python -m tools.measure` writes. `python -m tools.tables` writes the pages, and a test compares them."""
+"""The tables of docs/benchmarks.md and of the README, from bench.json and step.json in benchmarks/results/cpu/, which
+`python -m tools.measure` writes. `python -m tools.tables` writes the pages, and a test compares them."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Measures what docs/benchmarks.md and the README show and writes them: python -m tools.measure [--cpu-time]
 
-About 25 minutes on two cores that do nothing else; --cpu-time where others use them too. Whole steps are measured in CPU
-seconds of one thread in any case.
+About 25 minutes on two cores that do nothing else; --cpu-time where others use them too. Whole steps are measured
+in CPU seconds of one thread in any case.
 """
 
 import os

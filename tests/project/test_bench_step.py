@@ -162,8 +162,7 @@ def test_a_provider_that_cannot_run_says_why(monkeypatch):
             getattr(module, host).load()
 
 
-def test_the_tables_and_pictures_of_a_step(tmp_path, monkeypatch):
-    monkeypatch.setitem(bench_step.SIZES, "dry", (("gsm8k",), 2, ("redit-fast",)))
+def test_the_tables_and_pictures_of_a_step(tmp_path):
     results = command.run({"step": bench_step.tables}, CPU, tmp_path, "dry")
     assert [stored["tokens"] for stored in results["tables"]] == [of_table("gsm8k", "cpu", "dry").useful] * 2
     for stored in results["tables"]:
