@@ -38,6 +38,7 @@ GOALS = (
     Goal("params", "step, gamma = 1 epsilon", "float32", "torch foreach, fused AdamW", 1.4),
     Goal("params", "step, gamma = 1 epsilon", "bfloat16", "torch foreach, fused AdamW", 1.7),
     Goal("advantages", "advantages", "float64", "TRL, GRPOTrainer's lines", 1),
+    Goal("step", "step, lengths equal", "float32", "TRL", 4.8),
 )
 
 
