@@ -52,12 +52,6 @@ def tables(place: Place, size: str) -> Iterator[Table]:
         yield from of_case(place, case_of(name, place, size), rounds, hosts)
 
 
-def of_host(host: str, place: Place, size: str) -> Iterator[Table]:
-    """The rows of TRL or verl alone, on the first case."""
-    (case, *_), rounds, _ = SIZES[size]
-    yield from of_case(place, case_of(case, place, size), rounds, [name for name in HOSTS if name.startswith(host)])
-
-
 def case_of(name: str, place: Place, size: str) -> Case:
     case = few(size) if name == "equal" else of_table(name, place.kind, size)
     return replace(case, beta=KL.get(name, 0.0))
@@ -79,8 +73,7 @@ def of_case(place: Place, case: Case, rounds: int, hosts: Sequence[str]) -> Iter
                     Provider(host, processes.builder(host, rollout), "redit" in host)
                     for host in hosts if not host.startswith("verl") or not (rollout or case.beta)
                 ]  # fmt: skip
-                if providers:
-                    yield Table("step", title, sizes, name, work(case, rollout), providers, "log-prob", LIMITS[dtype],
+                yield Table("step", title, sizes, name, work(case, rollout), providers, "log-prob", LIMITS[dtype],
                             rounds, tokens=case.useful)  # fmt: skip
         finally:
             processes.close()
