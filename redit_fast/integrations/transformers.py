@@ -9,9 +9,15 @@ class GRTrainer(GRTrainerMixin, Trainer):
 GRTrainer(model, args, train_dataset=data, gr_gamma=1e-3).train()
 """
 
+# ruff: noqa: E402  what is not installed is said before it is imported
+
 from __future__ import annotations
 
 from dataclasses import fields
+
+from redit_fast.extras import need
+
+need("transformers", "redit_fast.integrations.transformers")
 
 import transformers
 

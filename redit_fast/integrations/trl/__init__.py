@@ -8,7 +8,7 @@
 or, around a trainer that is there: `with patch(trainer, dither_level=0.05): trainer.train()`.
 """
 
-# ruff: noqa: E402  an older TRL is refused before what it has not, or cannot import, is asked for
+# ruff: noqa: E402  no TRL, or an older one, is refused before what it has not, or cannot import, is asked for
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
+
+from redit_fast.extras import need
+
+need("trl", "redit_fast.integrations.trl")
+
 import transformers
 import trl
-from torch import Tensor
 
 from redit_fast.integrations.versions import check_hooks, check_version
 
