@@ -214,7 +214,6 @@ def third_party(source):
 
 USES = {  # part of the package -> what it imports beside torch, which is all that the package depends on
     "redit_fast.kernels": {"triton"},
-    "redit_fast.backends.triton": {"triton"},
     "redit_fast.packing": {"transformers", "flash_attn", "flash_attn_interface"},  # the latter where a GPU has rows
     "redit_fast.integrations": {"transformers", "trl", "verl", "tensordict"},  # which verl brings
     "redit_fast.training": set(MODULES["train"]),

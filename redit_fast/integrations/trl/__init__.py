@@ -66,15 +66,17 @@ ENTROPY_MASK = "redit_entropy_mask"  # beside a micro-batch's inputs: the first 
 class ReditOptions(DitherOptions, GROptions):
     """What `ReditGRPOConfig` adds to TRL's GRPOConfig, and what `patch` takes. Dithering and GR are off by default.
 
-    dither_*: the fields of `Dither` (seed None: the trainer's; reward_scale: one number, or one per reward function).
-    gr_*: see `redit_fast.integrations.transformers.GRTrainerMixin`; and
-    gr_pass2_ratio: where a batch carries no old log-probs, the second pass takes its own ("fresh": ratio 1, as in the
-        paper) or the first pass's ("pass1").
-    fused_head: TRL's fused LM head computes by `linear_logp`, for the policy and its reference model; and GRPOTrainer's
-        loss by `linear_grpo_loss` where it is token-level, without entropy bonus, entropy or off-policy mask, and
-        vLLM's correction. Log-ratios are then limited to [-20, 20], which TRL does not.
-    packing: the log-probs of policy and reference model, and their gradients, come from rows without padding, in which
-        the tokens that prompts of a micro-batch share are computed once.
+    Args:
+        dither_*: the fields of `Dither` (seed None: the trainer's; reward_scale: one number, or one per reward
+            function).
+        gr_*: see `redit_fast.integrations.transformers.GRTrainerMixin`.
+        gr_pass2_ratio: where a batch carries no old log-probs, the second pass takes its own ("fresh": ratio 1, as in
+            the paper) or the first pass's ("pass1").
+        fused_head: TRL's fused LM head computes by `linear_logp`, for the policy and its reference model; and
+            GRPOTrainer's loss by `linear_grpo_loss` where it is token-level, without entropy bonus, entropy or
+            off-policy mask, and vLLM's correction. Log-ratios are then limited to [-20, 20], which TRL does not.
+        packing: the log-probs of policy and reference model, and their gradients, come from rows without padding, in
+            which the tokens that prompts of a micro-batch share are computed once.
 
     Raises:
         ValueError, TypeError: a field out of range, naming it.
