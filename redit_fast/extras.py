@@ -25,5 +25,5 @@ def need(extra: str, user: str) -> None:
     missing = [name for name in MODULES[extra] if find_spec(name) is None]
     if missing:
         raise MissingExtra(
-            f"{user} needs {', '.join(missing)}, not installed here; run `pip install \"redit-fast[{extra}]\"`"
+            f'{user} needs {", ".join(missing)}, not installed here; run `pip install "redit-fast[{extra}]"`'
         )

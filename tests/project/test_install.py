@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 from redit_fast.extras import MODULES
 from tests import ROOT
+from tests.project.pages import PAGES, fenced
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
@@ -131,7 +132,15 @@ def test_the_sdist_holds_what_a_build_needs_docs_examples_and_benchmarks(dist, s
     needed |= {f"kernels/{name}" for name in modules(source / "kernels")}
     for folder in ("docs", "examples", "benchmarks"):
         needed |= {path.relative_to(source).as_posix() for path in (source / folder).rglob("*") if path.is_file()}
-    needed |= {"setup.py", "setup_cuda.py", "pyproject.toml", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml"}
+    needed |= {
+        "setup.py",
+        "setup_cuda.py",
+        "pyproject.toml",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "mkdocs.yml",
+    }
     assert needed <= names
 
 
@@ -405,6 +414,8 @@ def test_the_train_extra_runs_the_demo_and_the_shipped_example(environment, tmp_
     small = "--steps 1 --warm-start-steps 2 --eval-problems 4 --prompts-per-step 2 --group-size 4".split()
     run(*command, "train", *small, cwd=tmp_path, **there)
     assert (tmp_path / "runs" / "demo" / "report.html").exists()
+    (snippet,) = fenced("python", PAGES["docs/metrics.md"])
+    assert len(run(*PYTHON, "-c", snippet, cwd=tmp_path, **there).splitlines()) == 2
     run(*command, "example", "word_problems", cwd=tmp_path, **there)
     printed = run(*command, "train", "--config", "word_problems.yaml", "--print-config", cwd=tmp_path, **there)
     assert "numeric_answer" in printed and (tmp_path / "word_problems.jsonl").stat().st_size > 50_000
@@ -424,7 +435,7 @@ print(json.dumps([losses, trainer.state.log_history[0], "forward" in vars(traine
 def test_the_trl_extra_runs_its_example_with_dithering_and_gr(environment, tmp_path):
     script = f"""
 import json, sys
-sys.prefix = {sys.prefix!r}  # of the links' targets: by it dill knows which modules it need not write, for a fingerprint
+sys.prefix = {sys.prefix!r}  # of the links' targets: by it dill knows the modules that it need not write
 from examples import trl_grpo
 trainer, rewards = trl_grpo.main(steps=2, out="run")
 print(json.dumps([rewards, trainer.state.log_history[0]]))

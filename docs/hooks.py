@@ -1,7 +1,7 @@
 """What `mkdocs build` does beside mkdocs.yml.
 
-README.md is the site's first page, and files outside docs/ that a page links to are in the site. Pages link as they do in
-the repository, by paths between its files.
+README.md is the site's first page, and files outside docs/ that a page links to are in the site. Pages link as they
+do in the repository, by paths between its files.
 """
 
 import re
@@ -13,8 +13,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).parent
-OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}  # pages
+ROOT = Path(__file__).parent.parent
+OUTSIDE = {"README.md": "index.md"} | {name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")}
 LINK = re.compile(r"\[([^\]]*)\]\((?!http)([^)#]+)((?:#[^)]*)?)\)")
 
 
@@ -58,8 +58,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 class Defaults(Extension):
-    """A dataclass's field that `_option(default, help)` makes is shown with the default alone."""
+    """Dataclass fields that functions of ours make, with a help text: the default alone is shown, or none."""
 
     def on_attribute_instance(self, *, attr: Attribute, **_: object) -> None:
-        if isinstance(attr.value, ExprCall) and attr.value.canonical_path.endswith("._option"):
+        maker = attr.value.canonical_path.rpartition(".")[2] if isinstance(attr.value, ExprCall) else None
+        if maker in ("_option", "described"):
             attr.value = attr.value.arguments[0]
+        elif maker == "of_gr":  # the field of GR has it
+            attr.value = None
