@@ -1,4 +1,4 @@
-"""What runs elsewhere can be run here: the workflows' steps are make's targets, and every file says the same version."""
+"""What runs elsewhere can be run here: a workflow's steps are make's targets. And every file says the same version."""
 
 import re
 import tomllib
@@ -47,9 +47,5 @@ def test_the_extras_begin_at_the_versions_that_the_integrations_support():
     from tools import tables
 
     extras = PYPROJECT["project"]["optional-dependencies"]
-    bounds = {
-        line.split(">=")[0].lower(): line.split(">=")[1] for name in tables.HOSTS for line in extras[name.lower()]
-    }
-    bounds["transformers"] = extras["transformers"][0].split(">=")[1]
     for host, versions in tables.supported().items():
-        assert bounds[host.lower()] == versions.split()[0], host
+        assert extras[host.lower()][0].endswith(f">={versions.split()[0]}"), host
