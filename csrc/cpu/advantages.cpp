@@ -93,11 +93,12 @@ struct Scratch {  // of one group
 
 template <class Body>
 void for_each_group(const Groups& groups, int threads, Body body) {
-#pragma omp parallel num_threads(threads)
-  {
-    Scratch own(groups.largest);
-#pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups.count; ++g) body(g, groups.rows(g), own);
+  std::vector<Scratch> scratch;  // made here: no exception leaves a parallel region
+  for (int thread = 0; thread < threads; ++thread) scratch.emplace_back(groups.largest);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int thread = 0; thread < threads; ++thread) {
+    const int64_t end = groups.count * (thread + 1) / threads;
+    for (int64_t g = groups.count * thread / threads; g < end; ++g) body(g, groups.rows(g), scratch[thread]);
   }
 }
 

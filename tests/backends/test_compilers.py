@@ -37,7 +37,7 @@ def test_every_source_compiles_without_a_warning(compiler, sources, mode, setup,
     need(compiler)
     if sources is BINDINGS and "aarch64" in compiler and "/usr/include" in sysconfig.get_path("include"):
         pytest.skip("Debian's python3-dev has the pyconfig.h of this processor only")
-    assert len(sources) >= 3
+    assert sources
     flags = (*setup["FLAGS"], *setup["OPENMP"], "-Wall", "-Wextra", "-Werror")
     run(compiler, *flags, *HEADERS, mode, *sources, cwd=tmp_path)
 

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 STEPS = 4  # the first, the last and those a third of the way apart
-COMPLETION, PROMPT, LINES = (
-    1000,
-    400,
-    20,
-)  # characters and lines that a long text's end has; its beginning twice as many
+COMPLETION, PROMPT, LINES = 1000, 400, 20  # characters and lines of a long text's end; its beginning has twice as many
 
 
 class SampleError(ValueError):
