@@ -373,8 +373,35 @@ print(json.dumps(said))
 """
 
 
-def test_with_torch_alone_every_op_runs_and_what_needs_more_says_so_in_one_sentence(torch_alone, tmp_path):
+OPS = """
+import torch, redit_fast as rf
+
+for code in CODE: exec(code, {})
+logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+hidden, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
+full, head = rf.token_logp(hidden @ weight.T, targets), rf.linear_logp(hidden, weight, targets)
+torch.testing.assert_close(full, head)
+grads = torch.zeros(5, 4)
+rf.linear_grpo_loss_and_grad_(hidden, weight, targets, torch.ones(2), weight_grad=grads, config=rf.LossConfig())
+model, reference = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+optimizer = rf.GradientRegularizer(torch.optim.SGD(model.parameters(), lr=0.1), gamma=0.1, epsilon=0.1)
+model(hidden).square().mean().backward()
+if optimizer.perturb(): model(hidden).square().mean().backward()
+optimizer.step()
+rf.reset_reference(reference, model)
+assert torch.equal(reference.weight, model.weight) and grads.abs().sum() > 0
+assert rf.estimate_memory(8, 4, 5, torch.float32, True) > 0
+"""
+
+
+def test_with_torch_alone_every_op_runs(torch_alone, tmp_path):
+    pages = [PAGES[f"docs/{name}.md"] for name in ("ops", "losses", "peers", "noise", "epsilon")]
+    run(*PYTHON, "-c", f"CODE = {[fenced('python', page)[0] for page in pages]!r}" + OPS, cwd=tmp_path, **torch_alone)
+
+
+def test_with_torch_alone_the_self_test_runs_and_what_needs_more_says_so_in_one_sentence(torch_alone, tmp_path):
     said = json.loads(run(*PYTHON, "-c", ALONE, cwd=tmp_path, **torch_alone).splitlines()[-1])
+    assert PYPROJECT["tool"]["cibuildwheel"]["test-command"] == "redit-fast selftest"
     assert said["selftest"][:2] == said["info"][:2] == [0, ""] and said["selftest"][2] > 500 < said["info"][2]
     assert said["info --jsn"] == [2, "redit-fast: unknown flag --jsn, the closest valid one is --json\n", 0]
 
