@@ -21,7 +21,11 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
+<<<<<<< HEAD
 .PHONY: demo test check test-newest lock lint docs wheels sanitize kernel-gates packing-gates gpu-check
+=======
+.PHONY: demo test check test-newest lock lint sanitize kernel-gates packing-gates budgets gpu-check
+>>>>>>> main
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -63,6 +67,12 @@ kernel-gates: $(TESTS) $(TRITON36)
 packing-gates: $(TESTS)
 	PACKING_GATES=1 $(PYTEST) tests/packing
 
+# What the package costs, counted without a clock, and what is stored of it in tests/budgets.json: make budgets. New and
+# lower numbers are stored by STORE=1, all of them by STORE=all; GROUP= counts some (tests/budgets).
+STORE ?=
+budgets: $(TESTS) $(TRITON36)
+	$(VENV)/bin/python -m tests.budgets $(STORE:%=--store %) $(GROUP)
+
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
 OUT ?= gpu-check
 gpu-check:
@@ -71,7 +81,7 @@ gpu-check:
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/* tests/backends/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/* tests/*/*.cpp
 	$(VENV)/bin/mypy
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*

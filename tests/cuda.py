@@ -5,9 +5,12 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
+import sysconfig
 from contextvars import ContextVar
+from pathlib import Path
 
 import torch
 
@@ -15,6 +18,10 @@ from tests import ROOT
 from tests.ptx import Launch, Machine, Module
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+BIN = os.pathsep.join(map(str, Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin")))
+PATH = os.pathsep.join([BIN, os.environ["PATH"]])
+CUOBJDUMP, NVDISASM = (shutil.which(name, path=PATH) for name in ("cuobjdump", "nvdisasm"))
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
 ORDERS = ("lowest", "highest", "random")
 TARGETS = {"80": "sm_80", "90": "sm_90a", "100": "sm_100"}  # of KERNEL_ARCHS
 EMPTY = "4"  # registers of a kernel on an architecture that it is not for, "-" in the tables
@@ -51,6 +58,17 @@ def compiled(name, target, *more, kind="ptx"):
 def cubin(name, target):
     """Machine code; its `.log` has the registers of each kernel."""
     return compiled(name, target, "-Xptxas", "-v", kind="cubin")
+
+
+@functools.cache
+def opcodes(name, arch):
+    """Of each kernel of csrc/cuda/`name`.cu all but those that only fill up; NVIDIA's own names, modifiers and all."""
+    command = [CUOBJDUMP, "-sass", cubin(name, TARGETS[arch])]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": PATH})
+    _, *kernels = re.split(r"^\s+Function : ", listing.stdout, flags=re.M)
+    found = {text.split()[0]: [op for op in INSTRUCTION.findall(text) if op != "NOP"] for text in kernels}
+    assert found and all("EXIT" in ops for ops in found.values())
+    return found
 
 
 def other_release():

@@ -17,12 +17,15 @@ BINDINGS = list((ROOT / "csrc" / "cpu").glob("bindings*.cpp"))
 pytestmark = pytest.mark.parametrize("compiler", EMULATOR)
 
 
-@pytest.fixture(scope="module")
-def setup():
-    """The names of setup.py."""
+def names_of_setup():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("setuptools.setup", lambda **settings: None)
         return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return names_of_setup()
 
 
 def need(*programs):

@@ -8,7 +8,7 @@ from redit_fast.backends.cpu.linear_loss import TILE_ROWS
 from redit_fast.backends.cpu.module import multiplies_bfloat16
 from redit_fast.losses.transforms import LogitTransform
 from tests.backends.test_token_loss_cpu import assert_near_bits, assert_same_bits, threads  # noqa: F401
-from tests.ops.test_linear_rows import LargestTensor
+from tests.counting import Recorder
 
 refusal = cpu.why_not("exp_product", torch.device("cpu"))
 pytestmark = pytest.mark.skipif(refusal is not None, reason=f"cpu: {refusal}")
@@ -106,9 +106,9 @@ def test_a_stray_target_is_nan_in_its_row_alone():
 def test_a_tile_of_logits_holds_at_most_1_mb_a_thread(threads, count):  # noqa: F811
     threads(count)
     hidden, weight, bias, targets = chunk(600, 5000, torch.float32, width=8)
-    with LargestTensor() as largest:
+    with Recorder() as recorder:
         run(cpu, hidden, weight, bias, targets, with_e=False)
-    assert 5000 < largest.elements * 4 <= count << 20
+    assert 5000 < max(recorder.sizes) * 4 <= count << 20
 
 
 def test_strided_inputs_and_version_counters():

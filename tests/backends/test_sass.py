@@ -1,20 +1,13 @@
 """What ptxas makes of csrc/cuda: the opcodes of every kernel, by the disassemblers of tests/packages.txt."""
 
-import functools
 import os
 import re
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import pytest
 
-from tests.cuda import NVCC, SOURCES, TARGETS, compiled, cubin, other_release
+from tests.budgets import assert_within, read, sass, why_not
+from tests.cuda import CUOBJDUMP, NVCC, NVDISASM, SOURCES, TARGETS, compiled, opcodes, other_release
 
-BIN = os.pathsep.join(map(str, Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin")))
-PATH = os.pathsep.join([BIN, os.environ["PATH"]])
-CUOBJDUMP, NVDISASM = (shutil.which(name, path=PATH) for name in ("cuobjdump", "nvdisasm"))
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
     pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is not installed (nvidia-cuda-cuobjdump)"),
@@ -22,18 +15,6 @@ pytestmark = [
 ]
 ARCHES = os.environ.get("KERNEL_ARCHS", "90").split()
 CLUSTERS = [arch for arch in ARCHES if arch != "80"]  # which has none: its kernels are empty
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
-
-
-@functools.cache
-def opcodes(name, arch):
-    """Of each kernel of csrc/cuda/`name`.cu all but those that only fill up; NVIDIA's own names, modifiers and all."""
-    command = [CUOBJDUMP, "-sass", cubin(name, TARGETS[arch])]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PATH": PATH})
-    _, *kernels = re.split(r"^\s+Function : ", listing.stdout, flags=re.M)
-    found = {text.split()[0]: [op for op in INSTRUCTION.findall(text) if op != "NOP"] for text in kernels}
-    assert found and all("EXIT" in ops for ops in found.values())
-    return found
 
 
 def has(ops, pattern):
@@ -99,3 +80,12 @@ def test_the_advantages_fuse_no_multiplication_with_an_addition(arch):
     """In PTX: ptxas makes divisions and roots of fused ones, whose results are those of the division."""
     ptx = compiled("advantages", TARGETS[arch]).read_text()
     assert len(re.findall(r"\bmul(?:\.rn)?\.f64", ptx)) > 50 and "fma" not in ptx
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_no_kernel_has_more_instructions_than_its_budget(arch):
+    stored = read()["sass"]
+    if reason := why_not("sass", stored):
+        pytest.skip(reason)
+    unit = f"instructions, {TARGETS[arch]}"
+    assert_within({name: {unit: units[unit]} for name, units in stored.items() if unit in units}, sass.of(arch))

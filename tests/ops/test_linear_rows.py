@@ -5,28 +5,16 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import redit_fast as rf
 from redit_fast.ops import chunks
 from tests.conftest import few
+from tests.counting import Recorder, flops
 from tests.ops.test_linear_loss import DTYPES, assert_right, head, head_oracle, leaves, oracle_gradients
 from tests.ops.test_token_loss import LOSSES
 from tests.tolerance import relative
 
 OPS = ("exp_product", "scale_in_place")
-
-
-def flops(run):
-    """Of the matrix products that `run` takes."""
-
-    def addmm_(out, a, b, **_):
-        return 2 * a[0] * a[1] * b[1]
-
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("used", [0, 1, 16, 33, 100, 128])
@@ -201,30 +189,15 @@ def test_a_fully_masked_batch_gives_zero_loss_and_zero_gradients(backend):
         assert out.loss == 0 and all((grad == 0).all() for grad in (hidden_grad, *grads))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any operation's result holds; Triton's interpreter sees storages as bytes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype != torch.uint8:
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("rows", [256, 1024])
 def test_nothing_larger_than_a_chunk_of_logits_ever_exists(backend, rows):
     rows = few(backend, rows, 96)
     hidden, weight, _, targets = head(rows, 5000, 8, torch.float32)
-    with LargestTensor() as largest:
+    with Recorder() as recorder:
         x, w = leaves(hidden, weight)
         rf.linear_grpo_loss(x, w, targets, torch.ones(rows), config=rf.LossConfig(), chunk_rows=32).loss.backward()
         rf.linear_logp(x, w, targets, chunk_rows=32).sum().backward()
-    assert largest.elements <= 32 * 5000 < rows * 5000
+    assert max(recorder.sizes) <= 32 * 5000 < rows * 5000
 
 
 def between(x):

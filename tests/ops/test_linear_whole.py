@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import redit_fast as rf
 from redit_fast import backends
 from redit_fast.ops import chunks
+from tests.counting import flops
 from tests.ops.test_linear_loss import assert_right, head, head_oracle, leaves, oracle_gradients
-from tests.ops.test_linear_rows import flops
 from tests.tolerance import relative
 
 CONFIG = rf.LossConfig(epsilon_high=0.3)

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
+from tests.counting import flops
 from tests.ops.test_linear_loss import head, leaves
-from tests.ops.test_linear_rows import flops
 
 OPS = ("token_logp", "token_loss", "scale_in_place")
 ROWS, VOCABULARY, WIDTH = 40, 300, 24  # chunks of 32 and 16 rows: no buffer of theirs has 40

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import redit_fast as rf
 from redit_fast.ops import chunks as head
 from redit_fast.training import builtin, config, policy
 from redit_fast.training.batch import Batch
 from redit_fast.training.rollout.local import Rollout, generate
+from tests.counting import Recorder
 
 both = pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 
@@ -208,19 +207,6 @@ def test_a_step_of_zero_advantages_has_zero_gradients(model_folder, hidden_rows)
     assert hidden_rows == [(sum(batch.lengths), True)] and (gradient(model) == 0).all()
 
 
-class Elements(TorchDispatchMode):
-    """The elements of every tensor that an operation gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.seen |= {tensor.numel() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)}
-        return out
-
-
 @both
 @pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
 @pytest.mark.parametrize("micro", [None, 8])
@@ -233,11 +219,11 @@ def test_no_tensor_as_large_as_the_logits_exists_in_a_training_step(monkeypatch,
     rollout = generate(model, 0, prompts, group_size=8, max_new_tokens=20, seed=1)
     run = config.TrainConfig(group_size=8, micro_batch_size=micro)
     batch = Batch.of(prompts, rollout, torch.linspace(-1, 1, 16), rf.LossConfig(loss_type), run, 0, packed=packed)
-    with Elements() as recorder:
+    with Recorder() as recorder:
         first = batch.backward(model)
         batch.backward(model, first.logp)
     rows = min(sum(batch.lengths[i] for i in part.samples) for part, _ in batch.micro_batches)
     assert rows > 96  # so that the logits are larger than the weight
-    assert 32 * 8191 in recorder.seen and max(recorder.seen) <= 96 * 8191 < rows * 8191
+    assert 32 * 8191 in recorder.sizes and max(recorder.sizes) <= 96 * 8191 < rows * 8191
     for n in range(16):
-        assert (rows + n) * 8191 not in recorder.seen
+        assert (rows + n) * 8191 not in recorder.sizes
