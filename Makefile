@@ -21,11 +21,7 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-<<<<<<< HEAD
-.PHONY: demo test check test-newest lock lint docs wheels sanitize kernel-gates packing-gates gpu-check
-=======
-.PHONY: demo test check test-newest lock lint sanitize kernel-gates packing-gates budgets gpu-check
->>>>>>> main
+.PHONY: demo test check test-newest lock lint docs wheels sanitize kernel-gates packing-gates budgets gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
