@@ -30,10 +30,12 @@ class Layout:
             if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or cu_seqlens.device != device:
                 raise ValueError(f"cu_seqlens must have shape (S + 1,) on {device}, got {described(cu_seqlens)}")
             self.lengths, self.count = cu_seqlens.long().diff(), len(cu_seqlens) - 1
-            if _readable(cu_seqlens) and (cu_seqlens[0] != 0 or cu_seqlens[-1] != shape[0] or (self.lengths < 0).any()):
-                raise ValueError(
-                    f"cu_seqlens must rise from 0 to the {shape[0]} rows, got {cu_seqlens.tolist()[:8]}..."
-                )
+            if _readable(cu_seqlens):
+                wrong = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != shape[0]) | (self.lengths < 0).any()
+                if wrong:  # a GPU is waited for once
+                    raise ValueError(
+                        f"cu_seqlens must rise from 0 to the {shape[0]} rows, got {cu_seqlens.tolist()[:8]}..."
+                    )
         self.rows = math.prod(shape)
 
     def sum(self, rows: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import redit_fast as rf
+from redit_fast.backends import cpu, reference
+from redit_fast.ops import chunks
 from redit_fast.packing.attention import Segments, UnpackableError, attending, attention, refusal
 from redit_fast.packing.plan import Budget, Segment
 from redit_fast.training.batch import Batch
@@ -86,6 +88,20 @@ def test_a_packed_pass_waits_for_a_gpu_in_the_loss_alone(monkeypatch):
                 batch_of(packed=packed, budget=Budget(tokens=60), model=model).backward(model)
             waits.append(sum(name != "tolist" for name in recorder.waits))  # those are of the host's own tensors
         assert waits[0] == 0 < waits[1]  # transformers looks whether the positions of padded rows begin anew
+
+
+def test_a_gpu_is_waited_for_three_times_a_micro_batch_and_three_times_a_pass(monkeypatch):
+    """With the head's loop of a GPU, whose kernels read the upstream gradient where it lies."""
+    monkeypatch.setattr(chunks, "whole_chunks", lambda device: True)
+    monkeypatch.setattr(cpu, "scale_in_place", reference.scale_in_place)
+    model, waits = model_of("qwen2"), {}
+    for tokens in (10**6, 130, 90):
+        batch = batch_of(budget=Budget(tokens=tokens), model=model)
+        parts = len(batch.micro_batches)
+        with Recorder() as recorder:
+            batch.backward(model)
+        waits[parts] = len(recorder.waits) - parts  # a micro-batch asks for its segments' offsets, which are the host's
+    assert waits == {1: 6, 2: 9, 3: 12}  # the offsets, scored rows and silent ones; in a pass offsets, loss and metrics
 
 
 def test_a_layer_that_cannot_be_packed_is_named():
