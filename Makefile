@@ -72,7 +72,7 @@ budgets: $(TESTS) $(TRITON36)
 # On a CUDA machine, with the python3 that is there: make gpu-check OUT=DIR
 OUT ?= gpu-check
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(OUT)
+	$(PYTHON) -m tools.gpu_check $(OUT)
 
 lint: $(TESTS)
 	$(VENV)/bin/ruff check .

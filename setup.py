@@ -28,6 +28,8 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off",
 # the process has one (see redit_fast/backends/cpu/). Apple's clang has no -fopenmp; there the ops run on one thread.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 
+LINKED = {"redit_fast.kernels": "kernels", "redit_fast.benchmarks": "benchmarks"}  # package -> folder
+
 cpu = Extension(
     "redit_fast._cpu",
     sources=sorted(glob("csrc/cpu/*.cpp")),
@@ -75,10 +77,14 @@ class Build(build_ext):
 
 ParallelCompile().install()  # a source on each core
 setup(
-    # kernels/ has no __init__.py (a top-level package of that name would shadow Hugging Face's), so it is named here.
-    packages=[*find_packages(include=["redit_fast", "redit_fast.*"]), "redit_fast.kernels"],
-    package_dir={"redit_fast.kernels": "kernels"},
-    package_data={"redit_fast": ["py.typed", "training/report/page.*", "examples/word_problems.*"]},
+    # kernels/ has no __init__.py (a top-level package of that name would shadow Hugging Face's), so it is named here;
+    # benchmarks/ too: an sdist has no links, through which it is found in a checkout.
+    packages=sorted({*find_packages(include=["redit_fast", "redit_fast.*"]), *LINKED}),
+    package_dir=LINKED,
+    package_data={
+        "redit_fast": ["py.typed", "training/report/page.*", "examples/word_problems.*"],
+        "redit_fast.benchmarks": ["*.j2"],
+    },
     ext_modules=[cpu] if setup_cuda.CHOICE == "0" else [cuda, cpu],  # REDIT_FAST_CUDA=1 without nvcc fails at once
     cmdclass={"build_ext": Build},
 )

@@ -1,98 +1,113 @@
 """Where a host calls the model under `apply_to`: evaluation with and without logits, and a step of TRL's SFTTrainer,
 whose own fused head ours replaces: python -m benchmarks.bench_apply_hosts
 
-The model and the batch of `bench_apply`: 8 sequences of 128 tokens (small: 32), vocabulary 50257 (small: 2000). Every
-loss is compared with that of float64. The step of SFTTrainer is its `compute_loss`, with its metrics, and the backward
-pass; in the order apply_to, trainer, the head is the same from the first call on.
+The model of bench_apply, 8 sequences of 128 tokens (quick: 32) and a vocabulary of 50257 (quick: 2000). Every loss is
+compared with that of float64. The step of SFTTrainer is its `compute_loss`, with its metrics, and the backward pass.
 """
 
+from __future__ import annotations
+
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
 
 import redit_fast as rf
-from benchmarks.bench_trl import SEQUENCES, WIDTH, a_model
-from benchmarks.common import Candidate, clock, main, measure, show
-from redit_fast.training import builtin
+
+from .bench_apply import SEQUENCES, WIDTH, a_model
+from .clock import clock
+from .measure import Errors, Provider, Run, Table, Wrong
+from .place import Place
+from .roofline import Work
+
+SIZES = {"cpu": (50_257, 128), "quick": (2000, 32)}
 
 
-def a_batch(vocabulary, length):
-    return torch.randint(vocabulary, (SEQUENCES, length), generator=torch.Generator().manual_seed(1))
-
-
-def evaluations(vocabulary, length):
-    tokens = a_batch(vocabulary, length)
+def tables(place: Place, size: str) -> Iterator[Table]:
+    vocabulary, length = SIZES[size]
+    tokens = [
+        torch.randint(vocabulary, (SEQUENCES, length), generator=torch.Generator().manual_seed(1 + turn))
+        for turn in range(2)
+    ]
+    wide = a_model(vocabulary).double().eval()
     with torch.no_grad():
-        expected = a_model(vocabulary).double().eval()(tokens, labels=tokens).loss.item()
+        losses = [wide(ids, labels=ids).loss.item() for ids in tokens]
+    del wide
+    head, sizes = vocabulary * WIDTH, {"V": vocabulary, "B": SEQUENCES, "T": length, "D": WIDTH}
+    once = Work(reads=4 * head, flops=2 * SEQUENCES * length * head)
+    thrice = Work(reads=4 * head, writes=4 * head, flops=3 * once.flops)
+    limits = Errors(1e-4)
+    yield Table("apply_hosts", "evaluation", sizes, "float32", once, evaluations(vocabulary, tokens, losses), "loss",
+                limits, 5)  # fmt: skip
+    yield Table("apply_hosts", "SFT step of TRL", sizes, "float32", thrice, sft_steps(vocabulary, tokens, losses),
+                "loss", limits, 5)  # fmt: skip
 
-    def candidate(name, **options):
-        def make():
+
+def evaluations(vocabulary: int, tokens: list[torch.Tensor], losses: list[float]) -> list[Provider]:
+    def provider(name: str, **options: bool) -> Provider:
+        def build() -> Run:
             model = a_model(vocabulary).eval()
             if options:
                 rf.apply_to(model, **options)
 
-            def run():
+            def run(turn: int, thorough: bool) -> Errors:
+                ids = tokens[turn % 2]
                 with torch.no_grad(), clock:
-                    output = model(tokens, labels=tokens)
-                assert (output.logits is None) == (options == {"eval_logits": False})
-                assert abs(output.loss.item() / expected - 1) < 1e-5
+                    output = model(ids, labels=ids)
+                if (output.logits is None) != (options == {"eval_logits": False}):
+                    raise Wrong("logits are there where none were asked for, or the reverse")
+                return Errors(abs(output.loss.item() - losses[turn % 2]))
 
             return run
 
-        head = vocabulary * WIDTH
-        return Candidate(name, 4 * head, make, not options, 2 * SEQUENCES * length * head)
+        return Provider(name, build, bool(options))
 
     return [
-        candidate("apply_to, eval_logits=False", eval_logits=False),
-        candidate("apply_to", eval_logits=True),
-        candidate("transformers"),
+        provider("apply_to, eval_logits=False", eval_logits=False),
+        provider("apply_to", eval_logits=True),
+        provider("transformers"),
     ]
 
 
-def sft_steps(vocabulary, length):
-    tokens = a_batch(vocabulary, length)
-    inputs = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
-    expected = a_model(vocabulary).double()(tokens, labels=tokens).loss.item()
+def sft_steps(vocabulary: int, tokens: list[torch.Tensor], losses: list[float]) -> list[Provider]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from redit_fast.training import builtin
+
     _, tokenizer = builtin.build(0)
     os.environ["CI"] = "1"  # TRL sends telemetry otherwise
 
-    def candidate(name, applied):
-        def make():
+    def provider(name: str, applied: bool) -> Provider:
+        def build() -> Run:
             args = SFTConfig(tempfile.mkdtemp(), per_device_train_batch_size=SEQUENCES, report_to="none", use_cpu=True,
                              bf16=False, gradient_checkpointing=False, disable_tqdm=True)  # fmt: skip
             rows = Dataset.from_list([{"input_ids": [3, 4, 5]}])
-            trainer = SFTTrainer(a_model(vocabulary), args, train_dataset=rows, processing_class=tokenizer)
+            trainer: Any = SFTTrainer(a_model(vocabulary), args, train_dataset=rows, processing_class=tokenizer)
             model = trainer.model.train()
             if applied:
                 rf.apply_to(model)
 
-            def run():
+            def run(turn: int, thorough: bool) -> Errors:
+                ids = tokens[turn % 2]
+                inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
                 with clock:
-                    loss = trainer.compute_loss(model, dict(inputs))
+                    loss = trainer.compute_loss(model, inputs)
                     loss.backward()
                 model.zero_grad()
-                assert abs(loss.item() / expected - 1) < 1e-5, (loss.item(), expected)
+                return Errors(abs(loss.item() - losses[turn % 2]))
 
             return run
 
-        head = vocabulary * WIDTH
-        return Candidate(name, 4 * 2 * head, make, not applied, 3 * 2 * SEQUENCES * length * head)
+        return Provider(name, build, applied)
 
-    return [candidate("SFTTrainer under apply_to", True), candidate("SFTTrainer, TRL's head", False)]
-
-
-def tables(small):
-    vocabulary, length = (2000, 32) if small else (50257, 128)
-    sizes = f"vocabulary {vocabulary}, {SEQUENCES} sequences of {length} tokens, float32"
-    results = {}
-    for title, candidates in (("evaluation", evaluations), ("SFT step of TRL", sft_steps)):
-        results[title] = measure(candidates(vocabulary, length), rounds=5)
-        show(f"{title}, {sizes}", results[title])
-    return results
+    return [provider("SFTTrainer under apply_to", True), provider("SFTTrainer, TRL's head", False)]
 
 
 if __name__ == "__main__":
-    main(tables)
+    from .command import main
+
+    sys.exit(main("apply_hosts", tables))

@@ -1,188 +1,206 @@
-"""The head and its loss: python -m benchmarks.bench_linear_loss, or pytest benchmarks --benchmark-only
+"""The head and its loss, from hidden states: redit-fast bench linear_loss
 
-512 rows of width 896 on a vocabulary of 32000 (small: 64 rows, 4000), float32 and bfloat16: the DAPO loss on policy
-with an advantage per token, and its gradients for hidden and weight. Every result is compared with float64.
-
-Baselines: the bare three products of R V D multiplications (X W^T, E W, E^T X) as the floor; the materialised loss,
-eager and through torch.compile; TRL 1.16's fused head (trl.kernels.ChunkedLogProbFunction, as trl.trainer.utils
-add_fused_lm_head calls it on a CPU); Liger's LigerFusedLinearGRPOLoss with its default of one sequence a chunk; torch's
-F.linear_cross_entropy. verl is not installed: its FusedLinearForPPO (verl/utils/experimental/torch_functional.py) is
-the materialised loss in chunks of 512 rows whose logits backward makes again, which is `recomputed` here. Cut
-Cross-Entropy is not installed, and its kernels are Triton's, for GPUs only.
+The loss -mean(A logp), on policy, of eight sequences, and its gradients for hidden states and weight; logits would have
+a deviation of 3. The bare three products X W^T, E W and E^T X, of R V D multiplications each, are the floor that
+every head with a trainable weight has.
 """
 
-import pytest
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import cast
+
 import torch
 import torch.nn.functional as F
-from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-from torch.utils.checkpoint import checkpoint
-from trl.kernels import ChunkedLogProbFunction
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+from torch import Tensor
 
 import redit_fast as rf
-from benchmarks.common import Candidate, clock, main, measure, show
 
-SEQUENCES, WIDTH = 8, 896
-QUARTER = "redit-fast, R/4 rows a chunk"
-TARGETS = {  # times faster than each baseline, at 512 rows of 32000 and two threads
-    torch.float32: {"three products": 1 / 1.15, "TRL": 1.2},
-    torch.bfloat16: {"three products": 1 / 1.9, "TRL": 1.7},
+from . import oracle, peers
+from .backends import forced, of_ours
+from .clock import clock
+from .measure import Errors, Provider, Run, Table, Wrong
+from .oracle import Batch
+from .place import Place
+from .roofline import Work
+
+SEQUENCES = 8
+HEAD = "head: loss and gradients"
+LIMITS = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.5, 0.1)}  # log-prob; gradients in the Frobenius norm
+SIZES = {  # (R, D, V) of the tables; R, D and V of the series, and the two others beside each
+    "cpu": (((512, 896, 32_000),), (64, 128, 256, 512, 1024), (256, 8000), (64, 128, 256, 512, 1024), (128, 8000),
+            (2000, 4000, 8000, 16_000, 32_000), (128, 256)),
+    "quick": (((128, 256, 8000),), (16, 32, 64, 128, 256), (64, 2000), (32, 64, 128, 256, 512), (64, 2000),
+              (500, 1000, 2000, 4000, 8000), (64, 64)),
+    "cuda": (((16_384, 896, 151_936), (16_384, 3584, 151_936)), (1024, 2048, 4096, 8192, 16_384), (896, 32_000),
+             (512, 1024, 2048, 4096, 8192), (4096, 32_000), (8000, 16_000, 32_000, 64_000, 128_000), (4096, 896)),
+    "dry": (((32, 16, 90),), (), (8, 40), (8, 16, 32), (8, 40), (), (8, 8)),
+}  # fmt: skip
+CAUSES = {
+    "three products": "they make no exponential, no loss and no sums of rows",
+    "PyTorch, eager": "its bfloat16 products round their results to bfloat16, and need no loop over chunks",
+    "torch.compile": "its bfloat16 products round their results to bfloat16, and need no loop over chunks",
 }
 
 
-def batch(rows, vocabulary, dtype):
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, WIDTH, generator=generator).to(dtype)
-    weight = (torch.randn(vocabulary, WIDTH, generator=generator) * 3 / WIDTH**0.5).to(dtype)  # logits of deviation 3
-    targets = torch.randint(vocabulary, (rows,), generator=generator)
-    advantages = torch.randn(SEQUENCES, generator=generator).repeat_interleave(rows // SEQUENCES)
-    return hidden, weight, targets, advantages
+def tables(place: Place, size: str) -> Iterator[Table]:
+    shapes, rows, beside_rows, widths, beside_widths, vocabularies, beside_vocabularies = SIZES[size]
+    dtypes = (torch.float32, torch.bfloat16) if place.kind == "cpu" else (torch.bfloat16,)
+    for r, d, v in shapes:
+        for dtype in dtypes:
+            yield table(place, r, d, v, dtype, 5 if size == "cpu" else 7)
+    for r in rows:
+        yield table(place, r, *beside_rows, dtypes[0], 5, axis="R")
+    for d in widths:
+        yield table(place, beside_widths[0], d, beside_widths[1], dtypes[0], 5, axis="D")
+    for v in vocabularies:
+        yield table(place, *beside_vocabularies, v, dtypes[0], 5, axis="V")
 
 
-def oracle(hidden, weight, targets, advantages):
-    """The gradients in float64, by their closed form."""
-    logits = hidden.double() @ weight.double().t()
-    slopes = logits.softmax(-1) * advantages[:, None] / len(targets)
-    slopes[torch.arange(len(targets)), targets] -= advantages / len(targets)
-    return (slopes @ weight.double()).float(), (slopes.t() @ hidden.double()).float()
+class Inputs:
+    """Hidden states (B, T, D), weight (V, D), two batches, and for each the gradients in float64."""
+
+    def __init__(self, place: Place, rows: int, width: int, vocabulary: int, dtype: torch.dtype):
+        length, generator = rows // SEQUENCES, place.generator(0)
+        self.hidden = torch.randn(SEQUENCES, length, width, generator=generator, device=place.device).to(dtype)
+        weight = torch.randn(vocabulary, width, generator=generator, device=place.device)
+        self.weight = weight.mul_(3 / width**0.5).to(dtype)
+        self.batches: list[Batch] = []
+        self.exact: list[tuple[Tensor, Tensor]] = []
+        wide, hidden = self.weight.double(), self.hidden.flatten(0, 1).double()
+        for turn in range(2):
+            targets, advantages = oracle.draw(place, SEQUENCES, length, vocabulary, turn)
+            batch = Batch(targets, advantages, torch.empty(targets.shape, dtype=torch.float64, device=place.device))
+            hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(wide)
+            wanted = oracle.coefficients(batch)
+            for part in oracle.slices(rows, place.device):
+                logits, chosen = hidden[part] @ wide.t(), targets.flatten()[part]
+                batch.exact.view(-1)[part] = oracle.log_probs(logits, chosen)
+                slopes = oracle.slopes(logits, chosen, wanted[part])
+                hidden_grad[part] = slopes @ wide
+                weight_grad.addmm_(slopes.t(), hidden[part])
+            self.batches.append(batch)
+            self.exact.append((hidden_grad.float(), weight_grad.float()))
+
+    def compare(self, hidden_grad: Tensor, weight_grad: Tensor, turn: int) -> Errors:
+        """All of the gradients; by row those of hidden, and of the weight those of the targets."""
+        of_hidden, of_weight, of_targets = oracle.Sums(), oracle.Sums(), oracle.Sums()
+        exact_hidden, exact_weight = self.exact[turn % 2]
+        of_hidden.add(hidden_grad.flatten(0, 1), exact_hidden.double())
+        for part in oracle.slices(len(exact_weight), hidden_grad.device):
+            of_weight.add(weight_grad[part], exact_weight[part].double())
+        targets = self.batches[turn % 2].targets.unique()
+        for part in oracle.slices(len(targets), hidden_grad.device):
+            of_targets.add(weight_grad[targets[part]], exact_weight[targets[part]].double())
+        return oracle.worst(of_hidden.errors(None), of_weight.errors(None)._replace(row=of_targets.worst))
 
 
-def error(found, expected):
-    """Relative Frobenius norm, 256 rows at a time: the check is not to raise the peak of memory."""
-    wrong = square = 0.0
-    for a, b in zip(found.split(256), expected.split(256), strict=True):
-        wrong += (a - b).square().sum().item()
-        square += b.square().sum().item()
-    return (wrong / square) ** 0.5
+def table(
+    place: Place, rows: int, width: int, vocabulary: int, dtype: torch.dtype, rounds: int, axis: str = ""
+) -> Table:
+    inputs = Inputs(place, rows, width, vocabulary, dtype)
+
+    def provider(name: str, load: Callable[[], Callable], ours: bool = False) -> Provider:
+        """`load()` gives f(hidden, weight, batch) -> (loss, log-probs or None)."""
+
+        def build() -> Run:
+            loss_of = load()
+
+            def run(turn: int, thorough: bool) -> Errors:
+                batch = inputs.batches[turn % 2]
+                leaves = [x.detach().requires_grad_() for x in (inputs.hidden, inputs.weight)]
+                with clock:
+                    loss, logp = loss_of(*leaves, batch)
+                    hidden_grad, weight_grad = torch.autograd.grad(loss, leaves)
+                return inputs.compare(hidden_grad, weight_grad, turn)._replace(value=oracle.value_error(logp, batch))
+
+            return run
+
+        return Provider(name, build, ours, CAUSES.get(name, ""))
+
+    def of(name: str, load: Callable[[], peers.Logp], ours: bool = False) -> Provider:
+        def loaded() -> Callable:
+            logp_of = load()
+
+            def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+                logp = logp_of(hidden, weight, batch.targets)
+                return peers.on_policy(logp, batch.advantages[:, None]), logp
+
+            return loss
+
+        return provider(name, loaded, ours)
+
+    backends = of_ours("exp_product", place)
+    providers = [
+        *(provider(name, partial(_ours, forced(backend, rf.linear_grpo_loss), None), True)
+          for name, backend in backends),
+        provider("redit-fast, R/4 rows a chunk", lambda: _ours(rf.linear_grpo_loss, max(1, rows // 4)), True),
+        of("redit-fast, linear_logp", lambda: cast(peers.Logp, rf.linear_logp), True),
+        Provider("three products", lambda: _products(inputs), cause=CAUSES["three products"]),
+        of("PyTorch, eager", lambda: peers.eager_head),
+        of("TRL, fused head", lambda: peers.trl_head(place)),
+    ]  # fmt: skip
+    if not axis:
+        providers += [
+            provider("torch.compile", lambda: _compiled),
+            provider("Liger, chunked loss", lambda: _without_logp(peers.liger_chunked_loss(place))),
+            of("verl, torch head", lambda: peers.verl_head(place)),
+            of("verl, Triton head", lambda: peers.verl_triton_head(place)),
+            of("NeMo RL's chunks", lambda: peers.nemo_head(place)),
+            of("F.linear_cross_entropy", lambda: peers.torch_head(place)),
+            of("Cut Cross-Entropy", lambda: peers.cut_cross_entropy(place)),
+            of("Cut Cross-Entropy, unfiltered", lambda: peers.cut_cross_entropy(place, filter_eps=None)),
+            of("quack", lambda: peers.quack_head(place)),
+            of("Unsloth", lambda: peers.unsloth_head(place)),
+        ]
+    moved = inputs.hidden.nbytes + inputs.weight.nbytes
+    work = Work(reads=moved, writes=moved, flops=6 * rows * vocabulary * width)
+    value, grad = LIMITS[dtype]
+    sizes, name = {"R": rows, "D": width, "V": vocabulary}, str(dtype).removeprefix("torch.")
+    return Table("linear_loss", HEAD, sizes, name, work, providers, "log-prob", Errors(value, grad, 0.5), rounds, axis)
 
 
-def dapo(logp, advantages):
-    ratio = torch.exp(logp - logp.detach())
-    return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
-
-
-def materialised(hidden, weight, targets):
-    return torch.log_softmax(F.linear(hidden, weight).float(), -1).gather(-1, targets[:, None]).squeeze(1)
-
-
-def recomputed(hidden, weight, targets):
-    pieces = zip(hidden.split(512), targets.split(512), strict=True)
-    return torch.cat([checkpoint(materialised, x, weight, t, use_reentrant=False) for x, t in pieces])
-
-
-def trl(hidden, weight, targets):
-    outputs = ("log_probs", "entropy")  # as GRPOTrainer asks for
-    return ChunkedLogProbFunction.apply(
-        hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
-    )[0]
-
-
-def linear_cross_entropy(hidden, weight, targets):
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
-
-
-def liger():
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
-
-    def of(hidden, weight, targets, advantages):
-        hidden, targets = (x.view(SEQUENCES, -1, *x.shape[1:]) for x in (hidden, targets))
-        return loss(hidden, weight, targets, torch.ones_like(targets), advantages.view(SEQUENCES, -1)[:, 0])[0]
-
-    return of
-
-
-def candidates(rows, vocabulary, dtype):
-    hidden, weight, targets, advantages = batch(rows, vocabulary, dtype)
-    expected = oracle(hidden, weight, targets, advantages)
+def _ours(linear_grpo_loss: Callable, chunk_rows: int | None) -> Callable:
     config = rf.LossConfig()
-    moved = 2 * (hidden.nbytes + weight.nbytes)  # the inputs read, the gradients written
-    flops = 6 * rows * vocabulary * WIDTH
 
-    # bfloat16: ours to 3e-3 and a store; the others round logits, products and sums over chunks
-    def candidate(name, loss, tolerance=(1e-5, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2), baseline=True):
-        def run():
-            leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
-            with clock:
-                value = loss(*leaves, targets, advantages)
-                grads = torch.autograd.grad(value, leaves)
-            torch.testing.assert_close(value.float(), -advantages.mean(), rtol=1e-5, atol=1e-6)
-            for grad, exact, limit in zip(grads, expected, tolerance, strict=True):
-                found = error(grad, exact)
-                assert found < limit, f"{name}: {found:.1e} from float64, limit {limit:.1e}"
+    def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        out = linear_grpo_loss(hidden, weight, batch.targets, batch.advantages, config=config, chunk_rows=chunk_rows)
+        return out.loss, out.logp
 
-        return Candidate(name, moved, lambda: run, baseline, flops)
-
-    def ours(name, loss):
-        return candidate(name, loss, (1e-5, 1e-5) if dtype == torch.float32 else (3e-3, 4e-3), baseline=False)
-
-    def of(logp):
-        return lambda hidden, weight, targets, advantages: dapo(logp(hidden, weight, targets), advantages)
-
-    def fused(chunk_rows=None):
-        return lambda *inputs: rf.linear_grpo_loss(*inputs, config=config, chunk_rows=chunk_rows).loss
-
-    def make_products():
-        e = torch.randn(rows, vocabulary).to(dtype)
-
-        def run():
-            with clock:
-                products = F.linear(hidden, weight), e @ weight, e.t() @ hidden
-            assert all(torch.isfinite(product[-1]).all() for product in products)
-
-        return run
-
-    return [
-        ours("redit-fast", fused()),
-        ours(QUARTER, fused(rows // 4)),
-        ours("redit-fast, linear_logp", of(rf.linear_logp)),
-        Candidate("three products", moved, make_products, True, flops),
-        candidate("eager", of(materialised)),
-        candidate("torch.compile", torch.compile(of(materialised))),
-        candidate("TRL", of(trl)),
-        candidate("Liger", liger()),
-        candidate("verl", of(recomputed)),
-    ] + [candidate("linear_cross_entropy", of(linear_cross_entropy))] * hasattr(F, "linear_cross_entropy")  # torch 2.13
+    return loss
 
 
-def verdicts(measured, dtype, rows, vocabulary):
-    """The judged ratios and, for each miss, the floor; and the extra memory."""
-    by_name = {row.name: row for row in measured}
-    floor = by_name["three products"]
-    for baseline, target in TARGETS[dtype].items():
-        ours = by_name["redit-fast"]
-        if ours.ratios[baseline] < target:
-            print(f"MISSED: {ours.name} {ours.ratios[baseline]:.2f} times faster than {baseline}, target {target:.2f}; "
-                  f"the bare three products take {floor.ms:.0f} ms at {floor.gflop_per_s:.0f} GFLOP/s")  # fmt: skip
-    # Beyond the gradients, dX and dW in their type and dW's float32 sum, all held from the start. Eager's peak, three
-    # (R, V) arrays of float32, comes before it holds any.
-    gradients = (rows + vocabulary) * WIDTH * dtype.itemsize
-    sums = vocabulary * WIDTH * 4 if dtype != torch.float32 else 0
-    ours, eager = by_name[QUARTER].peak_mb - (gradients + sums) / 1e6, by_name["eager"].peak_mb
-    print(f"{'MISSED: ' if ours > eager / 10 else ''}{QUARTER}: {ours:.0f} MB beyond the gradients, eager {eager:.0f}")
+def _products(inputs: Inputs) -> Run:
+    hidden, weight = inputs.hidden.flatten(0, 1), inputs.weight
+    logits = torch.randn(len(hidden), len(weight), device=hidden.device).to(hidden.dtype)
+
+    def run(turn: int, thorough: bool) -> Errors:
+        with clock:
+            products = F.linear(hidden, weight), logits @ weight, logits.t() @ hidden
+        if not all(torch.isfinite(product[-1]).all() for product in products):
+            raise Wrong("a product is not finite")
+        return Errors()
+
+    return run
 
 
-def tables(small):
-    results = {}
-    rows, vocabulary = (64, 4000) if small else (512, 32000)
-    for dtype in (torch.float32, torch.bfloat16):
-        title = f"{rows} rows, width {WIDTH}, vocabulary {vocabulary}, {dtype}"
-        results[title] = measure(candidates(rows, vocabulary, dtype), rounds=5)
-        show(title, results[title])
-        verdicts(results[title], dtype, rows, vocabulary)
-    return results
+@torch.compile
+def _compiled_loss(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    logp = peers.eager_head(hidden, weight, targets)
+    return peers.on_policy(logp, advantages[:, None]), logp
 
 
-SMALL = {f"{dtype}: {candidate.name}": candidate
-         for dtype in (torch.float32, torch.bfloat16) for candidate in candidates(64, 1000, dtype)}  # fmt: skip
+def _compiled(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    return _compiled_loss(hidden, weight, batch.targets, batch.advantages)
 
 
-@pytest.mark.benchmark(timer=clock)
-@pytest.mark.parametrize("name", SMALL)
-def test_linear_loss(benchmark, name):
-    benchmark.pedantic(SMALL[name].make(), rounds=5, warmup_rounds=1)
-    benchmark.extra_info["GFLOP/s"] = SMALL[name].flops / benchmark.stats.stats.median / 1e9
+def _without_logp(loss: Callable) -> Callable:
+    return lambda hidden, weight, batch: (loss(hidden, weight, batch.targets, batch.advantages), None)
 
 
 if __name__ == "__main__":
-    main(tables)
+    from .command import main
+
+    sys.exit(main("linear_loss", tables))

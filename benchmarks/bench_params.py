@@ -1,335 +1,230 @@
-"""Passes over parameters, and the regularised AdamW step: python -m benchmarks.bench_params [--small] [--json PATH], or
-small under pytest benchmarks --benchmark-only.
+"""Passes over parameters and the optimizer's step with GR: redit-fast bench params
 
-Passes: 25 million weights, float32, bfloat16 and float16 (with float32 masters). Steps: 100 million weights in 144
-tensors through RegularizedAdamW's perturb() and step(), against the same written with torch._foreach_*, which keeps its
-buffers between steps; gradients are given by hand. Where ours folds g1 into .grad, the clock also counts autograd's
-accumulation of g2, which the others do not need: they keep g1.
-
-Bytes a weight, float32 / bfloat16: norm 4 / 2, perturb 12 / 6, AdamW 28 / 28; the step 52 / 38 (float32 writes the copy
-from which it restores: 4), with gamma != epsilon 56 / 40 and autograd's 12 / 6, or with g1 kept 60 / 42.
+Passes: the norm, the perturbation and AdamW of one tensor. A step is both passes' work around given gradients: norm
+and perturbation, then restoring, combining, clipping and AdamW (params_steps.py).
 """
 
-import pytest
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from typing import Any
+
 import torch
+from torch import Tensor
 
-import redit_fast as rf
-from benchmarks.common import Candidate, clock, main, measure, show
-from redit_fast.backends import cpu, reference
+from redit_fast import backends
 
-LR, BETAS, EPS, DECAY, EPSILON = 1e-3, (0.9, 0.999), 1e-4, 0.1, 0.1
-MAX_NORM, PERTURB_MAX_NORM = 1.0, 10.0
-ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-LAYER = [(1024, 1024)] * 4 + [(1024,)] * 2
-STEPS = [(F32, 1.0), (F32, 0.75), (BF16, 1.0), (BF16, 0.75)]  # (dtype, gamma / epsilon)
-TARGETS = {(F32, 1.0): 1.3, (F32, 0.75): 2.0, (BF16, 1.0): 1.2, (BF16, 0.75): 1.5}
-FOLDED_BYTES = {(F32, 1.0): 52, (F32, 0.75): 68, (BF16, 1.0): 38, (BF16, 0.75): 46}
-KEPT_BYTES = {(F32, 0.75): 60, (BF16, 0.75): 42}
-# norm 4 / 2, keep 8 / 4, add 12 / 6, restore 8 / 4, lerp 12 / 6 where combined, gradients cast 0 / 6, norm and scale
-# 12, AdamW 28, cast back 0 / 6
-TORCH_BYTES = {(F32, 1.0): 72, (F32, 0.75): 84, (BF16, 1.0): 68, (BF16, 0.75): 74}
+from .backends import of_ours
+from .clock import clock
+from .measure import Errors, Provider, Run, Table
+from .params_oracle import ADAMW, BETAS, DECAY, EPS, LR, Descent, largest, pieces, sign, spacing
+from .params_steps import F32, STEPS, name_of, step_table
+from .place import Place
+from .roofline import Work
 
-
-def sample(tensors):
-    return torch.cat([x.detach().flatten()[::1009] for x in tensors]).double()
-
-
-def adamw_oracle(params, grad, tolerance=1e-4):
-    """A function to call after every AdamW step: checks a sample of the weights against float64."""
-    start = sample(params)
-    weight = start.clone().requires_grad_()
-    opt = torch.optim.AdamW([weight], **ADAMW)
-
-    def check(weights):
-        weight.grad = grad
-        opt.step()
-        moved = LR * opt.state[weight]["step"].item()
-        assert (weight - start).abs().max() > 0.3 * moved
-        torch.testing.assert_close(sample(weights), weight.detach(), rtol=3e-6, atol=tolerance * moved)
-
-    return check
-
-
-def norm_candidates(dtype, g):
-    exact = g.double().square().sum()
-
-    def ours():
-        out = torch.zeros((), dtype=torch.float64)
-
-        def run():
-            with clock:
-                cpu.squared_norm(out, [g])
-            torch.testing.assert_close(out, exact, rtol=2.4e-7, atol=0)
-
-        return run
-
-    def foreach():
-        def run():
-            with clock:
-                (norm,) = torch._foreach_norm([g], dtype=F32)
-            # torch adds in float32: 1.4e-3 off at 25 million weights
-            torch.testing.assert_close(norm.double(), exact.sqrt(), rtol=1e-2, atol=0)
-
-        return run
-
-    needed = g.numel() * g.element_size()
-    return [Candidate("norm", needed, ours), Candidate("torch._foreach_norm", needed, foreach, baseline=True)]
-
-
-def perturb_candidates(dtype, start, g):
-    scale, step = torch.tensor(1e-3, dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-
-    def perturb(module, p, rounding):
-        sums = torch.zeros(4, dtype=torch.float64)
-        module.perturb(sums, [p], [g], [0], scale, 1.0, rounding, 0, step, None)
-        return sums
-
-    def ours(rounding):
-        expected = start.clone()
-        expected_sums = perturb(reference, expected, rounding)
-
-        def make():
-            p = start.clone()
-
-            def run():
-                p.copy_(start)
-                with clock:
-                    sums = perturb(cpu, p, rounding)
-                assert torch.equal(p, expected) and sums[3] > 0
-                torch.testing.assert_close(sums, expected_sums, rtol=2.4e-7, atol=0)
-
-            return run
-
-        return make
-
-    def foreach():
-        p = start.clone()
-
-        def run():
-            p.copy_(start)
-            with clock:
-                torch._foreach_add_([p], [g], alpha=1e-3)
-            torch.testing.assert_close(p, start + 1e-3 * g)
-
-        return run
-
-    needed = 3 * start.numel() * start.element_size()
-    roundings = ["nearest"] if dtype == F32 else ["stochastic", "nearest"]
-    return [Candidate(f"perturb, {rounding}", needed, ours(rounding)) for rounding in roundings] + [
-        Candidate("torch._foreach_add_", needed, foreach, baseline=True)
-    ]
-
-
-def adamw_candidates(dtype, start, g):
-    check_ours, check_torch = (adamw_oracle([start], sample([g])) for _ in range(2))
-    one, finite = torch.ones((), dtype=torch.float64), torch.tensor(True)
-
-    def ours():
-        p, m, v, step = start.clone(), torch.zeros(start.shape), torch.zeros(start.shape), torch.zeros(())
-        master = None if dtype == F32 else p.float()
-
-        def run():
-            with clock:
-                cpu.adamw([p], [master], [g], [m], [v], [step], one, finite, LR, *BETAS, EPS, DECAY)
-            check_ours([p if master is None else master])
-            assert master is None or torch.equal(p, master.to(dtype))
-
-        return run
-
-    def fused():
-        p = start.clone()
-        weight = p if dtype == F32 else p.float()
-        weight.grad = g if dtype == F32 else torch.empty(p.shape)
-        opt = torch.optim.AdamW([weight], **ADAMW, fused=True)
-
-        def run():
-            with clock:
-                if dtype != F32:
-                    weight.grad.copy_(g)
-                opt.step()
-                if dtype != F32:
-                    p.copy_(weight)
-            check_torch([weight])
-
-        return run
-
-    needed = 28 * start.numel()
-    return [Candidate("AdamW", needed, ours), Candidate("torch fused AdamW", needed, fused, baseline=True)]
-
-
-def pass_candidates(dtype, count):
-    generator = torch.Generator().manual_seed(0)
-    p, g = (torch.randn(count, generator=generator).to(dtype) for _ in range(2))
-    return {
-        "norm": norm_candidates(dtype, g),
-        "perturb": perturb_candidates(dtype, p, g),
-        "AdamW": adamw_candidates(dtype, p, g * 1e-4),
-    }
-
-
-def step_candidates(dtype, ratio, layers):
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(scale):
-        return [(torch.randn(shape, generator=generator) * scale).to(dtype) for shape in LAYER * layers]
-
-    start, g1, g2 = normal(0.02), normal(1e-4), normal(1e-4)
-    square = torch.zeros((), dtype=torch.float64)
-    for a, b in zip(g1, g2, strict=True):
-        square += ((1 - ratio) * a.double() + ratio * b.double()).square().sum()
-    clip = min(1.0, MAX_NORM / (square.sqrt().item() + 1e-6))
-    gradient = clip * ((1 - ratio) * sample(g1) + ratio * sample(g2))
-    nearest = [p.add(g, alpha=EPSILON) for p, g in zip(start, g1, strict=True)]
-    assert not torch.equal(sample(nearest), sample(start))
-    # folding or combining in bfloat16 rounds the gradient
-    tolerance = 2.0**-7 if dtype == BF16 and ratio != 1 else 1e-3
-
-    def give(params, grads):
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g.clone()
-
-    def ours(keep):
-        def make():
-            check = adamw_oracle(start, gradient, tolerance)
-            params = [torch.nn.Parameter(p.clone()) for p in start]
-            gr = {"gamma": ratio * EPSILON, "epsilon": EPSILON, "max_norm": MAX_NORM, "keep_first_grad": keep}
-            gr["perturb_max_norm"] = PERTURB_MAX_NORM
-            opt = rf.RegularizedAdamW(params, **ADAMW, **gr)
-
-            def run():
-                give(params, g1)
-                before = sample(params)
-                with clock:
-                    assert opt.perturb()
-                moved = sample(params) - before
-                assert 0 < moved.abs().max() < 2e-3  # bits: the passes' checks and tests/
-                if params[0].grad is None:
-                    give(params, g2)
-                else:
-                    with clock, torch.no_grad():  # what autograd does in the second backward pass
-                        torch._foreach_add_([p.grad for p in params], g2)
-                with clock:
-                    opt.step()
-                check([opt.state[p].get("master", p) for p in params])
-                opt.zero_grad()
-
-            return run
-
-        return make
-
-    def foreach(keep):
-        """Keeps its buffers; one in-place lerp combines. keep=False: bfloat16 comes back from the masters only."""
-
-        @torch.no_grad()
-        def make():
-            check = adamw_oracle(start, gradient, tolerance)
-            params = [p.clone().requires_grad_() for p in start]
-            copies = [torch.empty_like(p) for p in params] if keep else []
-            masters = params if dtype == F32 else [p.float().requires_grad_() for p in params]
-            wide_grads = [] if dtype == F32 else [torch.empty_like(master) for master in masters]
-            opt = torch.optim.AdamW(masters, **ADAMW, fused=True)
-
-            @torch.no_grad()
-            def run():
-                give(params, g1)
-                before = sample(params)
-                with clock:
-                    if keep:
-                        torch._foreach_copy_(copies, params)
-                    first = [p.grad for p in params]
-                    norm = torch.nn.utils.get_total_norm(first, foreach=True).item()
-                    torch._foreach_add_(params, first, alpha=EPSILON * min(1.0, PERTURB_MAX_NORM / norm))
-                assert 0 < (sample(params) - before).abs().max() < 2e-3
-                if ratio == 1:
-                    del first
-                give(params, g2)
-                with clock:
-                    if keep:
-                        torch._foreach_copy_(params, copies)
-                    grads = [p.grad for p in params]
-                    if ratio != 1:
-                        torch._foreach_lerp_(first, grads, ratio)
-                        grads = first
-                    if dtype != F32:
-                        torch._foreach_copy_(wide_grads, grads)
-                        grads = wide_grads
-                    for master, grad in zip(masters, grads, strict=True):
-                        master.grad = grad
-                    torch.nn.utils.clip_grad_norm_(masters, MAX_NORM, foreach=True)
-                    opt.step()
-                    if dtype != F32:
-                        torch._foreach_copy_(params, masters)
-                check(masters)
-                for p in params:
-                    p.grad = None
-
-            return run
-
-        return make
-
-    weights, step = sum(p.numel() for p in start), (dtype, ratio)
-    candidates = [Candidate("RegularizedAdamW", FOLDED_BYTES[step] * weights, ours(keep=False))]
-    if ratio != 1:
-        candidates.append(Candidate("RegularizedAdamW, g1 kept", KEPT_BYTES[step] * weights, ours(keep=True)))
-    needed = TORCH_BYTES[step] * weights
-    candidates.append(Candidate("torch foreach", needed, foreach(keep=True), baseline=True))
-    if dtype != F32:
-        needed -= 8 * weights
-        candidates.append(Candidate("torch foreach, no copy kept", needed, foreach(keep=False), baseline=True))
-    return candidates
-
-
-def verdict(step, rows):
-    """The judged ratio beside that of the bytes, which is what equal shares of the memory's speed would give."""
-    for row, moved in zip(rows[1:], (FOLDED_BYTES[step], KEPT_BYTES.get(step)), strict=False):
-        if moved and row.ratios:
-            faster, target, theirs = row.ratios["torch foreach"], TARGETS[step], TORCH_BYTES[step]
-            print(
-                f"judged: {row.name} {faster:.2f} times faster, target {target}: "
-                f"{'met' if faster >= target else 'MISSED'}; bytes a weight {theirs} / {moved} = {theirs / moved:.2f}, "
-                f"{row.ms * row.of_copy:.1f} ms at the copy's {rows[0].gb_per_s:.1f} GB/s"
-            )
-
-
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def tables(small):
-    count, layers, rounds = (1_000_000, 1, 5) if small else (25_000_000, 24, 9)
-    results = {}
-    for dtype in (F32, BF16, F16):
-        for kind, candidates in pass_candidates(dtype, count).items():
-            title = f"{kind}, {name_of(dtype)}, {count / 1e6:.0f} million weights"
-            show(title, results.setdefault(title, measure(candidates, rounds)))
-    for dtype, ratio in STEPS:
-        title = f"step, {name_of(dtype)}, gamma = {ratio:g} epsilon, {layers * 4.2:.0f} million weights"
-        show(title, results.setdefault(title, measure(step_candidates(dtype, ratio, layers), rounds)))
-        if not small:
-            verdict((dtype, ratio), results[title])
-    return results
-
-
-SMALL = {
-    f"{name_of(dtype)} {candidate.name}": candidate
-    for dtype in (F32, BF16, F16)
-    for candidates in pass_candidates(dtype, 100_000).values()
-    for candidate in candidates
-} | {
-    f"{name_of(dtype)} {candidate.name}, gamma = {ratio:g} epsilon": candidate
-    for dtype, ratio in STEPS
-    for candidate in step_candidates(dtype, ratio, 1)
+BF16 = torch.bfloat16
+SIZES = {  # weights of a pass; tensors of 1024 x 1024 in a step; the same of the series
+    "cpu": (25_000_000, 24, (1, 2, 4, 8, 16)),
+    "quick": (4_000_000, 8, (1, 2, 3, 4, 6)),
+    "cuda": (200_000_000, 480, (16, 32, 64, 128, 256)),
+    "dry": (10_000, 0, ()),
+}
+PERTURBATION = 0.05  # times gradients as large as the weights: some units in bfloat16's last place
+CAUSES = {
+    "torch fused AdamW": "both read and write the same bytes, and it has no master weights to round to bfloat16",
+    "torch foreach_add_": "it counts nothing: ours also sums what was applied and what was intended",
+    "torch foreach_norm": "it adds in float32, with the error shown",
 }
 
 
-@pytest.mark.benchmark(timer=clock)
-@pytest.mark.parametrize("name", SMALL)
-def test_params(benchmark, name):
-    benchmark.pedantic(SMALL[name].make(), rounds=5, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info["GB/s"] = SMALL[name].bytes / seconds / 1e9
+def tables(place: Place, size: str) -> Iterator[Table]:
+    count, tensors, series = SIZES[size]
+    rounds = 9 if size == "cpu" else 5
+    dtypes = (F32, BF16) if place.kind == "cpu" else (BF16,)
+    for dtype in dtypes:
+        for make in (norm, perturb, adamw):
+            yield make(place, dtype, count, rounds)
+    for dtype, ratio in STEPS:
+        if dtype in dtypes:
+            yield step_table(place, dtype, ratio, tensors or 1, rounds, small=not tensors)
+    for many in series:
+        yield step_table(place, dtypes[0], 1.0, many, 5, axis="W")
+
+
+def _primitive(backend: str, name: str) -> Callable[..., None]:
+    return getattr(import_module(f"{backends.__name__}.{backend}"), name)
+
+
+def _normal(place: Place, count: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(count, generator=place.generator(seed), device=place.device).to(dtype)
+
+
+def _table(
+    title: str,
+    dtype: torch.dtype,
+    count: int,
+    work: Work,
+    providers: list[Provider],
+    value: str,
+    limit: float,
+    rounds: int,
+) -> Table:
+    return Table("params", title, {"W": count}, name_of(dtype), work, providers, value, Errors(limit), rounds)
+
+
+def norm(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
+    grads = [_normal(place, count, dtype, seed) for seed in range(2)]
+    exact = [sum(g[part].double().square().sum().item() for part in pieces(count, 0, True)) for g in grads]
+
+    def provider(name: str, load: Callable[[], Callable[[Tensor], Tensor]], ours: bool = False) -> Provider:
+        def build() -> Run:
+            square = load()
+
+            def run(turn: int, thorough: bool) -> Errors:
+                with clock:
+                    out = square(grads[turn % 2])
+                return Errors(abs(out.item() / exact[turn % 2] - 1))
+
+            return run
+
+        return Provider(name, build, ours, CAUSES.get(name, ""))
+
+    def of_backend(backend: str) -> Callable[[Tensor], Tensor]:
+        squared_norm = _primitive(backend, "squared_norm")
+        out = torch.zeros((), dtype=torch.float64, device=place.device)
+
+        def square(grad: Tensor) -> Tensor:
+            squared_norm(out, [grad])
+            return out
+
+        return square
+
+    providers = [
+        *(provider(name, partial(of_backend, backend), True)
+          for name, backend in of_ours("squared_norm", place)),
+        provider("torch foreach_norm", lambda: lambda g: torch._foreach_norm([g], dtype=F32)[0].double().square()),
+    ]  # fmt: skip
+    work = Work(reads=grads[0].nbytes)
+    return _table("norm", dtype, count, work, providers, "norm", 0.05, rounds)
+
+
+def perturb(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
+    start, grad = _normal(place, count, dtype, 0), _normal(place, count, dtype, 1)
+
+    def provider(name: str, load: Callable[[], Callable[[Tensor, float], Any]], ours: bool = False) -> Provider:
+        """`load()` gives f(p, scale), which adds scale * grad to p."""
+
+        def build() -> Run:
+            add, p = load(), start.clone()
+
+            def run(turn: int, thorough: bool) -> Errors:
+                p.copy_(start)
+                scale = PERTURBATION * sign(turn)
+                with clock:
+                    add(p, scale)
+                errors = []
+                for part in pieces(count, turn, thorough):
+                    exact = start[part].double() + scale * grad[part].double()
+                    unit = spacing(torch.maximum(p[part].abs(), start[part].abs()))
+                    errors.append(((p[part].double() - exact).abs() / unit).max().item())
+                return Errors(largest(errors))
+
+            return run
+
+        return Provider(name, build, ours, CAUSES.get(name, ""))
+
+    def of_backend(backend: str, rounding: str) -> Callable[[Tensor, float], Any]:
+        call = _primitive(backend, "perturb")
+        sums = torch.zeros(4, dtype=torch.float64, device=place.device)
+        step = torch.zeros((), dtype=torch.int64, device=place.device)
+
+        def add(p: Tensor, scale: float) -> None:
+            factor = torch.tensor(scale, dtype=torch.float64, device=place.device)
+            call(sums, [p], [grad], [0], factor, 1.0, rounding, 0, step, None)
+
+        return add
+
+    roundings = ["nearest"] if dtype == F32 else ["stochastic", "nearest"]
+    providers = [
+        *(provider(name if rounding == roundings[0] else f"{name}, {rounding}",
+                   partial(of_backend, backend, rounding), True)
+          for name, backend in of_ours("perturb", place) for rounding in roundings),
+        provider("torch foreach_add_", lambda: lambda p, scale: torch._foreach_add_([p], [grad], alpha=scale)),
+    ]  # fmt: skip
+    work = Work(reads=grad.nbytes, updates=start.nbytes)
+    return _table(
+        "perturbation", dtype, count, work, providers, "units in the last place", 3 if dtype == F32 else 1.05, rounds
+    )
+
+
+def adamw(place: Place, dtype: torch.dtype, count: int, rounds: int) -> Table:
+    start, grad = _normal(place, count, dtype, 0), _normal(place, count, dtype, 1) * 1e-4
+    grads = {1.0: grad, -1.0: -grad}
+
+    def provider(name: str, load: Callable[[], tuple[Tensor, Callable[[Tensor], Any]]], ours: bool = False) -> Provider:
+        """`load()` gives the float32 weights and f(gradient), which updates them and their copy in `dtype`."""
+
+        def build() -> Run:
+            weights, update = load()
+            descent = Descent()
+
+            def run(turn: int, thorough: bool) -> Errors:
+                parts = pieces(count, turn, thorough)
+                before = [weights.detach()[part].clone() for part in parts]
+                descent.advance(sign(turn))
+                with clock:
+                    update(grads[sign(turn)])
+                found = zip(before, parts, strict=True)
+                return Errors(
+                    largest(descent.error(b, weights.detach()[part], grad[part].double()) for b, part in found)
+                )
+
+            return run
+
+        return Provider(name, build, ours, CAUSES.get(name, ""))
+
+    def of_backend(backend: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        call, p = _primitive(backend, "adamw"), start.clone()
+        m, v = (torch.zeros(count, device=place.device) for _ in range(2))
+        step = torch.zeros((), device=place.device)
+        one = torch.ones((), dtype=torch.float64, device=place.device)
+        finite = torch.tensor(True, device=place.device)
+        master = None if dtype == F32 else p.float()
+
+        def update(gradient: Tensor) -> None:
+            call([p], [master], [gradient], [m], [v], [step], one, finite, LR, *BETAS, EPS, DECAY)
+
+        return p if master is None else master, update
+
+    def of_torch(**how: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        p = start.clone()
+        weight = p if dtype == F32 else p.float()
+        optimizer = torch.optim.AdamW([weight], **ADAMW, **how)  # type: ignore[arg-type]
+        wide = torch.empty_like(weight)
+
+        def update(gradient: Tensor) -> None:
+            weight.grad = gradient if dtype == F32 else wide.copy_(gradient)
+            optimizer.step()
+            if dtype != F32:
+                p.copy_(weight)
+
+        return weight, update
+
+    providers = [
+        *(provider(name, partial(of_backend, backend), True)
+          for name, backend in of_ours("adamw", place)),
+        provider("torch fused AdamW", lambda: of_torch(fused=True)),
+        provider("torch foreach AdamW", lambda: of_torch(foreach=True)),
+    ]  # fmt: skip
+    copies = 0 if dtype == F32 else start.nbytes
+    work = Work(reads=grad.nbytes, updates=3 * 4 * count, writes=copies)
+    return _table("AdamW", dtype, count, work, providers, "weights by learning rate", 0.02, rounds)
 
 
 if __name__ == "__main__":
-    main(tables)
+    from .command import main
+
+    sys.exit(main("params", tables))

@@ -1,144 +1,226 @@
-"""Log-probs and losses from logits: python -m benchmarks.bench_token_loss, or pytest benchmarks --benchmark-only
+"""Log-probs and losses from logits: redit-fast bench token_loss
 
-1024 rows of a vocabulary of 32000 (small: 128), float32 and bfloat16. Baselines: x.sum(), which reads the same bytes;
-TRL 1.16's selective_log_softmax, with 8 sequences as trainers call it and row by row; torch.compile of log_softmax +
-gather. The gradient is that of the on-policy loss -mean(A logp).
+Forward: the log-probs alone. Gradient: the loss -mean(A logp), on policy, and its gradient for the logits. Logits have
+the three dimensions that trainers pass, eight sequences, and a deviation of 3. `x.sum()` reads the logits and does
+nothing else.
 """
 
-import pytest
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
-from trl.trainer.utils import selective_log_softmax
+import torch.nn.functional as F
+from torch import Tensor
 
 import redit_fast as rf
-from benchmarks.common import Candidate, clock, main, measure, show
 
-VOCABULARY, SEQUENCES = 32000, 8
-TARGETS = {  # times faster than each baseline, at 1024 rows and two threads
-    "redit-fast": {"x.sum()": 1 / 1.7, "TRL (8, R/8, V)": 3, "torch.compile": 1.3},
-    "redit-fast, in place": {"TRL (R, V)": 10, "torch.compile": 2.5},
-    "redit-fast, fresh": {"TRL (R, V)": 4, "torch.compile": 1.3},
-    "redit-fast, bfloat16": {"TRL (8, R/8, V)": 3},
-    "redit-fast, in place, bfloat16": {"TRL (R, V)": 8},
+from . import oracle, peers
+from .backends import forced, of_ours
+from .clock import clock
+from .measure import Errors, Provider, Run, Table
+from .oracle import Batch
+from .place import Place
+from .roofline import Work
+
+SEQUENCES = 8
+FORWARD = "log-probs"
+GRADIENT = "loss and gradient"
+LIMITS = {  # log-prob; gradient in the Frobenius norm. Others round log-probs of up to 25 to the logits' 8 bits
+    torch.float32: (1e-3, 1e-3),
+    torch.bfloat16: (0.3, 0.1),
+}
+SIZES = {  # rows and vocabulary; rows of the series, and their vocabulary; vocabularies of theirs, and their rows
+    "cpu": ((1024, 32_000), (64, 128, 256, 512, 1024), 8000, (2000, 8000, 32_000, 64_000, 128_000), 128),
+    "quick": ((256, 16_000), (16, 32, 64, 128, 256), 4000, (1000, 2000, 4000, 8000, 16_000), 64),
+    "cuda": ((16_384, 151_936), (1024, 2048, 4096, 8192, 16_384), 32_000,
+             (8000, 16_000, 32_000, 64_000, 128_000), 4096),
+    "dry": ((32, 300), (8, 16, 32), 50, (), 8),
+}  # fmt: skip
+CAUSES = {
+    "x.sum()": "it computes no exponential: a sum of the same bytes",
 }
 
 
-def log_softmax_gather(logits, targets):
-    return torch.log_softmax(logits.float(), -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+def tables(place: Place, size: str) -> Iterator[Table]:
+    (rows, vocabulary), many_rows, of_rows, vocabularies, of_vocabularies = SIZES[size]
+    rounds = 15 if size == "cpu" else 7
+    for dtype in (torch.float32, torch.bfloat16) if place.kind == "cpu" else (torch.bfloat16,):
+        yield forward(place, rows, vocabulary, dtype, rounds)
+        yield gradient(place, rows, vocabulary, dtype, rounds)
+    dtype = torch.float32 if place.kind == "cpu" else torch.bfloat16
+    for count in many_rows:
+        yield gradient(place, count, of_rows, dtype, 5, axis="R")
+    for count in vocabularies:
+        yield gradient(place, of_vocabularies, count, dtype, 5, axis="V")
 
 
-def batch(rows, dtype):
-    generator = torch.Generator().manual_seed(0)
-    logits = (torch.randn(rows, VOCABULARY, generator=generator) * 3).to(dtype)
-    targets = torch.randint(VOCABULARY, (rows,), generator=generator)
-    return logits, targets, torch.randn(rows, generator=generator)
+def logits_and_batches(place: Place, rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, list[Batch]]:
+    length = rows // SEQUENCES
+    logits = torch.empty(SEQUENCES, length, vocabulary, dtype=dtype, device=place.device)
+    logits.normal_(std=3, generator=place.generator(0))
+    batches = []
+    for turn in range(2):
+        targets, advantages = oracle.draw(place, SEQUENCES, length, vocabulary, turn)
+        flat, wanted = logits.view(rows, vocabulary), targets.flatten()
+        exact = torch.cat(
+            [oracle.log_probs(flat[part].double(), wanted[part]) for part in oracle.slices(rows, place.device)]
+        )
+        batches.append(Batch(targets, advantages, exact.view(targets.shape)))
+    return logits, batches
 
 
-def forward(rows, dtype):
-    logits, targets, _ = batch(rows, dtype)
-    expected = log_softmax_gather(logits, targets)
-    sequences = [x.view(SEQUENCES, rows // SEQUENCES, *x.shape[1:]) for x in (logits, targets)]
+def forward(place: Place, rows: int, vocabulary: int, dtype: torch.dtype, rounds: int) -> Table:
+    logits, batches = logits_and_batches(place, rows, vocabulary, dtype)
 
-    def candidate(name, function, *inputs, tolerance=2e-5, baseline=True):
-        def run():
-            with clock, torch.no_grad():
-                out = function(*inputs)
-            torch.testing.assert_close(out.flatten().float(), expected, rtol=0, atol=tolerance)
+    def provider(name: str, load: Callable[[], peers.Logp], ours: bool = False, one_more: bool = False) -> Provider:
+        def build() -> Run:
+            logp, given = load(), _one_more(logits) if one_more else logits
 
-        return Candidate(name, logits.nbytes, lambda: run, baseline)
-
-    def add():
-        with clock:
-            total = logits.sum()
-        assert torch.isfinite(total)
-
-    suffix = "" if dtype == torch.float32 else ", bfloat16"
-    rounded = 2e-5 if dtype == torch.float32 else 0.1  # TRL's bfloat16 log-probs, of up to 25, are rounded to 8 bits
-    return [
-        candidate("redit-fast" + suffix, rf.token_logp, logits, targets, baseline=False),
-        Candidate("x.sum()", logits.nbytes, lambda: add, True),
-        candidate("TRL (8, R/8, V)", selective_log_softmax, *sequences, tolerance=rounded),
-        candidate("TRL (R, V)", selective_log_softmax, logits, targets, tolerance=rounded),
-        candidate("torch.compile", torch.compile(log_softmax_gather), logits, targets),
-    ]
-
-
-def gradient(rows, dtype):
-    logits, targets, advantages = batch(rows, dtype)
-    exact = logits.float().requires_grad_()
-    expected = torch.autograd.grad(-(log_softmax_gather(exact, targets) * advantages).mean(), exact)[0]
-    expected = expected.to(dtype)
-    del exact
-    scale = expected.abs().max().item()
-
-    def candidate(name, loss, tolerance=1e-6, inplace=False, baseline=True):
-        def make():
-            buffer = torch.empty_like(logits) if inplace else logits
-
-            def run():
-                if inplace:
-                    buffer.copy_(logits)
-                leaf = buffer.detach().requires_grad_()
-                with clock:
-                    (grad,) = torch.autograd.grad(loss(leaf), leaf)
-                torch.testing.assert_close(grad, expected, rtol=2**-7, atol=tolerance * scale)
+            def run(turn: int, thorough: bool) -> Errors:
+                batch = batches[turn % 2]
+                with torch.no_grad(), clock:
+                    out = logp(given, batch.targets)
+                return Errors(oracle.value_error(out, batch))
 
             return run
 
-        return Candidate(name, 2 * logits.nbytes, make, baseline)
+        return Provider(name, build, ours, CAUSES.get(name, ""))
 
-    def ours(inplace):
-        return lambda leaf: rf.grpo_loss(leaf, targets, advantages, config=rf.LossConfig(), inplace=inplace).loss
+    def add() -> Run:
+        def run(turn: int, thorough: bool) -> Errors:
+            with clock:
+                logits.sum()
+            return Errors()
 
-    def mean_of(logp):
-        return lambda leaf: -(logp(leaf, targets) * advantages).mean()
+        return run
 
-    suffix = "" if dtype == torch.float32 else ", bfloat16"
-    rounded = 1e-6 if dtype == torch.float32 else 2e-2
-    return [
-        candidate("redit-fast, in place" + suffix, ours(True), inplace=True, baseline=False),
-        candidate("redit-fast, fresh" + suffix, ours(False), baseline=False),
-        candidate("TRL (R, V)", mean_of(selective_log_softmax), tolerance=rounded),
-        candidate("torch.compile", torch.compile(mean_of(log_softmax_gather)), tolerance=rounded),
-    ]
-
-
-def candidates(rows):
-    return {
-        f"{way.__name__}, {rows} rows of {VOCABULARY}, {dtype}": way(rows, dtype)
-        for way in (forward, gradient)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-
-
-def verdicts(rows):
-    """The judged ratios, and for each miss what the bytes alone would take at the speed of the copy beside it."""
-    copy = rows[0]
-    for row in rows:
-        for baseline, target in TARGETS.get(row.name, {}).items():
-            if row.ratios[baseline] < target:
-                print(
-                    f"MISSED: {row.name} {row.ratios[baseline]:.2f} times faster than {baseline}, target {target:.2f}; "
-                    f"its bytes take {row.ms * row.of_copy:.1f} ms at the copy's {copy.gb_per_s:.1f} GB/s"
-                )
+    providers = [
+        *(provider(name, partial(forced, backend, rf.token_logp), True)
+          for name, backend in of_ours("token_logp", place)),
+        Provider("x.sum()", add, cause=CAUSES["x.sum()"]),
+        provider("PyTorch, eager", lambda: peers.eager),
+        provider("torch.compile", lambda: torch.compile(peers.eager)),
+        provider("F.cross_entropy", lambda: peers.cross_entropy),
+        provider("TRL, selective_log_softmax", lambda: peers.trl_logp(place)),
+        provider("verl, logprobs_from_logits", lambda: peers.verl_logp(place)),
+        provider("Liger, Triton", lambda: peers.liger_logp(place), one_more=True),
+        provider("quack", lambda: peers.quack_logp(place)),
+    ]  # fmt: skip
+    return _table(FORWARD, logits, dtype, Work(reads=logits.nbytes), providers, rounds)
 
 
-def tables(small):
-    results = {}
-    for title, group in candidates(128 if small else 1024).items():
-        show(title, results.setdefault(title, measure(group, rounds=15)))
-        verdicts(results[title])
-    return results
+def gradient(place: Place, rows: int, vocabulary: int, dtype: torch.dtype, rounds: int, axis: str = "") -> Table:
+    logits, batches = logits_and_batches(place, rows, vocabulary, dtype)
+
+    def compare(grad: Tensor, batch: Batch, turn: int, thorough: bool) -> Errors:
+        sums, targets, wanted = oracle.Sums(), batch.targets.flatten(), oracle.coefficients(batch)
+        found, flat = grad.reshape(rows, vocabulary), logits.view(rows, vocabulary)
+        for part in oracle.chosen(rows, turn, thorough, place.device).split(oracle.rows_at_once(place.device)):
+            sums.add(found[part], oracle.slopes(flat[part].double(), targets[part], wanted[part]))
+        return sums.errors(None)
+
+    def provider(
+        name: str, load: Callable[[], Callable], ours: bool = False, inplace: bool = False, one_more: bool = False
+    ) -> Provider:
+        """`load()` gives f(leaf, batch) -> (loss, log-probs or None); `one_more`: of one position more a sequence."""
+
+        def build() -> Run:
+            loss_of = load()
+            given = _one_more(logits) if one_more else logits
+            buffer = torch.empty_like(given) if inplace else given
+
+            def run(turn: int, thorough: bool) -> Errors:
+                batch = batches[turn % 2]
+                if inplace:
+                    buffer.copy_(given)
+                leaf = buffer.detach().requires_grad_()
+                with clock:
+                    loss, logp = loss_of(leaf, batch)
+                    (grad,) = torch.autograd.grad(loss, leaf)
+                found = compare(grad[:, : logits.shape[1]], batch, turn, thorough)
+                return found._replace(value=oracle.value_error(logp, batch))
+
+            return run
+
+        return Provider(name, build, ours)
+
+    def ours(inplace: bool) -> list[Provider]:
+        way = "in place" if inplace else "fresh"
+        return [
+            provider(f"{name}, {way}", partial(_ours, forced(backend, rf.grpo_loss), inplace), True, inplace)
+            for name, backend in of_ours("token_loss", place)
+        ]
+
+    def of(load: Callable[[], peers.Logp]) -> Callable[[], Callable]:
+        def loaded() -> Callable:
+            logp_of = load()
+
+            def loss(leaf: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+                logp = logp_of(leaf, batch.targets)
+                return peers.on_policy(logp, batch.advantages[:, None]), logp
+
+            return loss
+
+        return loaded
+
+    providers = [
+        *ours(inplace=True),
+        *ours(inplace=False),
+        provider("PyTorch, eager", of(lambda: peers.eager)),
+        *([] if axis else [provider("torch.compile", lambda: _compiled)]),
+        provider("TRL, selective_log_softmax", of(lambda: peers.trl_logp(place))),
+        *([] if axis else [
+            provider("verl, logprobs_from_logits", of(lambda: peers.verl_logp(place))),
+            provider("Liger, Triton", lambda: _without_logp(peers.liger_triton_loss(place)), inplace=True,
+                     one_more=True),
+            provider("quack", of(lambda: peers.quack_logp(place))),
+        ]),
+    ]  # fmt: skip
+    return _table(GRADIENT, logits, dtype, Work(updates=logits.nbytes), providers, rounds, axis)
 
 
-SMALL = {f"{title}: {candidate.name}": candidate for title, group in candidates(64).items() for candidate in group}
+def _ours(grpo_loss: Callable, inplace: bool) -> Callable:
+    config = rf.LossConfig()
+
+    def loss(leaf: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        out = grpo_loss(leaf, batch.targets, batch.advantages, config=config, inplace=inplace)
+        return out.loss, out.logp
+
+    return loss
 
 
-@pytest.mark.benchmark(timer=clock)
-@pytest.mark.parametrize("name", SMALL)
-def test_token_loss(benchmark, name):
-    benchmark.pedantic(SMALL[name].make(), rounds=5, warmup_rounds=1)
-    benchmark.extra_info["GB/s"] = SMALL[name].bytes / benchmark.stats.stats.median / 1e9
+def _one_more(logits: Tensor) -> Tensor:
+    """(B, T + 1, V), as a model gives them."""
+    return F.pad(logits, (0, 0, 0, 1))
+
+
+def _compiled(leaf: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    return _eager_loss(leaf, batch.targets, batch.advantages)
+
+
+@torch.compile
+def _eager_loss(logits: Tensor, targets: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    logp = peers.eager(logits, targets)
+    return peers.on_policy(logp, advantages[:, None]), logp
+
+
+def _without_logp(loss: Callable) -> Callable:
+    return lambda leaf, batch: (loss(leaf, batch.targets, batch.advantages), None)
+
+
+def _table(
+    title: str, logits: Tensor, dtype: torch.dtype, work: Work, providers: list[Provider], rounds: int, axis: str = ""
+) -> Table:
+    sizes = {"R": logits.shape[0] * logits.shape[1], "V": logits.shape[2]}
+    value, grad = LIMITS[dtype]
+    name = str(dtype).removeprefix("torch.")
+    return Table("token_loss", title, sizes, name, work, providers, "log-prob", Errors(value, grad, 0.5), rounds, axis)
 
 
 if __name__ == "__main__":
-    main(tables)
+    from .command import main
+
+    sys.exit(main("token_loss", tables))

@@ -1,5 +1,5 @@
-"""The command `redit-fast`: train, example, report, info (also named doctor), selftest. Bad input gets one line on
-stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
+"""The command `redit-fast`: train, example, report, info (also named doctor), selftest,
+bench. Bad input gets one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
 
 Heavy imports are inside the functions, so that --help and --version answer at once.
 """
@@ -94,10 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     info.add_argument("--json", action="store_true", help="the same as JSON")
     commands.add_parser("selftest", help="check every backend against float64", allow_abbrev=False)
+    bench = commands.add_parser("bench", help="measure every op beside what it replaces", allow_abbrev=False)
     format_of_a_library, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         if argv[:1] == ["train"]:
             _add_train_flags(train)
+        if argv[:1] == ["bench"]:
+            from redit_fast.benchmarks import command
+
+            command.add_flags(bench)
         args, unknown = parser.parse_known_args(argv)
         if unknown:
             raise ValueError(_unknown(unknown[0], commands.choices.get(args.command, parser)))
@@ -119,6 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _info(args.json)
         elif args.command == "selftest":
             return _selftest()
+        elif args.command == "bench":
+            from redit_fast.benchmarks import command
+
+            return command.bench(args)
         else:
             parser.print_help()
     except (ValueError, OSError, NotImplementedError, FloatingPointError, MissingExtra) as error:

@@ -9,6 +9,7 @@ MODULES = {  # extra of pyproject.toml -> what the code under it imports
     "transformers": ("transformers",),
     "trl": ("trl", "transformers"),
     "verl": ("verl",),
+    "bench": ("jinja2", "matplotlib"),  # what it measures may be missing
 }
 
 

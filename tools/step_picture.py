@@ -1,7 +1,7 @@
 """The README's picture, docs/steps.png, and the tables of a training step: python -m tools.step_picture
 
-From benchmarks/results/cpu/{trl,verl,apply,apply_hosts}.json, which `python -m benchmarks.bench_trl --json FILE`, and
-bench_verl, bench_apply and bench_apply_hosts likewise, write. A test compares picture and pages with them.
+From benchmarks/results/cpu/{trl,verl,apply_hosts}.json and the suite apply in bench.json, which `python -m
+tools.measure` writes. A test compares picture and pages with them.
 """
 
 import io
@@ -23,41 +23,55 @@ NAMES = {  # of a row in the results -> how the pages call it
     ("verl", "redit-fast"): "verl, redit-fast's head",
     ("verl", "verl, torch head"): "verl, its own fused head",
     ("verl", "verl, logits"): "verl, without a fused head",
-    ("apply", "apply_to"): "supervised step, under apply_to",
-    ("apply", "transformers"): "supervised step, transformers' own loss",
+    ("apply", "redit-fast, apply_to"): "supervised step, under apply_to",
+    ("apply", "transformers, its own loss"): "supervised step, transformers' own loss",
 }
-COPY = "torch copy_"
 SETTING = "A model of two layers of width 128 with a vocabulary of 50 thousand, in float32, on two CPU threads"
 
 
 def rows(name: str) -> list[dict]:
-    """The rows of one step, without the copy that speeds are compared with."""
-    (table,) = json.loads((RESULTS / f"{name}.json").read_text())["tables"].values()
-    return [{**row, "name": NAMES[name, row["name"]]} for row in table if row["name"] != COPY]
+    """The rows of one step that have a number."""
+    file = "bench" if name == "apply" else name
+    stored = json.loads((RESULTS / f"{file}.json").read_text())["tables"]
+    (table,) = [found for found in stored if found["suite"] == name and not found["axis"]]
+    return [{**row, "name": NAMES[name, row["name"]]} for row in table["rows"] if row["status"] == "measured"]
+
+
+def megabytes(row: dict) -> float:
+    """What is held, and what a call adds to it at its peak."""
+    return (row["held_mb"] or 0) + row["peak_mb"]
+
+
+def unit(name: str) -> str:
+    """Of the times in a file of results."""
+    clock = json.loads((RESULTS / f"{name}.json").read_text())["machine"]["clock"]
+    return "CPU seconds of all threads" if clock == "process_time" else "seconds"
 
 
 def table(*names: str) -> str:
     """Milliseconds and megabytes of the steps in `names`."""
-    return _table([(row["name"], row) for name in names for row in rows(name)], "ms")
+    lines = ["| | ms | MB |", "|---|---|---|"]
+    lines += [_line(row["name"], row, "bench" if name == "apply" else name) for name in names for row in rows(name)]
+    return "\n".join(lines)
 
 
 def apply_table() -> str:
-    """The modes of `apply_to`: CPU time, since other work ran beside them."""
+    """The modes of `apply_to`."""
     tables = json.loads((RESULTS / "apply_hosts.json").read_text())["tables"]
-    named = [(f"{title}: {row['name']}", row) for title, rows in tables.items() for row in rows if row["name"] != COPY]
-    return _table(named, "CPU ms")
+    lines = [_line(f"{found['title']}: {row['name']}", row, "apply_hosts") for found in tables for row in found["rows"]]
+    return "\n".join(["| | ms | MB |", "|---|---|---|", *lines])
 
 
-def _table(named: list[tuple[str, dict]], unit: str) -> str:
-    lines = [f"| {name} | {row['ms']:.0f} | {row['peak_mb']:.0f} |" for name, row in named]
-    return "\n".join([f"| | {unit} | MB |", "|---|---|---|", *lines])
+def _line(name: str, row: dict, file: str) -> str:
+    cpu = " of CPU time" if unit(file) != "seconds" else ""
+    return f"| {name} | {row['ms']:.0f}{cpu} | {megabytes(row):.0f} |"
 
 
 def shown() -> list[dict]:
     """The bars of the picture from top to bottom: name, seconds with their tenth and ninetieth percentile, MB."""
     return [
         {"name": row["name"], "s": row["ms"] / 1e3, "p10": row["p10"] / 1e3, "p90": row["p90"] / 1e3,
-         "mb": row["peak_mb"]}
+         "mb": megabytes(row)}
         for name in ("trl", "verl") for row in rows(name)
     ]  # fmt: skip
 
@@ -78,7 +92,7 @@ def figure() -> Figure:
         time.annotate(f"{bar['s']:.2f}", (bar["p90"], place), (5, 0), textcoords="offset points", va="center")
         memory.annotate(f"{bar['mb']:.0f}", (bar["mb"], place), (5, 0), textcoords="offset points", va="center")
     time.set_title("Time of one training step")
-    time.set_xlabel("seconds: median, 10th to 90th percentile")
+    time.set_xlabel(f"{unit('trl')}: median, 10th to 90th percentile")
     memory.set_title("Peak memory of one training step")
     memory.set_xlabel("MB, with the model")
     time.set_yticks(places, [bar["name"] for bar in bars])

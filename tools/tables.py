@@ -5,9 +5,11 @@ A test compares them. Their numbers come from benchmarks/results/ and from the c
 
 import re
 import tomllib
+from functools import partial
 from pathlib import Path
 
-from tools import cpu_table, demo_table, step_picture
+from redit_fast.benchmarks import SUITES
+from tools import bench_tables, demo_table, step_picture
 
 ROOT = Path(__file__).parent.parent
 OPS = {  # rows of the status table -> the primitives that they call; none: plain PyTorch everywhere
@@ -100,7 +102,12 @@ BLOCKS = {  # page, marker -> what stands there
     ("docs/install.md", "dependencies"): dependencies,
     ("docs/demo.md", "model"): demo_table.model_table,
     ("docs/demo.md", "demo table"): demo_table.table,
-    ("docs/benchmarks.md", "cpu table"): cpu_table.table,
+    ("README.md", "benchmarks"): bench_tables.readme,
+    ("docs/benchmarks.md", "machine"): bench_tables.machine,
+    **{("docs/benchmarks.md", name): partial(bench_tables.suite, name) for name in SUITES},
+    ("docs/benchmarks.md", "absent"): bench_tables.absent,
+    ("docs/benchmarks.md", "goals"): bench_tables.goals,
+    ("docs/benchmarks.md", "growth"): bench_tables.growth,
     ("docs/benchmarks.md", "steps"): lambda: step_picture.table("trl", "verl", "apply"),
     ("docs/integrations/trl.md", "step"): lambda: step_picture.table("trl"),
     ("docs/integrations/verl.md", "step"): lambda: step_picture.table("verl"),
@@ -113,7 +120,7 @@ def block(marker: str, text: str) -> str:
     return f"<!-- {marker} -->\n{text}\n<!-- end of {marker} -->"
 
 
-if __name__ == "__main__":
+def write() -> None:
     for (name, marker), make in BLOCKS.items():
         page = ROOT / name
         before, _, rest = page.read_text().partition(f"<!-- {marker} -->")
@@ -121,3 +128,7 @@ if __name__ == "__main__":
         if not end:
             raise SystemExit(f"{name} must have the markers of {marker!r}, got none")
         page.write_text(before + block(marker, make()) + after)
+
+
+if __name__ == "__main__":
+    write()

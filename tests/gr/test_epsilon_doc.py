@@ -1,4 +1,4 @@
-"""docs/epsilon.md and docs/epsilon.png are what benchmarks/gr_epsilon.py measured, and what the page says is so."""
+"""docs/epsilon.md and docs/epsilon.png are what tools/gr_epsilon.py measured, and what the page says is so."""
 
 import json
 import re
@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 import redit_fast as rf
-from benchmarks import gr_epsilon
 from redit_fast.training.presets import PRESETS
 from tests import ROOT
+from tools import gr_epsilon
 
 PAGE = (ROOT / "docs" / "epsilon.md").read_text()
 RESULTS = json.loads(gr_epsilon.RESULTS.read_text())
@@ -22,7 +22,7 @@ def test_the_pages_numbers_are_the_measured_ones():
     assert re.findall(r"<!-- (\w+) -->", PAGE) == list(blocks)
     for name, text in blocks.items():
         block = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->"
-        assert block in PAGE, f"{name}: run python -m benchmarks.gr_epsilon --print"
+        assert block in PAGE, f"{name}: run python -m tools.gr_epsilon --print"
 
 
 def test_the_picture_shows_the_measured_curves():

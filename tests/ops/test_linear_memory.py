@@ -99,16 +99,17 @@ def test_the_gradients_are_handed_over_and_not_copied(monkeypatch):
 PROCESS = """
 import sys, torch
 import redit_fast as rf
-from benchmarks.common import _first_run
+from redit_fast.benchmarks.clock import Peak
 from tests.ops.test_linear_memory import loss
 
 torch.set_num_threads(1)
 dtype, trainable = getattr(torch, sys.argv[1]), sys.argv[2] == "True"
 for sizes in ((64, 256, 32000), (2048, 256, 32000)):  # the first call loads libraries and starts threads
     run, hidden, weight = loss(*sizes, dtype, trainable, None)
-    peak = _first_run(lambda: run)[1]
+    with Peak() as peak:
+        run()
     del run, hidden, weight
-print(peak)
+print(peak.bytes)
 """
 
 

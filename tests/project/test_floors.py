@@ -13,8 +13,9 @@ from tests import ROOT
 
 # Module or package -> floor; an import must reach a smaller number, or a sibling in the same package of PACKAGES.
 FLOORS = {
-    "redit_fast.__main__": 7,
-    "redit_fast.cli": 6,
+    "redit_fast.__main__": 8,
+    "redit_fast.cli": 7,
+    "redit_fast.benchmarks": 6,
     "redit_fast.selftest": 5,
     "redit_fast.info": 5,
     "redit_fast.training": 5,
@@ -43,10 +44,11 @@ FLOORS = {
     "redit_fast._cpu": 0,
     "redit_fast._cuda": 0,
 }
-FLOORS["redit_fast"] = 6  # the public names: they lead to anything below, and floors 5 and up use them
+FLOORS["redit_fast"] = 7  # the public names: they lead to anything below, and floors 5 and up use them
 LEAST_FOR_PUBLIC_NAMES = 5
 COMPILED = ("redit_fast.kernels", "redit_fast._cpu", "redit_fast._cuda")  # for floor 2 alone
 PACKAGES = (
+    "redit_fast.benchmarks",
     "redit_fast.training",
     "redit_fast.integrations",
     "redit_fast.gr",
@@ -99,7 +101,7 @@ def violations(sources):
         for line, name in imports(module, source, is_package, sources):
             top, where = name.split(".")[0], f"{module}:{line}"
             if top in OUTSIDE:
-                found.append(f"{where} imports {name}: nothing imports tests or benchmarks")
+                found.append(f"{where} imports {name}: nothing imports tests, tools or the folder benchmarks/ itself")
             if home == "redit_fast.kernels" and top not in KERNEL_IMPORTS and entry(name) != home:
                 found.append(f"{where} imports {name}: kernels/ imports torch, triton and itself only")
             if top != "redit_fast":
@@ -141,8 +143,9 @@ def cycles(graph):
 
 def package_sources():
     sources = {}
-    for folder, name in ((ROOT / "redit_fast", "redit_fast"), (ROOT / "kernels", "redit_fast.kernels")):
-        for current, _, files in os.walk(folder):  # does not follow the link redit_fast/kernels
+    linked = [(ROOT / name, f"redit_fast.{name}") for name in ("kernels", "benchmarks")]
+    for folder, name in ((ROOT / "redit_fast", "redit_fast"), *linked):
+        for current, _, files in os.walk(folder):  # does not follow the links in redit_fast/
             for file in filter(lambda file: file.endswith(".py"), files):
                 path = Path(current, file)
                 parts = [name, *path.relative_to(folder).with_suffix("").parts]
@@ -174,7 +177,9 @@ def test_the_package_keeps_its_floors():
         ("redit_fast.training.trainer", "from redit_fast.cli import main", "reaches up"),
         ("redit_fast.training.trainer", "from redit_fast.integrations import trl", "sideways"),
         ("redit_fast.training.trainer", "import tests.conftest", "nothing imports tests"),
-        ("redit_fast.cli", "from benchmarks.common import timed", "nothing imports tests"),
+        ("redit_fast.cli", "from benchmarks.clock import clock", "nothing imports tests"),
+        ("redit_fast.training.trainer", "from redit_fast.benchmarks import clock", "reaches up"),
+        ("redit_fast.benchmarks.peers", "from redit_fast import cli", "reaches up"),
         ("redit_fast.kernels.element", "import numpy", "kernels/ imports"),
         ("redit_fast.kernels.element", "from redit_fast import dither", "kernels/ imports"),
         ("redit_fast.novelty", "import torch", "has no floor"),
@@ -218,6 +223,7 @@ USES = {  # part of the package -> what it imports beside torch, which is all th
     "redit_fast.integrations": {"transformers", "trl", "verl", "tensordict"},  # which verl brings
     "redit_fast.training": set(MODULES["train"]),
     "redit_fast.cli": {"transformers"},
+    "redit_fast.benchmarks": {*MODULES["bench"], "trl", "transformers", "datasets", "numpy"},  # which TRL brings
 }
 
 

@@ -19,7 +19,7 @@ from redit_fast import backends
 from redit_fast.losses.config import LossType
 from tests import ROOT
 from tests.project.pages import PAGES, README, fenced
-from tools import step_picture, tables
+from tools import bench_tables, measure, step_picture, tables
 from tools.known_answers import table as known_answers
 
 HOSTS = {"TRL": "trl", "transformers": "transformers", "verl": "verl", "OpenRLHF": "openrlhf"}
@@ -64,10 +64,11 @@ def test_the_picture_shows_the_measured_steps():
         assert axes.get_xlim()[0] == 0 and axes.get_title() and axes.get_xlabel()
 
 
-@pytest.mark.parametrize("name", ["trl", "verl", "apply", "apply_hosts"])
-def test_the_steps_were_measured_on_two_threads(name):
+@pytest.mark.parametrize("name", measure.COMMANDS)
+def test_the_results_were_measured_on_two_threads_and_say_by_which_clock(name):
     machine = json.loads((step_picture.RESULTS / f"{name}.json").read_text())["machine"]
-    assert machine["threads"] == 2 and machine.get("clock") == ("process_time" if name == "apply_hosts" else None)
+    assert machine["threads"] == 2 and machine["clock"] in bench_tables.CLOCKS
+    assert step_picture.unit("trl") in step_picture.figure().axes[0].get_xlabel()
 
 
 def test_the_status_table_knows_every_backend_and_primitive_and_alone_says_what_has_not_run():
@@ -89,7 +90,7 @@ def test_commands_and_snippets_of_a_page_can_be_typed(page):
     commands = "\n".join([*fenced("bash", text), *re.findall(r"`([^`\n]+)`", text)])
     assert set(re.findall(r"^make ([\w-]+)", commands, re.M)) <= set(goals)
     typed = set(re.findall(r"^redit-fast (\w+)", commands, re.M))
-    assert typed <= {"train", "example", "report", "info", "doctor", "selftest", "plot"}
+    assert typed <= {"train", "example", "report", "info", "doctor", "selftest", "plot", "bench"}
     for module in re.findall(r"python -m ((?:examples|benchmarks|tools)\.\w+)", commands):
         assert find_spec(module) is not None, module
     for file in re.findall(r"\bexamples/[\w./]+", commands):

@@ -1,4 +1,4 @@
-"""What docs/epsilon.md shows: python -m benchmarks.gr_epsilon [--draw | --print]
+"""What docs/epsilon.md shows: python -m tools.gr_epsilon [--draw | --print]
 
 The built-in model, 0.24 million parameters, warm-started, with the on-policy loss -A logp of demonstrations and random
 advantages of 1 and -1. For each epsilon and each of BATCHES batches: a gradient g1, the optimizer's own perturb(), a
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 import redit_fast as rf
-from benchmarks.common import machine
+from redit_fast.benchmarks import machine, place
 from redit_fast.training import builtin
 from redit_fast.training.report.curves import BLUE, GREEN, GREY, ORANGE, STYLE
 
@@ -99,7 +99,7 @@ def measure() -> dict:
     g_norm = torch.stack([g for g, _ in true]).norm(dim=1).mean().item()
     ulp = units_in_the_last_place(perturbed(oracle)).norm().item()
     results = {
-        "machine": machine(),
+        "machine": machine.card(place.here("cpu")),
         "parameters": sum(p.numel() for p in oracle.parameters()),
         "perturbed": len(product),
         "batches": BATCHES,

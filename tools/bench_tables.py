@@ -1,0 +1,139 @@
+"""The tables of docs/benchmarks.md and of the README, from benchmarks/results/cpu/bench.json, which
+`python -m tools.measure` writes. `python -m tools.tables` writes the pages, and a test compares them."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from redit_fast.benchmarks import table
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu"
+CLOCKS = {
+    "perf_counter": "seconds, on a machine that did nothing else",
+    "process_time": "CPU seconds of all threads, since other work ran beside them",
+}
+README = {"TRL, fused head": "TRL", "Liger, chunked loss": "Liger", "verl, torch head": "verl"}  # heads shown there
+
+
+class Goal(NamedTuple):
+    """The time of `other` over ours is to be `least` or more."""
+
+    suite: str
+    title: str
+    dtype: str
+    other: str
+    least: float
+
+
+GOALS = (
+    Goal("token_loss", "log-probs", "float32", "x.sum()", 1 / 1.4),
+    Goal("token_loss", "log-probs", "bfloat16", "x.sum()", 1 / 1.7),
+    Goal("token_loss", "loss and gradient", "float32", "TRL, selective_log_softmax", 15),
+    Goal("linear_loss", "head: loss and gradients", "float32", "three products", 1 / 1.05),
+    Goal("linear_loss", "head: loss and gradients", "bfloat16", "three products", 1 / 1.25),
+    Goal("params", "step, gamma = 1 epsilon", "float32", "torch foreach, fused AdamW", 1.4),
+    Goal("params", "step, gamma = 1 epsilon", "bfloat16", "torch foreach, fused AdamW", 1.7),
+    Goal("advantages", "advantages", "float64", "TRL, GRPOTrainer's lines", 1),
+)
+
+
+def results() -> dict:
+    return json.loads((RESULTS / "bench.json").read_text())
+
+
+def tables(suite: str) -> list[dict]:
+    return [stored for stored in results()["tables"] if stored["suite"] == suite and not stored["axis"]]
+
+
+def machine() -> str:
+    """What it was measured on."""
+    found = results()
+    card, speeds = found["machine"], found["speeds"]
+    caches = ", ".join(f"{name} {size}" for name, size in card["caches"].items())
+    versions = {"Python": card["python"], "torch": card["torch"], **card["peers"]}
+    ways = ("read", "update", "copy", "copy_")
+    lines = [
+        ("processor", f"{card['cpu']}, {card['cores']} cores, {card['threads']} threads; {caches}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("commit", f"`{card['commit']}`"),
+        ("clock", CLOCKS[card["clock"]]),
+        ("best GB/s", ", ".join(f"{way} {speeds[way]:.0f}" for way in ways)),
+        ("best GFLOP/s", ", ".join(f"{way.removesuffix(' products')} {speed:.0f}" for way, speed in speeds.items()
+                                   if way not in ways)),
+    ]  # fmt: skip
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines)])
+
+
+def suite(name: str) -> str:
+    """A table for each of its ops, with what is said of faster and of absent ones below."""
+    parts = []
+    for stored in tables(name):
+        sizes = ", ".join(f"{letter} = {size:,}" for letter, size in stored["sizes"].items())
+        lines = [
+            f"**{stored['title']}, {stored['dtype']}**, {sizes}",
+            "",
+            f"| | times ours | ms | of the floor | MB | error: {stored['value']} | error: gradient |",
+            "|---|---|---|---|---|---|---|",
+            *(_row(row) for row in stored["rows"] if row["status"] == "measured"),
+        ]
+        wrong = [f"- {row['name']}: {row['note']}" for row in stored["rows"] if row["status"] in ("wrong", "failed")]
+        faster = [f"- {row['name']} is faster: {row['cause']}." for row in stored["rows"] if row["cause"]]
+        parts.append("\n".join([*lines, *([""] if wrong or faster else []), *wrong, *faster]))
+    return "\n\n".join(parts)
+
+
+def _row(row: dict) -> str:
+    times = "1" if row["times"] is None else f"{row['times']:.2f} [{row['times_p10']:.2f}, {row['times_p90']:.2f}]"
+    memory = "" if row["peak_mb"] is None else f"{max(row['peak_mb'], 0):.0f}"
+    errors = ["-" if row[name] is None else f"{row[name]:.0e}" for name in ("value_error", "gradient_error")]
+    cells = [row["name"], times, table.number(row["ms"]), f"{row['share']:.0%}", memory, *errors]
+    return f"| {' | '.join(cells)} |"
+
+
+def goals() -> str:
+    """What the time of others over ours is to be, at each size, and what it is; ours as a share of the floor."""
+    lines = ["| | goal | found | ours, of the floor | |", "|---|---|---|---|---|"]
+    for goal in GOALS:
+        for stored in tables(goal.suite):
+            if (stored["title"], stored["dtype"]) == (goal.title, goal.dtype):
+                times = next(row["times"] for row in stored["rows"] if row["name"] == goal.other)
+                share = next(row["share"] for row in stored["rows"] if row["ours"])
+                sizes = ", ".join(f"{letter} = {size:,}" for letter, size in stored["sizes"].items())
+                cells = [f"{goal.title}, {goal.dtype}, {sizes}: {goal.other}", f"{goal.least:.3g}", f"{times:.3g}",
+                         f"{share:.0%}", "met" if times >= goal.least else "missed"]  # fmt: skip
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def absent() -> str:
+    """Who is not in the tables, and why."""
+    found: dict[str, dict[str, None]] = {}
+    for stored in results()["tables"]:
+        for row in stored["rows"]:
+            if row["status"] == "absent":
+                found.setdefault(row["note"], {})[f"{row['name']} ({stored['suite']})"] = None
+    return "\n".join(f"- {', '.join(names)}: {reason}." for reason, names in found.items())
+
+
+def growth() -> str:
+    """Slopes of ours and of the others."""
+    lines = ["| | size | from | to | time | memory |", "|---|---|---|---|---|---|"]
+    for entry in results()["growth"]:
+        cells = [f"{entry['suite']}: {entry['name']}", entry["axis"], f"{entry['size'][0]:,}", f"{entry['size'][-1]:,}",
+                 table.power(entry["time_slope"]), table.power(entry["memory_slope"])]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def readme() -> str:
+    """The head in bfloat16: how many times as long as ours the others take, and every one's log-prob error."""
+    (head,) = [stored for stored in tables("linear_loss") if stored["dtype"] == "bfloat16"]
+    rows = {row["name"]: row for row in head["rows"]}
+    main = head["rows"][0]
+    lines = ["| head, bfloat16, CPU | time | log-prob error |", "|---|---|---|"]
+    lines.append(f"| redit-fast | 1 | {main['value_error']:.0e} |")
+    for name, short in README.items():
+        error = rows[name]["value_error"]
+        shown = "none given" if error is None else f"{error:.0e}"
+        lines.append(f"| {short} | {rows[name]['times']:.1f} | {shown} |")
+    return "\n".join(lines)
