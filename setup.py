@@ -78,6 +78,7 @@ setup(
     # kernels/ has no __init__.py (a top-level package of that name would shadow Hugging Face's), so it is named here.
     packages=[*find_packages(include=["redit_fast", "redit_fast.*"]), "redit_fast.kernels"],
     package_dir={"redit_fast.kernels": "kernels"},
+    include_package_data=False,  # MANIFEST.in is the sdist's
     package_data={"redit_fast": ["py.typed", "training/report/page.*", "examples/word_problems.*"]},
     ext_modules=[cpu] if setup_cuda.CHOICE == "0" else [cuda, cpu],  # REDIT_FAST_CUDA=1 without nvcc fails at once
     cmdclass={"build_ext": Build},
