@@ -81,6 +81,7 @@ setup(
     # benchmarks/ too: an sdist has no links, through which it is found in a checkout.
     packages=sorted({*find_packages(include=["redit_fast", "redit_fast.*"]), *LINKED}),
     package_dir=LINKED,
+    include_package_data=False,  # MANIFEST.in is the sdist's
     package_data={
         "redit_fast": ["py.typed", "training/report/page.*", "examples/word_problems.*"],
         "redit_fast.benchmarks": ["*.j2"],
