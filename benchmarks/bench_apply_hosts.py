@@ -110,4 +110,4 @@ def sft_steps(vocabulary: int, tokens: list[torch.Tensor], losses: list[float]) 
 if __name__ == "__main__":
     from .command import main
 
-    sys.exit(main("apply_hosts", tables))
+    sys.exit(main("apply_hosts", tables, devices=("cpu",)))

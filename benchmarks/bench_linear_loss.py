@@ -21,7 +21,7 @@ import redit_fast as rf
 from . import oracle, peers
 from .backends import forced, of_ours
 from .clock import clock
-from .measure import Errors, Provider, Run, Table, Wrong
+from .measure import WORST_ROW, Errors, Provider, Run, Table, Wrong
 from .oracle import Batch
 from .place import Place
 from .roofline import Work
@@ -157,9 +157,9 @@ def table(
         ]
     moved = inputs.hidden.nbytes + inputs.weight.nbytes
     work = Work(reads=moved, writes=moved, flops=6 * rows * vocabulary * width)
-    value, grad = LIMITS[dtype]
+    limits = Errors(*LIMITS[dtype], WORST_ROW)
     sizes, name = {"R": rows, "D": width, "V": vocabulary}, str(dtype).removeprefix("torch.")
-    return Table("linear_loss", HEAD, sizes, name, work, providers, "log-prob", Errors(value, grad, 0.5), rounds, axis)
+    return Table("linear_loss", HEAD, sizes, name, work, providers, "log-prob", limits, rounds, axis)
 
 
 def _ours(linear_grpo_loss: Callable, chunk_rows: int | None) -> Callable:

@@ -20,7 +20,7 @@ import redit_fast as rf
 from . import oracle, peers
 from .backends import forced, of_ours
 from .clock import clock
-from .measure import Errors, Provider, Run, Table
+from .measure import WORST_ROW, Errors, Provider, Run, Table
 from .oracle import Batch
 from .place import Place
 from .roofline import Work
@@ -215,9 +215,9 @@ def _table(
     title: str, logits: Tensor, dtype: torch.dtype, work: Work, providers: list[Provider], rounds: int, axis: str = ""
 ) -> Table:
     sizes = {"R": logits.shape[0] * logits.shape[1], "V": logits.shape[2]}
-    value, grad = LIMITS[dtype]
+    limits = Errors(*LIMITS[dtype], WORST_ROW)
     name = str(dtype).removeprefix("torch.")
-    return Table("token_loss", title, sizes, name, work, providers, "log-prob", Errors(value, grad, 0.5), rounds, axis)
+    return Table("token_loss", title, sizes, name, work, providers, "log-prob", limits, rounds, axis)
 
 
 if __name__ == "__main__":

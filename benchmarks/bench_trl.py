@@ -101,4 +101,4 @@ def tables(place: Place, size: str) -> Iterator[Table]:
 if __name__ == "__main__":
     from .command import main
 
-    sys.exit(main("trl", tables))
+    sys.exit(main("trl", tables, devices=("cpu",)))

@@ -39,12 +39,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of all threads: others use the cores too")
 
 
-def main(name: str, tables: Tables, argv: Sequence[str] | None = None) -> int:
+def main(name: str, tables: Tables, argv: Sequence[str] | None = None, devices: tuple[str, ...] = DEVICES) -> int:
     """`python -m benchmarks.bench_<name>`: that suite alone."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{name}")
     _add_settings(parser)
     try:
-        return _bench({name: tables}, parser.parse_args(argv))
+        return _bench({name: tables}, parser.parse_args(argv), devices)
     except (ValueError, OSError) as error:
         print(f"redit-fast: {error}", file=sys.stderr)
         return 2
@@ -60,8 +60,8 @@ def bench(args: argparse.Namespace) -> int:
     return _bench({name: partial(_tables, name) for name in _suites(args.suites)}, args)
 
 
-def _bench(suites: Mapping[str, Tables], args: argparse.Namespace) -> int:
-    _check_device(args.device)
+def _bench(suites: Mapping[str, Tables], args: argparse.Namespace, devices: tuple[str, ...] = DEVICES) -> int:
+    _check_device(args.device, devices)
     out = _folder(args.out)
     from .place import here
 
@@ -83,9 +83,9 @@ def _suites(names: Sequence[str]) -> list[str]:
     return [name for name in SUITES if name in names or not names]
 
 
-def _check_device(device: str) -> None:
-    if device not in DEVICES:
-        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {device!r}")
+def _check_device(device: str, devices: tuple[str, ...]) -> None:
+    if device not in devices:
+        raise ValueError(f"--device must be one of {', '.join(devices)}, got {device!r}")
     if device == "cuda":
         import torch
 

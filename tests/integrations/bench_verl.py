@@ -101,4 +101,4 @@ def tables(place, size):
 if __name__ == "__main__":
     from redit_fast.benchmarks.command import main
 
-    sys.exit(main("verl", tables))
+    sys.exit(main("verl", tables, devices=("cpu",)))
