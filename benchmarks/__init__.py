@@ -9,4 +9,8 @@ bench_*.py    the suites
 command.py    the command; table.py, plots.py, report.py: what it shows
 """
 
+from redit_fast.extras import need
+
+need("bench", "redit_fast.benchmarks")
+
 SUITES = ("token_loss", "linear_loss", "params", "apply", "advantages")  # the most informative first
