@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+DOCS := $(VENV)/.docs
 TESTS := $(VENV)/.tests
 NVIDIA := $(wildcard /proc/driver/nvidia)$(shell command -v nvidia-smi 2>/dev/null)
 # Without an NVIDIA driver: the release from PyTorch's CPU index, whose 2.13.0+cpu sorts above the 2.13.0 of PyPI,
@@ -20,7 +21,7 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check test-newest lock lint sanitize kernel-gates packing-gates budgets gpu-check
+.PHONY: demo test check test-newest lock lint docs wheels sanitize kernel-gates packing-gates budgets gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -29,13 +30,14 @@ demo: $(READY)
 test: $(TESTS) $(TRITON36)
 	PIP_CONSTRAINT=$(abspath $(LOCK)) $(PYTEST)
 
-# A contributor's loop: lint and the ops' tests. Without the fuzz tests, the hostile logits and the allocator's records,
+# A contributor's loop: lint, floors, links and the ops' tests. Without the fuzz tests, the hostile logits and the allocator's records,
 # what compiles or interprets, float16, fifty repeats, the vocabularies of 50,000 and more, and the reference by itself.
 SLOW := $(addprefix tests/ops/test_,arguments.py hostile_logits.py linear_memory.py compile.py) \
 	tests/backends/test_compilers.py $(wildcard $(addprefix tests/backends/test_,ptx.py sass.py triton*.py *cuda.py *mutants.py))
 check: lint
 	$(PYTEST) -q -k "not dtype2 and not fifty and not 50257 and not 151936 and not [reference" \
-		$(filter-out $(SLOW),$(wildcard tests/ops/test_*.py tests/backends/test_*.py))
+		$(filter-out $(SLOW),$(wildcard tests/ops/test_*.py tests/backends/test_*.py)) \
+		$(addprefix tests/project/test_,floors.py links.py public_names.py)
 
 # The same as `make test` with the newest releases of the day, in an environment of its own; torch as above, or TORCH=torch.
 test-newest:
@@ -77,6 +79,21 @@ lint: $(TESTS)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/* tests/*/*.cpp
 	$(VENV)/bin/mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(VENV)/bin/pre-commit validate-config
+
+# The site, in build/site. It reads the docstrings from the source: neither torch nor this package is needed.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
+# What is published for this platform, by the settings in pyproject.toml. On Linux cibuildwheel needs Docker.
+wheels:
+	$(PYTHON) -m venv .venv-wheels
+	.venv-wheels/bin/pip install "cibuildwheel==4.3.5"
+	.venv-wheels/bin/cibuildwheel --output-dir dist
 
 # The tests of the C++ module, and where nvcc is of the host code of CUDA's, what it refuses and what launches it plans, on
 # a second build of them, with the shipped flags and checks of every access and overflow. No kernel is interpreted.
@@ -102,14 +119,20 @@ $(READY) sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0a
 endif
 # A torch that is already in .venv stays.
 PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)
-$(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*/*)
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*/*) | $(VENV)/bin/python
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
 	$(PIP) "setuptools>=77" "pybind11>=2.12"
-	$(PIP) --no-build-isolation -e .
+	$(PIP) --no-build-isolation -e ".[train]"
 	touch $@
 
-$(TESTS): $(READY) tests/packages.txt
+$(DOCS): docs/packages.txt $(LOCK) | $(VENV)/bin/python
+	$(PIP) -r docs/packages.txt
+	touch $@
+
+$(TESTS): $(READY) $(DOCS) tests/packages.txt
 	$(PIP) -r tests/packages.txt
 	$(PIP) --no-deps "verl; python_version < '3.13'" TransferQueue
 	touch $@

@@ -81,8 +81,9 @@ setup(
     # benchmarks/ too: an sdist has no links, through which it is found in a checkout.
     packages=sorted({*find_packages(include=["redit_fast", "redit_fast.*"]), *LINKED}),
     package_dir=LINKED,
+    include_package_data=False,  # MANIFEST.in is the sdist's
     package_data={
-        "redit_fast": ["py.typed", "training/report/page.*"],
+        "redit_fast": ["py.typed", "training/report/page.*", "examples/word_problems.*"],
         "redit_fast.benchmarks": ["*.j2", "lengths.json"],
     },
     ext_modules=[cpu] if setup_cuda.CHOICE == "0" else [cuda, cpu],  # REDIT_FAST_CUDA=1 without nvcc fails at once

@@ -10,4 +10,8 @@ step_*.py     whole steps of training: what they are measured on, and the provid
 command.py    the command; table.py, plots.py, report.py: what it shows
 """
 
+from redit_fast.extras import need
+
+need("bench", "redit_fast.benchmarks")
+
 SUITES = ("token_loss", "linear_loss", "params", "apply", "advantages", "step")  # the most informative first

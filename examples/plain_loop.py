@@ -34,10 +34,10 @@ def batches(count, vocabulary=64, prompts=4, group_size=8, length=24):
         yield tokens, mask, ((tokens == 7) & mask).sum(1).float()
 
 
-def a_model():
+def a_model(vocabulary=64):
     return Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                    num_key_value_heads=2)
+        Qwen2Config(vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=2)
     )  # fmt: skip
 
 

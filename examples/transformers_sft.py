@@ -1,13 +1,14 @@
 """Supervised fine-tuning by transformers' own Trainer with GR, and with a loss head that never holds the logits. Runs
 on the CPU with a model made here: `python -m examples.transformers_sft`."""
 
+import random
 import sys
 
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 import redit_fast as rf
+from examples.plain_loop import a_model
 from redit_fast.integrations.transformers import GRTrainerMixin
-from redit_fast.training import builtin
 
 
 class GRTrainer(GRTrainerMixin, Trainer):
@@ -15,12 +16,13 @@ class GRTrainer(GRTrainerMixin, Trainer):
 
 
 def main(steps=60, out="runs/sft_example"):
-    model, tokenizer = builtin.build(0)
-    pairs = builtin.demonstrations(256, short=0.0, seed=0)
-    rows = [tokenizer(prompt + completion + tokenizer.eos_token) for prompt, completion in pairs]
+    tokenizer = ByT5Tokenizer()  # of bytes, without files
+    model = a_model(len(tokenizer))
+    sums = [(random.randrange(100), random.randrange(100)) for _ in range(256)]
+    rows = [tokenizer(f"{a} + {b} = {a + b}") for a, b in sums]
     args = TrainingArguments(
         out,
-        learning_rate=2e-3,
+        learning_rate=1e-2,
         per_device_train_batch_size=16,
         max_steps=steps,
         logging_steps=1,

@@ -4,9 +4,10 @@ a model made here: `python -m examples.trl_grpo`."""
 import sys
 
 from datasets import Dataset
+from transformers import ByT5Tokenizer
 
+from examples.plain_loop import a_model
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer
-from redit_fast.training import builtin
 
 
 def digits(completions, **_):
@@ -15,14 +16,15 @@ def digits(completions, **_):
 
 
 def main(steps=30, out="runs/trl_example"):
-    model, tokenizer = builtin.build(0)
-    prompts = [{"prompt": record["prompt"]} for record in builtin.records(64, held_out=False, seed=0)]
+    tokenizer = ByT5Tokenizer()  # of bytes, without files
+    model = a_model(len(tokenizer))
+    prompts = [{"prompt": f"{a} + 7 ="} for a in range(64)]
     args = ReditGRPOConfig(
         out,
         dither_level=0.05,  # ReDit: noise on the rewards; the logs keep the clean ones
         gr_gamma=1e-3,  # GR: a second backward pass at theta + gr_epsilon g1
         gr_optimizer="regularized_adamw",  # float32 masters for bfloat16 weights
-        learning_rate=2e-3,
+        learning_rate=1e-2,
         per_device_train_batch_size=32,
         num_generations=8,
         max_completion_length=8,
@@ -33,9 +35,8 @@ def main(steps=30, out="runs/trl_example"):
         use_cpu=True,
         bf16=False,
     )
-    trainer = ReditGRPOTrainer(
-        model, digits, args=args, train_dataset=Dataset.from_list(prompts), processing_class=tokenizer
-    )
+    data = Dataset.from_list(prompts)
+    trainer = ReditGRPOTrainer(model, digits, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     print(f"reward {rewards[0]:.2f} in the first step, {rewards[-1]:.2f} in the last of {steps}")

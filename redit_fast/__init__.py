@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from redit_fast.ops.linear_loss import estimate_memory, linear_grpo_loss, linear_grpo_loss_and_grad_, linear_logp
     from redit_fast.ops.token_loss import LogpEntropy, grpo_loss, token_logp
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Advantages": "ops.advantages",

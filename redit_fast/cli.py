@@ -1,5 +1,5 @@
-"""The command `redit-fast`: train, report, info (also named doctor), selftest, bench. Bad input gets one line on
-stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
+"""The command `redit-fast`: train, example, report, info (also named doctor), selftest,
+bench. Bad input gets one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
 
 Heavy imports are inside the functions, so that --help and --version answer at once.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from redit_fast.extras import MissingExtra
 from redit_fast.signals import in_this_process
 
 
@@ -80,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="redit-fast train [--config FILE] [--resume [--accept-changed-inputs]] [--print-config] [SETTINGS]",
         allow_abbrev=False,
     )
+    example = commands.add_parser("example", help="write a configuration and its data here", allow_abbrev=False)
+    example.add_argument("name", metavar="NAME", help="word_problems")
     report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
     report.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
     info = commands.add_parser(
@@ -91,15 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="the same as JSON")
     commands.add_parser("selftest", help="check every backend against float64", allow_abbrev=False)
     bench = commands.add_parser("bench", help="measure every op beside what it replaces", allow_abbrev=False)
-    if argv[:1] == ["train"]:
-        _add_train_flags(train)
-    if argv[:1] == ["bench"]:
-        from redit_fast.benchmarks import command
-
-        command.add_flags(bench)
-    args, unknown = parser.parse_known_args(argv)
     format_of_a_library, warnings.formatwarning = warnings.formatwarning, _warning
     try:
+        if argv[:1] == ["train"]:
+            _add_train_flags(train)
+        if argv[:1] == ["bench"]:
+            from redit_fast.benchmarks import command
+
+            command.add_flags(bench)
+        args, unknown = parser.parse_known_args(argv)
         if unknown:
             raise ValueError(_unknown(unknown[0], commands.choices.get(args.command, parser)))
         if args.version:
@@ -109,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "train":
             with _terminable():
                 _train(args)
+        elif args.command == "example":
+            _example(args.name)
         elif args.command == "report":
             from redit_fast.training import report as run_report
 
@@ -124,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return command.bench(args)
         else:
             parser.print_help()
-    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+    except (ValueError, OSError, NotImplementedError, FloatingPointError, MissingExtra) as error:
         _complain(str(error))
         return 2
     except KeyboardInterrupt as stop:
@@ -159,7 +165,7 @@ def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
 def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
     if not word.startswith("-"):
         return f"unexpected argument {word!r}"
-    from redit_fast.training.known_names import flag, hint
+    from redit_fast.known_names import flag, hint
 
     word = word.partition("=")[0]
     shown = [option for option, action in parser._option_string_actions.items() if action.help != argparse.SUPPRESS]
@@ -169,8 +175,8 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     """Every field of TrainConfig as a flag. Values stay text here: config.load reads them and words the complaints."""
+    from redit_fast.known_names import RENAMED, flag
     from redit_fast.training.config import TrainConfig, describe
-    from redit_fast.training.known_names import RENAMED, flag
 
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
@@ -220,14 +226,29 @@ def _train(args: argparse.Namespace) -> None:
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """The fields of TrainConfig that the command line gives; the word none clears one that does not take that word."""
+    from redit_fast.known_names import RENAMED
     from redit_fast.training.config import TrainConfig, choices
-    from redit_fast.training.known_names import RENAMED
 
     given = {name: value for name, value in vars(args).items() if name in {*TrainConfig.model_fields, *RENAMED}}
     return {
         name: None if value in ("none", ["none"]) and "none" not in choices(RENAMED.get(name, name)) else value
         for name, value in given.items()
     }
+
+
+def _example(name: str) -> None:
+    """The configuration `name` and what it needs, from the package into the current folder."""
+    shipped = Path(__file__).parent / "examples"
+    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    if name not in names:
+        raise ValueError(f"no example is named {name!r}; there is {', '.join(names)}")
+    sources = sorted(shipped.glob(f"{name}.*"))
+    for source in sources:
+        if Path(source.name).exists():
+            raise ValueError(f"{source.name} is there already and stays as it is")
+    for source in sources:
+        shutil.copyfile(source, source.name)
+        print(source.name)
 
 
 def _info(as_json: bool) -> None:
@@ -238,16 +259,15 @@ def _info(as_json: bool) -> None:
 
 def _selftest() -> int:
     """The largest error of each op, backend, device and dtype; 1 where one exceeds its limit."""
-    from rich.console import Console
-    from rich.table import Table
-
     from redit_fast import selftest
 
     results = list(selftest.run())
-    columns = ("op", "backend", "device", "dtype", "error", "limit", "s", "")
-    table = Table(*columns, collapse_padding=True, pad_edge=False)  # in 80 columns no name is cut
+    rows: list[tuple[str, ...]] = [("op", "backend", "device", "dtype", "error", "limit", "s", "")]
     for result in results:
         *words, error, limit, seconds = result
-        table.add_row(*words, f"{error:.1e}", f"{limit:.1e}", f"{seconds:.1f}", "ok" if result.passed else "WRONG")
-    Console().print(table)
+        verdict = "ok" if result.passed else "WRONG"
+        rows.append((*words, f"{error:.1e}", f"{limit:.1e}", f"{seconds:.1f}", verdict))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0 if all(result.passed for result in results) else 1

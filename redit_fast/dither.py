@@ -49,7 +49,7 @@ class Dither:
     Args:
         distribution: "uniform" on (-a, a), or "gaussian" with standard deviation a / sqrt(3) (the same variance).
         level: relative half-range n0; a_k(t) = level(t) * reward_scale_k. 0 switches dithering off under every
-        schedule.
+            schedule.
         reward_scale: the full scale of each reward: a number, or K numbers for K reward functions.
         schedule: level over steps (the paper's vendored scripts; formulas in `level_at`), or a callable step -> level.
         total_steps: T of the `_reverse` schedules, which need it.

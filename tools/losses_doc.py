@@ -24,7 +24,18 @@ TOP = """<!-- written by python -m tools.losses_doc -->
 # The losses
 
 What `rf.LossConfig` can say, formula by formula. `rf.policy_loss` is the definition of them all, and every fused path
-equals it. What other libraries mean by the same names: [peers.md](peers.md)."""
+equals it. What other libraries mean by the same names: [peers.md](peers.md).
+
+```python
+import torch
+
+import redit_fast as rf
+
+logp = torch.randn(4, 6).sub(3).requires_grad_()  # of 4 completions with 6 tokens
+config = rf.LossConfig("cispo", epsilon_high=0.3, beta=0.04)
+found = rf.policy_loss(logp, torch.tensor([1.0, -1.0, 0.5, -0.5]), ref_logp=logp.detach() + 0.1, config=config)
+found.loss.backward()
+```"""
 
 CAPTION = f"""![loss and gradient of every loss type over the ratio](losses.png)
 

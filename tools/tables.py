@@ -84,13 +84,13 @@ def hosts() -> str:
 
 
 def lower_bounds() -> dict[str, str]:
-    """Dependency -> the oldest version that pyproject.toml takes."""
+    """torch and what the extra train brings -> the oldest version that pyproject.toml takes."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return dict(line.split(">=") for line in project["dependencies"])
+    return dict(line.split(">=") for line in [*project["dependencies"], *project["optional-dependencies"]["train"]])
 
 
 def dependencies() -> str:
-    """What is installed with the package, and why."""
+    """What is installed for the ops and for the trainer, and why."""
     bounds = lower_bounds()
     rows = [f"| {name} | {bounds[name]} | {reason} |" for name, reason in DEPENDENCIES.items()]
     return "\n".join(["| package | oldest | used for |", "|---|---|---|", *rows])

@@ -57,8 +57,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Force every op inside the `with` block onto one backend, without fallback.
 
     Raises:
-        ValueError, TypeError: `name` is no backend. The ops raise NotImplementedError with the backend's sentence where
-        it refuses.
+        ValueError, TypeError: `name` is no backend.
+        NotImplementedError: raised by the ops, with the backend's sentence, where it refuses.
     """
     check_choice("name", name, NAMES)
     token = _forced.set(name)

@@ -62,8 +62,8 @@ class GradientRegularizer(torch.optim.Optimizer):
         optimizer: any torch.optim.Optimizer.
         max_norm: the combined gradient's norm over all parameters is clipped to it, with gamma 0 the gradient's; None:
             not clipped.
-        gamma, epsilon, perturb_max_norm, normalized, rounding, keep_first_grad, gamma_warmup_steps, every_k_steps,
-            compute_dtype: the fields of `GR`.
+        gamma, epsilon, perturb_max_norm, normalized, rounding, keep_first_grad: fields of `GR`.
+        gamma_warmup_steps, every_k_steps, compute_dtype: fields of `GR`.
         seed: of the stochastic rounding, in [0, 2**64).
 
     Raises:

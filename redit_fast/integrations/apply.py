@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from redit_fast.extras import need
 from redit_fast.integrations.objective import can_run, check_objective
 from redit_fast.integrations.swapped_forward import ScoringHead, SwappedForward
 from redit_fast.losses.transforms import logit_transforms
@@ -50,6 +51,7 @@ def apply_to(model: PreTrainedModel, *, eval_logits: bool = True) -> AppliedHead
     """
     if not isinstance(eval_logits, bool):
         raise TypeError(f"eval_logits must be True or False, got {eval_logits!r}")
+    need("transformers", "apply_to")
     return AppliedHead(model.get_base_model() if hasattr(model, "get_base_model") else model, eval_logits)
 
 

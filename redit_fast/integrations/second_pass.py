@@ -2,6 +2,8 @@
 run once more at theta + epsilon g1, and the combined gradient is left in .grad for the trainer's own optimizer.
 """
 
+# ruff: noqa: E402  what is not installed is said before it is imported
+
 from __future__ import annotations
 
 import copy
@@ -13,8 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor, nn
+
+from redit_fast.extras import need
+
+need("transformers", "redit_fast.integrations.second_pass")
+
+import transformers
 
 from redit_fast.gr import gradients
 from redit_fast.gr.adamw import RegularizedAdamW

@@ -9,9 +9,15 @@ class GRTrainer(GRTrainerMixin, Trainer):
 GRTrainer(model, args, train_dataset=data, gr_gamma=1e-3).train()
 """
 
+# ruff: noqa: E402  what is not installed is said before it is imported
+
 from __future__ import annotations
 
 from dataclasses import fields
+
+from redit_fast.extras import need
+
+need("transformers", "redit_fast.integrations.transformers")
 
 import transformers
 
@@ -38,11 +44,11 @@ class GRTrainerMixin(SecondPassHooks):
 
     Args:
         gr_gamma: weight of the penalty; 0 (the default) switches GR off, the run is then the trainer's own.
-        gr_epsilon, gr_normalized, gr_perturb_max_norm, gr_rounding, gr_keep_first_grad, gr_gamma_warmup_steps,
-            gr_every_k_steps: the fields of `GR`, a step's number being trainer.state.global_step.
+        gr_epsilon, gr_normalized, gr_perturb_max_norm, gr_rounding, gr_keep_first_grad: fields of `GR`.
+        gr_gamma_warmup_steps, gr_every_k_steps: fields of `GR`, a step's number being trainer.state.global_step.
         gr_optimizer: "regularized_adamw" steps by `RegularizedAdamW` (float32 masters of low-precision parameters) with
             the learning rate, betas, epsilon and weight decay of the training arguments; None: the trainer's choice.
-        Everything else goes to the trainer.
+        args, kwargs: the trainer's own.
 
     Raises:
         ValueError, TypeError: an argument out of range, naming it; DeepSpeed or FSDP. RuntimeError: a version of

@@ -1,5 +1,7 @@
 """`linear_logp` in the place of the function that TRL's fused LM head calls (`trl.trainer.utils.add_fused_lm_head`)."""
 
+# ruff: noqa: E402  what is not installed is said before it is imported
+
 from __future__ import annotations
 
 import inspect
@@ -9,9 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from redit_fast.extras import need
+
+need("trl", "redit_fast.integrations.trl_function")
+
 import trl
 import trl.trainer.utils as utils
-from torch import Tensor, nn
 
 from redit_fast.integrations.swapped_forward import SwappedForward
 from redit_fast.ops.linear_loss import linear_logp

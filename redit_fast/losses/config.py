@@ -88,9 +88,11 @@ class LossConfig:
         gmpo (2507.20673): l = -A exp(mean over the sequence of u), u = min(d, clip(d)) for A > 0, max(d, clip(d))
             otherwise, d = logp - old, clip(d) = d limited to [-epsilon_low, epsilon_high].
         cispo (2506.13585): l = -sg(r limited by cispo_bound) A logp.
-        sapo (2511.20347): l = -(4 / tau) sigmoid(tau (r - 1)) A, tau = sapo_temperature_pos for A > 0, else _neg.
+        sapo (2511.20347): l = -(4 / tau) sigmoid(tau (r - 1)) A, tau = sapo_temperature_pos for A > 0, else
+            sapo_temperature_neg.
         vespo (2602.10693): l = -sg(phi) A logp, phi = exp(lambda + k log w - lambda w), log w the sum of the sequence's
-            log-ratios, those of `correction` included; k and lambda = vespo_*_pos for A >= 0, else _neg.
+            log-ratios, those of `correction` included; k = vespo_k_pos and lambda = vespo_lambda_pos for A >= 0, else
+            vespo_k_neg and vespo_lambda_neg.
         gpg (2504.02546), reinforce (Williams 1992): l = -A logp.
         dppo_tv (2602.04879): l = -A sg(min(r, 20)) logp where p - p_old <= epsilon_high (A > 0) or >= -epsilon_low
             (otherwise), else 0; p = exp(logp).
@@ -121,8 +123,9 @@ class LossConfig:
             importance "sequence" and in gspo the sequence's.
         entropy_coef: weight of the entropy bonus, a mean over the scored tokens (that top_entropy_quantile keeps).
         correction: q against the gap between the sampling and the old policy: with w = exp(old - sampling), of the
-            token or, "sequence_*", of the sequence's sum: "*_truncate" limits w to [correction_floor, correction_cap]
-            (TIS), "*_mask" sets w to 0 outside (IcePop, MIS). An unknown (NaN) sampling log-prob counts as old.
+            token or, in sequence_truncate and sequence_mask, of the sequence's sum: truncate limits w to
+            [correction_floor, correction_cap] (TIS), mask sets w to 0 outside (IcePop, MIS). An unknown (NaN) sampling
+            log-prob counts as old.
         correction_cap, correction_floor: those bounds; floor None means 0.
         off_policy_mask_threshold: l is 0 in sequences whose mean of sampling (else old) - logp is above it and whose
             A < 0 (2512.02556); None for none.

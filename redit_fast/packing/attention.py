@@ -4,6 +4,8 @@ It is one function in transformers' AttentionInterface, `redit_fast`, to which n
 it is SDPA a segment; on a GPU one call of a kernel for rows of many lengths (`varlen.py`).
 """
 
+# ruff: noqa: E402  what is not installed is said before it is imported
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from redit_fast.extras import need
+
+need("transformers", "redit_fast.packing.attention")
+
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask

@@ -20,12 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from redit_fast.dither import DeadGroups, Schedule
 from redit_fast.gr.config import GR, Pass2Ratio, Rounding
+from redit_fast.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.losses.config import CLIPPED, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
 from redit_fast.training import config_errors, config_file, config_values
 from redit_fast.training.config_values import check_as_meant, flag_words, free_name, is_component, kinds_of, of_gr
-from redit_fast.training.known_names import RENAMED, flag, hint, under_new_names
 from redit_fast.training.presets import Preset, defaults_of
 
 

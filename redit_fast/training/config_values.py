@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import Field
 
 from redit_fast.gr.config import GR
-from redit_fast.training.known_names import flag
+from redit_fast.known_names import flag
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]

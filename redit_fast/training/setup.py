@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
+from redit_fast.known_names import under_new_names
 from redit_fast.training import builtin, checkpoint, config_file, data, policy, rewards, runs
 from redit_fast.training.config import TrainConfig, default_of
-from redit_fast.training.known_names import under_new_names
 
 MAY_CHANGE = {"steps", "eval_every", "sharpness_every", "checkpoint_every", "keep_checkpoints", "name", "out_dir"}
 TRAIN_PROBLEMS = 4000  # of the demo

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from redit_fast.extras import MODULES
 from tests import ROOT
 
 # Module or package -> floor; an import must reach a smaller number, or a sibling in the same package of PACKAGES.
@@ -34,7 +35,9 @@ FLOORS = {
     "redit_fast.dither": 1,
     "redit_fast.losses": 1,
     "redit_fast.checks": 0,
+    "redit_fast.extras": 0,
     "redit_fast.foreign": 0,
+    "redit_fast.known_names": 0,
     "redit_fast.noise": 0,
     "redit_fast.signals": 0,
     "redit_fast.kernels": 0,
@@ -214,14 +217,20 @@ def third_party(source):
     return names - set(sys.stdlib_module_names) - {"redit_fast"}
 
 
-def test_runtime_dependencies_are_what_the_package_imports():
-    names = {"pyyaml": "yaml"}
+USES = {  # part of the package -> what it imports beside torch, which is all that the package depends on
+    "redit_fast.kernels": {"triton"},
+    "redit_fast.packing": {"transformers", "flash_attn", "flash_attn_interface"},  # the latter where a GPU has rows
+    "redit_fast.integrations": {"transformers", "trl", "verl", "tensordict"},  # which verl brings
+    "redit_fast.training": set(MODULES["train"]),
+    "redit_fast.cli": {"transformers"},
+    "redit_fast.benchmarks": {*MODULES["bench"], "trl", "transformers", "datasets", "numpy"},  # which TRL brings
+}
+
+
+def test_each_part_imports_what_its_extra_brings_and_the_rest_torch_alone():
+    used = {}
+    for name, (text, _) in package_sources().items():
+        used.setdefault(entry(name), set()).update(third_party(text) - {"torch"})
+    assert {part: names for part, names in used.items() if names} == USES
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {names.get(line.split(">")[0], line.split(">")[0]) for line in project["dependencies"]}
-    sources = package_sources()
-    outside_kernels = [text for name, (text, _) in sources.items() if entry(name) != "redit_fast.kernels"]
-    used = set().union(*map(third_party, outside_kernels))
-    optional = {"trl", "verl", "openrlhf", "tensordict"}  # host libraries, and verl's tensors
-    optional |= {"datasets", "numpy"}  # TRL and verl bring them, in benchmarks/
-    optional |= {"flash_attn", "flash_attn_interface"}  # imported where the first packed row is on a GPU
-    assert used - optional == declared
+    assert [line.split(">=")[0] for line in project["dependencies"]] == ["torch"]

@@ -144,6 +144,9 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
         (["info", "--all"], "unknown flag --all, the closest valid one is"),
         (["info", "--lr"], "unknown flag --lr, the closest valid one is --help"),
         (["doctor", "--jsn"], "unknown flag --jsn, the closest valid one is --json"),
+        (["example"], "the following arguments are required: NAME"),
+        (["example", "word_problem"], "no example is named 'word_problem'; there is word_problems"),
+        (["example", "../cli"], "no example is named '../cli'; there is word_problems"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(capsys, recwarn, tmp_path, words, line):
@@ -166,6 +169,22 @@ def test_without_a_command_it_prints_its_help(capsys):
 
 def test_version(capsys):
     assert run(capsys, "--version") == (0, f"redit-fast {redit_fast.__version__}\n", "")
+
+
+def test_an_example_is_written_once_and_never_over_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["word_problems.jsonl", "word_problems.yaml"]
+    (tmp_path / names[1]).write_text("mine")
+    assert run(capsys, "example", "word_problems") == (
+        2,
+        "",
+        f"redit-fast: {names[1]} is there already and stays as it is\n",
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [names[1]] and (tmp_path / names[1]).read_text() == "mine"
+    (tmp_path / names[1]).unlink()
+    assert run(capsys, "example", "word_problems") == (0, "\n".join(names) + "\n", "")
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (ROOT / "examples" / name).read_bytes()
 
 
 def test_report_redraws_a_run(capsys, tmp_path):

@@ -9,7 +9,8 @@ from fractions import Fraction
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from redit_fast.training import config, config_errors, known_names, presets
+from redit_fast import known_names
+from redit_fast.training import config, config_errors, presets
 from redit_fast.training.config import TrainConfig, load
 
 

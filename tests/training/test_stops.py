@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from redit_fast import known_names
 from redit_fast.cli import main
-from redit_fast.training import builtin, checkpoint, config, known_names, trainer
+from redit_fast.training import builtin, checkpoint, config, trainer
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, launch, lines_of
 

@@ -8,7 +8,7 @@
 or, around a trainer that is there: `with patch(trainer, dither_level=0.05): trainer.train()`.
 """
 
-# ruff: noqa: E402  an older TRL is refused before what it has not, or cannot import, is asked for
+# ruff: noqa: E402  no TRL, or an older one, is refused before what it has not, or cannot import, is asked for
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
+
+from redit_fast.extras import need
+
+need("trl", "redit_fast.integrations.trl")
+
 import transformers
 import trl
-from torch import Tensor
 
 from redit_fast.integrations.versions import check_hooks, check_version
 
@@ -61,15 +66,17 @@ ENTROPY_MASK = "redit_entropy_mask"  # beside a micro-batch's inputs: the first 
 class ReditOptions(DitherOptions, GROptions):
     """What `ReditGRPOConfig` adds to TRL's GRPOConfig, and what `patch` takes. Dithering and GR are off by default.
 
-    dither_*: the fields of `Dither` (seed None: the trainer's; reward_scale: one number, or one per reward function).
-    gr_*: see `redit_fast.integrations.transformers.GRTrainerMixin`; and
-    gr_pass2_ratio: where a batch carries no old log-probs, the second pass takes its own ("fresh": ratio 1, as in the
-        paper) or the first pass's ("pass1").
-    fused_head: TRL's fused LM head computes by `linear_logp`, for the policy and its reference model; and GRPOTrainer's
-        loss by `linear_grpo_loss` where it is token-level, without entropy bonus, entropy or off-policy mask, and
-        vLLM's correction. Log-ratios are then limited to [-20, 20], which TRL does not.
-    packing: the log-probs of policy and reference model, and their gradients, come from rows without padding, in which
-        the tokens that prompts of a micro-batch share are computed once.
+    Args:
+        dither_*: the fields of `Dither` (seed None: the trainer's; reward_scale: one number, or one per reward
+            function).
+        gr_*: see `redit_fast.integrations.transformers.GRTrainerMixin`.
+        gr_pass2_ratio: where a batch carries no old log-probs, the second pass takes its own ("fresh": ratio 1, as in
+            the paper) or the first pass's ("pass1").
+        fused_head: TRL's fused LM head computes by `linear_logp`, for the policy and its reference model; and
+            GRPOTrainer's loss by `linear_grpo_loss` where it is token-level, without entropy bonus, entropy or
+            off-policy mask, and vLLM's correction. Log-ratios are then limited to [-20, 20], which TRL does not.
+        packing: the log-probs of policy and reference model, and their gradients, come from rows without padding, in
+            which the tokens that prompts of a micro-batch share are computed once.
 
     Raises:
         ValueError, TypeError: a field out of range, naming it.

@@ -8,11 +8,17 @@ which class its FSDP engine is, what chooses a fused kernel's backend, its check
 trainer does around its advantages. `unregister()` takes all of it back.
 """
 
+# ruff: noqa: E402  what is not installed is said before it is imported
+
 from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
 from types import ModuleType
+
+from redit_fast.extras import need
+
+need("verl", "redit_fast.integrations.verl")
 
 import verl
 
