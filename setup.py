@@ -84,7 +84,7 @@ setup(
     include_package_data=False,  # MANIFEST.in is the sdist's
     package_data={
         "redit_fast": ["py.typed", "training/report/page.*", "examples/word_problems.*"],
-        "redit_fast.benchmarks": ["*.j2"],
+        "redit_fast.benchmarks": ["*.j2", "lengths.json"],
     },
     ext_modules=[cpu] if setup_cuda.CHOICE == "0" else [cuda, cpu],  # REDIT_FAST_CUDA=1 without nvcc fails at once
     cmdclass={"build_ext": Build},

@@ -32,10 +32,18 @@ class Clock:
         self.timer: Callable[[], float] = time.perf_counter
         self.seconds, self.cold, self.watch = 0.0, False, False
         self.peak, self.held = 0.0, 0
+        self.parts: dict[str, float] = {}
+        self.tokens = 0
         self._flushed: torch.Tensor | None = None
 
     def restart(self, *, cold: bool = False, watch: bool = False) -> None:
         self.seconds, self.cold, self.watch, self.peak = 0.0, cold, watch, 0.0
+        self.parts, self.tokens = {}, 0
+
+    def took(self, parts: dict[str, float], tokens: int, peak: float) -> None:
+        """Of work in a process of its own: seconds by part, tokens computed, bytes at its peak."""
+        self.parts, self.tokens, self.peak, self.held = parts, tokens, peak, held()
+        self.seconds += sum(parts.values())
 
     def __enter__(self) -> None:
         if self.cold:
@@ -44,11 +52,11 @@ class Clock:
         if self._memory is not None:
             self._memory.__enter__()
             self.held = self._memory.before
-        _wait()
+        wait()
         self.started = self.timer()
 
     def __exit__(self, *_: object) -> None:
-        _wait()
+        wait()
         self.seconds += self.timer() - self.started
         if self._memory is not None:
             self._memory.__exit__()
@@ -77,9 +85,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return self
-        gc.collect(1)  # a full one takes half a second beside transformers and verl
-        if hasattr(LIBC, "malloc_trim"):
-            LIBC.malloc_trim(0)  # else what was freed earlier is used again unseen
+        trim()  # else what was freed earlier is used again unseen
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
         except OSError:
@@ -92,6 +98,13 @@ class Peak:
             self.bytes = torch.cuda.max_memory_allocated() - self.before
         else:
             self.bytes += resident("VmHWM") - self.before
+
+
+def trim() -> None:
+    """Gives memory that was freed back to the system."""
+    gc.collect(1)  # a full one takes half a second beside transformers and verl
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def held() -> int:
@@ -108,7 +121,7 @@ def resident(name: str) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
-def _wait() -> None:
+def wait() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

@@ -131,7 +131,7 @@ def run(suites: Mapping[str, Tables], place: Place, out: Path, size: str, *, cpu
         print(f"[{time.monotonic() - began:4.0f} s] {made.suite}: {made.title}, {made.dtype}, {sizes}", flush=True)
         stored = {
             "suite": made.suite, "title": made.title, "sizes": made.sizes, "dtype": made.dtype, "axis": made.axis,
-            "value": made.value, "bytes": made.work.bytes(cache), "flops": made.work.flops,
+            "tokens": made.tokens, "value": made.value, "bytes": made.work.bytes(cache), "flops": made.work.flops,
             "rows": [row.stored() for row in measure(made)], "work": asdict(made.work),
         }  # fmt: skip
         results["tables"].append(stored)

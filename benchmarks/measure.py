@@ -74,6 +74,7 @@ class Table:
     limits: Errors  # above which a provider is wrong
     rounds: int
     axis: str = ""  # the size that grows along a series of tables with this title
+    tokens: int = 0  # of a whole step of training: those of its prompts and completions
 
 
 @dataclass
@@ -97,6 +98,8 @@ class Row:
     times_p90: float | None = None
     share: float | None = None  # of the roofline
     cause: str = ""
+    parts: dict[str, float] = field(default_factory=dict)  # of a whole step: median ms of each phase
+    computed: int = 0  # tokens that its decoder took, outside the rollout
     seconds: list[float] = field(default_factory=list, repr=False)
 
     def stored(self) -> dict[str, Any]:
@@ -112,6 +115,7 @@ class Runner:
         self.provider, self.limits = provider, limits
         self.row = Row(provider.name, provider.ours)
         self.warm: list[float] = []
+        self.parts: list[dict[str, float]] = []
         self.turn = 0
         self.worst = Errors()
 
@@ -124,6 +128,7 @@ class Runner:
             if self.row.status == "measured":
                 self.timed(watch=True)
                 self.row.peak_mb, self.row.held_mb = clock.peak / 1e6, (clock.held - before) / 1e6
+                self.row.computed = clock.tokens
         except Absent as reason:
             self.refuse("absent", str(reason))
         except FAILURES as error:
@@ -157,6 +162,7 @@ class Runner:
     def round(self, thorough: bool) -> None:
         try:
             self.row.seconds.append(self.timed(cold=True, thorough=thorough))
+            self.parts.append(clock.parts)
             if self.row.seconds[-1] < SHORT:
                 self.warm.append(self.timed(again=True))
         except FAILURES as error:
@@ -193,6 +199,7 @@ def _summarise(runner: Runner, main: Runner | None) -> None:
         return
     row.p10, row.ms, row.p90 = (1e3 * x for x in _spread(row.seconds))
     row.n, row.warm_ms = len(row.seconds), 1e3 * median(runner.warm) if runner.warm else None
+    row.parts = {name: 1e3 * median(parts[name] for parts in runner.parts) for name in runner.parts[-1]}
     if main is not None and main is not runner and main.row.status == "measured":
         pairs = zip(row.seconds, main.row.seconds, strict=True)
         row.times_p10, row.times, row.times_p90 = _spread([theirs / ours for theirs, ours in pairs])

@@ -13,6 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from redit_fast.training.report.curves import BLUE, GREEN, GREY, ORANGE, STYLE
 
+from .table import PHASES
+
 COLUMNS = 3
 COLOURS = (ORANGE, GREEN, "#7d6b91", "#b5915a", "#5aa0b5", "#a15c6b")
 
@@ -28,7 +30,12 @@ def draw(results: Mapping[str, Any]) -> dict[str, bytes]:
             pictures["memory.png"] = _png(_panels(over_rows, "peak_mb"))
         if others:
             pictures["growth.png"] = _png(_panels(others, "ms"))
-        tables = [table for table in results["tables"] if not table["axis"] and _measured(table)]
+        steps = [table for table in results["tables"] if table.get("tokens", 0) and _measured(table)]
+        if steps:
+            pictures["steps.png"] = _png(_steps(steps))
+        tables = [
+            table for table in results["tables"] if not (table["axis"] or table.get("tokens", 0)) and _measured(table)
+        ]
         if tables:
             pictures["roofline.png"] = _png(_shares(tables))
     return pictures
@@ -113,4 +120,25 @@ def _shares(tables: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_xlim(0, max(105, *(105 * row["share"] for row in rows)))
         axes.set_xlabel("% of the roofline")
         axes.set_title(f"{table['title']}, {table['dtype']}", fontsize=8)
+    return figure
+
+
+def _steps(tables: Sequence[Mapping[str, Any]]) -> Figure:
+    """Bars: the phases of a whole step, one behind the other."""
+    most = max(len(_measured(table)) for table in tables)
+    figure, panels = _grid(len(tables), 0.9 + 0.24 * most)
+    for table, axes in zip(tables, panels, strict=False):
+        rows = _measured(table)
+        ends = [0.0] * len(rows)
+        for phase, colour in zip(PHASES, (GREEN, ORANGE, BLUE), strict=True):
+            lengths = [row["parts"].get(phase, 0.0) / 1e3 for row in rows]
+            axes.barh(range(len(rows)), lengths, left=ends, color=colour, height=0.7, label=phase)
+            ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7)
+        axes.set_ylim(most - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x")
+        axes.set_xlabel("seconds")
+        axes.set_title(table["title"], fontsize=8)
+    next(iter(figure.axes)).legend(fontsize=6.5)
     return figure

@@ -15,6 +15,7 @@ CAPTIONS = {
     "time.png": "Time over the number of scored rows R, with the floor that bytes and operations set",
     "memory.png": "Memory that one call adds over R",
     "growth.png": "Time over the other sizes",
+    "steps.png": "Whole steps of training: rollout, scoring (rewards, advantages, reference) and update",
     "roofline.png": "Share of the roofline: the least time that bytes and operations take here, over the time measured",
 }
 
@@ -40,7 +41,7 @@ def page(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"number": table.number, "power": table.power}
+    environment.filters |= {"number": table.number, "power": table.power, "shares": table.shares}
     images = [
         (CAPTIONS[name], f"data:image/png;base64,{base64.b64encode(content).decode()}")
         for name, content in pictures.items()

@@ -13,26 +13,35 @@ NAME = 29  # columns
 LEGEND = (
     "ms: median [10th, 90th percentile] from cold caches, which are emptied before each call; warm: once more on the "
     "same inputs, of calls below 0.1 s; floor: share of the least time that bytes and operations take here; MB: added "
-    "by a call at its peak; errors: from float64; times: the time of a call over that of the first row."
+    "by a call at its peak; errors: from float64; times: the time of a call over that of the first row. Whole "
+    "steps: ro/sc/up: percent of rollout, scoring and update; tok/s: tokens of prompts and completions; MB: at the "
+    "peak, above the process that has loaded its libraries; comp.: tokens that the policy computes outside the "
+    "rollout, over those."
+)
+PHASES = ("rollout", "scoring", "update")
+HEAD = (
+    f"{'':{NAME}} {'ms':>7} {'[p10, p90]':<17}{'warm':>7} {'floor':>5} {'MB':>5} {{value:>8}} "
+    f"{'gradient':>8} {'times':>6}"
+)  # fmt: skip
+STEP_HEAD = (
+    f"{'':{NAME}} {'ms':>7} {'[p10, p90]':<17}{'ro/sc/up':>9} {'tok/s':>6} {'MB':>5} {'comp.':>5} {'gradient':>8} "
+    f"{'times':>6}"
 )
 
 
 def of(table: Mapping[str, Any]) -> str:
     """One stored table: a line for each provider, sentences below the ones that have no number."""
     sizes = " ".join(f"{name}={value}" for name, value in table["sizes"].items())
-    head = (
-        f"{'':{NAME}} {'ms':>7} {'[p10, p90]':<17}{'warm':>7} {'floor':>5} {'MB':>5} "
-        f"{_short(table['value']):>8} {'gradient':>8} {'times':>6}"
-    )
+    head = STEP_HEAD if table.get("tokens", 0) else HEAD.format(value=_short(table["value"]))
     lines = [f"{table['suite']}: {table['title']}, {table['dtype']}, {sizes}"[:WIDTH], head.rstrip()]
     for row in table["rows"]:
-        lines += _line(row)
+        lines += _line(row, table.get("tokens", 0))
     for sentence in warnings(table):
         lines += textwrap.wrap(f"! {sentence}", WIDTH)
     return "\n".join(lines)
 
 
-def _line(row: Mapping[str, Any]) -> Iterator[str]:
+def _line(row: Mapping[str, Any], tokens: int) -> Iterator[str]:
     errors = f"{_error(row['value_error']):>8} {_error(row['gradient_error']):>8}"
     if row["status"] != "measured":
         yield from textwrap.wrap(f"{row['name']:{NAME}} {row['note']}", WIDTH, subsequent_indent=" " * (NAME + 1))
@@ -41,10 +50,23 @@ def _line(row: Mapping[str, Any]) -> Iterator[str]:
     share = "" if row["share"] is None else f"{row['share']:.0%}"
     memory = "" if row["peak_mb"] is None else f"{max(row['peak_mb'], 0):.0f}"
     times = "" if row["times"] is None else f"{row['times']:.2f}"
+    if tokens:
+        yield (
+            f"{row['name'][:NAME]:{NAME}} {number(row['ms']):>7} {spread:<17}{shares(row):>9} "
+            f"{1e3 * tokens / row['ms']:>6.0f} {memory:>5} {row['computed'] / tokens:>5.2f} "
+            f"{_error(row['gradient_error']):>8} {times:>6}"
+        ).rstrip()
+        return
     yield (
         f"{row['name'][:NAME]:{NAME}} {number(row['ms']):>7} {spread:<17}{number(row['warm_ms']):>7} {share:>5} "
         f"{memory:>5} {errors} {times:>6}"
     ).rstrip()
+
+
+def shares(row: Mapping[str, Any]) -> str:
+    """Of rollout, scoring and update in the time of a whole step, in percent."""
+    total = sum(row["parts"].values())
+    return "/".join(f"{100 * row['parts'].get(phase, 0) / total:.0f}" for phase in PHASES)
 
 
 def warnings(table: Mapping[str, Any]) -> list[str]:

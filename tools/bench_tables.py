@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md and of the README, from benchmarks/results/cpu/bench.json, which
+"""The tables of docs/benchmarks.md and of the README, from bench.json and step.json in benchmarks/results/cpu/, which
 `python -m tools.measure` writes. `python -m tools.tables` writes the pages, and a test compares them."""
 
 import json
@@ -13,6 +13,10 @@ CLOCKS = {
     "process_time": "CPU seconds of all threads, since other work ran beside them",
 }
 README = {"TRL, fused head": "TRL", "Liger, chunked loss": "Liger", "verl, torch head": "verl"}  # heads shown there
+
+
+COLUMNS = ["times ours", "ms", "of the floor", "MB"]
+STEP_COLUMNS = ["times ours", "ms", "% rollout / scoring / update", "tokens/s", "computed", "MB"]
 
 
 class Goal(NamedTuple):
@@ -34,15 +38,17 @@ GOALS = (
     Goal("params", "step, gamma = 1 epsilon", "float32", "torch foreach, fused AdamW", 1.4),
     Goal("params", "step, gamma = 1 epsilon", "bfloat16", "torch foreach, fused AdamW", 1.7),
     Goal("advantages", "advantages", "float64", "TRL, GRPOTrainer's lines", 1),
+    Goal("step", "step, lengths equal", "float32", "TRL", 4.8),
 )
 
 
-def results() -> dict:
-    return json.loads((RESULTS / "bench.json").read_text())
+def results(name: str = "bench") -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def tables(suite: str) -> list[dict]:
-    return [stored for stored in results()["tables"] if stored["suite"] == suite and not stored["axis"]]
+    measured = results("step" if suite == "step" else "bench")["tables"]
+    return [stored for stored in measured if stored["suite"] == suite and not stored["axis"]]
 
 
 def machine() -> str:
@@ -69,12 +75,13 @@ def suite(name: str) -> str:
     parts = []
     for stored in tables(name):
         sizes = ", ".join(f"{letter} = {size:,}" for letter, size in stored["sizes"].items())
+        row_of, columns = (_step, STEP_COLUMNS) if name == "step" else (_row, COLUMNS)
         lines = [
             f"**{stored['title']}, {stored['dtype']}**, {sizes}",
             "",
-            f"| | times ours | ms | of the floor | MB | error: {stored['value']} | error: gradient |",
-            "|---|---|---|---|---|---|---|",
-            *(_row(row) for row in stored["rows"] if row["status"] == "measured"),
+            f"| | {' | '.join(columns)} | error: {stored['value']} | error: gradient |",
+            "|---" * (3 + len(columns)) + "|",
+            *(row_of(row, stored) for row in stored["rows"] if row["status"] == "measured"),
         ]
         wrong = [f"- {row['name']}: {row['note']}" for row in stored["rows"] if row["status"] in ("wrong", "failed")]
         faster = [f"- {row['name']} is faster: {row['cause']}." for row in stored["rows"] if row["cause"]]
@@ -82,12 +89,23 @@ def suite(name: str) -> str:
     return "\n\n".join(parts)
 
 
-def _row(row: dict) -> str:
+def _row(row: dict, stored: dict) -> str:
+    return _cells(row, f"{row['share']:.0%}", _memory(row))
+
+
+def _step(row: dict, stored: dict) -> str:
+    speed, computed = 1e3 * stored["tokens"] / row["ms"], row["computed"] / stored["tokens"]
+    return _cells(row, table.shares(row).replace("/", " / "), f"{speed:.0f}", f"{computed:.2f}", _memory(row))
+
+
+def _memory(row: dict) -> str:
+    return "" if row["peak_mb"] is None else f"{max(row['peak_mb'], 0):.0f}"
+
+
+def _cells(row: dict, *own: str) -> str:
     times = "1" if row["times"] is None else f"{row['times']:.2f} [{row['times_p10']:.2f}, {row['times_p90']:.2f}]"
-    memory = "" if row["peak_mb"] is None else f"{max(row['peak_mb'], 0):.0f}"
     errors = ["-" if row[name] is None else f"{row[name]:.0e}" for name in ("value_error", "gradient_error")]
-    cells = [row["name"], times, table.number(row["ms"]), f"{row['share']:.0%}", memory, *errors]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join([row['name'], times, table.number(row['ms']), *own, *errors])} |"
 
 
 def goals() -> str:

@@ -5,14 +5,10 @@ Two ranks: python -m tests.integrations.verl_rank MODEL_FOLDER OUT."""
 import functools
 import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-import verl.models.transformers.monkey_patch as monkey_patch
-import verl.plugin.platform.platform_manager as platform_manager
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import (
@@ -26,6 +22,7 @@ from verl.workers.config import (
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 
+from redit_fast.benchmarks import step_verl
 from redit_fast.integrations.verl import engine as verl_engine
 from redit_fast.integrations.verl import head as verl_head
 
@@ -36,27 +33,12 @@ SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidde
          "tie_word_embeddings": False}  # fmt: skip
 LR, CLIP, ENTROPY = 0.5, 0.3, 0.01
 GR = {"gr_gamma": 0.03, "gr_epsilon": 0.05, "gr_perturb_max_norm": 0.5}
-NOTHING = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
-
-
-class PlatformCPU(PlatformCUDA):
-    device_name = "cpu"
-    device_module = SimpleNamespace(**dict.fromkeys(NOTHING, lambda *_: 0), mem_get_info=lambda: (0, 1),
-                                    empty_cache=lambda: None, get_device_name=lambda: "CPU",
-                                    get_rng_state=torch.get_rng_state, set_rng_state=torch.set_rng_state)  # fmt: skip
-
-    def is_available(self):
-        return True
-
-    def current_device(self):
-        return "cpu"
 
 
 def on_the_cpu(patch):
     """`patch`: a pytest.MonkeyPatch, which takes all of it back."""
-    patch.setattr(platform_manager, "_current_platform", PlatformCPU())
+    step_verl.on_the_cpu(patch.setattr)
     patch.setenv("VERL_ENGINE_DEVICE", "cuda")  # under which verl registers its FSDP engine
-    patch.setattr(monkey_patch, "is_trl_available", lambda: False)  # it imports a class that TRL 1.16 has not
 
 
 def new_worker(

@@ -13,7 +13,7 @@ from redit_fast.training.trainer import train
 from tests import ROOT
 from tests.training.jobs import lines_of
 
-TABLES = json.loads((ROOT / "tests" / "packing" / "lengths.json").read_text())
+TABLES = json.loads((ROOT / "benchmarks" / "lengths.json").read_text())
 # Of the useful tokens: packed with prompts of their own, and one padded batch, which the trainer computed before.
 RATIOS = {"gsm8k": (0.607, 1.597), "math": (0.863, 3.007), "reasoning": (0.963, 3.464), "few_shot": (0.225, 1.105)}
 

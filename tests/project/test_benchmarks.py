@@ -327,10 +327,12 @@ def test_the_speeds_are_those_of_real_traffic():
 
 
 def test_no_committed_result_is_wrong_or_above_the_roofline_and_slower_ones_have_a_cause():
-    results = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "bench.json").read_text())
-    tables = [stored for stored in results["tables"] if not stored["axis"]]
-    assert {stored["suite"] for stored in tables} == set(SUITES) and results["size"] == "cpu"
-    assert [said for stored in results["tables"] for said in table.warnings(stored)] == []
+    folder = ROOT / "benchmarks" / "results" / "cpu"
+    files = [json.loads((folder / f"{name}.json").read_text()) for name in ("bench", "step")]
+    every = [stored for results in files for stored in results["tables"]]
+    tables = [stored for stored in every if not stored["axis"]]
+    assert {stored["suite"] for stored in tables} == set(SUITES) and {results["size"] for results in files} == {"cpu"}
+    assert [said for stored in every for said in table.warnings(stored)] == []
     rows = [row | {"of": stored["title"]} for stored in tables for row in stored["rows"]]
     assert [(row["of"], row["name"]) for row in rows if row["status"] in ("wrong", "failed")] == []
     slower = [row for row in rows if row["times"] is not None and row["times"] < 0.95 and not row["ours"]]

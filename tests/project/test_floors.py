@@ -217,13 +217,14 @@ def third_party(source):
     return names - set(sys.stdlib_module_names) - {"redit_fast"}
 
 
+TRL_BRINGS = {"transformers", "datasets", "numpy", "safetensors"}
 USES = {  # part of the package -> what it imports beside torch, which is all that the package depends on
     "redit_fast.kernels": {"triton"},
     "redit_fast.packing": {"transformers", "flash_attn", "flash_attn_interface"},  # the latter where a GPU has rows
     "redit_fast.integrations": {"transformers", "trl", "verl", "tensordict"},  # which verl brings
     "redit_fast.training": set(MODULES["train"]),
     "redit_fast.cli": {"transformers"},
-    "redit_fast.benchmarks": {*MODULES["bench"], "trl", "transformers", "datasets", "numpy"},  # which TRL brings
+    "redit_fast.benchmarks": {*MODULES["bench"], "trl", "verl", *TRL_BRINGS},
 }
 
 

@@ -116,7 +116,7 @@ def test_the_wheel_holds_the_package_the_kernels_and_the_compiled_module(wheel, 
         kernel = archive.read("redit_fast/kernels/element.py")
     expected = {path.relative_to(source).as_posix() for path in (source / "redit_fast").rglob("*") if path.is_file()}
     expected |= {f"redit_fast/{folder}/{name}" for folder in LINKED for name in modules(source / folder)}
-    expected |= {"redit_fast/benchmarks/report.html.j2"}
+    expected |= {f"redit_fast/benchmarks/{name}" for name in ("report.html.j2", "lengths.json")}
     expected |= {f"redit_fast/examples/word_problems.{kind}" for kind in ("jsonl", "yaml")}
     assert {"redit_fast/py.typed", "redit_fast/training/report/page.html.j2"} < expected
     assert {name for name in names if name.startswith("redit_fast/") and not name.endswith(".so")} == expected

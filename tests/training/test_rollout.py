@@ -33,7 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import generic
 
 from redit_fast.noise import STREAM_SAMPLING, counter_uniform
-from redit_fast.training.rollout import local
+from redit_fast.training.rollout import head, local
 from redit_fast.training.rollout.local import generate
 from tests.counting import Recorder
 
@@ -322,3 +322,46 @@ def test_bad_arguments_are_named(change, message):
     arguments = {"prompts": [[1], [2]], "max_new_tokens": 2, **change}
     with pytest.raises(ValueError, match=message):
         generate(Fixed(torch.zeros(4)), 3, **arguments)
+
+
+def a_model_with_a_large_head(vocabulary=9000, width=128):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "initializer_range": 0.3}  # fmt: skip
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, **sizes))
+
+
+def test_the_head_in_blocks_is_the_models_own_and_is_taken_back(monkeypatch):
+    model = a_model_with_a_large_head()
+    hidden = torch.randn(5, 1, 128)
+    with torch.no_grad():
+        own = model.lm_head(hidden)
+        exact = hidden.double() @ model.lm_head.weight.double().T
+        with head.in_blocks(model, rows=5, tokens=8):
+            assert "forward" in vars(model.lm_head)
+            found = model.lm_head(hidden)
+        limit = 1.25 * (own - exact).abs().max() + 1e-6
+        assert (found - exact).abs().max() <= limit
+        with pytest.raises(KeyError), head.in_blocks(model, rows=5, tokens=8):
+            raise KeyError
+    assert "forward" not in vars(model.lm_head)
+    greedy = {"group_size": 3, "max_new_tokens": 16, "temperature": 0}  # sampling would follow the last bits
+    in_blocks = generate(model, [0], [[1, 2, 3], [4, 5]], **greedy)
+    with monkeypatch.context() as patch:
+        patch.setattr(head, "LEAST_TOKENS", 10**9)
+        assert generate(model, [0], [[1, 2, 3], [4, 5]], **greedy) == in_blocks
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    assert generate(model, [0], [[1, 2, 3], [4, 5]], **greedy) != in_blocks, "the weight of the step before"
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "small", "short", "hooked", "no head"])
+def test_heads_that_are_not_put_in_blocks(change):
+    model, tokens = a_model_with_a_large_head(900 if change == "small" else 9000), 7 if change == "short" else 8
+    if change == "bfloat16":
+        model.bfloat16()
+    if change == "hooked":
+        model.lm_head.forward = lambda x: x
+    before = vars(model.lm_head).get("forward")
+    with head.in_blocks(nn.Linear(2, 2) if change == "no head" else model, rows=5, tokens=tokens):
+        assert vars(model.lm_head).get("forward") is before

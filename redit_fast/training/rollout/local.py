@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from redit_fast.checks import check_dense, check_module, check_seed, check_step, described, real_number, whole_number
 from redit_fast.noise import STREAM_SAMPLING, counter_uniform
 from redit_fast.packing.attention import DECODING, attending
+from redit_fast.training.rollout.head import in_blocks
 
 CHECK_EVERY = 8  # tokens between two looks at which rows have ended, for each of which the host waits for the device
 BLOCK = 256  # tokens whose probabilities have a common sum
@@ -94,7 +95,8 @@ def generate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with attending(model, DECODING) if _makes_masks(model, prompts) else nullcontext():
+        masks = attending(model, DECODING) if _makes_masks(model, prompts) else nullcontext()
+        with masks, in_blocks(model, len(u), max_new_tokens):
             tokens, length = _decode(model, ends, prompts, group_size, temperature, top_p, u)
     finally:
         for module, training in modes:
