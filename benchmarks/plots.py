@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from redit_fast.training.report.curves import BLUE, GREEN, GREY, ORANGE, STYLE
+from redit_fast.pictures import BLUE, GREEN, GREY, ORANGE, STYLE
 
 from .table import PHASES
 

@@ -20,8 +20,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 import redit_fast as rf
 from redit_fast.benchmarks import machine, place
+from redit_fast.pictures import BLUE, GREEN, GREY, ORANGE, STYLE
 from redit_fast.training import builtin
-from redit_fast.training.report.curves import BLUE, GREEN, GREY, ORANGE, STYLE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "gr_epsilon.json"

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from redit_fast.training.report.curves import BLUE, GREY, STYLE
+from redit_fast.pictures import BLUE, GREY, STYLE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 import redit_fast as rf
 from redit_fast.losses.terms import dppo_trusts
-from redit_fast.training.report.curves import BLUE, ORANGE, STYLE
+from redit_fast.pictures import BLUE, ORANGE, STYLE
 
 OLD_P = 0.2
 OTHER_P = 0.02

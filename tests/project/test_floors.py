@@ -39,6 +39,7 @@ FLOORS = {
     "redit_fast.foreign": 0,
     "redit_fast.known_names": 0,
     "redit_fast.noise": 0,
+    "redit_fast.pictures": 0,
     "redit_fast.signals": 0,
     "redit_fast.kernels": 0,
     "redit_fast._cpu": 0,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
+from redit_fast.pictures import STYLE
 from redit_fast.training import config as train_config
 from redit_fast.training.report import curves, page, panels, samples
 from redit_fast.training.report.summary import totals
@@ -35,7 +36,7 @@ def write(run_dir: str | Path) -> None:
     """
     run = read(run_dir)
     picture = io.BytesIO()
-    with rc_context(curves.STYLE):
+    with rc_context(STYLE):
         curves.draw(run.sections, run.done).savefig(picture, format="png", dpi=150)
     for name, content in (("curves.png", picture.getvalue()), ("report.html", page.render(run).encode())):
         draft = Path(run_dir, f".{name}.{os.getpid()}")  # a run that ends may draw its own meanwhile
