@@ -216,7 +216,8 @@ def test_a_wrong_result_gets_its_error_and_no_number(case, mutant, monkeypatch):
     (row,) = measure(ours(case, rounds=4))
     assert row.status == "wrong" and row.ms is row.times is row.warm_ms is row.peak_mb is None, row
     assert row.note.startswith("wrong: ") and (row.value_error or row.gradient_error), row
-    assert set(BREAK) == set(CASES) and {name.split()[0] for name in CASES} == set(SUITES) - {"step"}  # test_bench_step.py
+    suites = {name.split()[0] for name in CASES}
+    assert set(BREAK) == set(CASES) and suites == set(SUITES) - {"step"}  # which test_bench_step.py breaks
 
 
 def a_provider(name, value=0.0, ours=False, fails=None, cause=""):
