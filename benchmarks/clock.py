@@ -108,8 +108,11 @@ def trim() -> None:
 
 
 def held() -> int:
-    """Bytes that this process holds now: torch's on a GPU, else resident."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else resident("VmRSS")
+    """Bytes that this process holds now: torch's on a GPU, else resident, without what was freed."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
+    trim()
+    return resident("VmRSS")
 
 
 def resident(name: str) -> int:

@@ -39,7 +39,7 @@ def rows(name: str) -> list[dict]:
 
 def megabytes(row: dict) -> float:
     """What is held, and what a call adds to it at its peak."""
-    return (row["held_mb"] or 0) + row["peak_mb"]
+    return max(row["held_mb"] or 0, 0) + row["peak_mb"]  # below 0: an earlier provider's memory was freed meanwhile
 
 
 def unit(name: str) -> str:
