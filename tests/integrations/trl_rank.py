@@ -9,6 +9,7 @@ from trl import GRPOTrainer
 
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer
 from tests.integrations.trl_trainers import GROUP, clipped_inputs, logged, new_trainer
+from tests.ranks import meet_and_end
 
 OPTIONS = {"gradient_accumulation_steps": 2, "steps": 2, "dither_level": 0.1, "beta": 0.05,
            "gr_gamma": 0.03, "gr_epsilon": 0.05}  # fmt: skip
@@ -44,3 +45,4 @@ if __name__ == "__main__":
             found.append([logged(trainer, cls, inputs) for cls in (GRPOTrainer, ReditGRPOTrainer)])
         utils._use_triton = use_triton
     torch.save(found, f"{out}/logged{rank}.pt")
+    meet_and_end()

@@ -25,6 +25,7 @@ from verl.workers.utils.losses import ppo_loss
 from redit_fast.benchmarks import step_verl
 from redit_fast.integrations.verl import engine as verl_engine
 from redit_fast.integrations.verl import head as verl_head
+from tests.ranks import meet_and_end
 
 V = 64
 PROMPTS, RESPONSES = (3, 4, 5, 3), (4, 6, 2, 5)
@@ -145,7 +146,6 @@ def run_rank(rank, folder, out):
     metrics = [train(worker, batch_of(rows(seed)[2 * rank : 2 * rank + 2])) for seed in (1, 2)]
     found = {"norms": [m["grad_norm"][0] for m in metrics], "g1_norm": metrics[-1]["gr/g1_norm"]}
     torch.save({"weights": weights(worker), **found}, f"{out}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -154,5 +154,4 @@ if __name__ == "__main__":
     verl_head.register()
     other = os.fork()  # after the import, which takes seconds, and before any thread
     run_rank(0 if other else 1, *sys.argv[1:])
-    if other:
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
+    meet_and_end(other)
