@@ -208,6 +208,8 @@ def test_patch_on_trls_module_serves_every_trainer_inside_the_block(folders, mon
         ({"dither_seed": -1}, "dither_seed must be in"),
         ({"gr_gamma": math.inf}, "gr_gamma must be finite and at least 0, got inf"),
         ({"gr_epsilon": 0.0}, "gr_epsilon must be finite and above 0, got 0.0"),
+        ({"gr_epsilon": "Auto"}, "gr_epsilon must be a number above 0 or 'auto', got 'Auto'"),
+        ({"gr_gamma": 1e-30, "gr_epsilon": "auto"}, "gr_gamma must be 0 or within a factor of"),
         ({"gr_pass2_ratio": "old"}, "gr_pass2_ratio must be one of 'fresh', 'pass1'; got 'old'"),
         ({"gr_every_k_steps": 0}, "gr_every_k_steps must be at least 1, got 0"),
         ({"gr_optimizer": "adamw"}, "gr_optimizer must be one of None, 'regularized_adamw'; got 'adamw'"),
