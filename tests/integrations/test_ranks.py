@@ -30,6 +30,7 @@ def process(folders, tokenizer, tmp_path_factory):
     """Both ranks, started before the other tests and run beside them."""
     out = tmp_path_factory.mktemp("ranks")
     tokenizer.save_pretrained(out / "tokenizer")
+    trl_rank.a_model().save_pretrained(out / "small")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,7 +96,7 @@ def distance(found, expected):
 @pytest.mark.parametrize(
     ("name", "alone"),
     [("loss", "loss"), ("log-probs", "log-probs"), ("ddp mixin", "mixin"), ("fsdp2 mixin", "mixin"),
-     ("own optimizer", "own optimizer")],
+     ("sharded as loaded", "mixin"), ("own optimizer", "own optimizer")],
 )  # fmt: skip
 def test_gradients_weights_and_epsilon_of_two_ranks_are_those_of_one(ranks, one, name, alone):
     steps, weights, logs = one[alone]

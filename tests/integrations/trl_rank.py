@@ -20,6 +20,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.distributed import DistributedConfig
 from trl import GRPOTrainer
 
 import redit_fast as rf
@@ -152,13 +153,13 @@ def some_rows(count=24):
             for i, ids in enumerate(rows)]  # fmt: skip
 
 
-def a_mixin_trainer(out, batch, cls=MixinTrainer, gr_optimizer=None, **options):
+def a_mixin_trainer(out, batch, cls=MixinTrainer, gr_optimizer=None, model=None, **options):
     """Three steps of 8 rows, under our head."""
     args = TrainingArguments(
         str(out), per_device_train_batch_size=batch, max_steps=3, logging_steps=1, save_strategy="no", report_to="none",
         lr_scheduler_type="constant", use_cpu=True, disable_tqdm=True, max_grad_norm=0.5, **{**ADAMW, **options},
     )  # fmt: skip
-    model = a_model()
+    model = a_model() if model is None else model
     rf.apply_to(model)
     trainer = cls(model, args, train_dataset=some_rows(), gr_optimizer=gr_optimizer, **AUTO)
     trainer.remove_callback(PrinterCallback)
@@ -256,6 +257,9 @@ def main(folder, untied, out):
         assert isinstance(trainer.model.lm_head.weight, DTensor)
     for name, options in MIXED.items():
         results[name] = trained(a_mixin_trainer(out, 2, ddp_backend="gloo", **options))
+    # transformers' own FSDP2, which shards as it loads
+    sharded = Qwen2ForCausalLM.from_pretrained(f"{out}/small", distributed_config=DistributedConfig(fsdp_size=2))
+    results["sharded as loaded"] = trained(a_mixin_trainer(out, 2, ddp_backend="gloo", model=sharded))
     results["fused forwards"] = fused_forwards(rank)
     DTensor.full_tensor = GATHER
     results["gathered"] = sorted(tuple(shape) for shape in gathered if len(shape) > 1)
