@@ -127,7 +127,7 @@ sanitize: $(TESTS)
 # Without a GPU the CUDA module is here for its host code: the other architectures would be 55 of 190 CPU seconds. Both
 # builds share what nvcc compiles.
 ifeq ($(NVIDIA),)
-$(READY) sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0a
+$(READY) sanitize verl-extra: export TORCH_CUDA_ARCH_LIST ?= 9.0a
 endif
 # A torch that is already in .venv stays.
 PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)
