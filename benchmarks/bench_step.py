@@ -45,7 +45,6 @@ NO_ROLLOUT = {
     "step_verl": "it samples by vLLM or SGLang, which do not run here",
     "step_prefix": "it computes passes over given completions and samples none",
 }
-CAUSES = {"PrefixGrouper": "it computes prompts once too, and its head makes all logits of this small model at once"}
 NO_KL = {"step_verl": "it takes the reference's log-probs from a worker of their own, which is not measured"}
 SIZES = {  # cases, rounds and providers
     "cpu": (("equal", "gsm8k", "math", "reasoning", "few_shot"), 3, tuple(HOSTS)),
@@ -82,7 +81,7 @@ def of_case(place: Place, case: Case, rounds: int, hosts: Sequence[str], librari
             for rollout in (False, True):
                 title = f"step, lengths {case.name}" if rollout else f"step without rollout, lengths {case.name}"
                 builder = steps.again if rollout else steps.builder
-                providers = [Provider(host, builder(host), "redit" in host, CAUSES.get(host, "")) for host in hosts]
+                providers = [Provider(host, builder(host), "redit" in host) for host in hosts]
                 yield Table("step", title, sizes, name, work(case, rollout), providers, "log-prob", LIMITS[dtype],
                             rounds, tokens=case.useful)  # fmt: skip
         finally:

@@ -120,7 +120,8 @@ def run(suites: Mapping[str, Tables], place: Place, out: Path, size: str, *, cpu
     elif clock.timer is time.process_time:
         clock.timer = time.perf_counter
     results: dict[str, Any] = {
-        "schema": SCHEMA, "device": place.kind, "size": size, "machine": machine.card(place), "speeds": {},
+        "schema": SCHEMA, "device": place.kind, "size": size, "blocks": BLOCKS[size],
+        "machine": machine.card(place), "speeds": {},
         "tables": [], "growth": [],
     }  # fmt: skip
     began, cache = time.monotonic(), roofline.cache_of(place)

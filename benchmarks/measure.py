@@ -10,7 +10,8 @@
 
     rows = measure(Table("token_loss", "forward, float32", ..., [Provider("redit-fast", build, ours=True), ...]))
 
-The first run is compiled and loaded in, the second shows the memory. Then each round times each provider twice, from
+The first run is compiled and loaded in, the second shows the memory; of whole steps, which take long, the first does.
+Then each round times each provider twice, from
 cold caches and, where it is short, from warm ones.
 
 The rounds of a table are made in blocks that lie minutes apart, each on inputs and providers that are built anew. Where
@@ -128,15 +129,16 @@ class Runner:
         self.turn = 0
         self.worst = Errors()
 
-    def start(self, provider: Provider) -> None:
-        """Build it, run it once, at first twice; a failure becomes the row's note."""
+    def start(self, provider: Provider, long: bool) -> None:
+        """Build it, run it once, in the first block twice unless a run is `long`; a failure becomes the row's note."""
         first, before = not self.row.seconds, held()
         try:
             self.run = provider.build()
-            seconds = self.timed(thorough=True)
+            seconds = self.timed(thorough=True, watch=first and long)
             if first and self.row.status == "measured":
                 self.row.first_ms = 1e3 * seconds
-                self.timed(watch=True)
+                if not long:
+                    self.timed(watch=True)
                 self.row.peak_mb, self.row.held_mb = clock.peak / 1e6, (clock.held - before) / 1e6
                 self.row.computed = clock.tokens
         except Absent as reason:
@@ -197,7 +199,7 @@ class Measurement:
         self.runners = self.runners or [Runner(provider, table.limits) for provider in table.providers]
         for runner, provider in zip(self.runners, table.providers, strict=True):
             if runner.row.status == "measured":
-                runner.start(provider)
+                runner.start(provider, long=table.tokens > 0)
         rounds = -(-max(LEAST_ROUNDS, table.rounds) // blocks)
         for turn in range(rounds):
             for runner in self.runners:
