@@ -113,7 +113,11 @@ def batches(case: Case) -> list[Batch]:
             return torch.randint(END + 1, case.vocabulary, (count,), generator=draw).tolist()
 
         prompts = [tokens(length) for length in case.prompts]
-        completions = [[*tokens(length - 1), END] for length in case.lengths]
+        completions: list[list[int]] = []  # no two the same: by its tokens a completion's log-probs are found
+        for length in case.lengths:
+            while (completion := [*tokens(length - 1), END]) in completions:
+                pass
+            completions.append(completion)
         found.append(Batch(prompts, completions, torch.rand(len(case.lengths), generator=draw)))
     return found
 

@@ -12,7 +12,7 @@ from redit_fast.benchmarks import bench_step, command, report, step_prefix, step
 from redit_fast.benchmarks.measure import Absent, Errors, Provider, Table, Wrong, measure
 from redit_fast.benchmarks.place import here
 from redit_fast.benchmarks.roofline import Work
-from redit_fast.benchmarks.step_cases import GROUP, LENGTHS, Case, few, of_table, prepare
+from redit_fast.benchmarks.step_cases import GROUP, LENGTHS, Case, batches, few, of_table, prepare
 from redit_fast.benchmarks.step_hosts import Ends, Phases, Settings, Trainer, check_rollout
 from redit_fast.benchmarks.step_worker import Libraries, Measured, Step, taken
 from redit_fast.training.batch import Batch
@@ -132,6 +132,12 @@ def test_a_rollout_has_the_frozen_lengths_or_is_refused(settings):
         host.step(0, Phases(time.perf_counter), True)
     with pytest.raises(Wrong, match="twice"):
         check_rollout(replace(case, completions=((9,) * GROUP,) * 2), [list(range(9)) for _ in range(2 * GROUP)])
+
+
+def test_no_two_completions_are_the_same():
+    short = replace(few("dry"), completions=((2,) * GROUP,) * 4, prompts=(3,) * 4)  # 32 of 59 that there are
+    for batch in batches(short):
+        assert len(set(map(tuple, batch.completions))) == 32
 
 
 def test_phases_do_not_count_what_is_inside_them():
