@@ -131,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             parser.print_help()
     except (ValueError, OSError, NotImplementedError, FloatingPointError, MissingExtra) as error:
-        _complain(str(error))
+        _complain(
+            ": ".join([*getattr(error, "__notes__", ()), str(error)]), of_all_ranks=not hasattr(error, "__notes__")
+        )
         return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)  # the trainer has saved, and says how to go on
@@ -153,7 +155,10 @@ def _limit_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
-def _complain(message: str) -> None:
+def _complain(message: str, *, of_all_ranks: bool = True) -> None:
+    """What all of torchrun's processes come to is said by the first."""
+    if of_all_ranks and "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
+        return
     print(f"redit-fast: {' '.join(message.split())}", file=sys.stderr)
 
 

@@ -88,9 +88,9 @@ def pieces(p: Tensor, offset: int, exact: bool) -> Iterator[tuple[Tensor, Tensor
     if not exact or not is_shard(p):
         yield weights, grads, offset
         return
-    starts, split = _starts(p), [d for d in range(p.ndim) if weights.shape[d] != p.shape[d]]
+    first, split = starts(p), [d for d in range(p.ndim) if weights.shape[d] != p.shape[d]]
     strides = [math.prod(p.shape[d + 1 :]) for d in range(p.ndim)]
-    offset += sum(start * stride for start, stride in zip(starts, strides, strict=True))
+    offset += sum(start * stride for start, stride in zip(first, strides, strict=True))
     outer = weights.shape[: max(split, default=0)]
     runs = math.prod(outer)
     for run, (some, slopes) in enumerate(zip(weights.view(runs, -1), grads.view(runs, -1), strict=True)):
@@ -101,10 +101,11 @@ def pieces(p: Tensor, offset: int, exact: bool) -> Iterator[tuple[Tensor, Tensor
         yield some, slopes, begin
 
 
-def _starts(p: Any) -> list[int]:
+def starts(p: Any) -> list[int]:
     """In every dimension, the whole's index of the first element of this rank's piece."""
-    starts, sizes = [0] * p.ndim, list(p.shape)
-    for i, placement in enumerate(p.placements):
+    found, sizes = [0] * p.ndim, list(p.shape)
+    placements: Any = p.placements if is_shard(p) else ()
+    for i, placement in enumerate(placements):
         if placement.is_replicate():
             continue
         if type(placement).__name__ != "Shard":
@@ -114,9 +115,9 @@ def _starts(p: Any) -> list[int]:
             )
         size = -(-sizes[placement.dim] // p.device_mesh.size(i))  # torch.chunk
         begin = min(size * p.device_mesh.get_local_rank(i), sizes[placement.dim])
-        starts[placement.dim] += begin
+        found[placement.dim] += begin
         sizes[placement.dim] = min(size, sizes[placement.dim] - begin)
-    return starts
+    return found
 
 
 def drop_gathered(params: list[Tensor]) -> None:
