@@ -5,6 +5,7 @@ the ranks. A plain tensor is its own piece, the same on every rank, and is never
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -123,20 +124,26 @@ def starts(p: Any) -> list[int]:
 def drop_gathered(params: list[Tensor]) -> None:
     """Frees the weights that FSDP2 keeps gathered (set_reshard_after_backward(False)): the next forward pass would run
     on them, and not on the shards that were just written."""
-    if not any(map(is_shard, params)):
-        return
-    from torch.distributed._composable_state import _module_state_mapping  # a parameter does not know its module
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in list(_module_state_mapping):
-        if isinstance(module, FSDPModule) and any(p.requires_grad for p in module.parameters()):
-            module.reshard()
+    if any(map(is_shard, params)):
+        for module in _sharded_modules():
+            if any(p.requires_grad for p in module.parameters()):
+                module.reshard()
 
 
 def drop_gathered_of(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "set_reshard_after_backward"):
-            cast("FSDPModule", module).reshard()
+    """Also where a module around `model` holds them, as one does in whose forward the loss is computed."""
+    if "torch.distributed.fsdp" in sys.modules:
+        own = set(model.parameters())
+        for module in _sharded_modules():
+            if not own.isdisjoint(module.parameters()):
+                module.reshard()
+
+
+def _sharded_modules() -> list[FSDPModule]:
+    from torch.distributed._composable_state import _module_state_mapping  # a parameter does not know its module
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]
 
 
 DEEPSPEED = (

@@ -142,11 +142,13 @@ class Ranks:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         options: dict[str, Any] = {"mesh": init_device_mesh(kind, (self.size,)), "mp_policy": policy}
         lists = [(f"{name}.", part) for name, part in forward.named_modules() if isinstance(part, nn.ModuleList)]
-        for name, layers in lists:
-            if not any(name.startswith(outer) for outer, _ in lists if outer != name):
-                for layer in layers:
-                    fully_shard(layer, **options)
-        fully_shard(forward, **options)
+        whole = [part for name, part in lists if not any(name != outer and name.startswith(outer) for outer, _ in lists)]
+        modules = [fully_shard(layer, **options) for layers in whole for layer in layers]
+        modules.insert(0, fully_shard(forward, **options))
+        for before, module in zip([modules[-1], *modules], modules, strict=False):
+            # Torch's own guess is the order of all forward passes since the last backward, decoding included, of which a
+            # rank may have none.
+            module.set_modules_to_backward_prefetch([before])
 
     def forward(self, model: nn.Module, compute: Callable[[Any], T], *, reduces: bool = True) -> T:
         """`compute(model)`, all that touches the model's weights in a forward pass.
@@ -236,7 +238,6 @@ def started(strategy: Strategy, device: str) -> Iterator[Ranks]:
             raise ValueError(f"torchrun starts {size} processes and the machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(here)
     ranks = Ranks(rank, size, strategy)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=WAIT)
 
     def handler_of(before: Any) -> Handler | None:
         """A stop does where this rank can be stopped what it does in a run of one process."""
@@ -250,7 +251,7 @@ def started(strategy: Strategy, device: str) -> Iterator[Ranks]:
         return handle if callable(before) else None
 
     try:
-        with handled(handler_of), _quiet(rank):
+        with handled(handler_of), _quiet(rank), _group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"):
             yield ranks
     except SAID as error:
         if rank and error is ranks.agreed:
@@ -259,6 +260,17 @@ def started(strategy: Strategy, device: str) -> Iterator[Ranks]:
         if rank:
             error.add_note(f"on rank {rank}")  # so that the command line prints it there too
         raise
+
+
+@contextmanager
+def _group(backends: str) -> Iterator[None]:
+    """The caller's, where it has one: torch makes no second one at the same address."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group(backends, timeout=WAIT)
+    try:
+        yield
     finally:
         torch.distributed.destroy_process_group()
 

@@ -91,6 +91,8 @@ def draw(
 
         def scored(records=chosen[mine], completions=completions[mine]) -> tuple[list[str], Tensor]:
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            if not texts:
+                return [], torch.empty(0, len(functions), dtype=torch.float64, device="cpu")
             return texts, rewards.score_texts(functions, records, texts)
 
         with clock("reward"):

@@ -4,11 +4,17 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
-from redit_fast.cli import main
+import torch
 
-PRELOADED = ["tests.training.processes", "redit_fast.training.trainer", "torch.distributed.fsdp"]
+import redit_fast as rf
+from redit_fast.cli import main
+from redit_fast.gr import shards
+from redit_fast.training import config, trainer
+
+PRELOADED = ["tests.training.processes", "torch.distributed.fsdp", "matplotlib.pyplot"]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOADED)
 
@@ -36,8 +42,9 @@ def start(size, work, *args, folder):
 
 def finish(ranks, folder, seconds=120):
     """The exit codes, and what each rank printed."""
-    for rank in ranks:
-        rank.join(seconds)
+    end = time.monotonic() + seconds
+    while any(rank.is_alive() for rank in ranks) and time.monotonic() < end:
+        time.sleep(0.02)
     hung = [rank.pid for rank in ranks if rank.is_alive()]
     for rank in ranks:
         rank.kill()
@@ -58,3 +65,27 @@ def _rank(variables, output, work, args):
 
 def train(words):
     return main(["train", *words])
+
+
+def trained(jobs, folder):
+    """Trains the jobs one after the other; of each optimizer step the gradient that AdamW gets, from the first rank."""
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    for name, settings in jobs.items():
+        gradients, take_step = [], rf.RegularizedAdamW._take_step
+
+        def recorded(optimizer, combined, factor):
+            whole = [p.grad.full_tensor() if shards.is_shard(p.grad) else p.grad for p in combined.params]  # noqa: B023
+            gradients.append(torch.cat([(grad * factor).flatten() for grad in whole]).clone())  # noqa: B023
+            take_step(optimizer, combined, factor)  # noqa: B023
+
+        rf.RegularizedAdamW._take_step = recorded
+        try:
+            trainer.train(config.load(overrides={**settings, "out_dir": folder, "name": name}))
+        finally:
+            rf.RegularizedAdamW._take_step = take_step
+        if os.environ.get("RANK", "0") == "0":
+            torch.save(gradients, f"{folder}/{name}/gradients.pt")
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
+    return 0

@@ -1,0 +1,93 @@
+"""A run on several ranks is the run on one: gradients, weights, metrics, samples; checkpoints of any number of ranks."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from redit_fast.training import report
+from tests.training import processes
+from tests.training.jobs import flags, lines_of
+
+COMMON = {"steps": 3, "learning_rate": 1e-5, "eval_every": 3, "checkpoint_every": 3, "gr_gamma": 0.1, "gr_epsilon": 0.1}
+CASES = {  # what a run has beside COMMON
+    "gr": {"eval_problems": 5},
+    # epsilon is 0.001 then: at a gamma of 0.1 g2 - g1, whose rounding is 1e-7, would count 100 times.
+    "auto epsilon, several updates": {
+        "gr_epsilon": "auto", "gr_gamma": 1e-3, "updates_per_rollout": 2, "gr_pass2_ratio": "pass1",
+    },
+    "kl, reset, sharpness": {"beta": 0.05, "gr_gamma": 0, "reference_reset_every": 2, "sharpness_every": 2},
+    "one group": {"prompts_per_step": 1, "dither_dead_groups": "apply"},
+    "all masked": {"prompts_per_step": 2, "overlong": "mask", "max_completion_length": 2},
+    "padded": {"packing": "off", "micro_batch_size": 3, "eval_problems": 5, "eval_samples": 2},
+    "small micro-batches": {"tokens_per_micro_batch": 120, "checkpoint_activations": True, "dynamic_sampling": 1},
+}
+NO_GRADIENT = "all masked"
+ON_RANKS = [(2, "ddp"), (2, "fsdp2"), (3, "fsdp2")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def jobs(model_folder, problems):
+    rewards = [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps")]
+    base = {
+        "model": str(model_folder), "data": str(problems), "rewards": rewards, "prompts_per_step": 5, "group_size": 4,
+        "max_completion_length": 12, "eval_problems": 0, **COMMON,
+    }  # fmt: skip
+    return {name: base | more for name, more in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(jobs, folder):
+    """The folder of the runs of one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda run: None)
+        processes.trained(jobs, str(folder / "alone"))
+    return folder / "alone"
+
+
+@pytest.fixture(scope="module", params=ON_RANKS, ids=lambda param: f"{param[0]} {param[1]}")
+def on_ranks(request, jobs, folder):
+    """The folder of the runs of several, all by the same processes."""
+    size, strategy = request.param
+    out = folder / f"{size} {strategy}"
+    ranks = processes.start(
+        size, processes.trained, {name: job | {"strategy": strategy} for name, job in jobs.items()}, str(out), folder=out
+    )
+    codes, printed = processes.finish(ranks, out)
+    assert codes == [0] * size, printed
+    return out
+
+
+def timeless(line):
+    return {
+        key: value
+        for key, value in line.items()
+        if value is not None  # NaN
+        and not key.startswith(("time/", "step_time", "tokens/", "flops/"))  # what is computed differs with the ranks
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_are_one(alone, on_ranks, name):
+    one, several = alone / name, on_ranks / name
+    expected, found = torch.load(one / "gradients.pt"), torch.load(several / "gradients.pt")
+    assert len(expected) == len(found) == 3 * CASES[name].get("updates_per_rollout", 1)
+    assert expected[0].norm() > 1e-3 or name == NO_GRADIENT
+    assert (found[0] - expected[0]).norm() <= 1e-6 * expected[0].norm()
+    for gradient, other in zip(expected, found, strict=True):  # of weights that are 1e-7 apart
+        assert (other - gradient).norm() <= 1e-4 * gradient.norm()
+    weights, others = (load_file(run / "checkpoints/step-000003/model.safetensors") for run in (one, several))
+    assert weights.keys() == others.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(others[key], weight, rtol=1e-5, atol=1e-6)
+    for line, other in zip(lines_of(one / "metrics.jsonl"), lines_of(several / "metrics.jsonl"), strict=True):
+        assert timeless(other) == pytest.approx(timeless(line), rel=1e-3, abs=1e-5)
+        if "reward" in line:
+            assert other.get("tokens/rank_max_over_mean", 1) >= 1 and other["tokens/useful"] == line["tokens/useful"]
+    samples, same = (lines_of(run / "completions.jsonl") for run in (one, several))
+    for sample, other in zip(samples, same, strict=True):  # the same random numbers, and the same noise
+        assert other == sample
