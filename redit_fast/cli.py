@@ -136,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped", file=sys.stderr)  # the trainer has saved, and says how to go on
+        if _says_it():
+            print(str(stop) or "stopped", file=sys.stderr)  # the trainer has saved, and says how to go on
         return stop.code if isinstance(stop, _Terminated) else 130
     finally:
         warnings.formatwarning = format_of_a_library
@@ -156,10 +157,13 @@ def _limit_spinning() -> None:
 
 
 def _complain(message: str, *, of_all_ranks: bool = True) -> None:
-    """What all of torchrun's processes come to is said by the first."""
-    if of_all_ranks and "WORLD_SIZE" in os.environ and os.environ.get("RANK", "0") != "0":
-        return
-    print(f"redit-fast: {' '.join(message.split())}", file=sys.stderr)
+    if _says_it() or not of_all_ranks:
+        print(f"redit-fast: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _says_it() -> bool:
+    """Of torchrun's processes the first says what all come to."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -208,6 +208,14 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def _number(name: str, default: int | None = None) -> int:
+    """Of a variable of torchrun."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ValueError(f"{name} is {text!r}, needs a whole number, as torchrun sets it")
+    return int(text)
+
+
 @contextmanager
 def started(strategy: Strategy, device: str) -> Iterator[Ranks]:
     """This process among those that torchrun has started.
@@ -226,12 +234,12 @@ def started(strategy: Strategy, device: str) -> Iterator[Ranks]:
             raise ValueError("strategy is fsdp2, which shards the model over processes: start the run with torchrun")
         yield Ranks()
         return
-    rank, size, here = (int(os.environ.get(name) or default) for name, default in
-                        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", os.environ["RANK"])))  # fmt: skip
-    if int(os.environ.get("LOCAL_WORLD_SIZE") or size) != size:
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    here = _number("LOCAL_RANK", rank)
+    if (local := _number("LOCAL_WORLD_SIZE", size)) != size:
         raise ValueError(
-            f"WORLD_SIZE is {size} and LOCAL_WORLD_SIZE {os.environ['LOCAL_WORLD_SIZE']}: a run is on one machine; "
-            "verl with redit-fast's plugin trains on several"
+            f"WORLD_SIZE is {size} and LOCAL_WORLD_SIZE {local}: a run is on one machine; verl with redit-fast's plugin "
+            "trains on several"
         )
     if device == "cuda":
         if here >= torch.cuda.device_count():

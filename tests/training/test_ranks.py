@@ -1,5 +1,7 @@
 """A run on several ranks is the run on one: gradients, weights, metrics, samples; checkpoints of any number of ranks."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,3 +93,37 @@ def test_ranks_are_one(alone, on_ranks, name):
     samples, same = (lines_of(run / "completions.jsonl") for run in (one, several))
     for sample, other in zip(samples, same, strict=True):  # the same random numbers, and the same noise
         assert other == sample
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(alone, jobs, folder):
+    """Two ranks, then one process, then three: what is left is the run of one process, and the optimizer's state too."""
+    out = folder / "resumed"
+    words = flags(jobs["gr"] | {"out_dir": str(out), "name": "gr", "checkpoint_every": 1})
+    for steps, size, strategy in ((1, 2, "fsdp2"), (2, 1, "ddp"), (3, 3, "fsdp2")):
+        more = [*words, "--steps", str(steps), "--strategy", strategy, *(["--resume"] if steps > 1 else [])]
+        if size == 1:
+            assert processes.train(more) == 0
+            continue
+        codes, printed = processes.finish(processes.start(size, processes.train, more, folder=out), out)
+        assert codes == [0] * size, printed
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        straight = load_file(alone / "gr" / "checkpoints/step-000003" / file)
+        resumed = out / "gr" / "checkpoints/step-000003"
+        found = load_file(resumed / file) if (resumed / file).is_file() else whole(resumed)
+        assert straight.keys() == found.keys()
+        for key, value in straight.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+    assert {path.name for path in resumed.iterdir()} >= {"optimizer.index.json", "optimizer-00003-of-00003.safetensors"}
+    assert [line["step"] for line in lines_of(out / "gr" / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def whole(checkpoint):
+    """The optimizer's tensors, of the shards."""
+    table = json.loads((checkpoint / "optimizer.index.json").read_text())
+    tensors = {}
+    for name, described in table.items():
+        tensors[name] = torch.full(described["shape"], float("nan"))
+        for piece in described["pieces"]:
+            there = tuple(slice(a, a + n) for a, n in zip(piece["start"], piece["shape"], strict=True))
+            tensors[name][there] = load_file(checkpoint / piece["file"])[name]
+    return tensors
