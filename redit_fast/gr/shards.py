@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # they load torch.distributed
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 Sums = dict  # device mesh, or None for plain tensors -> this rank's sums (width,) float64
@@ -139,7 +138,7 @@ def drop_gathered_of(model: nn.Module) -> None:
                 module.reshard()
 
 
-def _sharded_modules() -> list[FSDPModule]:
+def _sharded_modules() -> list[Any]:  # modules that are FSDPModules too
     from torch.distributed._composable_state import _module_state_mapping  # a parameter does not know its module
     from torch.distributed.fsdp import FSDPModule
 

@@ -127,7 +127,7 @@ class Ranks:
             self._shard(forward)
             self.forwards[model] = forward
         elif any(p.requires_grad for p in model.parameters()):  # a reference is not
-            ddp_of = nn.parallel.DistributedDataParallel
+            ddp_of: Any = nn.parallel.DistributedDataParallel
             renamed_in_2_13 = "forward_sync_buffers" in inspect.signature(ddp_of).parameters
             buffers = "forward_sync_buffers" if renamed_in_2_13 else "broadcast_buffers"
             self.forwards[model] = ddp_of(forward, **{buffers: False})
@@ -142,12 +142,13 @@ class Ranks:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         options: dict[str, Any] = {"mesh": init_device_mesh(kind, (self.size,)), "mp_policy": policy}
         lists = [(f"{name}.", part) for name, part in forward.named_modules() if isinstance(part, nn.ModuleList)]
-        whole = [part for name, part in lists if not any(name != outer and name.startswith(outer) for outer, _ in lists)]
-        modules = [fully_shard(layer, **options) for layers in whole for layer in layers]
+        names = [name for name, _ in lists]
+        outermost = [part for name, part in lists if not any(name != of and name.startswith(of) for of in names)]
+        modules: list[Any] = [fully_shard(layer, **options) for layers in outermost for layer in layers]
         modules.insert(0, fully_shard(forward, **options))
         for before, module in zip([modules[-1], *modules], modules, strict=False):
-            # Torch's own guess is the order of all forward passes since the last backward, decoding included, of which a
-            # rank may have none.
+            # Torch would go by the order of all forward passes since the last backward one, decoding included, of which
+            # a rank may have none: the ranks would not gather alike, and hang.
             module.set_modules_to_backward_prefetch([before])
 
     def forward(self, model: nn.Module, compute: Callable[[Any], T], *, reduces: bool = True) -> T:
@@ -238,8 +239,8 @@ def started(strategy: Strategy, device: str) -> Iterator[Ranks]:
     here = _number("LOCAL_RANK", rank)
     if (local := _number("LOCAL_WORLD_SIZE", size)) != size:
         raise ValueError(
-            f"WORLD_SIZE is {size} and LOCAL_WORLD_SIZE {local}: a run is on one machine; verl with redit-fast's plugin "
-            "trains on several"
+            f"WORLD_SIZE is {size} and LOCAL_WORLD_SIZE {local}: a run is on one machine; verl with redit-fast's "
+            "plugin trains on several"
         )
     if device == "cuda":
         if here >= torch.cuda.device_count():

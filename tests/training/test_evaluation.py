@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from redit_fast.cli import main
 from redit_fast.training import builtin, config, data, metrics, policy, report, rewards
-from redit_fast.training.report.summary import closing_rows
 from redit_fast.training.distributed import Ranks
+from redit_fast.training.report.summary import closing_rows
 from redit_fast.training.rollout.local import generate
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, lines_of

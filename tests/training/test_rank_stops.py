@@ -1,4 +1,4 @@
-"""Several ranks stop together, in one sentence, and lose no checkpoint: signals, a rank that is killed, errors of one."""
+"""Several ranks stop together, say one sentence and lose no checkpoint: signals, a killed rank, an error of one."""
 
 import os
 import random
@@ -121,7 +121,9 @@ def test_a_reward_that_raises_on_one_rank_is_one_line_after_a_checkpoint(job, tm
     (words,) = said(printed)
     assert codes == [2, 2] and "no such thing" in words and "judge" in words, printed
     run = tmp_path / "out" / "run"
-    assert checkpoint.step_of(checkpoint.newest(run / "checkpoints")) == 2 == lines_of(run / "metrics.jsonl")[-1]["step"]
+    assert (
+        checkpoint.step_of(checkpoint.newest(run / "checkpoints")) == 2 == lines_of(run / "metrics.jsonl")[-1]["step"]
+    )
 
 
 def test_what_all_ranks_find_wrong_the_first_one_says(job, tmp_path):

@@ -1,4 +1,4 @@
-"""A run on several ranks is the run on one: gradients, weights, metrics, samples; checkpoints of any number of ranks."""
+"""A run on several ranks is the run on one: gradients, weights, metrics, samples; it goes on with any number."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from redit_fast.training import report
-from tests.training import processes
+from tests.training import processes, rank_steps
 from tests.training.jobs import flags, lines_of
 
 COMMON = {"steps": 3, "learning_rate": 1e-5, "eval_every": 3, "checkpoint_every": 3, "gr_gamma": 0.1, "gr_epsilon": 0.1}
@@ -15,7 +15,10 @@ CASES = {  # what a run has beside COMMON
     "gr": {"eval_problems": 5},
     # epsilon is 0.001 then: at a gamma of 0.1 g2 - g1, whose rounding is 1e-7, would count 100 times.
     "auto epsilon, several updates": {
-        "gr_epsilon": "auto", "gr_gamma": 1e-3, "updates_per_rollout": 2, "gr_pass2_ratio": "pass1",
+        "gr_epsilon": "auto",
+        "gr_gamma": 1e-3,
+        "updates_per_rollout": 2,
+        "gr_pass2_ratio": "pass1",
     },
     "kl, reset, sharpness": {"beta": 0.05, "gr_gamma": 0, "reference_reset_every": 2, "sharpness_every": 2},
     "one group": {"prompts_per_step": 1, "dither_dead_groups": "apply"},
@@ -57,7 +60,11 @@ def on_ranks(request, jobs, folder):
     size, strategy = request.param
     out = folder / f"{size} {strategy}"
     ranks = processes.start(
-        size, processes.trained, {name: job | {"strategy": strategy} for name, job in jobs.items()}, str(out), folder=out
+        size,
+        processes.trained,
+        {name: job | {"strategy": strategy} for name, job in jobs.items()},
+        str(out),
+        folder=out,
     )
     codes, printed = processes.finish(ranks, out)
     assert codes == [0] * size, printed
@@ -96,7 +103,7 @@ def test_ranks_are_one(alone, on_ranks, name):
 
 
 def test_a_run_goes_on_with_any_number_of_ranks(alone, jobs, folder):
-    """Two ranks, then one process, then three: what is left is the run of one process, and the optimizer's state too."""
+    """Two ranks, then one process, then three leave what one process does, the optimizer's state too."""
     out = folder / "resumed"
     words = flags(jobs["gr"] | {"out_dir": str(out), "name": "gr", "checkpoint_every": 1})
     for steps, size, strategy in ((1, 2, "fsdp2"), (2, 1, "ddp"), (3, 3, "fsdp2")):
@@ -115,6 +122,16 @@ def test_a_run_goes_on_with_any_number_of_ranks(alone, jobs, folder):
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
     assert {path.name for path in resumed.iterdir()} >= {"optimizer.index.json", "optimizer-00003-of-00003.safetensors"}
     assert [line["step"] for line in lines_of(out / "gr" / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_no_rank_has_more_whole_weights_than_a_layers_and_what_is_outside_of_the_layers(tmp_path):
+    """FSDP2's, in both passes. The head is outside: the loss takes its whole weight, in chunks of the vocabulary."""
+    sharded, replicated = (rank_steps.counted(strategy, tmp_path) for strategy in ("fsdp2", "ddp"))
+    assert sharded["gathered"] == sharded["layer"] + sharded["others"] < sharded["model"] / 4
+    assert replicated["gathered"] == replicated["model"]
+    weights, others = (torch.load(tmp_path / f"{strategy}.pt") for strategy in ("fsdp2", "ddp"))
+    for key, weight in weights.items():
+        torch.testing.assert_close(others[key], weight, rtol=1e-5, atol=1e-6)
 
 
 def whole(checkpoint):
