@@ -90,7 +90,7 @@ class AppliedHead(SwappedForward):
         if kwargs.get("fused_lm_head"):  # TRL's forward, which was there first
             from redit_fast.integrations.trl_function import fused_call
 
-            return fused_call(before, args, kwargs)
+            return fused_call(model, before, args, kwargs)
         arguments = self._named(model, args, kwargs)
         shifted = arguments.get("shift_labels")
         if arguments.get("labels") is None:
@@ -163,7 +163,7 @@ class AppliedHead(SwappedForward):
             from redit_fast.integrations.trl_function import FusedForward, swap_once
 
             self._trl = FusedForward(self._model)  # from the next call on
-            swap_once()
+            swap_once(self._model)
 
 
 class LabelHead(ScoringHead):

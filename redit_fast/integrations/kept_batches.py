@@ -10,6 +10,11 @@ from torch import Tensor
 
 from redit_fast.gr import gradients
 
+CUT_SHORT = (
+    "gr_gamma above 0 got a step after one whose backward passes were cut short by an exception, of which FSDP2 keeps "
+    "a part that the second pass would not have: build the {} anew from a checkpoint"
+)
+
 
 class KeptBatches:
     """The micro-batches of the step under way whose backward pass returned. A host may catch an exception and go on, by

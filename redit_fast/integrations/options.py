@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from redit_fast.checks import check_choice
 from redit_fast.dither import DeadGroups, Dither, Schedule
 from redit_fast.gr.config import GR, Rounding
 from redit_fast.noise import Distribution
+
+if TYPE_CHECKING:
+    Epsilon = float | Literal["auto"]
+else:
+
+    def Epsilon(text: str) -> float | str:
+        """The type of a field as transformers' parser wants it: one that makes a value of a command line's word."""
+        return text if text == "auto" else float(text)
 
 
 def described(default: object, text: str) -> Any:
@@ -65,10 +73,10 @@ class DitherOptions:
 
 @dataclass
 class GROptions:
-    """The fields of `GR` that are for every host, without epsilon "auto", and the optimizer. Off by default."""
+    """The fields of `GR` that are for every host, and the optimizer. Off by default."""
 
     gr_gamma: float = of_gr("gamma", default=0.0)
-    gr_epsilon: float = of_gr("epsilon")
+    gr_epsilon: Epsilon = of_gr("epsilon")
     gr_normalized: bool = of_gr("normalized")
     gr_perturb_max_norm: float = of_gr("perturb_max_norm")
     gr_rounding: Rounding = of_gr("rounding")
@@ -87,8 +95,6 @@ class GROptions:
         Raises:
             ValueError, TypeError: an option out of range, naming it.
         """
-        if isinstance(self.gr_epsilon, str):
-            raise ValueError(f"gr_epsilon must be a number, got {self.gr_epsilon!r}")
         check_choice("gr_optimizer", self.gr_optimizer, (None, "regularized_adamw"))
         flat: dict[str, Any] = {field.name: getattr(self, f"gr_{field.name}", field.default) for field in fields(GR)}
         try:

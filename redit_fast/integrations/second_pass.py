@@ -29,8 +29,9 @@ from redit_fast.gr.config import GR
 from redit_fast.gr.grad_scaler import loss_scale
 from redit_fast.gr.groups import parameter_groups
 from redit_fast.gr.regularizer import GradientRegularizer
+from redit_fast.gr.shards import is_shard
 from redit_fast.gr.two_pass import Copies, TwoPass
-from redit_fast.integrations.kept_batches import KeptBatches, Versions, same_tensors
+from redit_fast.integrations.kept_batches import CUT_SHORT, KeptBatches, Versions, same_tensors
 from redit_fast.integrations.options import GROptions
 
 SUPPORTED = "5.6..5.24"  # of transformers, by running the tests
@@ -46,6 +47,7 @@ STEP_STATE = (
     "_entropy_window_stats",
 )  # TRL's adaptive entropy: begins as pass 1
 LOG_STATE = ("_metrics", "_total_train_tokens")  # TRL's logs: pass 2 writes into a copy
+SAVED = "redit_fast_gr"  # in trainer_state.json, which a resumed run reads: `TwoPass.state_dict`
 
 
 class _MicroBatch(NamedTuple):
@@ -66,6 +68,7 @@ class SecondPass:
     replayed: object | None = None  # the inputs of the micro-batch that runs again
     items: Tensor | int | None = None
     recording: bool = False
+    cut_short: bool = False  # FSDP2 holds what a backward pass that raised has left
     begun: dict[str, object] = field(default_factory=dict)  # STEP_STATE before the step's first micro-batch
     skipped: Tensor | None = None  # the norm that was not finite
     done: bool = False  # within the step, as clipping and norm are two calls
@@ -78,6 +81,7 @@ class SecondPass:
         if self.training is not trainer.state:
             self.training, self.passes = trainer.state, None
             self.seconds.clear()
+        self._refuse_what_is_left()
         accelerator, params = trainer.accelerator, list(model.parameters())
         self.kept.match(params)
         own, backward = vars(accelerator).get("backward"), accelerator.backward
@@ -85,7 +89,9 @@ class SecondPass:
         def kept_backward(loss: Tensor, **kwargs) -> None:
             if self.batch is None:
                 raise RuntimeError("gr_gamma above 0 needs one _prepare_inputs before each backward pass of a step")
+            self.cut_short = any(map(is_shard, params))
             backward(loss, **kwargs)
+            self.cut_short = False
             self.kept.keep(self.batch, params)
             self.batch = None
 
@@ -100,6 +106,10 @@ class SecondPass:
             else:
                 accelerator.backward = own
 
+    def _refuse_what_is_left(self) -> None:
+        if self.cut_short:
+            raise RuntimeError(CUT_SHORT.format("trainer"))
+
     def prepared(self, trainer: transformers.Trainer, inputs: object) -> None:
         if not self.kept:
             self.begun = {name: getattr(trainer, name) for name in STEP_STATE if hasattr(trainer, name)}
@@ -110,7 +120,9 @@ class SecondPass:
         if self.done:
             return
         self.done, self.skipped, begin = True, None, time.perf_counter()
-        batches = self.kept.take(list(model.parameters()))
+        self._refuse_what_is_left()
+        params = list(model.parameters())
+        batches = self.kept.take(params)
         step = trainer.state.global_step
         if not batches or self.gr.gamma_at(step) == 0:
             return
@@ -119,13 +131,16 @@ class SecondPass:
         if self.passes is None:
             self.passes = self._new_passes(trainer)
         self.passes.attempts = step
-        # Both passes leave the gradient times the loss scale, and so does what is combined: the trainer unscales it.
-        with self.passes.perturb(loss_scale(getattr(trainer.accelerator, "scaler", None), trainer.args.device)):
+        with self.passes.perturb(_scale(trainer)):
+            self.cut_short = any(map(is_shard, params))
             self._replay(trainer, model, batches)
+            self.cut_short = False
         with self.passes.combine() as combined:
             finite = bool(combined.finite)
             if finite:
                 gradients.multiply(combined.params, combined.factor)
+        if self.gr.epsilon == "auto":
+            trainer.state.stateful_callbacks[SAVED] = self.passes.state_dict()
         if not finite:
             self.skipped = combined.norm
             self._skip(trainer)
@@ -135,8 +150,9 @@ class SecondPass:
         dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
         groups = parameter_groups(trainer.accelerator.unwrap_model(trainer.model))
         passes = TwoPass(groups, replace(self.gr, compute_dtype=dtype), Copies(), trainer.args.seed)
-        # A resumed run draws the stochastic rounding of its step, not of step 0.
-        passes.load_state_dict({"completed": trainer.state.global_step})
+        # A resumed run has what epsilon="auto" has found, and draws the stochastic rounding of its step, not of step 0.
+        saved = trainer.state.stateful_callbacks.get(SAVED, {})
+        passes.load_state_dict({**saved, "completed": trainer.state.global_step})
         return passes
 
     def _replay(self, trainer: transformers.Trainer, model: nn.Module, batches: list[_MicroBatch]) -> None:
@@ -189,6 +205,13 @@ class SecondPass:
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
+def _scale(trainer: transformers.Trainer) -> Tensor | None:
+    """What .grad is multiplied by when a step's last backward pass has returned, in both passes: by a GradScaler's
+    factor, which epsilon must not see. The weights of the micro-batches (`training_step`, TRL's normalizer) and the
+    mean over the ranks (DDP, FSDP2) are applied by then and are the step's own, as in this package's trainer."""
+    return loss_scale(getattr(trainer.accelerator, "scaler", None), trainer.args.device)
+
+
 def _rng_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
@@ -205,6 +228,7 @@ class SecondPassHooks:
 
     if TYPE_CHECKING:  # of the trainer: what is read here
         args: Any
+        accelerator: Any
         model: Any
         optimizer: Any
         optimizer_cls_and_kwargs: Any
@@ -231,9 +255,16 @@ class SecondPassHooks:
             )
         if options.gr_gamma == 0:
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            host = "DeepSpeed, which steps in backward()" if self.is_deepspeed_enabled else "FSDP"
-            raise ValueError(f"gr_gamma={options.gr_gamma} does not work under {host}: use DDP or one device")
+        host = None
+        if self.is_deepspeed_enabled:
+            host = "DeepSpeed, which steps in backward()"
+        elif self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            host = "FSDP1, whose flat parameters do not say which rank holds what"
+        if host is not None:
+            raise ValueError(
+                f"gr_gamma={options.gr_gamma} does not work under {host}: "
+                "use FSDP2 (fsdp_config={'version': 2}) or DDP"
+            )
         parameter_groups(self.model)  # raises where the model has no decoder layers
         self._gr = SecondPass(options.gr())
 

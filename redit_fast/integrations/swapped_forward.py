@@ -18,6 +18,7 @@ class SwappedForward:
     def __init__(self, model: nn.Module):
         self._model, self._own, self._before = model, model.__dict__.get("forward"), model.forward
         self._active = True
+        self._forward: MethodType | None = None
         handle = self
 
         @functools.wraps(type(model).forward)  # generate() and Trainer read the signature
@@ -36,8 +37,9 @@ class SwappedForward:
         """Puts the model's own forward back. Where something else has wrapped `forward` since, that stays, around the
         model's own."""
         self._active = False
-        if self._model.__dict__.get("forward") is not self._forward:
+        if self._forward is None or self._model.__dict__.get("forward") is not self._forward:
             return
+        self._forward = None  # a cycle, which would keep what a handle holds until Python looks for cycles
         if self._own is None:
             del self._model.forward
         else:
@@ -52,16 +54,48 @@ class SwappedForward:
         self.remove()
 
 
-class ScoringHead(SwappedForward):
-    """A linear head that returns `linear_logp` of its targets, not logits, for FSDP2: within a call of the module the
-    weight is gathered, and what it gets as a gradient is reduced."""
+class CalledHead(SwappedForward):
+    """A linear head whose call computes `compute(hidden, weight, bias)`, not logits, for FSDP2: within a call of the
+    module the weight is gathered, and what it gets as a gradient is reduced."""
 
-    def __init__(self, head: nn.Linear, targets: Tensor, options: dict):
-        self._targets, self._options = targets, options
+    def __init__(self, head: nn.Linear, compute: Callable[[Tensor, Tensor, Tensor | None], Any]):
+        self._compute = compute
+        self.found: Any = None  # as computed; a mixed-precision policy casts what the call returns
         super().__init__(head)
 
     def call(self, model: Any, before: Callable, args: tuple, kwargs: dict) -> Any:
         (hidden,) = args
-        bias = None if model.bias is None else model.bias.to(hidden.dtype)
-        found = linear_logp(hidden, model.weight.to(hidden.dtype), self._targets, bias=bias, **self._options)
-        return found.clone() if isinstance(found, Tensor) else tuple(x.clone() for x in found)  # it warns of views
+        found = self._compute(hidden, model.weight, model.bias)
+        # FSDP2 hangs its hook on what is returned, and warns of views there.
+        single = isinstance(found, Tensor)
+        self.found = found.clone() if single else tuple(x.clone() if isinstance(x, Tensor) else x for x in found)
+        return self.found
+
+
+def within(
+    head: nn.Linear | None,
+    compute: Callable[[Tensor, Tensor, Tensor | None], Any],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Any:
+    """compute(hidden, weight, bias); by a call of `head` where one is given, with its weight and bias and `hidden` in
+    the same dtype, whatever a mixed-precision policy casts it to."""
+    if head is None:
+        return compute(hidden, weight, bias)
+    dtype = hidden.dtype
+    with CalledHead(head, lambda hidden, weight, bias: compute(hidden.to(dtype), weight, bias)) as called:
+        head(hidden)
+    return called.found
+
+
+class ScoringHead(CalledHead):
+    """A linear head that computes `linear_logp` of its targets."""
+
+    def __init__(self, head: nn.Linear, targets: Tensor, options: dict):
+        self._targets, self._options = targets, options
+        super().__init__(head, self._score)
+
+    def _score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        bias = None if bias is None else bias.to(hidden.dtype)
+        return linear_logp(hidden, weight.to(hidden.dtype), self._targets, bias=bias, **self._options)

@@ -51,8 +51,8 @@ class GRTrainerMixin(SecondPassHooks):
         args, kwargs: the trainer's own.
 
     Raises:
-        ValueError, TypeError: an argument out of range, naming it; DeepSpeed or FSDP. RuntimeError: a version of
-            transformers whose Trainer has other methods, naming the supported ones.
+        ValueError, TypeError: an argument out of range, naming it; DeepSpeed or FSDP1 (FSDP2 and DDP work).
+            RuntimeError: a version of transformers whose Trainer has other methods, naming the supported ones.
     """
 
     def __init__(self, *args, **kwargs):

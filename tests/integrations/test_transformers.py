@@ -240,8 +240,51 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), resumed.model.parameters()))
 
 
-def test_a_grad_scaler_changes_nothing_and_what_overflows_is_skipped(tmp_path):
-    class Scaled(GRTrainer):
+# 0.02 |theta| is then a step of less than 0.001 g1, where "auto" stops: what else multiplied g1 would show.
+LARGE = 1000.0
+AUTO = {"gr_gamma": 1e-3, "gr_epsilon": "auto", "gr_perturb_max_norm": 1e9}
+
+
+class Large(GRTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return LARGE * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+@pytest.mark.filterwarnings("ignore:epsilon='auto' stops at")
+@pytest.mark.parametrize("kind", ["sft", "reward"])  # a mean over the step's tokens, or one a micro-batch
+def test_auto_epsilon_is_that_of_a_plain_loop_whatever_the_micro_batches(tmp_path, kind):
+    expected = None
+    for accumulation, size in ((1, 8), (4, 2)):
+        trainer = trained(tmp_path, Large, kind, steps=1, gradient_accumulation_steps=accumulation,
+                          per_device_train_batch_size=size, model=a_model(kind, dropout=0.0), **AUTO)  # fmt: skip
+        if expected is None:
+            (call, _), model = trainer.seen, a_model(kind, dropout=0.0)
+            opt = rf.GradientRegularizer(torch.optim.SGD(rf.parameter_groups(model), lr=LR), gamma=1e-3,
+                                         epsilon="auto", perturb_max_norm=1e9, max_norm=None)  # fmt: skip
+            items = {} if kind == "reward" else {"num_items_in_batch": call.items}
+            (LARGE * model(**call.inputs, **items).loss).backward()
+            opt.perturb()
+            expected = opt.epsilon
+            assert 0 < expected < 9e-4
+        assert logs(trainer)[0]["gr/epsilon"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:epsilon='auto' stops at")
+def test_a_resumed_run_keeps_the_epsilon_that_was_found(tmp_path):
+    options = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, **AUTO}
+    whole = trained(tmp_path / "whole", Large, steps=3, **options)
+    trained(tmp_path / "half", Large, steps=2, **options)
+    resumed = trained(tmp_path / "half", Large, steps=3, resume=str(tmp_path / "half" / "checkpoint-2"), **options)
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), resumed.model.parameters()))
+    anew = trained(tmp_path / "anew", Large, steps=1, model=resumed.model, **AUTO)
+    found = [logs(trainer)[-1]["gr/epsilon"] for trainer in (whole, resumed, anew)]
+    assert found[0] == found[1] and found[2] != pytest.approx(found[0], rel=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:epsilon='auto' stops at")
+@pytest.mark.parametrize(("base", "gr"), [(GRTrainer, GR), (Large, AUTO)])
+def test_a_grad_scaler_changes_nothing_and_what_overflows_is_skipped(tmp_path, base, gr):
+    class Scaled(base):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
             self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.first_scale)
@@ -249,7 +292,7 @@ def test_a_grad_scaler_changes_nothing_and_what_overflows_is_skipped(tmp_path):
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # the scale alone, in float32
 
     Scaled.first_scale = 2.0**10
-    plain, scaled = trained(tmp_path, **GR), trained(tmp_path, cls=Scaled, **GR)
+    plain, scaled = trained(tmp_path, cls=base, **gr), trained(tmp_path, cls=Scaled, **gr)
     for p, q in zip(plain.model.parameters(), scaled.model.parameters()):
         assert relative(q, p) < 1e-5
     for a, b in zip(logs(plain), logs(scaled)):
@@ -258,7 +301,7 @@ def test_a_grad_scaler_changes_nothing_and_what_overflows_is_skipped(tmp_path):
         )
     Scaled.first_scale = 2.0**127
     model = a_model()
-    overflowed = trained(tmp_path, cls=Scaled, model=model, steps=1, **GR)
+    overflowed = trained(tmp_path, cls=Scaled, model=model, steps=1, **gr)
     assert not math.isfinite(logs(overflowed)[0]["grad_norm"])
     assert overflowed.accelerator.scaler.get_scale() == 2.0**126
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), a_model().parameters()))
@@ -280,7 +323,8 @@ def test_arguments_and_versions_are_refused_by_name(tmp_path, monkeypatch):
     for options, message in [
         ({"gr_gamma": -1.0}, "gr_gamma must be finite and at least 0, got -1.0"),
         ({"gr_epsilon": 0.0}, "gr_epsilon must be finite and above 0, got 0.0"),
-        ({"gr_epsilon": "auto"}, "gr_epsilon must be a number, got 'auto'"),
+        ({"gr_epsilon": "Auto"}, "gr_epsilon must be a number above 0 or 'auto', got 'Auto'"),
+        ({"gr_gamma": 1e-30, "gr_epsilon": "auto"}, r"gr_gamma must be 0 or within a factor of 2\*\*64 of epsilon"),
         ({"gr_perturb_max_norm": math.nan}, "gr_perturb_max_norm must be finite"),
         ({"gr_every_k_steps": 0}, "gr_every_k_steps must be at least 1, got 0"),
         ({"gr_optimizer": "adam"}, "gr_optimizer must be one of None, 'regularized_adamw'; got 'adam'"),

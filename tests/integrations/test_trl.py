@@ -208,6 +208,8 @@ def test_patch_on_trls_module_serves_every_trainer_inside_the_block(folders, mon
         ({"dither_seed": -1}, "dither_seed must be in"),
         ({"gr_gamma": math.inf}, "gr_gamma must be finite and at least 0, got inf"),
         ({"gr_epsilon": 0.0}, "gr_epsilon must be finite and above 0, got 0.0"),
+        ({"gr_epsilon": "Auto"}, "gr_epsilon must be a number above 0 or 'auto', got 'Auto'"),
+        ({"gr_gamma": 1e-30, "gr_epsilon": "auto"}, "gr_gamma must be 0 or within a factor of"),
         ({"gr_pass2_ratio": "old"}, "gr_pass2_ratio must be one of 'fresh', 'pass1'; got 'old'"),
         ({"gr_every_k_steps": 0}, "gr_every_k_steps must be at least 1, got 0"),
         ({"gr_optimizer": "adamw"}, "gr_optimizer must be one of None, 'regularized_adamw'; got 'adamw'"),
@@ -307,9 +309,11 @@ def test_the_version_of_transformers_is_judged_too(a_trainer, monkeypatch):
 def test_the_config_is_a_command_line_and_keeps_trls_defaults(tmp_path):
     (config,) = HfArgumentParser(ReditGRPOConfig).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--dither_level", "0.05", "--dither_schedule", "cosine", "--gr_gamma", "1e-3",
-         "--gr_optimizer", "regularized_adamw", "--fused_head", "False", "--use_cpu", "True", "--bf16", "False"]
+         "--gr_optimizer", "regularized_adamw", "--fused_head", "False", "--use_cpu", "True", "--bf16", "False",
+         "--gr_epsilon", "auto"]
     )  # fmt: skip
     assert (config.dither_level, config.dither_schedule, config.gr_gamma) == (0.05, "cosine", 1e-3)
+    assert config.gr_epsilon == config.gr().epsilon == "auto"
     assert (config.gr_optimizer, config.fused_head) == ("regularized_adamw", False)
     stock = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     ours = ReditGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
@@ -333,7 +337,7 @@ def test_a_scale_for_each_reward_parses_as_trls_lists_do(tmp_path, scale, where)
     """One number is every reward's, also as one entry and by default."""
     options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "dither_level": "1e-2",
                "gr_epsilon": "1e-4", "dither_seed": 7, "gr_normalized": True, "fused_head": False}  # fmt: skip
-    options |= {} if scale is None else {"dither_reward_scale": scale}
+    options |= {"gr_epsilon": "auto"} if scale is None else {"dither_reward_scale": scale}
     if where == "yaml":
         (tmp_path / "config.yaml").write_text(json.dumps(options))
         args = ["--config", str(tmp_path / "config.yaml")]
@@ -344,7 +348,8 @@ def test_a_scale_for_each_reward_parses_as_trls_lists_do(tmp_path, scale, where)
     found = config.dither_reward_scale
     assert found == {None: 1.0, 1: 0.5, 2: [1.0, 2.0]}[None if scale is None else len(scale)]
     assert config.dither(0).reward_scale == found and config.dither(0).level == 0.01
-    assert (config.gr_epsilon, config.dither_seed, config.gr_normalized, config.fused_head) == (1e-4, 7, True, False)
+    assert config.gr_epsilon == ("auto" if scale is None else 1e-4)
+    assert (config.dither_seed, config.gr_normalized, config.fused_head) == (7, True, False)
     for value in (2.0, [1.0, 3.0], (1.0, 3.0)):  # from Python a number too
         config = ReditGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, dither_level=0.1, dither_reward_scale=value)
         assert config.dither(0).reward_scale == value

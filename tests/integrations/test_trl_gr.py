@@ -2,10 +2,6 @@
 
 import copy
 import functools
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -24,9 +20,7 @@ from redit_fast.integrations.transformers import GRTrainerMixin  # noqa: E402
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer, patch  # noqa: E402
 from redit_fast.noise import noise as counter_noise  # noqa: E402
 from redit_fast.training import builtin  # noqa: E402
-from tests.integrations import trl_rank  # noqa: E402
 from tests.integrations.trl_trainers import GROUP, even_ids, logs  # noqa: E402
-from tests.project.test_floors import ROOT  # noqa: E402
 from tests.tolerance import relative  # noqa: E402
 
 pytest_plugins = ("tests.integrations.trl_trainers",)
@@ -362,31 +356,3 @@ def test_lora_adapters_train_as_trls_and_alone_are_perturbed(a_trainer):
     assert len(first) == len(second) == 3 and all(torch.equal(one[0]["ref_per_token_logps"],
                                                               two[0]["ref_per_token_logps"])
                                                   for one, two in zip(first, second))  # fmt: skip
-
-
-def test_two_ranks_are_one(a_trainer, folders, tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port),
-               "MASTER_ADDR": "127.0.0.1", "CI": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
-        command = [sys.executable, "-m", "tests.integrations.trl_rank", folders["qwen2"], tmp_path]
-        ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    trainer = a_trainer(trl_rank.Trainer, ReditGRPOConfig, **trl_rank.OPTIONS)
-    trainer.train()
-    for rank in ranks:
-        output = rank.communicate(timeout=120)[0].decode()
-        assert rank.returncode == 0, output
-    start = trl_rank.parameters(a_trainer(GRPOTrainer, GRPOConfig).model)
-    expected = trl_rank.parameters(trainer.model)
-    for packing in (False, True):
-        found = [torch.load(tmp_path / f"rank{i}-{packing}.pt", weights_only=True) for i in range(2)]
-        for name, q in expected.items():
-            assert torch.equal(found[0][name], found[1][name]) and torch.allclose(found[0][name], q, rtol=0, atol=1e-6)
-    assert max((expected[name] - start[name]).abs().max() for name in start) > 5e-3
-    for rank in range(2):  # of which the second has scored nothing
-        for theirs, ours in torch.load(tmp_path / f"logged{rank}.pt", weights_only=True):
-            assert ours == pytest.approx(theirs, rel=1e-5) and ours["clip_ratio/low_min"] == 1

@@ -27,6 +27,7 @@ from verl.workers.engine.fsdp import FSDPTurboEngineWithLMHead  # noqa: E402
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
+import redit_fast as rf  # noqa: E402
 from redit_fast.integrations import verl as ours  # noqa: E402
 from redit_fast.integrations.verl import advantages as verl_advantages  # noqa: E402
 from redit_fast.integrations.verl import config as verl_config  # noqa: E402
@@ -35,12 +36,14 @@ from redit_fast.integrations.verl import head as verl_head  # noqa: E402
 from redit_fast.integrations.verl import loss as verl_loss  # noqa: E402
 from redit_fast.losses.terms import _kl_cov_tokens, loss_terms  # noqa: E402
 from tests.integrations.verl_rank import (  # noqa: E402
+    AUTO,
     CLIP,
     ENTROPY,
     GR,
     LR,
     batch_of,
     close,
+    enlarged,
     new_worker,
     rows,
     same,
@@ -350,6 +353,42 @@ def test_every_k_steps_and_the_warm_up_go_on_after_a_checkpoint_of_verls(folder,
     assert same(weights(resumed), weights(worker))
 
 
+@pytest.mark.filterwarnings("ignore:epsilon='auto' stops at")
+def test_auto_epsilon_is_that_of_a_plain_loop_whatever_the_micro_batches_ranks_and_loss_scale(ranks, folder):
+    model, found = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="eager"), []
+    opt = rf.GradientRegularizer(torch.optim.SGD(rf.parameter_groups(model), lr=LR), gamma=1e-3, epsilon="auto",
+                                 perturb_max_norm=1e9, max_norm=None)  # fmt: skip
+    loss_of(model, enlarged(rows(1))).backward()
+    opt.perturb()
+    assert 0 < opt.epsilon < 9e-4
+    for size, scaler in ((4, None), (1, None), (4, ShardedGradScaler(device="cpu", init_scale=1024.0))):
+        worker = new_worker(folder, optim=AUTO, micro_batch_size_per_gpu=size)
+        worker.engine.scaler = scaler
+        epsilons = [train(worker, batch_of(enlarged(rows(seed))))["gr/epsilon"][0] for seed in (1, 2)]
+        found.append((epsilons, weights(worker)))
+    _, out = finished(ranks)
+    for rank in range(2):
+        of_rank = torch.load(out / f"{rank}.pt", weights_only=True)
+        found.append((of_rank["epsilons"], of_rank["weights with auto"]))
+    for epsilons, ended in found:
+        assert epsilons[0] == pytest.approx(opt.epsilon, rel=1e-5) and epsilons[0] == epsilons[1]  # kept for 100 steps
+        assert close(ended, found[0][1], 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:epsilon='auto' stops at")
+def test_auto_epsilon_is_kept_over_steps_without_a_second_pass_and_in_a_checkpoint(folder, tmp_path):
+    optim = {**AUTO, "gr_every_k_steps": 2}
+    worker = new_worker(folder, optim=optim)
+    (first,) = train(worker, batch_of(enlarged(rows(1))))["gr/epsilon"]
+    assert "gr/epsilon" not in train(worker, batch_of(enlarged(rows(2))))
+    worker.save_checkpoint(str(tmp_path), None, 2, None)
+    resumed = new_worker(folder, optim=optim)
+    resumed.load_checkpoint(str(tmp_path))
+    for each in (worker, resumed):
+        assert train(each, batch_of(enlarged(rows(3))))["gr/epsilon"] == [first]
+    assert same(weights(resumed), weights(worker))
+
+
 def test_bfloat16_compute_is_what_the_step_metrics_see(folder):
     worker = new_worker(folder, optim=GR, mixed_precision={"param_dtype": "bf16"})
     with pytest.warns(UserWarning, match="rounding swallows it"):
@@ -365,7 +404,8 @@ def test_bfloat16_compute_is_what_the_step_metrics_see(folder):
         ({"gr_gamma": "big"}, {}, "override_optimizer_config.gr_gamma must be a number, got 'big'"),
         ({"gr_every_k_steps": 1.5}, {}, "gr_every_k_steps must be an int, got 1.5"),
         ({"gr_normalized": 1}, {}, "gr_normalized must be a bool, got 1"),
-        ({"gr_epsilon": "auto"}, {}, "gr_epsilon must be a number, got 'auto'"),
+        ({"gr_epsilon": "Auto"}, {}, "gr_epsilon must be a number above 0 or 'auto', got 'Auto'"),
+        ({"gr_epsilon": True}, {}, "override_optimizer_config.gr_epsilon must be a number, got True"),
         ({"gr_rounding": "up"}, {}, "gr_rounding must be one of 'stochastic', 'nearest'; got 'up'"),
         ({"gr_optimizer": None}, {}, "override_optimizer_config.gr_optimizer is not an option"),
         ({"gr_gama": 1e-3}, {}, "override_optimizer_config.gr_gama is not an option; did you mean gr_gamma?"),
@@ -432,10 +472,16 @@ def test_verls_version_is_judged(monkeypatch):
     ]
 
 
-def test_two_ranks_with_our_head_take_the_step_of_one(ranks, hand_written):
+def finished(ranks):
     process, out = ranks
-    output = process.communicate(timeout=120)[0].decode()
-    assert process.returncode == 0, output
+    if process.returncode is None:
+        output = process.communicate(timeout=120)[0].decode()
+        assert process.returncode == 0, output
+    return ranks
+
+
+def test_two_ranks_with_our_head_take_the_step_of_one(ranks, hand_written):
+    _, out = finished(ranks)
     first, second = (torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert same(first["weights"], second["weights"]) and close(first["weights"], hand_written[0])
     assert first["norms"] == second["norms"] and first["norms"] == pytest.approx(hand_written[1], rel=1e-5)

@@ -18,6 +18,7 @@ from redit_fast.training import builtin
 GROUP = 4
 MODELS = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+    "untied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"final_logit_softcapping": 0.7, "head_dim": 8}),
     "cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.5}),
 }

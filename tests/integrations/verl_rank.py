@@ -33,6 +33,8 @@ SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidde
          "tie_word_embeddings": False}  # fmt: skip
 LR, CLIP, ENTROPY = 0.5, 0.3, 0.01
 GR = {"gr_gamma": 0.03, "gr_epsilon": 0.05, "gr_perturb_max_norm": 0.5}
+# With advantages LARGE times as large, "auto" stops where the step is 0.02 |theta|: what multiplied g1 would show.
+AUTO, LARGE = {"gr_gamma": 1e-3, "gr_epsilon": "auto", "gr_perturb_max_norm": 1e9}, 1000.0
 
 
 def on_the_cpu(patch):
@@ -74,6 +76,10 @@ def rows(seed=1):
          -4 + torch.randn(r, generator=draw), torch.randn(1, generator=draw).expand(r).clone())
         for p, r in zip(PROMPTS, RESPONSES)
     ]  # fmt: skip
+
+
+def enlarged(samples):
+    return [(prompt, response, old, LARGE * advantages) for prompt, response, old, advantages in samples]
 
 
 def batch_of(samples, temperature=1.0):
@@ -144,7 +150,12 @@ def run_rank(rank, folder, out):
     worker = new_worker(folder, optim=GR, fused="redit", micro_batch_size_per_gpu=1)
     metrics = [train(worker, batch_of(rows(seed)[2 * rank : 2 * rank + 2])) for seed in (1, 2)]
     found = {"norms": [m["grad_norm"][0] for m in metrics], "g1_norm": metrics[-1]["gr/g1_norm"]}
-    torch.save({"weights": weights(worker), **found}, f"{out}/{rank}.pt")
+    found["weights"] = weights(worker)
+    worker = new_worker(folder, optim=AUTO, fused="redit", micro_batch_size_per_gpu=1)
+    found["epsilons"] = [train(worker, batch_of(enlarged(rows(seed))[2 * rank : 2 * rank + 2]))["gr/epsilon"][0]
+                         for seed in (1, 2)]  # fmt: skip
+    found["weights with auto"] = weights(worker)
+    torch.save(found, f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -10,8 +10,15 @@ import torch
 import trl.trainer.utils as utils
 from torch import Tensor, nn
 
-from redit_fast.integrations.swapped_forward import SwappedForward
-from redit_fast.integrations.trl_function import CONTRACT, NAME, LinearLogpFunction, scored_rows, swapped_head
+from redit_fast.integrations.swapped_forward import SwappedForward, within
+from redit_fast.integrations.trl_function import (
+    CONTRACT,
+    NAME,
+    LinearLogpFunction,
+    scored_rows,
+    sharded_head,
+    swapped_head,
+)
 from redit_fast.losses.config import LossConfig
 from redit_fast.ops.linear_loss import linear_grpo_loss
 from redit_fast.ops.token_loss import EntropyMode
@@ -33,8 +40,8 @@ class PolicyRows(NamedTuple):
 class LinearLossFunction:
     """The same contract for the policy's loss: `linear_grpo_loss`, of which `output` is left behind."""
 
-    def __init__(self, rows: PolicyRows, scored: Tensor):
-        self.rows, self.scored = rows, scored
+    def __init__(self, rows: PolicyRows, scored: Tensor, head: nn.Linear | None):
+        self.rows, self.scored, self.head = rows, scored, head
         self.output: Any = None
 
     def apply(
@@ -52,21 +59,27 @@ class LinearLossFunction:
 
         lengths = self.scored.sum(1) if compact else self.scored.new_full((sequences,), length, dtype=torch.int64)
         rows = self.rows
-        self.output = linear_grpo_loss(
-            hidden,
-            weight.to(hidden.dtype),
-            targets,
-            packed(rows.advantages),
-            bias=None if bias is None else bias.to(hidden.dtype),
-            old_logp=packed(rows.old_logp),
-            ref_logp=packed(rows.ref_logp),
-            mask=packed(rows.mask),
-            cu_seqlens=nn.functional.pad(lengths.cumsum(0), (1, 0)),
-            normalizer=rows.normalizer,
-            config=replace(
-                rows.config, temperature=temperature, logit_scale=logit_scale, softcap=final_logit_softcapping
-            ),
-        )
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            self.output = linear_grpo_loss(
+                hidden,
+                weight.to(hidden.dtype),
+                targets,
+                packed(rows.advantages),
+                bias=None if bias is None else bias.to(hidden.dtype),
+                old_logp=packed(rows.old_logp),
+                ref_logp=packed(rows.ref_logp),
+                mask=packed(rows.mask),
+                cu_seqlens=nn.functional.pad(lengths.cumsum(0), (1, 0)),
+                normalizer=rows.normalizer,
+                config=replace(
+                    rows.config, temperature=temperature, logit_scale=logit_scale, softcap=final_logit_softcapping
+                ),
+            )
+            return self.output.loss
+
+        within_head = within(self.head, loss, hidden, weight, bias)
+        self.output = self.output._replace(loss=within_head)
         return self.output.logp, self.output.entropy, None, None, None
 
 
@@ -83,12 +96,13 @@ class FusedHead(SwappedForward):
         if not kwargs.get("fused_lm_head"):
             return before(*args, **kwargs)
         scored = scored_rows(kwargs)
-        if self.rows is None:
-            with swapped_head(LinearLogpFunction(getattr(utils, NAME), self._entropy, scored)):
-                return before(*args, **kwargs)
-        function = LinearLossFunction(self.rows, scored)
-        with swapped_head(function):
-            output = before(*args, **kwargs)
+        with sharded_head(model) as head:
+            if self.rows is None:
+                with swapped_head(LinearLogpFunction(getattr(utils, NAME), self._entropy, scored, head)):
+                    return before(*args, **kwargs)
+            function = LinearLossFunction(self.rows, scored, head)
+            with swapped_head(function):
+                output = before(*args, **kwargs)
         self.output = function.output
         output.loss = function.output.loss  # DistributedDataParallel looks there for the graph
         return output

@@ -26,6 +26,7 @@ from redit_fast.gr.grad_scaler import loss_scale
 from redit_fast.gr.groups import COUNTERS, parameter_groups
 from redit_fast.gr.replay import Replay
 from redit_fast.gr.two_pass import Copies, TwoPass
+from redit_fast.integrations.kept_batches import CUT_SHORT
 from redit_fast.integrations.options import GROptions
 from redit_fast.integrations.verl.loss import SUPPORTED, FirstPass
 from redit_fast.integrations.versions import check_hooks
@@ -118,10 +119,7 @@ class SecondPass:
 
     def refuse_what_is_left(self) -> None:
         if self.failed:
-            raise RuntimeError(
-                "gr_gamma above 0 got a step after one whose backward passes were cut short by an exception, of which "
-                "FSDP2 keeps a part that the second pass would not have: build the worker anew from a checkpoint"
-            )
+            raise RuntimeError(CUT_SHORT.format("worker"))
 
     def run(self, engine: FSDPEngineWithLMHead) -> None:
         """From g1 in .grad to the combined gradient in .grad; theta as it was, also after an exception."""
@@ -132,7 +130,7 @@ class SecondPass:
         begin, group = time.perf_counter(), engine.optimizer.param_groups[0]
         counters = group.get(COUNTERS, {"attempts": 0, "completed": 0, "skipped": 0})
         if self.gr.gamma_at(counters["attempts"]) == 0:
-            group[COUNTERS] = {name: n + (name != "skipped") for name, n in counters.items()}
+            group[COUNTERS] = counters | {name: counters[name] + 1 for name in ("attempts", "completed")}
             return
         gr = replace(self.gr, compute_dtype=engine._autocast_dtype)
         passes = TwoPass(parameter_groups(engine.module), gr, Copies(), engine.engine_config.seed)

@@ -60,8 +60,9 @@ class FusedHead(SwappedForward):
         if type(head).forward is not nn.Linear.forward:  # FSDP2 makes a subclass; an adapter's forward does more
             raise TypeError(f"impl_backend={BACKEND} needs an nn.Linear as the LM head, got {type(head).__name__}")
         entropy = "grad" if torch.is_grad_enabled() else "metric"
-        with ScoringHead(head, input_ids, {"temperature": temperature, "entropy": entropy, **self._transforms}):
-            return head(hidden_states)
+        with ScoringHead(head, input_ids, {"temperature": temperature, "entropy": entropy, **self._transforms}) as ours:
+            head(hidden_states)
+        return ours.found
 
 
 def _choosing(theirs: Any) -> Any:
