@@ -131,10 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             parser.print_help()
     except (ValueError, OSError, NotImplementedError, FloatingPointError, MissingExtra) as error:
-        _complain(str(error))
+        _complain(
+            ": ".join([*getattr(error, "__notes__", ()), str(error)]), of_all_ranks=not hasattr(error, "__notes__")
+        )
         return 2
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped", file=sys.stderr)  # the trainer has saved, and says how to go on
+        if _says_it():
+            print(str(stop) or "stopped", file=sys.stderr)  # the trainer has saved, and says how to go on
         return stop.code if isinstance(stop, _Terminated) else 130
     finally:
         warnings.formatwarning = format_of_a_library
@@ -153,8 +156,14 @@ def _limit_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
-def _complain(message: str) -> None:
-    print(f"redit-fast: {' '.join(message.split())}", file=sys.stderr)
+def _complain(message: str, *, of_all_ranks: bool = True) -> None:
+    if _says_it() or not of_all_ranks:
+        print(f"redit-fast: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _says_it() -> bool:
+    """Of torchrun's processes the first says what all come to."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -5,6 +5,7 @@ the ranks. A plain tensor is its own piece, the same on every rank, and is never
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # they load torch.distributed
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 Sums = dict  # device mesh, or None for plain tensors -> this rank's sums (width,) float64
@@ -88,9 +88,9 @@ def pieces(p: Tensor, offset: int, exact: bool) -> Iterator[tuple[Tensor, Tensor
     if not exact or not is_shard(p):
         yield weights, grads, offset
         return
-    starts, split = _starts(p), [d for d in range(p.ndim) if weights.shape[d] != p.shape[d]]
+    first, split = starts(p), [d for d in range(p.ndim) if weights.shape[d] != p.shape[d]]
     strides = [math.prod(p.shape[d + 1 :]) for d in range(p.ndim)]
-    offset += sum(start * stride for start, stride in zip(starts, strides, strict=True))
+    offset += sum(start * stride for start, stride in zip(first, strides, strict=True))
     outer = weights.shape[: max(split, default=0)]
     runs = math.prod(outer)
     for run, (some, slopes) in enumerate(zip(weights.view(runs, -1), grads.view(runs, -1), strict=True)):
@@ -101,10 +101,11 @@ def pieces(p: Tensor, offset: int, exact: bool) -> Iterator[tuple[Tensor, Tensor
         yield some, slopes, begin
 
 
-def _starts(p: Any) -> list[int]:
+def starts(p: Any) -> list[int]:
     """In every dimension, the whole's index of the first element of this rank's piece."""
-    starts, sizes = [0] * p.ndim, list(p.shape)
-    for i, placement in enumerate(p.placements):
+    found, sizes = [0] * p.ndim, list(p.shape)
+    placements: Any = p.placements if is_shard(p) else ()
+    for i, placement in enumerate(placements):
         if placement.is_replicate():
             continue
         if type(placement).__name__ != "Shard":
@@ -114,28 +115,34 @@ def _starts(p: Any) -> list[int]:
             )
         size = -(-sizes[placement.dim] // p.device_mesh.size(i))  # torch.chunk
         begin = min(size * p.device_mesh.get_local_rank(i), sizes[placement.dim])
-        starts[placement.dim] += begin
+        found[placement.dim] += begin
         sizes[placement.dim] = min(size, sizes[placement.dim] - begin)
-    return starts
+    return found
 
 
 def drop_gathered(params: list[Tensor]) -> None:
     """Frees the weights that FSDP2 keeps gathered (set_reshard_after_backward(False)): the next forward pass would run
     on them, and not on the shards that were just written."""
-    if not any(map(is_shard, params)):
-        return
-    from torch.distributed._composable_state import _module_state_mapping  # a parameter does not know its module
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in list(_module_state_mapping):
-        if isinstance(module, FSDPModule) and any(p.requires_grad for p in module.parameters()):
-            module.reshard()
+    if any(map(is_shard, params)):
+        for module in _sharded_modules():
+            if any(p.requires_grad for p in module.parameters()):
+                module.reshard()
 
 
 def drop_gathered_of(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "set_reshard_after_backward"):
-            cast("FSDPModule", module).reshard()
+    """Also where a module around `model` holds them, as one does in whose forward the loss is computed."""
+    if "torch.distributed.fsdp" in sys.modules:
+        own = set(model.parameters())
+        for module in _sharded_modules():
+            if not own.isdisjoint(module.parameters()):
+                module.reshard()
+
+
+def _sharded_modules() -> list[Any]:  # modules that are FSDPModules too
+    from torch.distributed._composable_state import _module_state_mapping  # a parameter does not know its module
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]
 
 
 DEEPSPEED = (

@@ -83,11 +83,20 @@ def packed(
         ranks: how many processes share the work.
         chosen: the samples to plan; default: all.
     """
+    return [_first_fit(units, lengths, budget) for units in deal(_groups(prompts, lengths, chosen), ranks)]
+
+
+def unscored(packed: bool) -> MicroBatch:
+    """One token and no sample, for a rank that has fewer micro-batches than another: all ranks meet in each."""
+    return MicroBatch((), (Segment(0, 0, 1, None),) if packed else (), (), (), 1)
+
+
+def _groups(prompts: Sequence[Sequence[int]], lengths: Sequence[int], chosen: Sequence[int] | None) -> list[_Unit]:
+    """The samples of each prompt."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for sample in range(len(prompts)) if chosen is None else chosen:
         groups.setdefault(tuple(prompts[sample]), []).append(sample)
-    whole = [_unit(prompt, samples, lengths) for prompt, samples in groups.items()]
-    return [_first_fit(units, lengths, budget) for units in deal(whole, ranks)]
+    return [_unit(prompt, samples, lengths) for prompt, samples in groups.items()]
 
 
 def deal(units: Sequence[_Unit], ranks: int) -> list[list[_Unit]]:
@@ -102,10 +111,24 @@ def deal(units: Sequence[_Unit], ranks: int) -> list[list[_Unit]]:
 
 
 def padded(
-    prompts: Sequence[Sequence[int]], lengths: Sequence[int], budget: Budget, *, chosen: Sequence[int] | None = None
+    prompts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    budget: Budget,
+    *,
+    ranks: int = 1,
+    chosen: Sequence[int] | None = None,
+) -> list[list[MicroBatch]]:
+    """As `packed`, with rows of like lengths, the longest first; under a budget of tokens at most `MOST_PADDING` of the
+    useful ones."""
+    hands = deal(_groups(prompts, lengths, chosen), ranks)
+    samples = [sorted(i for unit in hand for i in unit.samples) for hand in hands]
+    return [_padded(own, prompts, lengths, budget) for own in samples]
+
+
+def _padded(
+    samples: Sequence[int], prompts: Sequence[Sequence[int]], lengths: Sequence[int], budget: Budget
 ) -> list[MicroBatch]:
-    """Rows of like lengths, the longest first; under a budget of tokens at most `MOST_PADDING` of the useful ones."""
-    rows = {i: len(prompts[i]) + lengths[i] - 1 for i in (range(len(prompts)) if chosen is None else chosen)}
+    rows = {i: len(prompts[i]) + lengths[i] - 1 for i in samples}
     found: list[MicroBatch] = []
     part: list[int] = []
     useful = 0

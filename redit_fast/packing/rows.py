@@ -55,7 +55,7 @@ def difference(packed: Tensor, padded: Tensor, rounded: bool) -> str | None:
 
 def ranges(starts: list[int], counts: list[int]) -> Tensor:
     """(sum of counts,) int64: start, start + 1, ... of each."""
-    first, count = torch.tensor(starts, device="cpu"), torch.tensor(counts, device="cpu")
+    first, count = torch.tensor([starts, counts], dtype=torch.int64, device="cpu")
     before = count.cumsum(0) - count
     total = sum(counts)
     return torch.arange(total, device="cpu") + (first - before).repeat_interleave(count, output_size=total)

@@ -1,10 +1,10 @@
 """Checkpoints: safetensors and JSON in a folder that `from_pretrained` loads, written whole or not at all.
 
-checkpoints/step-000024/ holds the model, the tokenizer, optimizer.safetensors, state.json and manifest.json with the
-SHA-256 of every other file, and after a Reference Reset reference.safetensors, the KL term's reference. It is written
-under another name, flushed to disk and renamed, so a crash leaves older ones alone. The trainer writes a step's metrics
-between the two: a checkpoint that exists has all the lines that lead to it. Only step-000000 comes before its line, so
-that a first evaluation that fails does not cost the warm start.
+checkpoints/step-000024/ holds the model, the tokenizer, the optimizer (`optimizer_files`), state.json and manifest.json
+with the SHA-256 of every other file, and after a Reference Reset reference.safetensors, the KL term's reference. It is
+written under another name, flushed to disk and renamed, so a crash leaves older ones alone. The trainer writes a step's
+metrics between the two: a checkpoint that exists has all the lines that lead to it. Only step-000000 comes before its
+line, so that a first evaluation that fails does not cost the warm start.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from redit_fast.training import optimizer_files
+from redit_fast.training.distributed import Ranks
+
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
 
@@ -36,6 +39,7 @@ def write(
     reference: PreTrainedModel | None = None,
     *,
     position: int,
+    ranks: Ranks | None = None,
 ) -> Path:
     """A draft of `folder`/step-NNNNNN on disk, which `publish` makes a checkpoint.
 
@@ -45,24 +49,42 @@ def write(
     Raises:
         OSError: the disk is full or the folder is not writable; older checkpoints are untouched.
     """
+    ranks = ranks or Ranks()
     target, draft = folder / f"step-{step:06d}", folder / f".draft-{step:06d}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    ranks.by_first(lambda: _made_anew(draft))
     state = optimizer.state_dict()
     tensors = {f"{i}.{name}": tensor for i, values in state.pop("state").items() for name, tensor in values.items()}
-    try:
-        model.save_pretrained(draft)
-        save_file(tensors, draft / "optimizer.safetensors")
-        if reference is not None:
-            save_file(dict(reference.named_parameters()), draft / REFERENCE)
-    except SafetensorError as error:
-        raise OSError(f"checkpoint {target} could not be written: {error}") from None
-    tokenizer.save_pretrained(draft)
-    _write_json(draft / "state.json", {"step": step, "position": position, "optimizer": state})
-    _write_json(draft / MANIFEST, {path.name: _digest(path) for path in sorted(draft.iterdir())})
-    for path in [*draft.iterdir(), draft]:
-        _flush(path)
+    weights, kept = ranks.state_of(model), None if reference is None else ranks.state_of(reference)
+
+    def own_files() -> optimizer_files.Pieces:
+        try:
+            pieces = optimizer_files.write(draft, tensors, ranks)
+            if ranks.first:
+                model.save_pretrained(draft, state_dict=weights)
+                if reference is not None:
+                    named = dict(reference.named_parameters())
+                    save_file({name: kept[name] for name in named} if kept else named, draft / REFERENCE)
+        except SafetensorError as error:
+            raise OSError(f"checkpoint {target} could not be written: {error}") from None
+        return pieces
+
+    of_ranks = ranks.gathered(own_files)
+
+    def others() -> None:
+        optimizer_files.write_index(draft, of_ranks)
+        tokenizer.save_pretrained(draft)
+        _write_json(draft / "state.json", {"step": step, "position": position, "optimizer": state})
+        _write_json(draft / MANIFEST, {path.name: _digest(path) for path in sorted(draft.iterdir())})
+        for path in [*draft.iterdir(), draft]:
+            _flush(path)
+
+    ranks.by_first(others)
     return draft
+
+
+def _made_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def publish(draft: Path) -> Path:
@@ -133,12 +155,12 @@ def position_of(path: Path, prompts_per_step: int) -> int:
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the checkpoint's optimizer state into `optimizer`, bit by bit."""
+    """Puts the checkpoint's optimizer state into `optimizer`, bit by bit, on however many ranks it was written."""
     state = json.loads((path / "state.json").read_text("utf-8"))["optimizer"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     state["state"] = {}
-    for name, tensor in load_file(path / "optimizer.safetensors").items():
-        i, _, key = name.partition(".")
-        state["state"].setdefault(int(i), {})[key] = tensor
+    for i, name, tensor in optimizer_files.read(path, params):
+        state["state"].setdefault(i, {})[name] = tensor
     optimizer.load_state_dict(state)
 
 

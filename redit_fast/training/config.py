@@ -53,6 +53,9 @@ class TrainConfig(BaseModel):
     device: config_values.Device = Field(
         "auto", description="Where it runs: auto is a GPU where there is one, the CPU for the demo."
     )
+    strategy: config_values.Strategy = Field(
+        "ddp", description="Under torchrun: ddp has the whole model on every process, fsdp2 shards it."
+    )
     rewards: list[str] = Field(
         min_length=1,
         description="Reward functions: shipped names, or package.module:function looked up in the current folder, the "

@@ -17,6 +17,7 @@ from redit_fast.known_names import flag
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Strategy = Literal["ddp", "fsdp2"]
 Packing = Literal["auto", "on", "off"]
 Overlong = Literal["keep", "mask"]
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]

@@ -53,10 +53,11 @@ def of(model: PreTrainedModel) -> Shape | None:
 
 
 def of_pass(shape: Shape, batch: Batch, *, second: bool = False) -> int:
-    """Of a first pass over the batch, or of a second one, which leaves out the samples without a gradient."""
+    """Of a first pass over the batch, or of a second one, which leaves out the samples without a gradient; of all ranks
+    together."""
     total = 0
-    for micro, graph in batch.micro_batches:
-        if second and not graph:
+    for micro, graph in (each for plan in batch.plans for each in plan):
+        if not micro.samples or (second and not graph):
             continue
         spans = [(segment.start, segment.length) for segment in micro.segments]
         spans = spans or [(0, len(batch.sequences[i]) - 1) for i in micro.samples]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import redit_fast as rf
 from redit_fast.training import data, flops, report, rewards, runs
-from redit_fast.training.batch import Batch, Pass
+from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.distributed import Ranks
 from redit_fast.training.report.summary import environment, totals
 from redit_fast.training.rollout.local import generate
 from redit_fast.training.sampling import Samples
@@ -19,12 +21,39 @@ EVAL_STEP = 2**32 - 1  # of the random numbers: no training step has it, and eve
 LAST = {"learning_rate", "gr/epsilon", "gr/skipped_steps"}  # settings and a count so far: no means of them
 
 
-def held_out_metrics(model, tokenizer, ends, records: list[dict], functions, config: TrainConfig) -> dict[str, float]:
+def held_out_metrics(
+    model, tokenizer, ends, records: list[dict], functions, config: TrainConfig, ranks: Ranks
+) -> dict[str, float]:
     """Of `eval_samples` answers, greedy where it is 1: the share whose first reward is above 0, that of problems with
-    such an answer (pass@k), and every reward; nothing where none is held out."""
+    such an answer (pass@k), and every reward; nothing where none is held out. Each rank answers its share."""
     if not records:
         return {}
-    parts, k = [], config.eval_samples
+    k = config.eval_samples
+    own = ranks.share(len(records))
+    mine = records[own.start : own.stop]
+
+    def scores_of_mine() -> Tensor:
+        return _held_out_scores(model, tokenizer, ends, mine, own.start, functions, config)
+
+    with ranks.whole(model):
+        scores = torch.cat(ranks.gathered(scores_of_mine, stoppable=True))
+    weights = scores.new_tensor(config.reward_weights or [1.0] * len(functions))
+    scored = ~scores.isnan().all(1)
+    right = scores[:, 0] > 0
+    passed = {"accuracy/held_out_pass_at_k": right.view(-1, k).any(1).double().mean().item()} if k > 1 else {}
+    metrics = passed | {
+        "accuracy/held_out": right.double().mean().item(),
+        "reward/held_out": (scores * weights).nansum(1)[scored].mean().item(),
+    }
+    for function, column in zip(functions, scores.T, strict=True):
+        metrics[f"rewards/{function.name}/held_out"] = column.nanmean().item()
+    return metrics
+
+
+def _held_out_scores(model, tokenizer, ends, records: list[dict], first: int, functions, config: TrainConfig) -> Tensor:
+    """(n, K): of the answers to some of the held-out records, the place of whose first one among all is `first`."""
+    k = config.eval_samples
+    parts = [torch.empty(0, len(functions), dtype=torch.float64, device="cpu")]
     together = max(1, EVAL_BATCH // k)
     for start in range(0, len(records), together):
         part = records[start : start + together]
@@ -39,22 +68,11 @@ def held_out_metrics(model, tokenizer, ends, records: list[dict], functions, con
             top_p=config.top_p,
             seed=config.seed,
             step=EVAL_STEP,
-            sample_ids=torch.arange(start * k, (start + len(part)) * k, device="cpu"),
+            sample_ids=torch.arange(k * len(part), device="cpu") + (first + start) * k,
         )
         texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
         parts.append(rewards.score_texts(functions, [record for record in part for _ in range(k)], texts))
-    scores = torch.cat(parts)
-    weights = scores.new_tensor(config.reward_weights or [1.0] * len(functions))
-    scored = ~scores.isnan().all(1)
-    right = scores[:, 0] > 0
-    passed = {"accuracy/held_out_pass_at_k": right.view(-1, k).any(1).double().mean().item()} if k > 1 else {}
-    metrics = passed | {
-        "accuracy/held_out": right.double().mean().item(),
-        "reward/held_out": (scores * weights).nansum(1)[scored].mean().item(),
-    }
-    for function, column in zip(functions, scores.T, strict=True):
-        metrics[f"rewards/{function.name}/held_out"] = column.nanmean().item()
-    return metrics
+    return torch.cat(parts)
 
 
 def reward_metrics(functions, samples: Samples, advantages: rf.Advantages, config: TrainConfig) -> dict[str, float]:
@@ -103,7 +121,6 @@ def over_updates(each: list[dict[str, float]]) -> dict[str, float]:
 
 def work_metrics(
     batch: Batch,
-    first: Pass,
     generated: int,
     seconds: dict[str, float],
     passes: tuple[int, int],
@@ -118,9 +135,12 @@ def work_metrics(
         peak: FLOPs a second that the device can do.
     """
     in_passes = seconds["pass1"] + seconds["pass2"]
+    computed = [sum(micro.tokens for micro, _ in plan) for plan in batch.plans]
+    ranks = len(computed)
     found = {
         "tokens/useful": batch.useful_tokens,
-        "tokens/computed": first.tokens,
+        "tokens/computed": sum(computed),
+        **({"tokens/rank_max_over_mean": max(computed) * ranks / sum(computed)} if ranks > 1 and any(computed) else {}),
         "tokens/generated": generated,
         "tokens/per_second_rollout": generated / seconds["rollout"],
         "tokens/per_second_update": batch.useful_tokens * passes[0] / (in_passes + seconds["optimizer"]),
@@ -129,7 +149,7 @@ def work_metrics(
         done = passes[0] * flops.of_pass(shape, batch) + passes[1] * flops.of_pass(shape, batch, second=True)
         found["flops/model"] = done
         if peak is not None:
-            found["flops/share_of_peak"] = done / in_passes / peak
+            found["flops/share_of_peak"] = done / in_passes / peak / ranks
     return found
 
 

@@ -78,6 +78,8 @@ class Lines:
 
 
 def shown(console: Console) -> Progress | Lines:
+    if console.quiet:  # the first rank shows
+        return Progress(disable=True)
     if not (console.is_interactive or console.is_jupyter):
         return Lines()
     return Progress(

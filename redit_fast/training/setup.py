@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,61 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
 from redit_fast.known_names import under_new_names
-from redit_fast.training import builtin, checkpoint, config_file, data, policy, rewards, runs
+from redit_fast.training import builtin, checkpoint, config_file, data, flops, policy, rewards, runs, trial
 from redit_fast.training.config import TrainConfig, default_of
+from redit_fast.training.distributed import Ranks
 
-MAY_CHANGE = {"steps", "eval_every", "sharpness_every", "checkpoint_every", "keep_checkpoints", "name", "out_dir"}
+MAY_CHANGE = {
+    "strategy",
+    "steps",
+    "eval_every",
+    "sharpness_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "name",
+    "out_dir",
+}
 TRAIN_PROBLEMS = 4000  # of the demo
 
 
-def claim(config: TrainConfig, held: ExitStack) -> tuple[TrainConfig, Path, Callable[[], None]]:
-    """The config with a name, its folder, held, and the check that it still is; where the config has no name, with the
-    first that no other start takes."""
-    while True:
-        named = config.with_name()
-        run = Path(named.out_dir) / str(named.name)
-        try:
-            return named, run, held.enter_context(runs.claimed(run, new=True))
-        except runs.TakenError:
-            if config.name is not None:
-                raise
+def claim(config: TrainConfig, held: ExitStack, ranks: Ranks) -> tuple[TrainConfig, Callable[[], None]]:
+    """The config with a name and, where the first rank then holds its folder, the check that it still does; where the
+    config has no name, with the first that no other start takes."""
+    checks = [_writes_nothing]
+
+    def named() -> TrainConfig:
+        while True:
+            new = config.with_name()
+            try:
+                checks.append(held.enter_context(runs.claimed(folder_of(new), new=True)))
+                return new
+            except runs.TakenError:
+                if config.name is not None:
+                    raise
+
+    return ranks.by_first(named), checks[-1]
+
+
+def resumed(config: TrainConfig, held: ExitStack, ranks: Ranks) -> tuple[TrainConfig, Path | None, Callable[[], None]]:
+    """The config of a run that goes on, the checkpoint that it goes on from, and the check of `claim`."""
+    checks, run = [_writes_nothing], folder_of(config)
+
+    def found() -> tuple[TrainConfig, Path | None]:
+        if not (run / "config.json").is_file():
+            raise ValueError(f"{run} holds no run to resume")
+        checks.append(held.enter_context(runs.claimed(run, new=False)))
+        return checkpoint_to_resume(config, run)
+
+    config, saved = ranks.by_first(found)
+    return config, saved, checks[-1]
+
+
+def folder_of(config: TrainConfig) -> Path:
+    return Path(config.out_dir) / str(config.with_name().name)
+
+
+def _writes_nothing() -> None:
+    """Of the ranks after the first."""
 
 
 def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, Path | None]:
@@ -59,6 +97,48 @@ def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, P
         config = config.model_copy(update={"keep_checkpoints": None})
     folder = run / "checkpoints"
     return config, checkpoint.newest(folder) if checkpoint.in_order(folder) else None
+
+
+def device_of(config: TrainConfig) -> str:
+    return policy.device_of("cpu" if config.model is None and config.device == "auto" else config.device)
+
+
+@dataclass
+class Parts:
+    """What a run is made of before it writes anything."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    dataset: data.Dataset
+    functions: list[rewards.RewardFunction]
+    loss_config: rf.LossConfig
+    ends: list[int]  # tokens that end a completion
+    why_padded: str | None  # None: rows are packed
+    shape: flops.Shape | None
+    peak: float | None  # FLOPs a second of the device
+
+
+def parts(config: TrainConfig, saved: Path | None) -> Parts:
+    """Loaded, from the checkpoint `saved` where there is one, checked, and tried on a few tokens.
+
+    Raises:
+        ValueError, NotImplementedError, FloatingPointError: one sentence that names what does not fit.
+    """
+    device: Any = device_of(config)
+    if saved is None and config.model is None:
+        model, tokenizer = builtin.build(config.seed)
+        model.to(device=device, dtype=getattr(torch, config.dtype, None))  # type: ignore[call-overload]
+    else:
+        model, tokenizer = policy.load(saved or str(config.model), device, config.dtype)
+    records = dataset(config, model, tokenizer)
+    functions = rewards.resolve(config.rewards, data.columns_of(records.train[:1]))
+    settings = loss_config(config, model)
+    ends = policy.end_tokens(model, tokenizer)
+    policy.check_head(model, tokenizer, settings)
+    if config.checkpoint_activations:
+        policy.checkpoint_activations(model)
+    why_padded = trial.check(model, tokenizer, records, functions, settings, config)
+    return Parts(model, tokenizer, records, functions, settings, ends, why_padded, flops.of(model), flops.peak(model))
 
 
 def loss_config(config: TrainConfig, model: PreTrainedModel) -> rf.LossConfig:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import redit_fast as rf
+from redit_fast.gr import gradients, shards
+from redit_fast.gr.shards import local
 from redit_fast.gr.two_pass import Copies, TwoPass
 from redit_fast.training.batch import Batch, Pass
 
@@ -24,14 +29,24 @@ def probe(model: PreTrainedModel, batch: Batch, first: Pass, optimizer: rf.Regul
     params = [p for group in groups for p in group["params"] if p.grad is not None]
     moved = [p for group in groups if group.get("perturb", True) for p in group["params"] if p.grad is not None]
     before = {p: p.grad for p in params}
-    radius = RADIUS * torch.stack(torch._foreach_norm([p.detach() for p in moved], dtype=torch.float32)).norm().item()
+    radius = RADIUS * _norm(moved, local)
     passes = TwoPass(groups, rf.GR(gamma=radius, epsilon=radius, normalized=True), Copies())
     try:
         passes.perturb()  # gamma == epsilon: the first gradient is set aside as it is, not folded
         second = batch.backward(model, first.logp, masks_of=first)
-        gaps = torch.stack([(p.grad.float() - before[p]).norm() for p in moved])
+        gap = _norm(moved, lambda p: gradients.of(p).float() - local(before[p]))
     finally:
         passes.restore()
     for p in params:
         p.grad = before[p]
-    return {"sharpness/curvature": gaps.norm().item() / radius, "sharpness/loss_rise": second.loss - first.loss}
+    loss = batch.ranks.summed(torch.tensor(second.loss, dtype=torch.float64, device="cpu")).item()
+    return {"sharpness/curvature": gap / radius, "sharpness/loss_rise": loss - first.loss}
+
+
+def _norm(params: list[Tensor], tensor_of: Callable[[Tensor], Tensor]) -> float:
+    """Of what `tensor_of` gives of each parameter, one at a time, over the ranks that have its pieces."""
+    total: shards.Sums = {}
+    for p in params:
+        for mesh, part in gradients.squares([p], tensor_of).items():
+            total[mesh] = total[mesh] + part if mesh in total else part
+    return shards.across_ranks(shards.meshes_of(params), params[0].device, [(1, total)])[0].sqrt().item()

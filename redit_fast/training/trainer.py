@@ -14,12 +14,10 @@ rounding are counter-based, so a resumed run is the same run.
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -28,21 +26,18 @@ import redit_fast as rf
 from redit_fast.training import (
     builtin,
     checkpoint,
-    data,
-    flops,
+    distributed,
     inputs,
-    policy,
     progress,
     report,
-    rewards,
     runs,
     sampling,
     setup,
     sharpness,
-    trial,
 )
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.distributed import Ranks
 from redit_fast.training.metrics import (
     completion_lines,
     held_out_metrics,
@@ -66,79 +61,65 @@ def train(config: TrainConfig, resume: bool = False, accept_changed_inputs: bool
         KeyboardInterrupt: Ctrl-C, after a checkpoint, of which the warm start has none; its message is the command that
             goes on. A subclass of it that a handler of SIGTERM raises is answered alike.
     """
-    with ExitStack() as held:  # the run's folder, until the run ends
-        return _train(config, resume, accept_changed_inputs, held)
+    device = setup.device_of(config)
+    with distributed.started(config.strategy, device) as ranks, ExitStack() as held:  # the run's folder, until it ends
+        return _train(config, resume, accept_changed_inputs, held, ranks)
 
 
-def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held: ExitStack) -> dict:
-    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
-        raise ValueError(
-            f"WORLD_SIZE is {processes}: redit-fast train is one process, several are not supported yet; start it "
-            "without torchrun"
-        )
-    saved, run = None, Path(config.out_dir) / str(config.with_name().name)
+def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held: ExitStack, ranks: Ranks) -> dict:
+    saved: Path | None = None
     if resume:
-        if not (run / "config.json").is_file():
-            raise ValueError(f"{run} holds no run to resume")
-        check_folder = held.enter_context(runs.claimed(run, new=False))
-        config, saved = setup.checkpoint_to_resume(config, run)
+        config, saved, check_folder = setup.resumed(config, held, ranks)
     elif config.name is not None:
-        runs.refuse_taken(run)  # before the model is loaded; setup.claim decides
-    device = "cpu" if config.model is None and config.device == "auto" else config.device
-    if saved is None and config.model is None:
-        model, tokenizer = builtin.build(config.seed)
-        own: Any = {"device": policy.device_of(device), "dtype": getattr(torch, config.dtype, None)}
-        model.to(**own)
-    else:
-        model, tokenizer = policy.load(saved or str(config.model), device, config.dtype)
-    read = inputs.of(config)  # before they are read: what changes meanwhile is noticed by the next --resume
-    if resume:
-        read = inputs.checked(read, run, accept_changed=accept_changed_inputs)
-    dataset = setup.dataset(config, model, tokenizer)
-    functions = rewards.resolve(config.rewards, data.columns_of(dataset.train[:1]))
-    loss_config = setup.loss_config(config, model)
-    ends = policy.end_tokens(model, tokenizer)
-    policy.check_head(model, tokenizer, loss_config)
-    if config.checkpoint_activations:
-        policy.checkpoint_activations(model)
-    why_padded = trial.check(model, tokenizer, dataset, functions, loss_config, config)
-    shape, peak = flops.of(model), flops.peak(model)
-    optimizer = setup.optimizer(config, model)
-    learning_rate = setup.learning_rate(config)
-    dither = setup.dither(config, functions)
-    reference: Any = setup.reference(config, model, saved)
+        ranks.by_first(lambda: runs.refuse_taken(setup.folder_of(config)))  # before the model is loaded; claim decides
+
+    def inputs_now() -> inputs.Inputs:
+        now = inputs.of(config)
+        return inputs.checked(now, setup.folder_of(config), accept_changed=accept_changed_inputs) if resume else now
+
+    read = ranks.by_first(inputs_now, stoppable=True)  # before they are: what changes meanwhile --resume will notice
+    parts = ranks.alone(lambda: setup.parts(config, saved), stoppable=True)
+    model, tokenizer, dataset, functions = parts.model, parts.tokenizer, parts.dataset, parts.functions
+    learning_rate, dither = setup.learning_rate(config), setup.dither(config, functions)
     keeps_logp = config.updates_per_rollout > 1 or config.gr_pass2_ratio == "pass1"  # of the rollout, in pass 2
     done, position = -1, 0  # steps taken: 0 after the warm start; prompts drawn
     if saved is not None:
-        checkpoint.load_optimizer(saved, optimizer)
         done = checkpoint.step_of(saved)
         position = checkpoint.position_of(saved, config.prompts_per_step)
     if not resume:
-        config, run, check_folder = setup.claim(config, held)
-    checkpoint.remove_drafts(run / "checkpoints")
-    (run / "summary.json").unlink(missing_ok=True)  # of the steps before
-    runs.replace(run / "inputs.json", json.dumps(read, indent=1) + "\n")
-    runs.replace(run / "config.json", json.dumps(dict(config), indent=1) + "\n")
-    runs.keep_lines_until(run, done)
+        config, check_folder = setup.claim(config, held, ranks)
+    run = setup.folder_of(config)
+
+    def begin() -> None:
+        checkpoint.remove_drafts(run / "checkpoints")
+        (run / "summary.json").unlink(missing_ok=True)  # of the steps before
+        runs.replace(run / "inputs.json", json.dumps(read, indent=1) + "\n")
+        runs.replace(run / "config.json", json.dumps(dict(config), indent=1) + "\n")
+        runs.keep_lines_until(run, done)
 
     def draft() -> Path:
-        check_folder()
+        ranks.by_first(check_folder)
         reset = config.reference_reset_every and done >= config.reference_reset_every
         kept = reference if reset else None
-        return checkpoint.write(run / "checkpoints", done, model, tokenizer, optimizer, kept, position=position)
+        folder = run / "checkpoints"
+        return checkpoint.write(folder, done, model, tokenizer, optimizer, kept, position=position, ranks=ranks)
 
     def record(save: bool) -> None:
         """The lines of the step that is done between its checkpoint's draft and its name."""
-        check_folder()
+
+        def lines() -> None:
+            check_folder()
+            runs.append(run / "completions.jsonl", samples)
+            runs.append(run / "metrics.jsonl", [metrics | clock.times()])
+            if written is not None:
+                publish(written)
+
         with clock("checkpoint"):
             written = draft() if save else None
-        runs.append(run / "completions.jsonl", samples)
-        runs.append(run / "metrics.jsonl", [metrics | clock.times()])
-        if written is not None:
-            publish(written)
+        ranks.by_first(lines)
 
     def evaluate() -> dict[str, float]:
-        return held_out_metrics(model, tokenizer, ends, dataset.held_out, functions, config)
+        return held_out_metrics(model, tokenizer, parts.ends, dataset.held_out, functions, config, ranks)
 
     def publish(written: Path) -> None:
         published = checkpoint.publish(written)
@@ -150,37 +131,51 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     def evaluates(step: int) -> bool:
         return step == config.steps or step % config.eval_every == 0
 
-    console = Console()
+    ranks.by_first(begin)
+    console = Console(quiet=not ranks.first)
     if dataset.skipped:
         console.print(f"{dataset.skipped} prompts are too long and left out")
-    if why_padded is not None and config.packing == "auto":
-        console.print(f"rows are padded, not packed: {why_padded}", soft_wrap=True)
+    if parts.why_padded is not None and config.packing == "auto":
+        console.print(f"rows are padded, not packed: {parts.why_padded}", soft_wrap=True)
+    optimizer: Any = None
     with progress.shown(console) as shown:
         try:
             clock, samples = runs.Clock(), []  # of the step that is done and not yet recorded
             if done < 0:
                 with clock("warm_start"):
-                    _warm_start(model, tokenizer, config, shown)
-                if reference is not None:
-                    rf.reset_reference(reference, model)
+                    ranks.alone(lambda: _warm_start(model, tokenizer, config, shown), stoppable=True)
+            reference: Any = ranks.alone(lambda: setup.reference(config, model, saved), stoppable=True)
+            for each in (model, reference):
+                if each is not None:
+                    ranks.prepare(each)
+            optimizer = setup.optimizer(config, model)
+            if saved is not None:
+                ranks.alone(lambda: checkpoint.load_optimizer(saved, optimizer))
+            if done < 0:
                 with runs.uninterrupted(), clock("checkpoint"):
                     done = 0
-                    checkpoint.publish(draft())
+                    written = draft()
+                    ranks.by_first(lambda: publish(written))
             bar: Any = shown.add_task("GRPO", total=config.steps, completed=done, numbers="")
-            lines = report.rows(run / "metrics.jsonl")
+            lines = ranks.by_first(lambda: report.rows(run / "metrics.jsonl"))
             if not lines or (evaluates(done) and dataset.held_out and "accuracy/held_out" not in lines[-1]):
                 with clock("eval"):
                     metrics = evaluate()
-                check_folder()
-                runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
+
+                def complete() -> None:
+                    check_folder()
+                    runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
+
+                ranks.by_first(complete)
                 shown.update(bar, advance=0, numbers="", held_out=metrics.get("accuracy/held_out"))
             tokens = lines[-1].get("num_tokens", 0) if lines else 0
 
             for step in range(done, config.steps):
                 clock = runs.Clock()
                 drawn = sampling.draw(
-                    model, tokenizer, ends, dataset.train, functions, config, step=step, position=position, clock=clock
-                )
+                    model, tokenizer, parts.ends, dataset.train, functions, config,
+                    step=step, position=position, clock=clock, ranks=ranks,
+                )  # fmt: skip
                 with clock("reward"):
                     advantages = rf.group_advantages(
                         drawn.scores,
@@ -191,8 +186,10 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         sample_ids=drawn.ids,
                         scale=config.advantage_scale,
                     )
-                values, packed = advantages.values, why_padded is None
-                batch = Batch.of(drawn.prompts, drawn.rollout, values, loss_config, config, step, packed=packed)
+                values, packed = advantages.values, parts.why_padded is None
+                batch = Batch.of(
+                    drawn.prompts, drawn.rollout, values, parts.loss_config, config, step, packed=packed, ranks=ranks
+                )
                 if reference is not None:
                     with clock("reference"):
                         batch.score_reference(reference)
@@ -237,7 +234,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         **over_updates(updates),
                         **probed,
                         "num_tokens": tokens,
-                        **work_metrics(batch, first, drawn.generated, clock.seconds, passes, shape, peak),
+                        **work_metrics(batch, drawn.generated, clock.seconds, passes, parts.shape, parts.peak),
                     }
                 if evaluates(done):
                     with clock("eval"):  # can take minutes: a stop cuts it short, and --resume makes up for it
@@ -249,14 +246,20 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 shown.update(bar, advance=1, numbers=progress.numbers(metrics), held_out=held_out)
         except (KeyboardInterrupt, RewardError) as stop:
             with runs.uninterrupted(last=True):
-                optimizer.restore()
                 if samples:
+                    optimizer.restore()
                     record(save=True)
-                elif done >= 0:
-                    publish(draft())
-                else:
-                    check_folder()
-                    runs.remove(run)
+                elif done < 0:
+
+                    def take_back() -> None:
+                        check_folder()
+                        runs.remove(run)
+
+                    ranks.by_first(take_back)
+                elif optimizer is not None:
+                    optimizer.restore()
+                    written = draft()
+                    ranks.by_first(lambda: publish(written))
                 shown.stop()
             if isinstance(stop, RewardError):
                 raise
@@ -268,11 +271,15 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
             stop.args = (words,)
             raise
 
-    with runs.uninterrupted():
+    def finish() -> dict:
         check_folder()
         summary = summary_of(run, dataset, config)
         runs.replace(run / "summary.json", json.dumps(summary, indent=1) + "\n")
         report.write(run)
+        return summary
+
+    with runs.uninterrupted():
+        summary = ranks.by_first(finish)
     progress.print_table(console, run, summary)
     return summary
 

@@ -28,6 +28,7 @@ FILE = ROOT / "tests" / "budgets.json"
 GROUPS = {
     "ops": ("torch",),
     "steps": ("torch", "transformers", "trl"),
+    "ranks": ("torch",),
     "loops": ("compiler of _cpu", "objdump"),
     "imports": ("python", "torch"),
     "cuda": ("torch", "nvcc", "_cuda"),
@@ -45,6 +46,8 @@ UNITS = {
     "calls of _cpu": "of the C++ module: passes over memory",
     "compilations": "of torch.compile",
     "launches": "of kernels on a GPU",
+    "collectives": "of torch.distributed, on the first of two ranks",
+    "bytes sent": "of the tensors that they are given and that they fill",
     "bytes read": "of a GPU's memory, in the interpreter of PTX",
     "bytes written": "the same",
     "instructions": "that callgrind saw, for 4 rows of 4099 logits, 40,000 weights or 512 samples with 2 rewards each",

@@ -108,7 +108,7 @@ def test_the_plan_depends_on_lengths_and_on_what_prompts_share(groups, budget, o
 def test_padded_rows_have_like_lengths(groups, budget):
     prompts, lengths = samples_of(groups)
     rows = [len(prompt) + length - 1 for prompt, length in zip(prompts, lengths)]
-    micros = padded(prompts, lengths, budget)
+    (micros,) = padded(prompts, lengths, budget)
     assert sorted(i for micro in micros for i in micro.samples) == list(range(len(prompts)))
     bounds = []
     for micro in micros:

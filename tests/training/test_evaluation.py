@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from redit_fast.cli import main
 from redit_fast.training import builtin, config, data, metrics, policy, report, rewards
+from redit_fast.training.distributed import Ranks
 from redit_fast.training.report.summary import closing_rows
 from redit_fast.training.rollout.local import generate
 from redit_fast.training.trainer import train
@@ -100,7 +101,7 @@ def test_several_answers_are_sampled_as_in_training_the_same_in_every_evaluation
 
     functions = [rewards.RewardFunction("judge", judge)]
     made = config.load(overrides={**settings, "eval_samples": 3, "top_p": 0.9, "temperature": 0.8})
-    found = metrics.held_out_metrics(model, tokenizer, ends, records, functions, made)
+    found = metrics.held_out_metrics(model, tokenizer, ends, records, functions, made, Ranks())
     prompts = [tokenizer(record["prompt"])["input_ids"] for record in records]
     options = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "group_size": 3, "step": 2**32 - 1}
     texts = tokenizer.batch_decode(generate(model, ends, prompts, **options).completions, skip_special_tokens=True)
@@ -109,10 +110,10 @@ def test_several_answers_are_sampled_as_in_training_the_same_in_every_evaluation
     assert found["accuracy/held_out"] == pytest.approx(right.double().mean().item())
     assert found["accuracy/held_out_pass_at_k"] == pytest.approx(right.any(1).double().mean().item())
     monkeypatch.setattr(metrics, "EVAL_BATCH", 7)
-    assert metrics.held_out_metrics(model, tokenizer, ends, records, functions, made) == found
+    assert metrics.held_out_metrics(model, tokenizer, ends, records, functions, made, Ranks()) == found
     greedy = made.model_copy(update={"eval_samples": 1})
     assert "accuracy/held_out_pass_at_k" not in metrics.held_out_metrics(
-        model, tokenizer, ends, records, functions, greedy
+        model, tokenizer, ends, records, functions, greedy, Ranks()
     )
 
 

@@ -126,13 +126,13 @@ def test_rollout_and_update_have_their_tokens_a_second_apart():
     first, shape = batch.backward(model), flops.of(model)
     seconds = {"rollout": 2.0, "pass1": 1.0, "pass2": 0.5, "optimizer": 0.5}
     done = 3 * flops.of_pass(shape, batch) + 2 * flops.of_pass(shape, batch, second=True)
-    found = work_metrics(batch, first, 300, seconds, (3, 2), shape, 1e9)
+    found = work_metrics(batch, 300, seconds, (3, 2), shape, 1e9)
     assert found == {
         "tokens/useful": batch.useful_tokens, "tokens/computed": first.tokens, "tokens/generated": 300,
         "tokens/per_second_rollout": 150.0, "tokens/per_second_update": batch.useful_tokens * 3 / 2.0,
         "flops/model": done, "flops/share_of_peak": pytest.approx(done / 1.5e9),
     }  # fmt: skip
-    assert not any("flops" in name for name in work_metrics(batch, first, 300, seconds, (3, 2), None, 1e9))
+    assert not any("flops" in name for name in work_metrics(batch, 300, seconds, (3, 2), None, 1e9))
 
 
 def test_a_run_of_schema_1_goes_on_in_schema_2(settings, tmp_path, monkeypatch):
