@@ -21,7 +21,7 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check verl-extra test-newest lock lint docs wheels sanitize kernel-gates packing-gates budgets gpu-check
+.PHONY: demo test check verl-extra test-newest lock lint docs wheels sanitize kernel-gates packing-gates rank-gates budgets gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -74,6 +74,10 @@ kernel-gates: $(TESTS) $(TRITON36)
 # Packed rows of every family in every setting; `make test` has every family in one, and every setting on Qwen2.
 packing-gates: $(TESTS)
 	PACKING_GATES=1 $(PYTEST) tests/packing
+
+# Several processes of a run stopped at 20 random points; `make test` has 4.
+rank-gates: $(TESTS)
+	STOP_POINTS=20 $(PYTEST) tests/training/test_rank_stops.py
 
 # What the package costs, counted without a clock, and what is stored of it in tests/budgets.json: make budgets. New and
 # lower numbers are stored by STORE=1, all of them by STORE=all; GROUP= counts some (tests/budgets).

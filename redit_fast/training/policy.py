@@ -190,6 +190,14 @@ def check_head(model: PreTrainedModel, tokenizer: Tokenizer, settings: rf.LossCo
         )
 
 
+def freeze_unused(model: PreTrainedModel) -> None:
+    """What is neither decoder nor head, such as a vision tower, gets no gradient here: DDP would wait for it."""
+    used = {*model.get_decoder().parameters(), *head_of(model).parameters()}
+    for p in model.parameters():
+        if p not in used:
+            p.requires_grad_(False)
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Its layers keep their inputs only, and are computed again in the backward pass.
 

@@ -135,6 +135,7 @@ def parts(config: TrainConfig, saved: Path | None) -> Parts:
     settings = loss_config(config, model)
     ends = policy.end_tokens(model, tokenizer)
     policy.check_head(model, tokenizer, settings)
+    policy.freeze_unused(model)
     if config.checkpoint_activations:
         policy.checkpoint_activations(model)
     why_padded = trial.check(model, tokenizer, records, functions, settings, config)

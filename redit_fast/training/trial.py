@@ -19,6 +19,7 @@ from redit_fast.packing.rows import difference
 from redit_fast.training import data, policy, rewards
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.distributed import launched
 from redit_fast.training.rewards.functions import SHIPPED
 from redit_fast.training.rollout.local import CHECK_EVERY, generate
 
@@ -99,8 +100,14 @@ def _check_passes(
         if settings.beta:
             batch.score_reference(model)  # the reference is a copy of it
         batch.backward(model)
+        unreached = [of for of, p in model.named_parameters() if p.requires_grad and p.grad is None]
         why_padded = _why_padded(model, batch) if config.packing != "off" else "packing is off"
     model.zero_grad()
+    if unreached and launched():  # DDP and FSDP2 would wait for them
+        raise ValueError(
+            f"{name} cannot be trained by several processes: {len(unreached)} of its parameters, such as "
+            f"{unreached[0]}, get no gradient from a pass"
+        )
 
     lengths = torch.tensor(batch.lengths, device="cpu")
     found = expected.new_zeros(len(lengths), max(batch.lengths), expected.shape[-1])

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 import redit_fast as rf
 from redit_fast.cli import main
-from redit_fast.training import builtin, config, data, policy, rewards, trial
+from redit_fast.training import builtin, config, data, policy, rewards, setup, trial
 from redit_fast.training.rewards.functions import numeric_answer
 from tests.training.jobs import flags, lines_of
 
@@ -192,3 +192,30 @@ def test_a_shipped_reward_checks_its_column_in_the_whole_file(settings, problems
     assert f"{tmp_path}/d.jsonl:38: the column 'answer' holds no number: 'N/A'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main(["train", *flags({**job, "rewards": ["exact_answer"]})]) == 0
+
+
+def test_what_the_passes_never_reach_is_frozen_and_in_the_decoder_refused_on_ranks(settings, tmp_path, monkeypatch):
+    """DDP and FSDP2 wait for the gradient of every parameter that requires one."""
+    made = config.load(overrides={**settings, "rewards": ["exact_answer"]})
+    load = policy.load
+
+    def with_tower(*args):
+        model, tokenizer = load(*args)
+        model.tower = torch.nn.Linear(2, 2)
+        return model, tokenizer
+
+    def with_unused(*args):
+        model, tokenizer = load(*args)
+        model.model.layers[0].unused = torch.nn.Linear(2, 2)
+        return model, tokenizer
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(policy, "load", with_tower)
+    model = setup.parts(made, None).model
+    assert [p.requires_grad for p in model.tower.parameters()] == [False, False] and model.lm_head.weight.requires_grad
+    monkeypatch.setattr(policy, "load", with_unused)
+    with pytest.raises(ValueError, match="processes: 2 of its parameters, such as model.layers.0.unused.weight"):
+        setup.parts(made, None)
+    monkeypatch.delenv("RANK")
+    assert setup.parts(made, None).why_padded is None
