@@ -21,7 +21,7 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check test-newest lock lint docs wheels sanitize kernel-gates packing-gates budgets gpu-check
+.PHONY: demo test check verl-extra test-newest lock lint docs wheels sanitize kernel-gates packing-gates budgets gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -30,14 +30,26 @@ demo: $(READY)
 test: $(TESTS) $(TRITON36)
 	PIP_CONSTRAINT=$(abspath $(LOCK)) $(PYTEST)
 
-# A contributor's loop: lint, floors, links and the ops' tests. Without the fuzz tests, the hostile logits and the allocator's records,
-# what compiles or interprets, float16, fifty repeats, the vocabularies of 50,000 and more, and the reference by itself.
+# A contributor's loop: lint, floors, links, defaults, the losses' formulas and the ops' tests. Without the fuzz tests, the
+# hostile logits and the allocator's records, what compiles or interprets, float16, fifty repeats, the vocabularies of
+# 50,000 and more, and the reference by itself.
 SLOW := $(addprefix tests/ops/test_,arguments.py hostile_logits.py linear_memory.py compile.py) \
 	tests/backends/test_compilers.py $(wildcard $(addprefix tests/backends/test_,ptx.py sass.py triton*.py *cuda.py *mutants.py))
+# One line a failure, twenty at most: a wrong constant breaks hundreds of cases.
 check: lint
-	$(PYTEST) -q -k "not dtype2 and not fifty and not 50257 and not 151936 and not [reference" \
+	COLUMNS=200 $(PYTEST) -q --tb=no -rfE --disable-warnings --maxfail=20 \
+		-k "not dtype2 and not fifty and not 50257 and not 151936 and not [reference" \
 		$(filter-out $(SLOW),$(wildcard tests/ops/test_*.py tests/backends/test_*.py)) \
-		$(addprefix tests/project/test_,floors.py links.py public_names.py)
+		tests/losses/test_losses.py::test_every_loss_and_its_gradient_is_its_formula \
+		$(addprefix tests/project/test_,floors.py links.py public_names.py) || \
+		{ echo "One of them in full: $(VENV)/bin/python -m pytest 'FILE::NAME'"; exit 1; }
+
+# verl with what its extra brings and nothing of the tests' releases: verl bounds transformers below them.
+verl-extra:
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -c "import torch" 2>/dev/null || .venv-verl/bin/pip install $(TORCH)
+	.venv-verl/bin/pip install -e ".[verl]" matplotlib pytest
+	OMP_WAIT_POLICY=passive .venv-verl/bin/python -m pytest $(addprefix tests/integrations/test_verl_,engine.py head.py loss.py)
 
 # The same as `make test` with the newest releases of the day, in an environment of its own; torch as above, or TORCH=torch.
 test-newest:
@@ -115,7 +127,7 @@ sanitize: $(TESTS)
 # Without a GPU the CUDA module is here for its host code: the other architectures would be 55 of 190 CPU seconds. Both
 # builds share what nvcc compiles.
 ifeq ($(NVIDIA),)
-$(READY) sanitize: export TORCH_CUDA_ARCH_LIST ?= 9.0a
+$(READY) sanitize verl-extra: export TORCH_CUDA_ARCH_LIST ?= 9.0a
 endif
 # A torch that is already in .venv stays.
 PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)

@@ -64,4 +64,5 @@ if __name__ == "__main__":
     weights = train(arguments.kind, arguments.steps)
     if dist.get_rank() == 0:
         print(f"|weights| {torch.nn.utils.get_total_norm([p.detach().double() for p in weights]).item():.9f}")
+    dist.barrier()  # a rank that leaves first can abort the other
     dist.destroy_process_group()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import redit_fast as rf
+from tests.ranks import meet_and_end
 
 STEPS, BATCH = 3, 8
 GR = {"gamma": 0.3, "epsilon": 0.1, "max_norm": 1.0}
@@ -346,4 +347,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.save({case.__name__: case(rank) for case in CASES}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    meet_and_end()

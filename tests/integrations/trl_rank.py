@@ -28,6 +28,7 @@ from redit_fast.integrations.transformers import GRTrainerMixin
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer
 from redit_fast.integrations.trl.head import FusedHead
 from tests.integrations.trl_trainers import GROUP, clipped_inputs, even_ids, logged, new_trainer
+from tests.ranks import meet_and_end
 
 OPTIONS = {"gradient_accumulation_steps": 2, "steps": 2, "dither_level": 0.1, "beta": 0.05,
            "gr_gamma": 0.03, "gr_epsilon": 0.05}  # fmt: skip
@@ -269,7 +270,6 @@ def main(folder, untied, out):
         results["cut short"] = str(error)
     results["refusals"] = refusals(tokenizer, folder, out)
     torch.save(results, f"{out}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -277,5 +277,4 @@ if __name__ == "__main__":
     rank = "0" if other else "1"
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")  # which accelerate reads, and MASTER_*
     main(*sys.argv[1:])
-    if other:
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
+    meet_and_end(other)

@@ -25,6 +25,7 @@ from verl.workers.utils.losses import ppo_loss
 from redit_fast.benchmarks import step_verl
 from redit_fast.integrations.verl import engine as verl_engine
 from redit_fast.integrations.verl import head as verl_head
+from tests.ranks import meet_and_end
 
 V = 64
 PROMPTS, RESPONSES = (3, 4, 5, 3), (4, 6, 2, 5)
@@ -156,7 +157,6 @@ def run_rank(rank, folder, out):
                          for seed in (1, 2)]  # fmt: skip
     found["weights with auto"] = weights(worker)
     torch.save(found, f"{out}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -165,5 +165,4 @@ if __name__ == "__main__":
     verl_head.register()
     other = os.fork()  # after the import, which takes seconds, and before any thread
     run_rank(0 if other else 1, *sys.argv[1:])
-    if other:
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
+    meet_and_end(other)

@@ -335,6 +335,8 @@ else:
     raise SystemExit("no error without sample_ids")
 ids = torch.arange(8) + 8 * rank
 print(rf.group_advantages(rewards, group_size=4, dither=rf.Dither(), sample_ids=ids).values.tolist())
+torch.distributed.barrier()  # a rank that leaves first can abort the other
+torch.distributed.destroy_process_group()
 """
     ranks = [
         subprocess.Popen([sys.executable, "-c", script, str(rank)], stdout=subprocess.PIPE, text=True)

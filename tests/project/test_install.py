@@ -73,9 +73,12 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dist(source):
-    """An sdist, and the wheel that an isolated environment without torch builds from that sdist."""
-    run(sys.executable, "-m", "build", "--outdir", source.parent / "dist", cwd=source)
-    return source.parent / "dist"
+    """An sdist, and the wheel that pip builds from it in an isolated environment without torch, as cibuildwheel does:
+    `run` has its settings."""
+    folder = source.parent / "dist"
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, cwd=source)
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, only(folder, "*.tar.gz"), cwd=folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,14 @@ def broken_rules(source):
                 yield node.value.lineno, "trust_remote_code"
 
 
+def test_ranks_meet_before_they_leave_and_no_thread_of_gloo_is_left_to_an_ending_python():
+    """tests/ranks.py says why."""
+    sources = [path.read_text() for folder in ("tests", "examples") for path in (ROOT / folder).rglob("*.py")]
+    ranks = [each for each in sources if re.search(r"world_size=(?!1\b)\w|num_processes == [2]|get_world[_]size", each)]
+    end = r"barrier\(.*\n.*destroy_process_group\(|meet_and_end\("
+    assert len(ranks) == 6 and [each for each in ranks if not re.search(end, each)] == []
+
+
 def test_the_package_contains_nothing_unsafe():
     sources = package_sources()
     found = {module: list(broken_rules(source)) for module, (source, _) in sources.items()}
