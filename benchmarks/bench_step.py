@@ -1,12 +1,12 @@
 """Whole steps of training, from prompts to updated weights: redit-fast bench step
 
-Prompts, lengths, completions and rewards are frozen. Each provider runs in a process of its own. A table has the whole
-step: completions are sampled with the frozen lengths, which cost what they cost, and then the frozen ones take their
-place; so every provider's gradient is known. The other table has the step on given completions.
+Prompts, lengths, completions and rewards are frozen. Each provider runs in a process of its own. Completions are
+sampled with the frozen lengths, which cost what they cost, and then the frozen ones take their place; so every
+provider's gradient is known. One table has the whole step, the other the same steps without their rollout.
 
 The rollout is `generate` of this package, or TRL's `model.generate`, at temperature 1. Where a completion has to end,
-the logit of the end token is put above all others, before that below them. verl rolls
-out by engines that are not here: it has a row in the other table, and none under a KL term.
+the logit of the end token is put above all others, before that below them. Who samples by an engine that is not here,
+or takes no KL term by itself, has a row that says so.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from dataclasses import replace
 
 import torch
 
-from .measure import Errors, Provider, Run, Table
+from .measure import FAILURES, Absent, Errors, Provider, Run, Table
 from .place import Place
 from .roofline import Work
 from .step_cases import Case, few, of_table, prepare
 from .step_hosts import Settings
-from .step_worker import Process
+from .step_worker import Libraries, Process, Step, taken
+from .table import PHASES
 
 KL = {"math": 0.04}  # weight of a KL term, which needs the reference's log-probs: a phase of its own
 LIMITS = {torch.float32: Errors(1e-4, 1e-3, 0.5), torch.bfloat16: Errors(0.3, 0.2, 0.9)}
@@ -35,12 +36,19 @@ HOSTS = {
     "TRL, redit-fast, packing, GR": ("step_trl", "SwapIn"),
     "TRL": ("step_trl", "TRL"),
     "verl, redit-fast's head": ("step_verl", "OurHead"),
+    "verl, redit-fast's head, GR": ("step_verl", "OurHead"),
     "verl, its torch head": ("step_verl", "TorchHead"),
     "verl, logits": ("step_verl", "Logits"),
+    "PrefixGrouper": ("step_prefix", "PrefixGrouper"),
 }
+NO_ROLLOUT = {
+    "step_verl": "it samples by vLLM or SGLang, which do not run here",
+    "step_prefix": "it computes passes over given completions and samples none",
+}
+NO_KL = {"step_verl": "it takes the reference's log-probs from a worker of their own, which is not measured"}
 SIZES = {  # cases, rounds and providers
     "cpu": (("equal", "gsm8k", "math", "reasoning", "few_shot"), 3, tuple(HOSTS)),
-    "quick": (("gsm8k",), 2, ("redit-fast", "redit-fast, GR", "TRL, redit-fast, packing", "TRL")),
+    "quick": (("gsm8k",), 2, tuple(HOSTS)),
     "cuda": (("gsm8k", "math", "reasoning", "few_shot"), 5, tuple(HOSTS)),
     "dry": (("gsm8k",), 2, ("redit-fast",)),
 }
@@ -48,8 +56,12 @@ SIZES = {  # cases, rounds and providers
 
 def tables(place: Place, size: str) -> Iterator[Table]:
     cases, rounds, hosts = SIZES[size]
-    for name in cases:
-        yield from of_case(place, case_of(name, place, size), rounds, hosts)
+    libraries = Libraries(place.device.type)
+    try:
+        for name in cases:
+            yield from of_case(place, case_of(name, place, size), rounds, hosts, libraries)
+    finally:
+        libraries.close()
 
 
 def case_of(name: str, place: Place, size: str) -> Case:
@@ -57,50 +69,82 @@ def case_of(name: str, place: Place, size: str) -> Case:
     return replace(case, beta=KL.get(name, 0.0))
 
 
-def of_case(place: Place, case: Case, rounds: int, hosts: Sequence[str]) -> Iterator[Table]:
-    """With the rollout, where there is one and without: the same processes."""
+def of_case(place: Place, case: Case, rounds: int, hosts: Sequence[str], libraries: Libraries) -> Iterator[Table]:
     dtype = torch.float32 if place.kind == "cpu" else torch.bfloat16
     name = str(dtype).removeprefix("torch.")
     sizes = {"R": case.scored, "useful": case.useful, "least": case.least, "V": case.vocabulary}
     with tempfile.TemporaryDirectory() as folder:
         case = replace(case, folder=folder)
         prepare(case, place.device, dtype)
-        processes = Processes(Settings(case, place.device.type, name))
+        steps = Steps(Settings(case, place.device.type, name), libraries)
         try:
-            for rollout in (True, False):
+            for rollout in (False, True):
                 title = f"step, lengths {case.name}" if rollout else f"step without rollout, lengths {case.name}"
-                providers = [
-                    Provider(host, processes.builder(host, rollout), "redit" in host)
-                    for host in hosts if not host.startswith("verl") or not (rollout or case.beta)
-                ]  # fmt: skip
+                builder = steps.again if rollout else steps.builder
+                providers = [Provider(host, builder(host), "redit" in host) for host in hosts]
                 yield Table("step", title, sizes, name, work(case, rollout), providers, "log-prob", LIMITS[dtype],
                             rounds, tokens=case.useful)  # fmt: skip
         finally:
-            processes.close()
+            steps.close()
 
 
-class Processes:
-    """Of the providers of a case, each started when it is first needed."""
+class Steps:
+    """Of the providers of a case, in processes that start when they are first needed. The table without rollouts makes
+    the steps; the other one has the same again, with their rollouts."""
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        self.started: dict[str, Process] = {}
+    def __init__(self, settings: Settings, libraries: Libraries):
+        self.settings, self.libraries = settings, libraries
+        self.processes: dict[str, Process] = {}
+        self.made: dict[str, dict[int, Step | Exception]] = {}  # provider -> turn -> a step, or what came instead
 
-    def builder(self, name: str, rollout: bool) -> Callable[[], Run]:
-        module, host = HOSTS[name]
+    def builder(self, name: str) -> Callable[[], Run]:
+        module = HOSTS[name][0]
 
         def build() -> Run:
-            if name not in self.started or not self.started[name].alive:
-                self.started[name] = Process(
-                    module, host, replace(self.settings, gr="GR" in name, packing="packing" in name)
-                )
-            step = self.started[name]
-            return lambda turn, thorough: step(turn, rollout)
+            made = self.made[name] = {}
+            try:
+                process = self._process(name)
+            except (*FAILURES, Absent) as error:
+                made[0] = error
+                raise
+
+            def run(turn: int, thorough: bool) -> Errors:
+                try:
+                    step = process(turn, module not in NO_ROLLOUT)
+                except FAILURES as error:
+                    made[turn] = error
+                    raise
+                made.setdefault(turn, step)
+                return taken(step, "scoring", "update")
+
+            return run
+
+        return build
+
+    def _process(self, name: str) -> Process:
+        module, host = HOSTS[name]
+        if self.settings.case.beta and module in NO_KL:
+            raise Absent(NO_KL[module])
+        settings = replace(self.settings, gr="GR" in name, packing="packing" in name)
+        self.processes[name] = self.libraries.start(module, host, settings)
+        return self.processes[name]
+
+    def again(self, name: str) -> Callable[[], Run]:
+        def build() -> Run:
+            if HOSTS[name][0] in NO_ROLLOUT:
+                raise Absent(NO_ROLLOUT[HOSTS[name][0]])
+            return run
+
+        def run(turn: int, thorough: bool) -> Errors:
+            step = self.made[name][turn]
+            if isinstance(step, Exception):
+                raise step
+            return taken(step, *PHASES)
 
         return build
 
     def close(self) -> None:
-        for process in self.started.values():
+        for process in self.processes.values():
             process.close()
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # --help imports no torch
 Tables = Callable[["Place", str], Iterator["Table"]]
 DEVICES = ("cpu", "cuda")
 OUT = "bench-results"
+BLOCKS = {"cpu": 3, "cuda": 3, "quick": 1, "dry": 1}  # into which the rounds of a table are split
 SCHEMA = 1
 
 
@@ -112,31 +113,41 @@ def run(suites: Mapping[str, Tables], place: Place, out: Path, size: str, *, cpu
     """The results as they are stored in `out`/results.json, which is written after every table."""
     from . import growth, machine, roofline, table
     from .clock import clock
-    from .measure import measure
+    from .measure import Measurement
 
     if cpu_time:
         clock.timer = time.process_time
     elif clock.timer is time.process_time:
         clock.timer = time.perf_counter
     results: dict[str, Any] = {
-        "schema": SCHEMA, "device": place.kind, "size": size, "machine": machine.card(place), "speeds": {},
+        "schema": SCHEMA, "device": place.kind, "size": size, "blocks": BLOCKS[size],
+        "machine": machine.card(place), "speeds": {},
         "tables": [], "growth": [],
     }  # fmt: skip
     began, cache = time.monotonic(), roofline.cache_of(place)
-    for made in ordered(suites, place, size):
-        if not results["tables"] or results["tables"][-1]["suite"] != made.suite:
+    blocks, measured, last = BLOCKS[size], {}, None
+    for block, made in ordered(suites, place, size, blocks):
+        if last != (block, made.suite):
             for way, speed in roofline.speeds(place).items():
                 results["speeds"][way] = max(speed, results["speeds"].get(way, 0.0))
+        last = block, made.suite
         sizes = " ".join(f"{name}={value}" for name, value in made.sizes.items())
-        print(f"[{time.monotonic() - began:4.0f} s] {made.suite}: {made.title}, {made.dtype}, {sizes}", flush=True)
-        stored = {
-            "suite": made.suite, "title": made.title, "sizes": made.sizes, "dtype": made.dtype, "axis": made.axis,
-            "tokens": made.tokens, "value": made.value, "bytes": made.work.bytes(cache), "flops": made.work.flops,
-            "rows": [row.stored() for row in measure(made)], "work": asdict(made.work),
-        }  # fmt: skip
-        results["tables"].append(stored)
+        of = f", block {block + 1} of {blocks}" if blocks_of(made.suite, blocks) > 1 and not made.axis else ""
+        print(f"[{time.monotonic() - began:4.0f} s] {made.suite}: {made.title}, {made.dtype}, {sizes}{of}", flush=True)
+        key = (made.suite, made.title, made.dtype, sizes, made.axis)
+        if key not in measured:
+            stored = {
+                "suite": made.suite, "title": made.title, "sizes": made.sizes, "dtype": made.dtype, "axis": made.axis,
+                "tokens": made.tokens, "value": made.value, "bytes": made.work.bytes(cache), "flops": made.work.flops,
+                "work": asdict(made.work),
+            }  # fmt: skip
+            results["tables"].append(stored)
+            measured[key] = Measurement(), stored
+        measurement, stored = measured[key]
+        measurement.block(made, 1 if made.axis else blocks_of(made.suite, blocks))
+        stored["rows"] = [row.stored() for row in measurement.rows()]
         rate(results, cache)
-        if not made.axis:
+        if not made.axis and block == blocks_of(made.suite, blocks) - 1:
             print(f"\n{table.of(stored)}\n", flush=True)
         _store(results, out)
     results["growth"] = growth.series(results["tables"])
@@ -149,18 +160,28 @@ def run(suites: Mapping[str, Tables], place: Place, out: Path, size: str, *, cpu
     return results
 
 
-def ordered(suites: Mapping[str, Tables], place: Place, size: str) -> Iterator[Table]:
-    """Every suite's tables, then every suite's series: what is stopped early has the tables."""
-    waiting = []
-    for tables in suites.values():
-        made = tables(place, size)
-        for table in made:
-            if table.axis:
-                waiting.append(chain([table], made))
-                break
-            yield table
-    for rest in waiting:
-        yield from rest
+def blocks_of(suite: str, blocks: int) -> int:
+    """A round of whole steps takes a minute by itself."""
+    return 1 if suite == "step" else blocks
+
+
+def ordered(suites: Mapping[str, Tables], place: Place, size: str, blocks: int) -> Iterator[tuple[int, Table]]:
+    """A block of every suite's tables, then the next block, then every suite's series: what is stopped early has the
+    tables. A suite builds its tables anew in each block."""
+    waiting: dict[str, Iterator[Table]] = {}
+    for block in range(blocks):
+        for suite, tables in suites.items():
+            of_suite = blocks_of(suite, blocks)
+            made = tables(place, size) if block < of_suite else iter(())
+            for table in made:
+                if table.axis:
+                    if block == of_suite - 1:
+                        waiting[suite] = chain([table], made)
+                    break
+                yield block, table
+    for suite in suites:
+        for table in waiting.get(suite, ()):
+            yield 0, table
 
 
 def _store(results: dict[str, Any], out: Path) -> None:

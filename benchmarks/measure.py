@@ -10,8 +10,13 @@
 
     rows = measure(Table("token_loss", "forward, float32", ..., [Provider("redit-fast", build, ours=True), ...]))
 
-The first run is compiled and loaded in, the second shows the memory. Then each round times each provider twice, from
+The first run is compiled and loaded in, the second shows the memory; of whole steps, which take long, the first does.
+Then each round times each provider twice, from
 cold caches and, where it is short, from warm ones.
+
+The rounds of a table are made in blocks that lie minutes apart, each on inputs and providers that are built anew. Where
+memory lies, and what else the machine does, stays for a whole block: two runs differed by a factor of 3 in a ratio
+whose rounds, all in one block, agreed to a fifth.
 """
 
 from __future__ import annotations
@@ -108,25 +113,32 @@ class Row:
         return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in kept.items()}
 
 
+def _unbuilt(turn: int, thorough: bool) -> Errors:
+    raise AssertionError("between two blocks nothing runs")
+
+
 class Runner:
-    """A provider that has been built, its worst errors and its times."""
+    """A provider's worst errors and its times. Itself and its inputs are there in a block only."""
 
     def __init__(self, provider: Provider, limits: Errors):
-        self.provider, self.limits = provider, limits
+        self.limits, self.cause = limits, provider.cause
         self.row = Row(provider.name, provider.ours)
+        self.run: Run = _unbuilt
         self.warm: list[float] = []
         self.parts: list[dict[str, float]] = []
         self.turn = 0
         self.worst = Errors()
 
-    def start(self) -> None:
-        """Build it, run it twice; a failure becomes the row's note."""
-        before = held()
+    def start(self, provider: Provider, long: bool) -> None:
+        """Build it, run it once, in the first block twice unless a run is `long`; a failure becomes the row's note."""
+        first, before = not self.row.seconds, held()
         try:
-            self.run = self.provider.build()
-            self.row.first_ms = 1e3 * self.timed(thorough=True)
-            if self.row.status == "measured":
-                self.timed(watch=True)
+            self.run = provider.build()
+            seconds = self.timed(thorough=True, watch=first and long)
+            if first and self.row.status == "measured":
+                self.row.first_ms = 1e3 * seconds
+                if not long:
+                    self.timed(watch=True)
                 self.row.peak_mb, self.row.held_mb = clock.peak / 1e6, (clock.held - before) / 1e6
                 self.row.computed = clock.tokens
         except Absent as reason:
@@ -176,26 +188,47 @@ def _larger(a: float | None, b: float | None) -> float | None:
     return a if math.isnan(a) or a >= b else b
 
 
-def measure(table: Table) -> list[Row]:
-    """The row of each provider, in the table's order."""
-    runners = [Runner(provider, table.limits) for provider in table.providers]
-    for runner in runners:
-        runner.start()
-    rounds = max(LEAST_ROUNDS, table.rounds)
-    for turn in range(rounds):
-        for runner in runners:
+class Measurement:
+    """Of one table, block by block."""
+
+    def __init__(self) -> None:
+        self.runners: list[Runner] = []
+
+    def block(self, table: Table, blocks: int = 1) -> None:
+        """One of so many. `table` is the same each time, built anew."""
+        self.runners = self.runners or [Runner(provider, table.limits) for provider in table.providers]
+        for runner, provider in zip(self.runners, table.providers, strict=True):
             if runner.row.status == "measured":
-                runner.round(thorough=turn == rounds - 1)
-    main = next((runner for runner in runners if runner.provider.ours), None)
-    for runner in runners:
-        _summarise(runner, main)
-    return [runner.row for runner in runners]
+                runner.start(provider, long=table.tokens > 0)
+        rounds = -(-max(LEAST_ROUNDS, table.rounds) // blocks)
+        for turn in range(rounds):
+            for runner in self.runners:
+                if runner.row.status == "measured":
+                    runner.round(thorough=turn == rounds - 1)
+        for runner in self.runners:
+            runner.run = _unbuilt
+
+    def rows(self) -> list[Row]:
+        """Of all blocks so far, in the table's order."""
+        main = next((runner for runner in self.runners if runner.row.ours), None)
+        for runner in self.runners:
+            _summarise(runner, main)
+        return [runner.row for runner in self.runners]
+
+
+def measure(table: Table) -> list[Row]:
+    """All rounds in one block."""
+    measurement = Measurement()
+    measurement.block(table)
+    return measurement.rows()
 
 
 def _summarise(runner: Runner, main: Runner | None) -> None:
     row = runner.row
     if row.status != "measured":
-        row.peak_mb = row.held_mb = row.first_ms = None
+        row.ms = row.p10 = row.p90 = row.warm_ms = row.first_ms = row.peak_mb = row.held_mb = None
+        row.times = row.times_p10 = row.times_p90 = None  # an earlier block may have been right
+        row.n, row.parts, row.computed = 0, {}, 0
         return
     row.p10, row.ms, row.p90 = (1e3 * x for x in _spread(row.seconds))
     row.n, row.warm_ms = len(row.seconds), 1e3 * median(runner.warm) if runner.warm else None
@@ -203,7 +236,7 @@ def _summarise(runner: Runner, main: Runner | None) -> None:
     if main is not None and main is not runner and main.row.status == "measured":
         pairs = zip(row.seconds, main.row.seconds, strict=True)
         row.times_p10, row.times, row.times_p90 = _spread([theirs / ours for theirs, ours in pairs])
-        row.cause = runner.provider.cause if row.times < 1 else ""
+        row.cause = runner.cause if row.times < 1 else ""
 
 
 def _spread(values: list[float]) -> tuple[float, float, float]:

@@ -16,6 +16,7 @@ from redit_fast.pictures import BLUE, GREEN, GREY, ORANGE, STYLE
 from .table import PHASES
 
 COLUMNS = 3
+AXES = {"R": "scored tokens", "V": "vocabulary", "D": "width", "W": "parameters", "P": "prompts"}
 COLOURS = (ORANGE, GREEN, "#7d6b91", "#b5915a", "#5aa0b5", "#a15c6b")
 
 
@@ -79,8 +80,9 @@ def _panels(all_series: list[list[Mapping[str, Any]]], what: str) -> Figure:
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=entry["name"] + power)
         if what == "ms":
             axes.plot(entries[0]["size"], entries[0]["floor_ms"], color=GREY, linestyle="--", label="floor")
-        axes.set_title(f"{entries[0]['suite']}: {entries[0]['title']}")
-        axes.set_xlabel(entries[0]["axis"])
+        axis = entries[0]["axis"]
+        axes.set_title(f"{entries[0]['suite']}: {entries[0]['title']}, {axis} grows")
+        axes.set_xlabel(f"{axis}: {AXES.get(axis, axis)}")
         axes.set_ylabel("ms" if what == "ms" else "MB added by a call")
         axes.set_xscale("log")
         axes.set_yscale("log")

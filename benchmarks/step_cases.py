@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,8 @@ LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text())
 EPSILON = 0.02  # of GR, and its gamma: the paper's ratio, with a step that changes these gradients by a hundredth
 AT_ONCE = 4096  # tokens, in float64
 LOGP = "log-probs"  # beside the gradients' names
+CLIP = 0.2  # the default of all providers
+Pass2 = Literal["none", "fresh", "pass1"]  # no GR; whose log-probs the ratios of its second pass are taken to
 TURNS = 2  # two batches take turns, so that what is left of the step before is a wrong result
 SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip
@@ -111,7 +113,11 @@ def batches(case: Case) -> list[Batch]:
             return torch.randint(END + 1, case.vocabulary, (count,), generator=draw).tolist()
 
         prompts = [tokens(length) for length in case.prompts]
-        completions = [[*tokens(length - 1), END] for length in case.lengths]
+        completions: list[list[int]] = []  # no two the same: by its tokens a completion's log-probs are found
+        for length in case.lengths:
+            while (completion := [*tokens(length - 1), END]) in completions:
+                pass
+            completions.append(completion)
         found.append(Batch(prompts, completions, torch.rand(len(case.lengths), generator=draw)))
     return found
 
@@ -136,7 +142,7 @@ def new_model(case: Case, seed: int = 0) -> Any:
 
 
 class Expected(NamedTuple):
-    """Of one turn, with or without GR: what the optimizer is to be given, and the first pass's log-probs (R,)."""
+    """Of one turn and kind of second pass: what the optimizer is to be given, and the first pass's log-probs (R,)."""
 
     gradient: dict[str, Tensor]
     logp: Tensor
@@ -156,14 +162,17 @@ def prepare(case: Case, device: torch.device, dtype: torch.dtype) -> None:
         with torch.no_grad():
             ref_logp = [_logp(reference, *part) for part in _parts(case, batch)] if case.beta else None
         logp = _backward(model, case, batch, ref_logp)
-        for gr in (False, True):
-            if gr:
-                _second_pass(model, case, batch, ref_logp)
+        first = {name: p.grad.clone() for name, p in model.named_parameters()}
+        for pass2 in get_args(Pass2):
+            if pass2 != "none":
+                for name, p in model.named_parameters():
+                    p.grad.copy_(first[name])
+                _second_pass(model, case, batch, ref_logp, logp if pass2 == "pass1" else None)
             gradient = {name: p.grad.float().cpu() for name, p in model.named_parameters()}
             norm = torch.nn.utils.get_total_norm(gradient.values()).item()
             if norm >= MAX_NORM:
                 raise ValueError(f"case {case.name}: the gradient's norm is {norm:.2g}, must be below {MAX_NORM:g}")
-            save_file(gradient | {LOGP: logp}, folder / f"expected-{turn}-{gr}.safetensors")
+            save_file(gradient | {LOGP: logp}, folder / f"expected-{turn}-{pass2}.safetensors")
 
 
 def _save(model: Any, folder: Path) -> None:
@@ -178,8 +187,8 @@ def weights(case: Case) -> dict[str, Tensor]:
     return load_file(Path(case.folder) / "start" / "model.safetensors")
 
 
-def expected(case: Case, turn: int, gr: bool) -> Expected:
-    found = load_file(Path(case.folder) / f"expected-{turn % TURNS}-{gr}.safetensors")
+def expected(case: Case, turn: int, pass2: Pass2 = "none") -> Expected:
+    found = load_file(Path(case.folder) / f"expected-{turn % TURNS}-{pass2}.safetensors")
     return Expected(found, found.pop(LOGP))
 
 
@@ -202,32 +211,36 @@ def _logp(model: Any, prompt: list[int], completions: list[list[int]]) -> Tensor
     return torch.cat([row[: len(completion)] for row, completion in zip(logp, completions, strict=True)])
 
 
-def _backward(model: Any, case: Case, batch: Batch, ref_logp: list[Tensor] | None) -> Tensor:
-    """The gradient of DAPO's loss at ratio 1, part by part; the log-probs (R,)."""
+def _backward(
+    model: Any, case: Case, batch: Batch, ref_logp: list[Tensor] | None, old_logp: Tensor | None = None
+) -> Tensor:
+    """The gradient of DAPO's loss, part by part; the log-probs (R,). Without old ones the ratio is 1."""
     model.zero_grad()
     found: list[Tensor] = []
-    values, done = advantages(batch.rewards).to(model.device), 0
+    values, done, scored = advantages(batch.rewards).to(model.device), 0, 0
     for place, (prompt, completions) in enumerate(_parts(case, batch)):
         logp = _logp(model, prompt, completions)
         lengths = torch.tensor([len(completion) for completion in completions], device=model.device)
-        loss = -values[done : done + len(lengths)].repeat_interleave(lengths) * (logp - logp.detach()).exp()
+        old = logp.detach() if old_logp is None else old_logp[scored : scored + len(logp)].to(model.device)
+        ratio, weight = (logp - old).exp(), values[done : done + len(lengths)].repeat_interleave(lengths)
+        loss = -torch.minimum(weight * ratio, weight * ratio.clamp(1 - CLIP, 1 + CLIP))
         if ref_logp is not None:
             off = ref_logp[place] - logp
             loss = loss + case.beta * (off.exp() - off - 1)
         (loss.sum() / case.scored).backward()
         found.append(logp.detach().cpu())
-        done += len(lengths)
+        done, scored = done + len(lengths), scored + len(logp)
     return torch.cat(found)
 
 
 @torch.no_grad()
-def _second_pass(model: Any, case: Case, batch: Batch, ref_logp: list[Tensor] | None) -> None:
+def _second_pass(model: Any, case: Case, batch: Batch, ref_logp: list[Tensor] | None, old_logp: Tensor | None) -> None:
     """From g1 in .grad to the gradient at theta + epsilon g1, of the decoder layers' theta alone."""
     moved = [p for name, p in model.named_parameters() if ".layers." in name]
     start = [p.clone() for p in moved]
     for p in moved:
         p.add_(p.grad, alpha=EPSILON)
     with torch.enable_grad():
-        _backward(model, case, batch, ref_logp)
+        _backward(model, case, batch, ref_logp, old_logp)
     for p, before in zip(moved, start, strict=True):
         p.copy_(before)

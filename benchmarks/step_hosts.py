@@ -16,7 +16,7 @@ import redit_fast as rf
 
 from .clock import wait
 from .measure import Wrong
-from .step_cases import END, EPSILON, GROUP, MAX_NORM, Case, batches, weights
+from .step_cases import END, EPSILON, GROUP, MAX_NORM, Case, Pass2, batches, weights
 
 LR = 1e-6
 
@@ -37,6 +37,7 @@ class Host(Protocol):
 
     model: nn.Module
     optimizer: Any
+    pass2: Pass2  # what its second pass is, where GR is on
 
     @staticmethod
     def load() -> None:
@@ -147,6 +148,8 @@ def start_of(case: Case, name: str = "start") -> Any:
 
 class Trainer:
     """What redit_fast.training.trainer does in a step, without what it writes and shows."""
+
+    pass2: Pass2 = "fresh"
 
     @staticmethod
     def load() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .measure import FAILURES, Absent, Wrong
-from .step_cases import EPSILON, GROUP, MAX_NORM, batches
+from .step_cases import EPSILON, GROUP, MAX_NORM, Pass2, batches
 from .step_hosts import LR, Ends, Phases, Settings, check_rollout, start_of
 
 
@@ -22,6 +22,7 @@ class TRL:
     that it has tokenized and sampled."""
 
     swap_in = False
+    pass2: Pass2 = "fresh"
     phases: Phases  # of the step under way
 
     @staticmethod

@@ -1,8 +1,9 @@
 """A step of verl's TrainingWorker (FSDP2, one rank) on given completions: forward and backward pass, clipping, AdamW.
 
-GR is left out: with old log-probs its second pass has ratios, and so another gradient than that of the other providers.
-verl has no CPU: there it runs on a platform that is described here. Its old log-probs are given; in its own loop they
-are another forward pass.
+Its batches carry old log-probs, to which the ratios of GR's second pass are taken: its gradient is compared with that
+one. They are given; in verl's own loop they are another forward pass. It samples by vLLM or SGLang, and takes the
+reference's log-probs from a worker of its own, so that it has neither rollout nor KL term here. verl has no CPU: there
+it runs on a platform that is described here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .measure import Absent
-from .step_cases import GROUP, MAX_NORM, advantages, batches, expected
+from .step_cases import EPSILON, GROUP, MAX_NORM, Pass2, advantages, batches, expected
 from .step_hosts import LR, Phases, Settings
 
 NOTHING = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
@@ -51,6 +52,7 @@ class Logits:
     """verl's worker with the model's own head."""
 
     backend: str | None = None
+    pass2: Pass2 = "pass1"
 
     @staticmethod
     def load() -> None:
@@ -61,9 +63,10 @@ class Logits:
         if not torch.cuda.is_available():
             on_the_cpu()
 
-        from redit_fast.integrations.verl import head
+        from redit_fast.integrations.verl import engine, head
 
         head.register()
+        engine.register()
 
     def __init__(self, settings: Settings):
         self.case = settings.case
@@ -72,7 +75,7 @@ class Logits:
             torch.distributed.init_process_group(kind, store=store, rank=0, world_size=1)
         self.worker = self._worker(settings)
         self.model, self.optimizer = self.worker.engine.module, self.worker.engine.optimizer
-        old = [expected(self.case, turn, False).logp.float() for turn in range(2)]
+        old = [expected(self.case, turn).logp.float() for turn in range(2)]
         self.batches = [
             (batch.prompts, batch.completions, old[turn].split(self.case.lengths), advantages(batch.rewards).float())
             for turn, batch in enumerate(batches(self.case))
@@ -106,7 +109,9 @@ class Logits:
             use_dynamic_bsz=False, micro_batch_size_per_gpu=self.case.micro_batch,
             infer_micro_batch_size_per_gpu=self.case.micro_batch,
         )  # fmt: skip
-        optim = FSDPOptimizerConfig(lr=LR, weight_decay=0.0, total_training_steps=10**6, clip_grad=MAX_NORM)
+        gr = {"gr_gamma": EPSILON, "gr_epsilon": EPSILON} if settings.gr else None
+        optim = FSDPOptimizerConfig(lr=LR, weight_decay=0.0, total_training_steps=10**6, clip_grad=MAX_NORM,
+                                    override_optimizer_config=gr)  # fmt: skip
         own = Qwen2ForCausalLM.forward
         worker = TrainingWorker(
             TrainingWorkerConfig(
@@ -145,7 +150,7 @@ class Logits:
         found: dict[tuple[int, ...], Tensor] = {}
         for responses, logp in self.found:
             for tokens, values in zip(responses.unbind(), logp, strict=True):
-                found[tuple(tokens.tolist())] = values[: len(tokens)]
+                found.setdefault(tuple(tokens.tolist()), values[: len(tokens)])  # the first pass's come first
         return found
 
 

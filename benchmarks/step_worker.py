@@ -1,4 +1,8 @@
-"""A provider's step in a process of its own, so that its memory, its patches and its threads are its own."""
+"""A provider's step in a process of its own, so that its memory, its patches and its threads are its own.
+
+On a CPU that process is a fork of one that has imported the provider's libraries, which takes six seconds each time.
+A GPU that such an import has touched cannot be used in a fork: there each provider imports its own.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,12 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 import torch
@@ -77,7 +84,7 @@ def judge(host: Host, settings: Settings, turn: int) -> Errors:
     Raises:
         Wrong: a weight was not updated as that gradient says.
     """
-    right = expected(settings.case, turn, settings.gr)
+    right = expected(settings.case, turn, host.pass2 if settings.gr else "none")
     logp = host.logp()
     completions = batches(settings.case)[turn % 2].completions
     value, done = 0.0, 0
@@ -109,72 +116,123 @@ def _check_update(name: str, before: Tensor, after: Tensor, gradient: Tensor) ->
         raise Wrong(f"{name} was not updated by its gradient: off by {off:.1e} of the learning rate")
 
 
-def serve(connection: Connection, module: str, name: str, settings: Settings, threads: int, timer: str) -> None:
-    """The process: builds the host, then answers (turn, rollout, watch) with a Step, or with what was raised."""
+def library(connection: Connection, module: str, device: str, threads: int, timer: str) -> None:
+    """The process of a module: imports what its providers need when the first of them is asked for, then forks, for
+    each (provider, settings) that comes with a connection, the process that serves it."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # progress bars and notices of the libraries
     os.dup2(quiet, 2)
-    torch.set_num_threads(threads)
-    read = getattr(time, timer)
+    loaded, fork = False, multiprocessing.get_context("fork")
+    with suppress(EOFError):  # the benchmark has ended
+        while (asked := connection.recv()) is not None:
+            name, settings = asked
+            theirs = Connection(recv_handle(connection))
+            try:
+                factory = getattr(import_module(f"{__package__}.{module}"), name)
+                if not loaded:
+                    factory.load()
+                    loaded = True
+            except (*FAILURES, Absent) as error:
+                theirs.send(_known(error))
+            else:
+                arguments = (theirs, factory, settings, threads, getattr(time, timer))
+                if device == "cpu":
+                    fork.Process(target=serve, args=arguments, daemon=True).start()
+                else:
+                    serve(*arguments)
+            theirs.close()
+
+
+def serve(connection: Connection, factory: Any, settings: Settings, threads: int, timer: Callable[[], float]) -> None:
+    """Builds the host, then answers (turn, rollout, watch) with a Step, or with what was raised, until None comes."""
+    torch.set_num_threads(threads)  # not before the fork, in which threads are missing
     try:
-        factory = getattr(import_module(f"{__package__}.{module}"), name)
-        factory.load()
         trim()
         base = 0 if settings.device == "cuda" else resident("VmRSS")
         measured = Measured(settings, factory, base)
         connection.send(None)
         while (asked := connection.recv()) is not None:
             turn, rollout, watch = asked
-            connection.send(measured.step(turn, rollout, read, watch))
+            connection.send(measured.step(turn, rollout, timer, watch))
+    except EOFError:  # the benchmark has ended
+        return
     except (*FAILURES, Absent) as error:
-        kind = next(kind for kind in (*FAILURES, Absent) if isinstance(error, kind))  # its own may not be known there
-        connection.send(kind(str(error)))
+        connection.send(_known(error))
 
 
-def taken(step: Step) -> Errors:
-    """Hands a step's times and memory to the clock.
+def _known(error: Exception) -> Exception:
+    """Its class may not be known in the other process."""
+    return next(kind for kind in (*FAILURES, Absent) if isinstance(error, kind))(str(error))
+
+
+def taken(step: Step, *phases: str) -> Errors:
+    """Hands a step's times, of these phases, and its memory to the clock.
 
     Raises:
         Wrong: what no error describes.
     """
-    clock.took(step.seconds, step.computed, step.peak)
+    clock.took({phase: s for phase, s in step.seconds.items() if phase in phases}, step.computed, step.peak)
     if step.wrong:
         raise Wrong(step.wrong)
     return step.errors
 
 
+class Libraries:
+    """The processes that import, seen from the benchmark's; they end with it."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.started: dict[str, tuple[BaseProcess, Connection]] = {}
+
+    def start(self, module: str, name: str, settings: Settings) -> Process:
+        """A process for that provider; of a module that was started before, a fork on a CPU."""
+        key = module if self.device == "cpu" else f"{module}.{name}.{settings}"
+        if key not in self.started:
+            context = multiprocessing.get_context("spawn")
+            connection, theirs = context.Pipe()
+            arguments = (theirs, module, self.device, torch.get_num_threads(), clock.timer.__name__)
+            started = context.Process(target=library, args=arguments)
+            started.start()
+            theirs.close()
+            self.started[key] = started, connection
+        process, connection = self.started[key]
+        ours, theirs = multiprocessing.Pipe()
+        connection.send((name, settings))
+        send_handle(connection, theirs.fileno(), process.pid)
+        theirs.close()
+        return Process(ours)
+
+    def close(self) -> None:
+        for _, connection in self.started.values():
+            with suppress(OSError):  # it has ended
+                connection.send(None)
+        for process, _ in self.started.values():
+            process.join()
+
+
 class Process:
     """The provider's process, seen from the benchmark's: ends with it."""
 
-    def __init__(self, module: str, name: str, settings: Settings):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        timer = clock.timer.__name__
-        arguments = (theirs, module, name, settings, torch.get_num_threads(), timer)
-        self.process = context.Process(target=serve, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
+    def __init__(self, connection: Connection):
+        self.connection, self.alive = connection, True
         self._received()
 
     def _received(self) -> Any:
         try:
             found = self.connection.recv()
         except EOFError:
-            raise RuntimeError(f"its process ended with exit code {self.process.exitcode}") from None
+            self.alive = False
+            raise RuntimeError("its process was ended, perhaps for want of memory") from None
         if isinstance(found, Exception):
+            self.alive = False
             raise found
         return found
 
-    def __call__(self, turn: int, rollout: bool) -> Errors:
-        """One step; its times are the clock's."""
+    def __call__(self, turn: int, rollout: bool) -> Step:
         self.connection.send((turn, rollout, clock.watch))
-        return taken(self._received())
-
-    @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
+        return self._received()
 
     def close(self) -> None:
         if self.alive:
             self.connection.send(None)
-        self.process.join()
+        self.connection.close()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from redit_fast.benchmarks import table
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu"
+BUDGETS = Path(__file__).parent.parent / "tests" / "budgets.json"
 CLOCKS = {
     "perf_counter": "seconds, on a machine that did nothing else",
     "process_time": "CPU seconds of all threads, since other work ran beside them",
@@ -63,6 +64,7 @@ def machine() -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("commit", f"`{card['commit']}`"),
         ("clock", CLOCKS[card["clock"]]),
+        ("blocks", str(found.get("blocks", 1))),
         ("best GB/s", ", ".join(f"{way} {speeds[way]:.0f}" for way in ways)),
         ("best GFLOP/s", ", ".join(f"{way.removesuffix(' products')} {speed:.0f}" for way, speed in speeds.items()
                                    if way not in ways)),
@@ -126,11 +128,39 @@ def goals() -> str:
 def absent() -> str:
     """Who is not in the tables, and why."""
     found: dict[str, dict[str, None]] = {}
-    for stored in results()["tables"]:
+    for stored in [*results()["tables"], *results("step")["tables"]]:
+        of = stored["title"].partition(", ")[0] if stored["suite"] == "step" else stored["suite"]
         for row in stored["rows"]:
             if row["status"] == "absent":
-                found.setdefault(row["note"], {})[f"{row['name']} ({stored['suite']})"] = None
+                found.setdefault(row["note"], {})[f"{row['name']} ({of})"] = None
     return "\n".join(f"- {', '.join(names)}: {reason}." for reason, names in found.items())
+
+
+def step_clock() -> str:
+    """How whole steps were timed, and where."""
+    found = results("step")
+    card, rows = found["machine"], [row for stored in found["tables"] for row in stored["rows"] if row["n"]]
+    counts = sorted({row["n"] for row in rows})
+    return (
+        f"Measured on {card['cpu']}, {card['threads']} of {card['cores']} cores, in {CLOCKS[card['clock']]}; "
+        f"{' to '.join(map(str, counts))} rounds, commit `{card['commit']}`."
+    )
+
+
+COUNTED = {  # op in tests/budgets.json -> what it does here, elements that tests/budgets/instructions.cpp gives it
+    "token_logp": ("log-probs and entropies from logits", 4 * 4099),
+    "squared_norm": ("norm: reading, squaring, adding", 40_000),
+}
+
+
+def instructions() -> str:
+    """By eight elements, which are one register of AVX2: callgrind's counts, which the tests compare."""
+    counted = json.loads(BUDGETS.read_text())["instructions"]
+    lines = ["| instructions for 8 elements, AVX2 | float32 | bfloat16 |", "|---|---|---|"]
+    for op, (name, elements) in COUNTED.items():
+        found = [counted[f"{op}, {dtype}, avx2"]["instructions"] for dtype in ("float32", "bfloat16")]
+        lines.append(f"| {name} | {' | '.join(f'{8 * each / elements:.1f}' for each in found)} |")
+    return "\n".join(lines)
 
 
 def growth() -> str:

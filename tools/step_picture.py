@@ -1,6 +1,6 @@
 """The README's picture, docs/steps.png, and the tables of a training step: python -m tools.step_picture
 
-From benchmarks/results/cpu/{trl,verl,apply_hosts}.json and the suite apply in bench.json, which `python -m
+From the suites step and apply in benchmarks/results/cpu/{step,bench}.json, and from apply_hosts.json, which `python -m
 tools.measure` writes. A test compares picture and pages with them.
 """
 
@@ -17,42 +17,51 @@ from redit_fast.pictures import BLUE, GREY, STYLE
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 PICTURE = ROOT / "docs" / "steps.png"
+TITLE = "step without rollout, lengths equal"
 NAMES = {  # of a row in the results -> how the pages call it
-    ("trl", "redit-fast"): "TRL, redit-fast's head",
-    ("trl", "TRL"): "TRL, its own head",
-    ("verl", "redit-fast"): "verl, redit-fast's head",
-    ("verl", "verl, torch head"): "verl, its own fused head",
-    ("verl", "verl, logits"): "verl, without a fused head",
-    ("apply", "redit-fast, apply_to"): "supervised step, under apply_to",
-    ("apply", "transformers, its own loss"): "supervised step, transformers' own loss",
+    "TRL, redit-fast": "TRL, redit-fast's head",
+    "TRL": "TRL, its own head",
+    "verl, redit-fast's head": "verl, redit-fast's head",
+    "verl, its torch head": "verl, its own fused head",
+    "verl, logits": "verl, without a fused head",
+    "redit-fast, apply_to": "supervised step, under apply_to",
+    "transformers, its own loss": "supervised step, transformers' own loss",
 }
-SETTING = "A model of two layers of width 128 with a vocabulary of 50 thousand, in float32, on two CPU threads"
+GR_NAMES = {"TRL, redit-fast, packing": "TRL, redit-fast's head, packing",
+            "TRL, redit-fast, packing, GR": "TRL, redit-fast's head, packing, GR",
+            "verl, redit-fast's head, GR": "verl, redit-fast's head, GR"}  # fmt: skip
+SETTING = "A model of four layers of width 128 with a vocabulary of 50 thousand, in float32"
 
 
-def rows(name: str) -> list[dict]:
-    """The rows of one step that have a number."""
-    file = "bench" if name == "apply" else name
+def rows(host: str, names: dict[str, str] = NAMES) -> list[dict]:
+    """The rows of one host that have a number: TRL, verl, or apply for the supervised step."""
+    file, title = ("bench", "supervised step") if host == "apply" else ("step", TITLE)
     stored = json.loads((RESULTS / f"{file}.json").read_text())["tables"]
-    (table,) = [found for found in stored if found["suite"] == name and not found["axis"]]
-    return [{**row, "name": NAMES[name, row["name"]]} for row in table["rows"] if row["status"] == "measured"]
+    (table,) = [found for found in stored if found["title"] == title and not found["axis"]]
+    found = {row["name"]: row for row in table["rows"] if row["status"] == "measured"}
+    return [
+        {**found[name], "name": shown}
+        for name, shown in names.items()
+        if name in found and (host == "apply" or name.startswith(host))
+    ]
 
 
 def megabytes(row: dict) -> float:
-    """What is held, and what a call adds to it at its peak."""
+    """What is held, and what a call adds to it at its peak; of whole steps the peak has both."""
     return max(row["held_mb"] or 0, 0) + row["peak_mb"]  # below 0: an earlier provider's memory was freed meanwhile
 
 
 def unit(name: str) -> str:
     """Of the times in a file of results."""
-    clock = json.loads((RESULTS / f"{name}.json").read_text())["machine"]["clock"]
-    return "CPU seconds of all threads" if clock == "process_time" else "seconds"
+    machine = json.loads((RESULTS / f"{name}.json").read_text())["machine"]
+    threads = "one thread" if machine["threads"] == 1 else "all threads"
+    return f"CPU seconds of {threads}" if machine["clock"] == "process_time" else "seconds"
 
 
-def table(*names: str) -> str:
-    """Milliseconds and megabytes of the steps in `names`."""
-    lines = ["| | ms | MB |", "|---|---|---|"]
-    lines += [_line(row["name"], row, "bench" if name == "apply" else name) for name in names for row in rows(name)]
-    return "\n".join(lines)
+def table(host: str, names: dict[str, str] = NAMES) -> str:
+    """Milliseconds and megabytes of the steps of a host."""
+    file = "bench" if host == "apply" else "step"
+    return "\n".join(["| | ms | MB |", "|---|---|---|", *(_line(row["name"], row, file) for row in rows(host, names))])
 
 
 def apply_table() -> str:
@@ -72,7 +81,7 @@ def shown() -> list[dict]:
     return [
         {"name": row["name"], "s": row["ms"] / 1e3, "p10": row["p10"] / 1e3, "p90": row["p90"] / 1e3,
          "mb": megabytes(row)}
-        for name in ("trl", "verl") for row in rows(name)
+        for host in ("TRL", "verl") for row in rows(host)
     ]  # fmt: skip
 
 
@@ -92,7 +101,7 @@ def figure() -> Figure:
         time.annotate(f"{bar['s']:.2f}", (bar["p90"], place), (5, 0), textcoords="offset points", va="center")
         memory.annotate(f"{bar['mb']:.0f}", (bar["mb"], place), (5, 0), textcoords="offset points", va="center")
     time.set_title("Time of one training step")
-    time.set_xlabel(f"{unit('trl')}: median, 10th to 90th percentile")
+    time.set_xlabel(f"{unit('step')}: median, 10th to 90th percentile")
     memory.set_title("Peak memory of one training step")
     memory.set_xlabel("MB, with the model")
     time.set_yticks(places, [bar["name"] for bar in bars])

@@ -108,9 +108,12 @@ BLOCKS = {  # page, marker -> what stands there
     ("docs/benchmarks.md", "absent"): bench_tables.absent,
     ("docs/benchmarks.md", "goals"): bench_tables.goals,
     ("docs/benchmarks.md", "growth"): bench_tables.growth,
-    ("docs/benchmarks.md", "steps"): lambda: step_picture.table("trl", "verl", "apply"),
-    ("docs/integrations/trl.md", "step"): lambda: step_picture.table("trl"),
-    ("docs/integrations/verl.md", "step"): lambda: step_picture.table("verl"),
+    ("docs/benchmarks.md", "instructions"): bench_tables.instructions,
+    ("docs/benchmarks.md", "step clock"): bench_tables.step_clock,
+    ("docs/integrations/trl.md", "step"): lambda: step_picture.table("TRL", step_picture.NAMES | step_picture.GR_NAMES),
+    ("docs/integrations/verl.md", "step"): lambda: step_picture.table(
+        "verl", step_picture.NAMES | step_picture.GR_NAMES
+    ),
     ("docs/integrations/transformers.md", "step"): lambda: step_picture.table("apply"),
     ("docs/integrations/transformers.md", "apply table"): step_picture.apply_table,
 }

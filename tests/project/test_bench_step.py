@@ -2,16 +2,19 @@
 
 import time
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
-from redit_fast.benchmarks import bench_step, command, report, step_trl, step_verl, table
-from redit_fast.benchmarks.measure import Absent, Provider, Table, Wrong, measure
+from redit_fast.benchmarks import bench_step, command, report, step_prefix, step_trl, step_verl, table
+from redit_fast.benchmarks.measure import Absent, Errors, Provider, Table, Wrong, measure
 from redit_fast.benchmarks.place import here
-from redit_fast.benchmarks.step_cases import GROUP, LENGTHS, Case, few, of_table, prepare
+from redit_fast.benchmarks.roofline import Work
+from redit_fast.benchmarks.step_cases import GROUP, LENGTHS, Case, batches, few, of_table, prepare
 from redit_fast.benchmarks.step_hosts import Ends, Phases, Settings, Trainer, check_rollout
-from redit_fast.benchmarks.step_worker import Measured, Process, taken
+from redit_fast.benchmarks.step_worker import Libraries, Measured, Step, taken
 from redit_fast.training.batch import Batch
 
 CPU = here("cpu")
@@ -29,7 +32,8 @@ def row_of(settings, host=Trainer, rollout=True, rounds=2):
 
     def build():
         measured = Measured(settings, host)
-        return lambda turn, thorough: taken(measured.step(turn, rollout, time.perf_counter, watch=True))
+        step = partial(measured.step, rollout=rollout, timer=time.perf_counter, watch=True)
+        return lambda turn, thorough: taken(step(turn), *table.PHASES)
 
     limits = bench_step.LIMITS[torch.float32]
     work = bench_step.work(settings.case, rollout)
@@ -130,6 +134,12 @@ def test_a_rollout_has_the_frozen_lengths_or_is_refused(settings):
         check_rollout(replace(case, completions=((9,) * GROUP,) * 2), [list(range(9)) for _ in range(2 * GROUP)])
 
 
+def test_no_two_completions_are_the_same():
+    short = replace(few("dry"), completions=((2,) * GROUP,) * 4, prompts=(3,) * 4)  # 32 of 59 that there are
+    for batch in batches(short):
+        assert len(set(map(tuple, batch.completions))) == 32
+
+
 def test_phases_do_not_count_what_is_inside_them():
     now = iter(range(100))
     phases = Phases(lambda: next(now))
@@ -154,12 +164,55 @@ def test_the_tables_of_lengths_keep_their_shape_when_they_are_scaled():
 
 
 def test_a_provider_that_cannot_run_says_why(monkeypatch):
-    with pytest.raises(AttributeError, match="NoHost"):
-        Process("step_hosts", "NoHost", Settings(few("dry"), "cpu", "float32"))
-    for module, host in ((step_verl, "Logits"), (step_trl, "TRL")):
+    for module, host in ((step_verl, "Logits"), (step_trl, "TRL"), (step_prefix, "PrefixGrouper")):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
         with pytest.raises(Absent, match="is not installed"):
             getattr(module, host).load()
+    hosts = [
+        getattr(import_module(f"redit_fast.benchmarks.{module}"), host) for module, host in bench_step.HOSTS.values()
+    ]
+    assert all(callable(host.step) and host.pass2 in ("fresh", "pass1") for host in hosts)
+
+
+@pytest.mark.parametrize("settings", [0.0], indirect=True)
+def test_processes_of_one_library_say_what_they_raise_and_how_they_end(settings):
+    libraries = Libraries("cpu")
+    try:
+        with pytest.raises(AttributeError, match="NoHost"):
+            libraries.start("step_hosts", "NoHost", settings)
+        first, second = (libraries.start("step_hosts", "Trainer", settings) for _ in range(2))
+        assert len(libraries.started) == 1
+        assert first(0, False).errors == second(0, False).errors
+        with pytest.raises(TypeError, match="not all arguments converted"):
+            first("turn", False)
+        assert not first.alive and second(1, False).computed == settings.case.least
+        first.close()
+        second.close()
+        assert second.connection.closed
+    finally:
+        libraries.close()
+    assert [process.exitcode for process, _ in libraries.started.values()] == [0]
+
+
+@pytest.mark.parametrize("settings", [0.0], indirect=True)
+def test_the_table_with_rollouts_has_the_same_steps_and_a_step_that_failed_fails_there_too(settings, monkeypatch):
+    steps, calls = bench_step.Steps(settings, None), []
+
+    def process(turn, rollout):
+        calls.append((turn, rollout))
+        if turn == 2:
+            raise RuntimeError("no memory")
+        return Step(Errors(0.0), {"rollout": 2.0, "scoring": 0.5, "update": 1.0 + turn}, 7, 1e6)
+
+    monkeypatch.setattr(steps, "_process", lambda name: process)
+    rows = []
+    for build in (steps.builder("TRL"), steps.again("TRL")):
+        made = Table("step", "", {}, "float32", Work(), [Provider("TRL", build)], "log-prob", Errors(1.0), 1, tokens=9)
+        rows += measure(made)
+    assert calls == [(turn, True) for turn in range(3)]
+    assert [row.status for row in rows] == ["failed"] * 2 and {row.note for row in rows} == {"RuntimeError: no memory"}
+    with pytest.raises(Absent, match="vLLM or SGLang"):
+        steps.again("verl, logits")()
 
 
 def test_the_tables_and_pictures_of_a_step(tmp_path):
@@ -170,5 +223,7 @@ def test_the_tables_and_pictures_of_a_step(tmp_path):
         assert all(len(line) <= table.WIDTH for line in text.splitlines()) and "tok/s" in text
         (row,) = stored["rows"]
         assert row["status"] == "measured" and row["computed"] and row["peak_mb"] > 0
+    (without,), (whole,) = (stored["rows"] for stored in results["tables"])
+    assert whole["parts"] == {"rollout": whole["parts"]["rollout"], **without["parts"]} and whole["ms"] > without["ms"]
     report.write(results, tmp_path)
     assert (tmp_path / "steps.png").exists() and "tokens a second" in (tmp_path / "report.html").read_text()

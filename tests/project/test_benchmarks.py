@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -31,7 +32,7 @@ from redit_fast.benchmarks import (
     table,
 )
 from redit_fast.benchmarks.clock import Peak, clock
-from redit_fast.benchmarks.measure import Absent, Errors, Provider, Table, Wrong, measure
+from redit_fast.benchmarks.measure import Absent, Errors, Measurement, Provider, Table, Wrong, measure
 from redit_fast.benchmarks.params_steps import step_table
 from redit_fast.benchmarks.place import here
 from redit_fast.benchmarks.roofline import Work
@@ -417,16 +418,47 @@ def test_a_door_measures_writes_and_says_whether_ours_is_right(value, tmp_path, 
     clock.timer = __import__("time").perf_counter
 
 
-def test_tables_come_before_series():
+def test_blocks_lie_apart_and_tables_come_before_series():
     def tables(name):
         yield a_table(sizes={name: 1})
         yield a_table(sizes={name: 2}, axis=name)
         yield a_table(sizes={name: 3}, axis=name)
 
-    suites = {name: lambda place, size, name=name: tables(name) for name in "RV"}
-    assert [made.sizes for made in command.ordered(suites, CPU, "dry")] == [
-        {"R": 1}, {"V": 1}, {"R": 2}, {"R": 3}, {"V": 2}, {"V": 3},
-    ]  # fmt: skip
+    suites = {name: lambda place, size, name=name: tables(name) for name in ("R", "step", "V")}
+    found = [(block, *made.sizes.items()) for block, made in command.ordered(suites, CPU, "dry", 2)]
+    assert found[:5] == [(0, ("R", 1)), (0, ("step", 1)), (0, ("V", 1)), (1, ("R", 1)), (1, ("V", 1))]
+    assert found[5:] == [(0, (name, n)) for name in suites for n in (2, 3)]
+
+
+def test_blocks_are_built_anew_and_their_rounds_are_pooled(monkeypatch):
+    built, sizes, measurement = [], (10.0, 20.0, 40.0), Measurement()
+
+    def table_of(block, value=0.0):
+        """In which the peer takes twice as long as ours, in the second block four times."""
+
+        def provider(name, seconds):
+            inputs = torch.zeros(1)
+            built.append(weakref.ref(inputs))
+
+            def build():
+                def run(turn, thorough):
+                    clock.seconds += seconds + 0 * inputs.item()
+                    return Errors(value)
+
+                return run
+
+            return Provider(name, build, name == "main")
+
+        return a_table(provider("main", sizes[block]), provider("peer", sizes[block] * (4 if block == 1 else 2)))
+
+    for block in range(3):
+        measurement.block(table_of(block), 3)
+        assert [reference() for reference in built] == [None] * len(built), "inputs of a block stay"
+    main, peer = measurement.rows()
+    assert (main.n, peer.n, main.ms) == (3, 3, 20_000) and main.peak_mb is not None  # 3 rounds, one a block
+    assert (peer.times_p10, peer.times, peer.times_p90) == (2, 2, pytest.approx(3.6))
+    measurement.block(table_of(2, value=9.0), 3)
+    assert [(row.status, row.ms, row.times, row.n) for row in measurement.rows()] == [("wrong", None, None, 0)] * 2
 
 
 def test_the_modules_import_with_torch_alone():

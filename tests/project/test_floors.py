@@ -225,7 +225,7 @@ USES = {  # part of the package -> what it imports beside torch, which is all th
     "redit_fast.integrations": {"transformers", "trl", "verl", "tensordict"},  # which verl brings
     "redit_fast.training": {*MODULES["train"], *MODULES["lora"]},
     "redit_fast.cli": {"transformers"},
-    "redit_fast.benchmarks": {*MODULES["bench"], "trl", "verl", *TRL_BRINGS},
+    "redit_fast.benchmarks": {*MODULES["bench"], "trl", "verl", "prefix_grouper", *TRL_BRINGS},
 }
 
 
