@@ -1,4 +1,4 @@
-"""The command `redit-fast`: train, example, report, info (also named doctor), selftest,
+"""The command `redit-fast`: train, example, report, merge, info (also named doctor), selftest,
 bench. Bad input gets one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
 
 Heavy imports are inside the functions, so that --help and --version answer at once.
@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     example.add_argument("name", metavar="NAME", help="word_problems")
     report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
     report.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
+    merge = commands.add_parser("merge", help="a plain model of a checkpoint with LoRA", allow_abbrev=False)
+    merge.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500")
+    merge.add_argument("out", metavar="OUT", nargs="?", help="a new folder; CHECKPOINT-merged by default")
     info = commands.add_parser(
         "info",
         aliases=["doctor"],
@@ -120,6 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run_report.write(args.run)
             print(Path(args.run, "report.html"))
+        elif args.command == "merge":
+            from redit_fast.training.merge import merge as merged
+
+            _without_bars()
+            print(merged(Path(args.checkpoint), Path(args.out) if args.out else None))
         elif args.command in ("info", "doctor"):
             _info(args.json)
         elif args.command == "selftest":
@@ -201,7 +209,8 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         if bool in (field.annotation, *get_args(field.annotation)):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            many: dict = {"nargs": "+", "action": _Once} if name in ("rewards", "reward_weights") else {}
+            listed = name in ("rewards", "reward_weights", "lora_targets")
+            many: dict = {"nargs": "+", "action": _Once} if listed else {}
             kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
             word = "N" if int in kinds else "X" if float in kinds or "weights" in name else "TEXT"
             group.add_argument(flag(name), metavar=word, default=argparse.SUPPRESS, help=text, **many)
@@ -209,12 +218,17 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag(old), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _without_bars() -> None:
+    """Of transformers: the trainer has its own."""
     from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
+
+
+def _train(args: argparse.Namespace) -> None:
     from redit_fast.training import config
 
-    disable_progress_bar()  # the trainer has its own
+    _without_bars()
     given = settings(args)
     file = args.config
     if args.resume and file is None and given.get("name"):  # a run goes on with its own settings

@@ -12,7 +12,7 @@ IN_OLD_RUNS = {**RENAMED, "epsilon": "gr_epsilon"}  # in the config.json of a ru
 # By the names of TRL, transformers, verl and OpenRLHF; {a field of ours} is spelled as a flag or as a key.
 _CLIP = "a clip range is {clip_low} and {clip_high}"
 _STEP = "a step is {prompts_per_step} with {group_size} completions each, of which {micro_batch_size} are in a pass"
-_ADAPTERS = "there are no adapters yet, every weight is trained"
+_ADAPTERS = "adapters are {lora_rank}, {lora_alpha} and {lora_targets}"
 _SAMPLING = "completions are sampled at {temperature} and {top_p}"
 _ONE_PROCESS = "there is one process with one GPU yet"
 _VLLM = "completions are sampled by the model itself, without vLLM"
@@ -26,8 +26,11 @@ _MEANT = {
     "epsilon_low clip_ratio_low eps_clip_low cliprange_low": "{clip_low}",
     "epsilon_high clip_ratio_high eps_clip_high cliprange_high": "{clip_high}",
     "clip_ratio cliprange clip_range eps_clip clip_eps": _CLIP,
-    "lora use_lora use_peft peft lora_r lora_rank lora_alpha lora_dropout lora_target_modules": _ADAPTERS,
-    "qlora load_in_4bit load_in_8bit quantization": f"a quantised model cannot be trained and {_ADAPTERS}",
+    "lora use_lora use_peft peft": _ADAPTERS,
+    "lora_r": "{lora_rank}",
+    "lora_target_modules target_modules": "{lora_targets}",
+    "lora_dropout": f"adapters have no dropout, {_ADAPTERS}",
+    "qlora load_in_4bit load_in_8bit quantization": f"a quantised model cannot be trained, {_ADAPTERS}",
     "save_steps save_freq save_interval save_every save_strategy": "{checkpoint_every}",
     "save_total_limit max_ckpt_num max_ckpt_to_keep max_actor_ckpt_to_keep": "{keep_checkpoints}",
     "max_steps num_steps total_steps train_steps num_train_steps total_training_steps": "{steps}",

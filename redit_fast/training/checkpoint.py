@@ -1,10 +1,11 @@
 """Checkpoints: safetensors and JSON in a folder that `from_pretrained` loads, written whole or not at all.
 
-checkpoints/step-000024/ holds the model, the tokenizer, the optimizer (`optimizer_files`), state.json and manifest.json
-with the SHA-256 of every other file, and after a Reference Reset reference.safetensors, the KL term's reference. It is
-written under another name, flushed to disk and renamed, so a crash leaves older ones alone. The trainer writes a step's
-metrics between the two: a checkpoint that exists has all the lines that lead to it. Only step-000000 comes before its
-line, so that a first evaluation that fails does not cost the warm start.
+checkpoints/step-000024/ holds the model (with LoRA its adapters, `lora`), the tokenizer, the optimizer
+(`optimizer_files`), state.json and manifest.json with the SHA-256 of every other file, and after a Reference Reset
+reference.safetensors, the KL term's reference. It is written under another name, flushed to disk and renamed, so a
+crash leaves older ones alone. The trainer writes a step's metrics between the two: a checkpoint that exists has all the
+lines that lead to it. Only step-000000 comes before its line, so that a first evaluation that fails does not cost the
+warm start.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from redit_fast.training import optimizer_files
+from redit_fast.training import lora, optimizer_files
 from redit_fast.training.distributed import Ranks
 
 MANIFEST = "manifest.json"
@@ -39,12 +40,14 @@ def write(
     reference: PreTrainedModel | None = None,
     *,
     position: int,
+    base: lora.Base | None = None,
     ranks: Ranks | None = None,
 ) -> Path:
     """A draft of `folder`/step-NNNNNN on disk, which `publish` makes a checkpoint.
 
     Args:
         position: how many prompts of the data the steps have drawn.
+        base: of adapters, which are then in the place of the model.
 
     Raises:
         OSError: the disk is full or the folder is not writable; older checkpoints are untouched.
@@ -54,13 +57,17 @@ def write(
     ranks.by_first(lambda: _made_anew(draft))
     state = optimizer.state_dict()
     tensors = {f"{i}.{name}": tensor for i, values in state.pop("state").items() for name, tensor in values.items()}
-    weights, kept = ranks.state_of(model), None if reference is None else ranks.state_of(reference)
+    weights = ranks.state_of(model, trained=base is not None)
+    kept = None if reference is None else ranks.state_of(reference)
 
     def own_files() -> optimizer_files.Pieces:
         try:
             pieces = optimizer_files.write(draft, tensors, ranks)
             if ranks.first:
-                model.save_pretrained(draft, state_dict=weights)
+                if base is None:
+                    model.save_pretrained(draft, state_dict=weights)
+                else:
+                    lora.save(draft, model, weights, base)
                 if reference is not None:
                     named = dict(reference.named_parameters())
                     save_file({name: kept[name] for name in named} if kept else named, draft / REFERENCE)
@@ -90,7 +97,7 @@ def _made_anew(folder: Path) -> None:
 def publish(draft: Path) -> Path:
     """Gives a draft its checkpoint's name; a complete one of that name stays, since equal steps are equal."""
     target = draft.with_name(draft.name.replace(".draft", "step"))
-    if target.exists() and _damage(target) is None:
+    if target.exists() and damage(target) is None:
         shutil.rmtree(draft)
         return target
     shutil.rmtree(target, ignore_errors=True)
@@ -137,10 +144,10 @@ def newest(folder: Path) -> Path:
         ValueError: there is none.
     """
     for path in reversed(in_order(folder)):
-        damage = _damage(path)
-        if damage is None:
+        found = damage(path)
+        if found is None:
             return path
-        warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before", stacklevel=2)
+        warnings.warn(f"checkpoint {path} is damaged ({found}); trying the one before", stacklevel=2)
     raise ValueError(f"{folder} holds no complete checkpoint to resume from")
 
 
@@ -182,12 +189,13 @@ def start_of(path: Path) -> Path:
         ValueError: it is not whole.
     """
     start = path.with_name("step-000000")
-    if damage := _damage(start):
-        raise ValueError(f"checkpoint {start}, the reference of the KL term, is damaged ({damage})")
+    if found := damage(start):
+        raise ValueError(f"checkpoint {start}, the reference of the KL term, is damaged ({found})")
     return start
 
 
-def _damage(path: Path) -> str | None:
+def damage(path: Path) -> str | None:
+    """What is not as it was written; None: nothing."""
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError):

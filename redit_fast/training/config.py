@@ -56,6 +56,17 @@ class TrainConfig(BaseModel):
     strategy: config_values.Strategy = Field(
         "ddp", description="Under torchrun: ddp has the whole model on every process, fsdp2 shards it."
     )
+    lora_rank: int | None = Field(
+        None, ge=1, description="Rank of LoRA adapters, which are trained alone; none trains all weights."
+    )
+    lora_alpha: int | None = Field(
+        None, ge=1, description="Their products are multiplied by this over lora_rank; none is twice the rank."
+    )
+    lora_targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names, or their ends, of what has adapters; none is every linear layer of the decoder layers.",
+    )
     rewards: list[str] = Field(
         min_length=1,
         description="Reward functions: shipped names, or package.module:function looked up in the current folder, the "
@@ -226,6 +237,7 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"warmup_steps: got {self.warmup_steps}, lr_scheduler_type constant has none, constant_with_warmup has"
             )
+        config_values.check_lora(self)
         for name in ("clip_low", "clip_high"):
             value = getattr(self, name)
             if value != TrainConfig.model_fields[name].default and self.loss_type not in CLIPPED:

@@ -53,6 +53,21 @@ def kinds_of(annotation: object) -> set[object]:
     return {kind for part in get_args(annotation) for kind in kinds_of(part)} or {annotation}
 
 
+def check_lora(config: Any) -> None:
+    """Raises a ValueError for settings that contradict lora_rank, or that need one."""
+    if config.lora_rank is None:
+        for name in ("lora_alpha", "lora_targets"):
+            if (value := getattr(config, name)) is not None:
+                raise ValueError(f"{name}: got {value} without adapters, needs a lora_rank")
+    elif config.model is None:
+        raise ValueError(f"lora_rank: got {config.lora_rank}, the embedded demo trains all weights; needs a model")
+    elif config.reference_reset_every:
+        raise ValueError(
+            f"reference_reset_every: got {config.reference_reset_every} with a lora_rank, whose KL term has the model "
+            "without adapters as its reference, which is never reset"
+        )
+
+
 def of_gr(name: str, more: str = "", **limits: Any) -> Any:
     """A field with the default and the help text of a field of `GR`."""
     source = GR.__dataclass_fields__[name]

@@ -188,14 +188,16 @@ class Ranks:
                 module.set_reshard_after_forward(module is not forward, recurse=False)
                 module.reshard()
 
-    def state_of(self, model: PreTrainedModel) -> dict[str, Tensor] | None:
+    def state_of(self, model: PreTrainedModel, *, trained: bool = False) -> dict[str, Tensor] | None:
         """The whole weights under their names, on the CPU of the first rank and empty on others; None where the model
-        has them itself. Tied weights share memory."""
+        has them itself. Tied weights share memory. With `trained` those alone that have gradients."""
         if self.strategy != "fsdp2":
             return None
         found: dict[Tensor, Tensor] = {}
         state = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
+            if trained and not tensor.requires_grad:
+                continue
             if tensor not in found:
                 piece = tensor.detach()
                 whole = piece.full_tensor() if is_shard(piece) else piece

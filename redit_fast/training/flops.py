@@ -1,7 +1,7 @@
 """Model FLOPs: those of a pass's products on its tokens, without padding and without what is computed again.
 
 A weight takes 2 a token in the forward pass, a layer's attention 4 times its width for each pair of a query and a key
-that it sees; the backward pass takes twice as many again.
+that it sees; the backward pass takes twice as many again, for a weight that is not trained as many.
 """
 
 from __future__ import annotations
@@ -35,21 +35,26 @@ class Shape(NamedTuple):
     decoder: int  # weights that a token meets
     head: int  # weights that a scored token meets beside them
     layers: list[tuple[int, int | None]]  # of each (width of the queries, the most keys that one sees)
+    frozen: int  # of the decoder's those that are not trained
+    frozen_head: int
 
 
 def of(model: PreTrainedModel) -> Shape | None:
     """None for experts and recurrent layers, which have weights of three dimensions, and for latent attention."""
-    decoder, config = model.get_decoder(), model.config.get_text_config()
-    if any(p.ndim > 2 for p in decoder.parameters()) or getattr(config, "kv_lora_rank", None):
+    body, config = model.get_decoder(), model.config.get_text_config()
+    if any(p.ndim > 2 for p in body.parameters()) or getattr(config, "kv_lora_rank", None):
         return None
-    linear = [module for module in decoder.modules() if not isinstance(module, nn.Embedding)]
-    weights = sum(p.numel() for module in linear for p in module.parameters(recurse=False) if p.ndim == 2)
+    linear = [module for module in body.modules() if not isinstance(module, nn.Embedding)]
+    weights = [p for module in linear for p in module.parameters(recurse=False) if p.ndim == 2]
+    head = head_of(model).weight
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     layers = [(width, window if kind == "sliding_attention" else None) for kind in kinds]
-    return Shape(weights, head_of(model).weight.numel(), layers)
+    frozen = sum(p.numel() for p in weights if not p.requires_grad)
+    decoder = sum(p.numel() for p in weights)
+    return Shape(decoder, head.numel(), layers, frozen, 0 if head.requires_grad else head.numel())
 
 
 def of_pass(shape: Shape, batch: Batch, *, second: bool = False) -> int:
@@ -61,8 +66,10 @@ def of_pass(shape: Shape, batch: Batch, *, second: bool = False) -> int:
             continue
         spans = [(segment.start, segment.length) for segment in micro.segments]
         spans = spans or [(0, len(batch.sequences[i]) - 1) for i in micro.samples]
-        weights = shape.decoder * sum(length for _, length in spans)
-        weights += shape.head * sum(batch.lengths[i] for i in micro.samples)
+        tokens, scored = sum(length for _, length in spans), sum(batch.lengths[i] for i in micro.samples)
+        weights = shape.decoder * tokens + shape.head * scored
+        if graph:
+            total -= 2 * (shape.frozen * tokens + shape.frozen_head * scored)
         windows = {window for _, window in shape.layers}
         seen = {window: sum(_pairs(*span, window) for span in spans) for window in windows}
         attention = sum(2 * width * seen[window] for width, window in shape.layers)

@@ -45,10 +45,11 @@ def of(config: TrainConfig) -> Inputs:
     return {"reward module": modules, "data": data, "model": _model(config.model)}
 
 
-def checked(now: Inputs, run: Path, *, accept_changed: bool) -> Inputs:
+def checked(now: Inputs, run: Path, *, accept_changed: bool, adapters: bool = False) -> Inputs:
     """What `run` is to go on with: `now`, which is what it began with, unless a change is accepted.
 
-    Warns where that is not known: a run of version 0.1, a start model that is not at hand.
+    Warns where that is not known: a run of version 0.1, a start model that is not at hand and that its checkpoints, for
+    they are no `adapters`, have all of.
 
     Raises:
         ValueError: one that has changed, by name.
@@ -65,11 +66,12 @@ def checked(now: Inputs, run: Path, *, accept_changed: bool) -> Inputs:
     if before.keys() != now.keys():
         raise ValueError(f"{run / 'inputs.json'}: malformed: needs the kinds of input {', '.join(now)}")
     if before.get("model") and not now["model"]:
-        warnings.warn(
-            f"the start model of {run} is not at hand, so whether it has changed is not known; the run goes on from "
-            "its checkpoint, which has all of it",
-            stacklevel=2,
-        )
+        if not adapters:
+            warnings.warn(
+                f"the start model of {run} is not at hand, so whether it has changed is not known; the run goes on "
+                "from its checkpoint, which has all of it",
+                stacklevel=2,
+            )
         now = now | {"model": before["model"]}
     for kind, files in () if accept_changed else before.items():
         for name in sorted(files.keys() | now[kind].keys()):
@@ -126,6 +128,15 @@ def _imported(file: Path, module: str) -> Iterator[str]:
             above = package[: len(package) - node.level + 1] if node.level else []
             base = [*above, *filter(None, [node.module])]
             yield from (".".join([*base, name.name]) for name in node.names)
+
+
+def weights_of(name: str) -> dict[str, str]:
+    """{file: its content in short} of what adapters depend on: a model's weights and config.json, or for one of the hub
+    its commit."""
+    found = _model(name)
+    files = {Path(file).name: content for file, content in found.items()
+             if file.endswith(".safetensors") or Path(file).name == "config.json"}  # fmt: skip
+    return files or found
 
 
 def _model(name: str) -> dict[str, str]:

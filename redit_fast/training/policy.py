@@ -38,7 +38,7 @@ def load(source: str | Path, device: Device = "auto", dtype: DType = "auto") -> 
     Raises:
         ValueError: one sentence that names the source and what is missing or wrong there.
     """
-    folder = _folder(str(source))
+    folder = folder_of(str(source))
     _check_files(folder, f"model {source}")
     place = device_of(device)
     if dtype == "auto" and place == "cpu":
@@ -69,7 +69,8 @@ def device_of(device: Device) -> str:
     return device
 
 
-def _folder(source: str) -> Path:
+def folder_of(source: str) -> Path:
+    """Of a model by its path, or by its name on the hub."""
     folder = Path(source).expanduser() if source.startswith("~/") else Path(source)
     if folder.is_dir():
         return folder
@@ -83,6 +84,8 @@ def _folder(source: str) -> Path:
 
 
 def _check_files(folder: Path, model: str) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{model} is an adapter, not a model; `redit-fast merge` makes one of a checkpoint with LoRA")
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"{model} holds no .safetensors weights; pickled weights (.bin, .pt) are refused")
     if not (folder / "config.json").is_file():

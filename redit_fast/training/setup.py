@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
+from redit_fast import extras
 from redit_fast.known_names import under_new_names
-from redit_fast.training import builtin, checkpoint, config_file, data, flops, policy, rewards, runs, trial
+from redit_fast.training import builtin, checkpoint, config_file, data, flops, lora, policy, rewards, runs, trial
 from redit_fast.training.config import TrainConfig, default_of
 from redit_fast.training.distributed import Ranks
 
@@ -114,6 +115,7 @@ class Parts:
     loss_config: rf.LossConfig
     ends: list[int]  # tokens that end a completion
     why_padded: str | None  # None: rows are packed
+    base: lora.Base | None  # of adapters
     shape: flops.Shape | None
     peak: float | None  # FLOPs a second of the device
 
@@ -125,7 +127,15 @@ def parts(config: TrainConfig, saved: Path | None) -> Parts:
         ValueError, NotImplementedError, FloatingPointError: one sentence that names what does not fit.
     """
     device: Any = device_of(config)
-    if saved is None and config.model is None:
+    base = None
+    if config.lora_rank is not None:
+        extras.need("lora", "lora_rank")
+        model, tokenizer = policy.load(str(config.model), device, config.dtype)
+        base = lora.base_of(str(config.model))
+        lora.attach(model, config, base)
+        if saved is not None:
+            lora.load(saved, model, base)
+    elif saved is None and config.model is None:
         model, tokenizer = builtin.build(config.seed)
         model.to(device=device, dtype=getattr(torch, config.dtype, None))  # type: ignore[call-overload]
     else:
@@ -139,7 +149,8 @@ def parts(config: TrainConfig, saved: Path | None) -> Parts:
     if config.checkpoint_activations:
         policy.checkpoint_activations(model)
     why_padded = trial.check(model, tokenizer, records, functions, settings, config)
-    return Parts(model, tokenizer, records, functions, settings, ends, why_padded, flops.of(model), flops.peak(model))
+    shape, peak = flops.of(model), flops.peak(model)
+    return Parts(model, tokenizer, records, functions, settings, ends, why_padded, base, shape, peak)
 
 
 def loss_config(config: TrainConfig, model: PreTrainedModel) -> rf.LossConfig:
@@ -192,7 +203,8 @@ def dither(config: TrainConfig, functions: list[rewards.RewardFunction]) -> rf.D
 
 
 def reference(config: TrainConfig, model: PreTrainedModel, saved: Path | None) -> PreTrainedModel | None:
-    """The KL term's reference, a copy of the model before RL or of the policy at the last reset; None without one."""
+    """The KL term's reference, a copy of the model before RL or of the policy at the last reset; None without one. With
+    LoRA it is the model itself, which is the one before RL where `lora.switched_off`."""
     if not config.beta:
         return None
     if config.gr_gamma:
@@ -201,6 +213,8 @@ def reference(config: TrainConfig, model: PreTrainedModel, saved: Path | None) -
             "on, where the GR paper's runs have one of them; gr_gamma 0 or beta 0 takes one away",
             stacklevel=3,
         )
+    if config.lora_rank is not None:
+        return model
     reference = copy.deepcopy(model).requires_grad_(False)
     if saved is not None and not checkpoint.load_reference(saved, reference):
         rf.reset_reference(reference, policy.load(checkpoint.start_of(saved), "cpu")[0])

@@ -28,6 +28,7 @@ from redit_fast.training import (
     checkpoint,
     distributed,
     inputs,
+    lora,
     progress,
     report,
     runs,
@@ -75,7 +76,10 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
 
     def inputs_now() -> inputs.Inputs:
         now = inputs.of(config)
-        return inputs.checked(now, setup.folder_of(config), accept_changed=accept_changed_inputs) if resume else now
+        if not resume:
+            return now
+        adapters = config.lora_rank is not None
+        return inputs.checked(now, setup.folder_of(config), accept_changed=accept_changed_inputs, adapters=adapters)
 
     read = ranks.by_first(inputs_now, stoppable=True)  # before they are: what changes meanwhile --resume will notice
     parts = ranks.alone(lambda: setup.parts(config, saved), stoppable=True)
@@ -102,7 +106,9 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         reset = config.reference_reset_every and done >= config.reference_reset_every
         kept = reference if reset else None
         folder = run / "checkpoints"
-        return checkpoint.write(folder, done, model, tokenizer, optimizer, kept, position=position, ranks=ranks)
+        return checkpoint.write(
+            folder, done, model, tokenizer, optimizer, kept, position=position, base=parts.base, ranks=ranks
+        )
 
     def record(save: bool) -> None:
         """The lines of the step that is done between its checkpoint's draft and its name."""
@@ -145,9 +151,9 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 with clock("warm_start"):
                     ranks.alone(lambda: _warm_start(model, tokenizer, config, shown), stoppable=True)
             reference: Any = ranks.alone(lambda: setup.reference(config, model, saved), stoppable=True)
-            for each in (model, reference):
-                if each is not None:
-                    ranks.prepare(each)
+            ranks.prepare(model)
+            if reference is not None and reference is not model:
+                ranks.prepare(reference)
             optimizer = setup.optimizer(config, model)
             if saved is not None:
                 ranks.alone(lambda: checkpoint.load_optimizer(saved, optimizer))
@@ -191,7 +197,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     drawn.prompts, drawn.rollout, values, parts.loss_config, config, step, packed=packed, ranks=ranks
                 )
                 if reference is not None:
-                    with clock("reference"):
+                    with clock("reference"), lora.switched_off(reference):
                         batch.score_reference(reference)
                 first: Any = None
                 updates: list[dict[str, float]] = []

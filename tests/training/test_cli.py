@@ -103,7 +103,7 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
         (["train", "--dead-group", "skip"], "unknown flag --dead-group, the closest valid one is --dither-dead-groups"),
         (["train", "--lr", "1e-5"], "unknown flag --lr, it is --learning-rate here"),
         (["train", "--num_generations=8"], "unknown flag --num_generations, it is --group-size here"),
-        (["train", "--lora"], "unknown flag --lora: there are no adapters yet, every weight is trained"),
+        (["train", "--lora"], "unknown flag --lora: adapters are --lora-rank, --lora-alpha and --lora-targets"),
         (
             ["train", "--epsilon", "0.2"],
             "unknown flag --epsilon: GR's step is --gr-epsilon, a clip range is --clip-low and --clip-high",

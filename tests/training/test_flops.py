@@ -75,6 +75,17 @@ def test_packed_rows_need_fewer_and_samples_without_a_gradient_a_third():
     assert 3 * (flops.of_pass(shape, half) - second) == whole - second > 0
 
 
+def test_weights_that_are_not_trained_need_two_thirds():
+    model, batch = model_of("qwen2", tie_word_embeddings=False), batch_of(samples=range(6))
+    batch.advantages = torch.ones(6)
+    shape = flops.of(model)
+    whole, attention = (flops.of_pass(each, batch) for each in (shape, shape._replace(decoder=0, head=0)))
+    assert flops.of_pass(flops.of(model.requires_grad_(False)), batch) - attention == (whole - attention) * 2 / 3
+    attached = flops.of(model)
+    model.get_output_embeddings().requires_grad_(True)
+    assert (attached.frozen_head, flops.of(model).frozen_head) == (shape.head, 0) and shape.frozen == 0 < shape.decoder
+
+
 def test_windows_are_those_of_the_layers():
     assert {window for _, window in flops.of(model_of("qwen2")).layers} == {7, None}
     assert {window for _, window in flops.of(model_of("mistral")).layers} == {7}

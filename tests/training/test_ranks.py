@@ -21,6 +21,7 @@ CASES = {  # what a run has beside COMMON
         "gr_pass2_ratio": "pass1",
     },
     "kl, reset, sharpness": {"beta": 0.05, "gr_gamma": 0, "reference_reset_every": 2, "sharpness_every": 2},
+    "lora": {"lora_rank": 2, "beta": 0.05},
     "one group": {"prompts_per_step": 1, "dither_dead_groups": "apply"},
     "all masked": {"prompts_per_step": 2, "overlong": "mask", "max_completion_length": 2},
     "padded": {"packing": "off", "micro_batch_size": 3, "eval_problems": 5, "eval_samples": 2},
@@ -89,7 +90,8 @@ def test_ranks_are_one(alone, on_ranks, name):
     assert (found[0] - expected[0]).norm() <= 1e-6 * expected[0].norm()
     for gradient, other in zip(expected, found, strict=True):  # of weights that are 1e-7 apart
         assert (other - gradient).norm() <= 1e-4 * gradient.norm()
-    weights, others = (load_file(run / "checkpoints/step-000003/model.safetensors") for run in (one, several))
+    file = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
+    weights, others = (load_file(run / "checkpoints/step-000003" / file) for run in (one, several))
     assert weights.keys() == others.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(others[key], weight, rtol=1e-5, atol=1e-6)
@@ -103,10 +105,11 @@ def test_ranks_are_one(alone, on_ranks, name):
         assert other == sample
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(alone, jobs, folder):
+@pytest.mark.parametrize("name, weights", [("gr", "model"), ("lora", "adapter_model")])
+def test_a_run_goes_on_with_any_number_of_ranks(alone, jobs, folder, name, weights):
     """Two ranks, then one process, then three leave what one process does, the optimizer's state too."""
     out = folder / "resumed"
-    words = flags(jobs["gr"] | {"out_dir": str(out), "name": "gr", "checkpoint_every": 1})
+    words = flags(jobs[name] | {"out_dir": str(out), "name": name, "checkpoint_every": 1})
     for steps, size, strategy in ((1, 2, "fsdp2"), (2, 1, "ddp"), (3, 3, "fsdp2")):
         more = [*words, "--steps", str(steps), "--strategy", strategy, *(["--resume"] if steps > 1 else [])]
         if size == 1:
@@ -114,15 +117,15 @@ def test_a_run_goes_on_with_any_number_of_ranks(alone, jobs, folder):
             continue
         codes, printed = processes.finish(processes.start(size, processes.train, more, folder=out), out)
         assert codes == [0] * size, printed
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        straight = load_file(alone / "gr" / "checkpoints/step-000003" / file)
-        resumed = out / "gr" / "checkpoints/step-000003"
+    for file in (f"{weights}.safetensors", "optimizer.safetensors"):
+        straight = load_file(alone / name / "checkpoints/step-000003" / file)
+        resumed = out / name / "checkpoints/step-000003"
         found = load_file(resumed / file) if (resumed / file).is_file() else whole(resumed)
         assert straight.keys() == found.keys()
         for key, value in straight.items():
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
     assert {path.name for path in resumed.iterdir()} >= {"optimizer.index.json", "optimizer-00003-of-00003.safetensors"}
-    assert [line["step"] for line in lines_of(out / "gr" / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines_of(out / name / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_no_rank_has_more_whole_weights_than_a_layers_and_what_is_outside_of_the_layers(tmp_path):

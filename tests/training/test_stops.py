@@ -84,7 +84,7 @@ def test_kill_9_at_any_moment_never_damages_an_older_checkpoint(settings, tmp_pa
         process.kill()
         process.wait()
         for step in complete:
-            assert checkpoint._damage(run / "checkpoints" / f"step-{step:06d}") is None
+            assert checkpoint.damage(run / "checkpoints" / f"step-{step:06d}") is None
         newest = checkpoint.newest(run / "checkpoints")
         assert checkpoint.step_of(newest) >= target
         complete |= {int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")}
@@ -241,7 +241,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(settings, 
     (newest / file).write_bytes(whole[:-100] + b"\0" * 100 if file == "model.safetensors" else b"[1, 2]")
     with pytest.warns(UserWarning, match=rf"step-000002 is damaged \({file} (has changed|is missing or unreadable)\)"):
         summary = train(config.load(overrides=settings), resume=True)
-    assert summary["steps"] == 2 and checkpoint._damage(newest) is None
+    assert summary["steps"] == 2 and checkpoint.damage(newest) is None
     assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
