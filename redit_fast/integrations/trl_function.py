@@ -101,7 +101,7 @@ def sharded_head(model: Any) -> Iterator[nn.Linear | None]:
     if not hasattr(head, "unshard"):  # what the model itself holds is gathered within its forward
         yield None
         return
-    nothing = torch.empty(0, device=head.weight.device)
+    nothing = torch.empty(0, dtype=torch.float32, device=head.weight.device)
     own = model.__dict__.get("get_output_embeddings")
     model.get_output_embeddings = lambda: SimpleNamespace(weight=nothing, bias=None)
     try:
