@@ -75,7 +75,7 @@ kernel-gates: $(TESTS) $(TRITON36)
 packing-gates: $(TESTS)
 	PACKING_GATES=1 $(PYTEST) tests/packing
 
-# Several processes of a run stopped at 20 random points; `make test` has 4.
+# Several processes of a run stopped at 20 random points; `make test` has 2.
 rank-gates: $(TESTS)
 	STOP_POINTS=20 $(PYTEST) tests/training/test_rank_stops.py
 

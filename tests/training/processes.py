@@ -12,7 +12,7 @@ import torch
 import redit_fast as rf
 from redit_fast.cli import main
 from redit_fast.gr import shards
-from redit_fast.training import config, trainer
+from redit_fast.training import config, report, trainer
 
 PRELOADED = ["tests.training.processes", "torch.distributed.fsdp", "matplotlib.pyplot"]
 context = multiprocessing.get_context("forkserver")
@@ -59,8 +59,8 @@ def _rank(variables, output, work, args):
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-    code = work(*args)
-    sys.exit(code)
+    torch.set_num_threads(1)  # as torchrun does by a variable, which torch has read by now
+    sys.exit(work(*args))
 
 
 def train(words):
@@ -71,6 +71,7 @@ def trained(jobs, folder):
     """Trains the jobs one after the other; of each optimizer step the gradient that AdamW gets, from the first rank."""
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
+    draw, report.write = report.write, lambda run: None
     for name, settings in jobs.items():
         gradients, take_step = [], rf.RegularizedAdamW._take_step
 
@@ -86,6 +87,7 @@ def trained(jobs, folder):
             rf.RegularizedAdamW._take_step = take_step
         if os.environ.get("RANK", "0") == "0":
             torch.save(gradients, f"{folder}/{name}/gradients.pt")
+    report.write = draw
     if "RANK" in os.environ:
         torch.distributed.destroy_process_group()
     return 0

@@ -15,7 +15,7 @@ from redit_fast.training import checkpoint
 from tests.training import processes
 from tests.training.jobs import flags, lines_of
 
-POINTS = int(os.environ.get("STOP_POINTS", "4"))  # `make rank-gates` has 20
+POINTS = int(os.environ.get("STOP_POINTS", "2"))  # `make rank-gates` has 20
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from redit_fast.training import report
 from tests.training import processes, rank_steps
 from tests.training.jobs import flags, lines_of
 
@@ -28,15 +27,10 @@ CASES = {  # what a run has beside COMMON
     "small micro-batches": {"tokens_per_micro_batch": 120, "checkpoint_activations": True, "dynamic_sampling": 1},
 }
 NO_GRADIENT = "all masked"
-ON_RANKS = [(2, "ddp"), (2, "fsdp2"), (3, "fsdp2")]
+ON_RANKS = [(2, "ddp"), (3, "fsdp2")]  # two under FSDP2 are in the tests of resumes, stops and counts
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def jobs(model_folder, problems):
     rewards = [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps")]
     base = {
@@ -44,32 +38,6 @@ def jobs(model_folder, problems):
         "max_completion_length": 12, "eval_problems": 0, **COMMON,
     }  # fmt: skip
     return {name: base | more for name, more in CASES.items()}
-
-
-@pytest.fixture(scope="module")
-def alone(jobs, folder):
-    """The folder of the runs of one process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", lambda run: None)
-        processes.trained(jobs, str(folder / "alone"))
-    return folder / "alone"
-
-
-@pytest.fixture(scope="module", params=ON_RANKS, ids=lambda param: f"{param[0]} {param[1]}")
-def on_ranks(request, jobs, folder):
-    """The folder of the runs of several, all by the same processes."""
-    size, strategy = request.param
-    out = folder / f"{size} {strategy}"
-    ranks = processes.start(
-        size,
-        processes.trained,
-        {name: job | {"strategy": strategy} for name, job in jobs.items()},
-        str(out),
-        folder=out,
-    )
-    codes, printed = processes.finish(ranks, out)
-    assert codes == [0] * size, printed
-    return out
 
 
 def timeless(line):
@@ -81,9 +49,19 @@ def timeless(line):
     }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_ranks_are_one(alone, on_ranks, name):
-    one, several = alone / name, on_ranks / name
+def test_two_and_three_ranks_are_one(jobs, tmp_path):
+    """One test, so that the ranks start once and the runs of one process are made once."""
+    processes.trained(jobs, str(tmp_path / "alone"))
+    for size, strategy in ON_RANKS:
+        out = tmp_path / strategy
+        theirs = {name: job | {"strategy": strategy} for name, job in jobs.items()}
+        codes, printed = processes.finish(processes.start(size, processes.trained, theirs, str(out), folder=out), out)
+        assert codes == [0] * size, printed
+        for name in jobs:
+            assert_alike(name, tmp_path / "alone" / name, out / name)
+
+
+def assert_alike(name, one, several):
     expected, found = torch.load(one / "gradients.pt"), torch.load(several / "gradients.pt")
     assert len(expected) == len(found) == 3 * CASES[name].get("updates_per_rollout", 1)
     assert expected[0].norm() > 1e-3 or name == NO_GRADIENT
@@ -106,9 +84,10 @@ def test_ranks_are_one(alone, on_ranks, name):
 
 
 @pytest.mark.parametrize("name, weights", [("gr", "model"), ("lora", "adapter_model")])
-def test_a_run_goes_on_with_any_number_of_ranks(alone, jobs, folder, name, weights):
+def test_a_run_goes_on_with_any_number_of_ranks(jobs, tmp_path, name, weights):
     """Two ranks, then one process, then three leave what one process does, the optimizer's state too."""
-    out = folder / "resumed"
+    processes.trained({name: jobs[name]}, str(tmp_path / "alone"))
+    out = tmp_path / "resumed"
     words = flags(jobs[name] | {"out_dir": str(out), "name": name, "checkpoint_every": 1})
     for steps, size, strategy in ((1, 2, "fsdp2"), (2, 1, "ddp"), (3, 3, "fsdp2")):
         more = [*words, "--steps", str(steps), "--strategy", strategy, *(["--resume"] if steps > 1 else [])]
@@ -118,7 +97,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(alone, jobs, folder, name, weigh
         codes, printed = processes.finish(processes.start(size, processes.train, more, folder=out), out)
         assert codes == [0] * size, printed
     for file in (f"{weights}.safetensors", "optimizer.safetensors"):
-        straight = load_file(alone / name / "checkpoints/step-000003" / file)
+        straight = load_file(tmp_path / "alone" / name / "checkpoints/step-000003" / file)
         resumed = out / name / "checkpoints/step-000003"
         found = load_file(resumed / file) if (resumed / file).is_file() else whole(resumed)
         assert straight.keys() == found.keys()
