@@ -14,7 +14,7 @@ _CLIP = "a clip range is {clip_low} and {clip_high}"
 _STEP = "a step is {prompts_per_step} with {group_size} completions each, of which {micro_batch_size} are in a pass"
 _ADAPTERS = "adapters are {lora_rank}, {lora_alpha} and {lora_targets}"
 _SAMPLING = "completions are sampled at {temperature} and {top_p}"
-_ONE_PROCESS = "there is one process with one GPU yet"
+_RANKS = "torchrun starts a process for each GPU, and how they share the model is {strategy}"
 _VLLM = "completions are sampled by the model itself, without vLLM"
 _TRACKERS = "there are no trackers yet, a run writes metrics.jsonl and report.html"
 _FOLDER = "a run's folder is {name} inside {out_dir}"
@@ -73,7 +73,8 @@ _MEANT = {
     "dither noise reward_noise dither_std": "{dither_level}",
     "rho sam_rho": "SAM's radius is {gr_gamma} and {gr_epsilon} with {gr_normalized}",
     "top_k min_p repetition_penalty": _SAMPLING,
-    "deepspeed fsdp num_processes nproc_per_node tensor_parallel_size n_gpus_per_node": _ONE_PROCESS,
+    "fsdp num_processes nproc_per_node n_gpus_per_node": _RANKS,
+    "deepspeed tensor_parallel_size": f"neither DeepSpeed nor tensor parallelism is there, {_RANKS}",
     "use_vllm": _VLLM,
     "report_to wandb use_wandb wandb_project tensorboard logger": _TRACKERS,
     "push_to_hub hub_model_id": "checkpoints stay in the run's folder, where from_pretrained loads them",

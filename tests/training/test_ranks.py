@@ -62,7 +62,7 @@ def test_two_and_three_ranks_are_one(jobs, tmp_path):
 
 
 def assert_alike(name, one, several):
-    expected, found = torch.load(one / "gradients.pt"), torch.load(several / "gradients.pt")
+    expected, found = (torch.load(run / "gradients.pt", weights_only=True) for run in (one, several))
     assert len(expected) == len(found) == 3 * CASES[name].get("updates_per_rollout", 1)
     assert expected[0].norm() > 1e-3 or name == NO_GRADIENT
     assert (found[0] - expected[0]).norm() <= 1e-6 * expected[0].norm()
@@ -112,7 +112,7 @@ def test_no_rank_has_more_whole_weights_than_a_layers_and_what_is_outside_of_the
     sharded, replicated = (rank_steps.counted(strategy, tmp_path) for strategy in ("fsdp2", "ddp"))
     assert sharded["gathered"] == sharded["layer"] + sharded["others"] < sharded["model"] / 4
     assert replicated["gathered"] == replicated["model"]
-    weights, others = (torch.load(tmp_path / f"{strategy}.pt") for strategy in ("fsdp2", "ddp"))
+    weights, others = (torch.load(tmp_path / f"{strategy}.pt", weights_only=True) for strategy in ("fsdp2", "ddp"))
     for key, weight in weights.items():
         torch.testing.assert_close(others[key], weight, rtol=1e-5, atol=1e-6)
 
