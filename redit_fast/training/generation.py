@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -137,7 +138,8 @@ def _loaded(folder: Path, settings: TrainConfig) -> tuple[PreTrainedModel, Token
         raise ValueError(f"checkpoint {folder} is damaged ({damage})")
     model, tokenizer = policy.load(name, device, settings.dtype)
     lora.check_base(folder, lora.base_of(name))
-    with Foreign(f"checkpoint {folder} cannot be loaded"):
+    with Foreign(f"checkpoint {folder} cannot be loaded"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers 5.24, about what peft 0.21 asks it
         merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     return merged, tokenizer
 
