@@ -35,8 +35,8 @@ def need(*programs):
             pytest.skip(f"{program} is not installed")
 
 
-# The ops become code below, without OpenMP, whose library a compiler may not have here. Code for the bindings, which only
-# pass their arguments on, would take 30 s more.
+# The ops become code below, without OpenMP, whose library a compiler may not have here. Code for the bindings, which
+# only pass their arguments on, would take 30 s more.
 @pytest.mark.parametrize("sources", [OPS, BINDINGS], ids=["ops", "bindings"])
 def test_every_source_is_read_without_a_warning(compiler, sources, setup, tmp_path):
     need(compiler)

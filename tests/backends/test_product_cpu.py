@@ -12,7 +12,6 @@ from tests.ops.test_linear_loss import exact_logp, head, leaves
 from tests.tolerance import relative
 
 
-
 @pytest.fixture(params=["avx512_bf16", "amx_bf16"])
 def own(request):
     """Products by each instruction set that has them."""
@@ -22,8 +21,8 @@ def own(request):
         yield request.param
 
 
-# one; below, at and above 6, 32 and 96 rows, a tile of 32 columns, a panel of 64, 16 panels, a tile of 32 and a block of
-# 512 along the sums; odd ones
+# one; below, at and above 6, 32 and 96 rows, a tile of 32 columns, a panel of 64, 16 panels, a tile of 32 and a block
+# of 512 along the sums; odd ones
 SIZES = [(1, 1, 1), (5, 7, 3), (6, 512, 64), (7, 513, 65), (32, 32, 32), (33, 33, 31), (96, 544, 1100), (97, 64, 2050),
          (16, 896, 1000), (131, 1500, 33), (0, 8, 4), (4, 8, 0)]  # fmt: skip
 

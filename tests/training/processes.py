@@ -1,4 +1,4 @@
-"""Runs, and ranks of a run as torchrun starts them, forked from a process that has all imports behind it: 0.1 s, not 7."""
+"""Runs, and ranks of a run as torchrun starts them, forked from a process that has all imports: 0.1 s, not 7."""
 
 import multiprocessing
 import os
