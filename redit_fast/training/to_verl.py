@@ -60,9 +60,10 @@ RUN = """#!/usr/bin/env bash
 # {name} by verl {verl}, written by redit-fast {version}. What stands behind the command is added and wins:
 #   bash run.sh trainer.nnodes=2 trainer.n_gpus_per_node=8 actor_rollout_ref.rollout.tensor_model_parallel_size=2
 set -euo pipefail
-exec python -m verl.trainer.main_ppo \\
+options=(
 {words}
-  "$@"
+)
+exec python -m verl.trainer.main_ppo "${{options[@]}}" "$@"
 """
 
 
@@ -215,7 +216,7 @@ def _absolute(reward: str) -> str:
 
 def _command(config: TrainConfig, facts: Facts) -> str:
     words = [
-        f"  {shlex.quote(f'{name}={hydra_value(value)}')} \\"
+        f"  {shlex.quote(f'{name}={hydra_value(value)}')}"
         for name, value in verl_options.options(config, facts).items()
     ]
     return RUN.format(name=facts.name, verl=verl_options.VERSION, version=__version__, words="\n".join(words))
@@ -231,13 +232,7 @@ def hydra_value(value: object) -> str:
         return repr(value).lower() if isinstance(value, bool) else repr(value)
     if "${" in value:
         raise ValueError(f"{value!r} has ${{, which verl's configuration takes for a reference; needs a text without")
-    if re.fullmatch("[A-Za-z/][A-Za-z0-9_./-]*", value) and value.lower() not in (
-        "null",
-        "true",
-        "false",
-        "inf",
-        "nan",
-    ):
+    if re.fullmatch("(?i)(?!(null|true|false|inf|nan)$)[a-z/][a-z0-9_./-]*", value):
         return value
     # A backslash counts in front of a quote alone, and the closing one is one.
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value) + '"'
