@@ -178,7 +178,8 @@ class Trainer:
 
     def step(self, turn: int, phases: Phases, rollout: bool) -> None:
         from redit_fast.training.batch import Batch
-        from redit_fast.training.rollout.local import Rollout, generate
+        from redit_fast.training.rollout import Rollout
+        from redit_fast.training.rollout.local import generate
 
         prompts, completions, rewards = self.batches[turn % 2]
         if rollout:

@@ -15,7 +15,8 @@ _STEP = "a step is {prompts_per_step} with {group_size} completions each, of whi
 _ADAPTERS = "adapters are {lora_rank}, {lora_alpha} and {lora_targets}"
 _SAMPLING = "completions are sampled at {temperature} and {top_p}"
 _RANKS = "torchrun starts a process for each GPU, and how they share the model is {strategy}"
-_VLLM = "completions are sampled by the model itself, without vLLM"
+_SERVER = "completions come from {rollout}, a vLLM server by its URL"
+_CORRECTION = "what the sampler's log-probs do is {correction}, within {correction_floor} and {correction_cap}"
 _TRACKERS = "there are no trackers yet, a run writes metrics.jsonl and report.html"
 _FOLDER = "a run's folder is {name} inside {out_dir}"
 _MEANT = {
@@ -75,7 +76,14 @@ _MEANT = {
     "top_k min_p repetition_penalty": _SAMPLING,
     "fsdp num_processes nproc_per_node n_gpus_per_node": _RANKS,
     "deepspeed tensor_parallel_size": f"neither DeepSpeed nor tensor parallelism is there, {_RANKS}",
-    "use_vllm": _VLLM,
+    "use_vllm vllm_server_host vllm_server_base_url vllm_mode rollout_name inference_engine": _SERVER,
+    "vllm_server_timeout": "{rollout_timeout}",
+    "use_transformers_paged use_transformers_continuous_batching": "paged is one of {rollout}",
+    "vllm_importance_sampling_mode vllm_importance_sampling_correction rollout_is": "{correction}",
+    "vllm_importance_sampling_cap vllm_importance_sampling_clip_max tis_imp_ratio_cap rollout_is_threshold":
+        "{correction_cap}",
+    "vllm_importance_sampling_clip_min": "{correction_floor}",
+    "importance_sampling_correction use_tis tis icepop": _CORRECTION,
     "report_to wandb use_wandb wandb_project tensorboard logger": _TRACKERS,
     "push_to_hub hub_model_id": "checkpoints stay in the run's folder, where from_pretrained loads them",
     "trust_remote_code": "Python code that a model brings is not run",
@@ -99,7 +107,7 @@ def hint(name: str, valid: Collection[str], spell: Callable[[str], str]) -> str:
         spell: how such a name is written: `flag`, or what quotes a key.
     """
     name = name.replace("-", "_")
-    meant = _VLLM if name.startswith("vllm_") else MEANT.get(name.lower())
+    meant = MEANT.get(name.lower(), _SERVER if name.startswith("vllm_") else None)
     if meant is None or not set(re.findall(r"\{(\w+)\}", meant)) <= set(valid):  # of another command
         return f", the closest valid one is {spell(difflib.get_close_matches(name, valid, n=1, cutoff=0)[0])}"
     said = re.sub(r"\{(\w+)\}", lambda field: spell(field[1]), meant)

@@ -25,7 +25,7 @@ from redit_fast.packing.rows import ranges, scored_hidden
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.policy import head_of
-from redit_fast.training.rollout.local import Rollout
+from redit_fast.training.rollout import Rollout
 
 
 @dataclass

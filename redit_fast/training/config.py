@@ -10,21 +10,20 @@ import shlex
 import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from redit_fast.dither import DeadGroups, Schedule
-from redit_fast.gr.config import GR, Pass2Ratio, Rounding
+from redit_fast.gr.config import Pass2Ratio, Rounding
 from redit_fast.known_names import RENAMED, flag, hint, under_new_names
-from redit_fast.losses.config import CLIPPED, LossType
+from redit_fast.losses.config import Correction, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
-from redit_fast.training import config_errors, config_file, config_values
+from redit_fast.training import config_checks, config_errors, config_file, config_values
 from redit_fast.training.config_values import check_as_meant, flag_words, free_name, is_component, kinds_of, of_gr
 from redit_fast.training.presets import Preset, defaults_of
 
@@ -36,7 +35,8 @@ class TrainConfig(BaseModel):
         pydantic.ValidationError (a ValueError): a field of the wrong type or outside its range, or an unknown one.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Without inputs in pydantic's own messages: that of rollout may have a password.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     model: str | None = Field(
         None, description="Hugging Face causal LM, a folder or hub name; none trains the embedded demo."
@@ -130,6 +130,30 @@ class TrainConfig(BaseModel):
     top_p: float = Field(
         1.0, gt=0, le=1, description="Draws the most likely tokens that reach it; the loss is of all, as in TRL."
     )
+    rollout: str = Field(
+        config_values.LOCAL,
+        description="Where completions come from: local is the trainer's own loop, paged transformers' continuous "
+        "batching, http://HOST:PORT or https://HOST:PORT a vLLM server.",
+    )
+    rollout_ahead: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1 has a server sample the next step's completions while this step is trained on, by weights that "
+        "are one step older; 0 waits.",
+    )
+    rollout_timeout: float = Field(600.0, gt=0, description="Seconds after which a server's answer is given up.")
+    rollout_retries: int = Field(
+        3, ge=0, description="Times that a request is made again to a server that fails or gives no answer."
+    )
+    correction: Literal["auto", Correction] = Field(
+        "auto",
+        description="What a gap between the sampler's log-probs and the policy's does to the loss: its weight of a "
+        "token or sequence, exp(policy - sampler), is limited to correction_floor and correction_cap (truncate), or 0 "
+        "outside (mask). auto is token_truncate with paged and a server, none with local.",
+    )
+    correction_cap: float = Field(2.0, gt=0, description="Most that such a weight may be.")
+    correction_floor: float | None = Field(None, ge=0, description="Least that it may be; none is 0.")
     preset: Preset | None = Field(
         None,
         description="Learning rate and regularisation of one of the GR paper's runs: grpo has none, kl a KL term, "
@@ -217,42 +241,20 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if self.model is None and self.data is not None:
-            raise ValueError("data: the embedded demo has its own; set model to train on a file")
-        if self.model is not None and self.data is None:
-            raise ValueError("data: training a model of your own needs a JSONL file")
-        if self.model is None and self.eval_data is not None:
-            raise ValueError("eval_data: the embedded demo has its own; set model to train on a file")
-        if self.eval_data is not None and not self.eval_problems:
-            raise ValueError("eval_data: eval_problems is 0, which evaluates nothing")
-        if self.model is not None and self.warm_start_steps:
-            raise ValueError(f"warm_start_steps: got {self.warm_start_steps}, only the embedded demo has a warm start")
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(f"reward_weights: got {len(self.reward_weights)} for {len(self.rewards)} reward functions")
-        if self.loss_type == "dro" and self.dro_beta is None:
-            raise ValueError("loss_type: dro needs a dro_beta, which has no default")
-        if self.loss_type != "dro" and self.dro_beta is not None:
-            raise ValueError(f"dro_beta: got {self.dro_beta}, only loss_type dro uses it")
-        if self.warmup_steps and self.lr_scheduler_type == "constant":
-            raise ValueError(
-                f"warmup_steps: got {self.warmup_steps}, lr_scheduler_type constant has none, constant_with_warmup has"
-            )
-        config_values.check_lora(self)
-        for name in ("clip_low", "clip_high"):
-            value = getattr(self, name)
-            if value != TrainConfig.model_fields[name].default and self.loss_type not in CLIPPED:
-                raise ValueError(f"{name}: got {value}, loss_type {self.loss_type} has no clip range")
-        try:
-            flat: dict[str, Any] = {f.name: getattr(self, f"gr_{f.name}", f.default) for f in fields(GR)}
-            GR(**flat)
-        except ValueError as error:  # of numbers that are not there in float32
-            name, _, rest = str(error).partition(" ")
-            raise ValueError(f"gr_{name}: {rest}") from None
-        if self.reference_reset_every and not self.beta:
-            raise ValueError(
-                f"reference_reset_every: got {self.reference_reset_every} without a KL term, needs a beta above 0"
-            )
+        config_checks.check_consistent(self)
         return self
+
+    @property
+    def server(self) -> str | None:
+        """The URL that completions come from; None: they are sampled in this process."""
+        return None if self.rollout in (config_values.LOCAL, config_values.PAGED) else self.rollout
+
+    @property
+    def sampler_correction(self) -> Correction:
+        """What `correction` is, or by auto comes to."""
+        if self.correction != "auto":
+            return self.correction
+        return "none" if self.rollout == config_values.LOCAL else "token_truncate"
 
     def with_name(self) -> TrainConfig:
         """This config with a run name: its own, else the first free one of demo, demo-2, ... (or after the model).

@@ -20,6 +20,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["ddp", "fsdp2"]
 Packing = Literal["auto", "on", "off"]
 Overlong = Literal["keep", "mask"]
+LOCAL, PAGED = "local", "paged"  # rollouts in the process that trains; any other is a server's URL
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 
 
@@ -51,21 +52,6 @@ def kinds_of(annotation: object) -> set[object]:
     if get_origin(annotation) is Annotated:
         return kinds_of(get_args(annotation)[0])
     return {kind for part in get_args(annotation) for kind in kinds_of(part)} or {annotation}
-
-
-def check_lora(config: Any) -> None:
-    """Raises a ValueError for settings that contradict lora_rank, or that need one."""
-    if config.lora_rank is None:
-        for name in ("lora_alpha", "lora_targets"):
-            if (value := getattr(config, name)) is not None:
-                raise ValueError(f"{name}: got {value} without adapters, needs a lora_rank")
-    elif config.model is None:
-        raise ValueError(f"lora_rank: got {config.lora_rank}, the embedded demo trains all weights; needs a model")
-    elif config.reference_reset_every:
-        raise ValueError(
-            f"reference_reset_every: got {config.reference_reset_every} with a lora_rank, whose KL term has the model "
-            "without adapters as its reference, which is never reset"
-        )
 
 
 def of_gr(name: str, more: str = "", **limits: Any) -> Any:

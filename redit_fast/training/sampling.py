@@ -13,7 +13,8 @@ import redit_fast as rf
 from redit_fast.training import data, rewards, runs
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.distributed import Ranks
-from redit_fast.training.rollout.local import Rollout, generate
+from redit_fast.training.rollout import Rollout
+from redit_fast.training.rollout.local import generate
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import redit_fast as rf
 from redit_fast.ops import chunks as head
 from redit_fast.training import builtin, config, policy
 from redit_fast.training.batch import Batch
-from redit_fast.training.rollout.local import Rollout, generate
+from redit_fast.training.rollout import Rollout
+from redit_fast.training.rollout.local import generate
 from tests.counting import Recorder
 
 both = pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])

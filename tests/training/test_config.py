@@ -123,7 +123,10 @@ def test_a_value_is_taken_as_it_is_written():
         ("gr_epsilon: auot", "c.yaml:1: gr_epsilon: got 'auot', needs a number or 'auto'"),
         ("epsilon: 1e-3", "c.yaml:1: unknown key 'epsilon': GR's step is 'gr_epsilon', a clip range is 'clip_low' and"),
         ("seed: 1\nlr: 1e-5", "c.yaml:2: unknown key 'lr', it is 'learning_rate' here"),
-        ("seed: 1\nuse_vllm: true", "c.yaml:2: unknown key 'use_vllm': completions are sampled by the model itself"),
+        (
+            "seed: 1\nuse_vllm: true",
+            "c.yaml:2: unknown key 'use_vllm': completions come from 'rollout', a vLLM server by its URL",
+        ),
         ("gr_gamma: 1\ngamma: 1", "c.yaml:2: gamma is another name of gr_gamma, which is set too"),
         ("seed: 1\ngamma: -1", "c.yaml:2: gr_gamma: got -1, needs a number greater than or equal to 0"),
         ("loss_type: vespo\nclip_low: 0.1", "c.yaml:2: clip_low: got 0.1, loss_type vespo has no clip range"),
@@ -131,6 +134,38 @@ def test_a_value_is_taken_as_it_is_written():
         ("clip_low: -0.1", "c.yaml:1: clip_low: got -0.1, needs a number greater than or equal to 0"),
         ("dro_beta: 0.1", "c.yaml:1: dro_beta: got 0.1, only loss_type dro uses it"),
         ("loss_type: dro\ndro_beta: 0", "c.yaml:2: dro_beta: got 0, needs a number greater than 0"),
+        ("rollout: vllm", "c.yaml:1: rollout: needs local, paged or the URL of a server, http://HOST:PORT or https://"),
+        ("rollout: 8000", "c.yaml:1: rollout: got 8000, needs text"),
+        (OWN + "rollout: ftp://host", "c.yaml:4: rollout: needs local, paged or the URL of a server"),
+        (OWN + "rollout: 'http://:8000'", "c.yaml:4: rollout: needs local, paged or the URL of a server"),
+        (OWN + "rollout: http://host:80000", "c.yaml:4: rollout: needs local, paged or the URL of a server"),
+        (OWN + "rollout: 'http://[::1'", "c.yaml:4: rollout: needs local, paged or the URL of a server"),
+        (OWN + "rollout: 'http://host/a b'", "c.yaml:4: rollout: needs local, paged or the URL of a server"),
+        (OWN + "rollout: http://host/v1?key=1", "c.yaml:4: rollout: the URL has a part after ? or #"),
+        ("rollout: http://host:8000", "c.yaml:1: rollout: the embedded demo samples by itself"),
+        ("rollout_ahead: 2", "c.yaml:1: rollout_ahead: got 2, needs a number less than or equal to 1"),
+        (
+            "seed: 1\nrollout_ahead: 1",
+            "c.yaml:2: rollout_ahead: got 1 with rollout local, which samples in the process",
+        ),
+        ("rollout: paged\nrollout_ahead: 1", "c.yaml:2: rollout_ahead: got 1 with rollout paged, which samples"),
+        ("rollout_timeout: 0", "c.yaml:1: rollout_timeout: got 0, needs a number greater than 0"),
+        ("rollout_timeout: 5", "c.yaml:1: rollout_timeout: got 5.0, only a rollout by a server has one"),
+        ("rollout_retries: -1", "c.yaml:1: rollout_retries: got -1, needs a number greater than or equal to 0"),
+        ("rollout_retries: 0", "c.yaml:1: rollout_retries: got 0, only a rollout by a server has one"),
+        ("correction: tis", "c.yaml:1: correction: got 'tis', needs 'auto', 'none', 'token_truncate', 'token_mask',"),
+        ("correction_cap: 0", "c.yaml:1: correction_cap: got 0, needs a number greater than 0"),
+        ("correction_cap: 3", "c.yaml:1: correction_cap: got 3.0 without a correction, which rollout local has only"),
+        ("rollout: paged\ncorrection: none\ncorrection_floor: 0.5", "c.yaml:3: correction_floor: got 0.5 without a"),
+        (
+            "correction: token_mask\ncorrection_floor: 3",
+            "c.yaml:2: correction_floor: got 3.0, needs a number of at most",
+        ),
+        ("rollout: paged\ntop_p: 0.9", "c.yaml:2: top_p: got 0.9 together with correction token_truncate, which"),
+        (
+            "loss_type: vespo\ncorrection: sequence_mask",
+            "c.yaml:2: correction: got sequence_mask, loss_type vespo has a weight of its own",
+        ),
         ("steps: 1\nsteps: 2", "c.yaml:2: key 'steps' is there twice"),
         ("3: 1", "c.yaml:1: key 3 is not text"),
         ("- steps", "needs keys and values at its top level"),
@@ -146,6 +181,25 @@ def test_a_bad_file_gets_one_sentence_that_names_the_place(tmp_path, text, sente
         load(write(tmp_path / "c.yaml", text))
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_key_in_the_url_of_a_server_is_refused_and_never_shown(tmp_path):
+    for url in ("http://me:s3cret@host:8000", "https://s3cret@host", "http://:s3cret@host", "https://me:s3cret@[::1"):
+        for refused in (lambda: load(write(tmp_path / "c.yaml", OWN + f"rollout: '{url}'")),  # noqa: B023
+                        lambda: load(None, {"rollout": url}), lambda: TrainConfig(rollout=url)):  # noqa: B023  # fmt: skip
+            with pytest.raises(ValueError, match="rollout: ") as error:
+                refused()
+            assert "s3cret" not in str(error.value)
+
+
+def test_the_correction_is_on_where_another_program_or_another_attention_samples():
+    own = {"model": "m", "data": "d", "rewards": ["exact_answer"]}
+    for rollout, kind in (("local", "none"), ("paged", "token_truncate"), ("https://host/base", "token_truncate")):
+        found = load(None, {**own, "rollout": rollout})
+        assert found.sampler_correction == kind and (found.server is None) == (not rollout.startswith("http"))
+        for chosen in ("none", "sequence_mask"):
+            assert load(None, {**own, "rollout": rollout, "correction": chosen}).sampler_correction == chosen
+    assert load(None, {"rollout": "paged", "top_p": 0.5, "correction": "none"}).top_p == 0.5
 
 
 HOSTILE = ["x", "", "\ud800", "1" * 5000, "-1", 0, -1, 2**33, 10.5, math.inf, [], [[]], ["\ud800"], [""], {}, object()]

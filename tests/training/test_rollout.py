@@ -224,7 +224,7 @@ def test_a_token_in_two_levels_is_the_one_of_a_cumulative_sum_in_float64(vocabul
     for temperature in (1.0, 0.3):
         cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
         expected = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
-        found = local._choose(logits, temperature, 1.0, u)
+        found, _ = local._choose(logits, temperature, 1.0, u)
         assert logits.gather(1, found[:, None]).isfinite().all()
         away = found != expected
         near = [(cumulative[row] - u[row]).abs().min() < 1e-6 for row in away.nonzero()[:, 0].tolist()]

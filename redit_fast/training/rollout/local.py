@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
 
@@ -19,28 +18,27 @@ from transformers import PreTrainedModel
 from redit_fast.checks import check_dense, check_module, check_seed, check_step, described, real_number, whole_number
 from redit_fast.noise import STREAM_SAMPLING, counter_uniform
 from redit_fast.packing.attention import DECODING, attending
+from redit_fast.training.rollout import Rollout
 from redit_fast.training.rollout.head import in_blocks
 
 CHECK_EVERY = 8  # tokens between two looks at which rows have ended, for each of which the host waits for the device
 BLOCK = 256  # tokens whose probabilities have a common sum
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """Completions in prompt order, the `group_size` samples of a prompt next to each other: sample = prompt * G + j.
+class LocalEngine:
+    """`generate` of the model that is trained: what it is synchronised with is what it samples."""
 
-    Attributes:
-        completions: N token lists, at least one token each; the end token is kept where it was reached.
-        finished: N flags; False means cut off at `max_new_tokens`.
-        tokens: completion tokens in all.
-    """
+    def __init__(self, model: nn.Module, ends: Sequence[int]) -> None:
+        self.model, self.ends = model, ends
 
-    completions: list[list[int]]
-    finished: list[bool]
+    def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> Rollout:
+        return generate(self.model, self.ends, prompts, **sampling)
 
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.completions))
+    def sync(self, model: nn.Module) -> None:
+        self.model = model
+
+    def close(self) -> None:
+        pass
 
 
 @torch.no_grad()
@@ -70,7 +68,8 @@ def generate(
         eos_token_ids: the end tokens; without any every completion has max_new_tokens.
         prompts: P non-empty token lists, of any lengths.
         temperature: divides the logits; 0 takes the most likely token.
-        top_p: only the most likely tokens are drawn, the fewest whose probabilities reach it; 1 draws all.
+        top_p: only the most likely tokens are drawn, the fewest whose probabilities reach it; 1 draws all. `logp` is of
+            all tokens in either case.
         sample_ids: (P * group_size,) int64 in [0, 2**32), default arange; ranks that share a seed need distinct ones.
 
     Raises:
@@ -97,13 +96,14 @@ def generate(
     try:
         masks = attending(model, DECODING) if _makes_masks(model, prompts) else nullcontext()
         with masks, in_blocks(model, len(u), max_new_tokens):
-            tokens, length = _decode(model, ends, prompts, group_size, temperature, top_p, u)
+            tokens, logp, length = _decode(model, ends, prompts, group_size, temperature, top_p, u)
     finally:
         for module, training in modes:
             module.training = training
-    completions = [row[:n] for row, n in zip(tokens.tolist(), length.tolist(), strict=True)]
+    lengths = length.tolist()
+    completions, logps = ([row[:n] for row, n in zip(x.tolist(), lengths, strict=True)] for x in (tokens, logp))
     last = tokens.gather(1, (length - 1)[:, None])
-    return Rollout(completions, torch.isin(last[:, 0], ends).tolist())
+    return Rollout(completions, torch.isin(last[:, 0], ends).tolist(), logps if temperature else None)
 
 
 def _makes_masks(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
@@ -115,8 +115,9 @@ def _makes_masks(model: nn.Module, prompts: Sequence[Sequence[int]]) -> bool:
 
 def _decode(
     model, ends: Tensor, prompts, group_size: int, temperature: float, top_p: float, u: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens (N, max_new_tokens), for random numbers u of that shape, and how many of each row are valid (N,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and their log-probs (N, max_new_tokens), for random numbers u of that shape, and how many of each row are
+    valid (N,)."""
     device, (samples, max_new_tokens) = u.device, u.shape
     input_ids, mask = _left_pad(prompts, device)
     # Padded positions repeat position 0: they are masked, and no position is negative.
@@ -138,11 +139,12 @@ def _decode(
     position = mask.sum(1, keepdim=True)
 
     tokens = torch.zeros(samples, max_new_tokens, dtype=torch.int64, device=device)
+    logp = torch.zeros(samples, max_new_tokens, dtype=torch.float32, device=device)
     length = torch.full((samples,), max_new_tokens, dtype=torch.int64, device=device)
     rows = torch.arange(samples, device=device)  # the samples still in the batch
     going, finite = torch.ones(2, samples, dtype=torch.bool, device=device)  # of them
     for t in range(1, max_new_tokens + 1):
-        chosen = _choose(logits, temperature, top_p, u[rows, t - 1])
+        chosen, logp[rows, t - 1] = _choose(logits, temperature, top_p, u[rows, t - 1])
         finite = finite & (logits.amax(-1).isfinite() | ~going)
         tokens[rows, t - 1] = chosen
         ended = going & torch.isin(chosen, ends)
@@ -165,20 +167,21 @@ def _decode(
         seen = mask if hides else None
         out = model(chosen[:, None], attention_mask=seen, position_ids=position, use_cache=True, **{cached: cache})
         logits, position = out.logits[:, -1], position + 1
-    return tokens, length
+    return tokens, logp, length
 
 
-def _choose(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
-    """(rows,) int64: the arg-max at temperature 0, else the first token whose cumulative probability exceeds u.
+def _choose(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows,) int64: the arg-max at temperature 0, else the first token whose cumulative probability exceeds u. And
+    (rows,) float32: its log-prob among all tokens, at temperature 0 nothing of use.
 
     In two levels: float64 sums of blocks of float32 probabilities, then float64 sums inside the block that u falls in.
     In float64 all through, at a vocabulary of 50257, this is a quarter of a small model's rollout. Any token where
     logits are not finite.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)
     logits = logits.float() if temperature == 1 else logits.float() / temperature
-    probabilities = torch.softmax(logits, -1)
+    probabilities = of_all = torch.softmax(logits, -1)
     if top_p < 1:
         falling, order = probabilities.sort(descending=True, stable=True)
         reached = falling.cumsum(-1) - falling >= top_p  # by more likely ones
@@ -198,7 +201,8 @@ def _choose(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tens
     # Rounding may put it at the block's own sum, beyond all of its tokens.
     at = torch.minimum(at - start, torch.nextafter(inside[:, -1:], torch.zeros_like(at)))
     token = block * BLOCK + torch.searchsorted(inside, at, right=True)
-    return token[:, 0].clamp(max=probabilities.shape[1] - 1)
+    token = token.clamp(max=probabilities.shape[1] - 1)
+    return token[:, 0], of_all.gather(1, token)[:, 0].log()
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,135 @@
+"""What settings of a run contradict each other: one sentence, which begins with the name of one of them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from redit_fast.gr.config import GR
+from redit_fast.losses.config import CLIPPED
+
+
+def check_consistent(config: Any) -> None:
+    """Raises a ValueError for the first contradiction in a `TrainConfig`."""
+    _check_data(config)
+    if config.reward_weights is not None and len(config.reward_weights) != len(config.rewards):
+        raise ValueError(f"reward_weights: got {len(config.reward_weights)} for {len(config.rewards)} reward functions")
+    _check_loss(config)
+    _check_lora(config)
+    _check_rollout(config)
+    _check_correction(config)
+
+
+def _check_data(config: Any) -> None:
+    if config.model is None and config.data is not None:
+        raise ValueError("data: the embedded demo has its own; set model to train on a file")
+    if config.model is not None and config.data is None:
+        raise ValueError("data: training a model of your own needs a JSONL file")
+    if config.model is None and config.eval_data is not None:
+        raise ValueError("eval_data: the embedded demo has its own; set model to train on a file")
+    if config.eval_data is not None and not config.eval_problems:
+        raise ValueError("eval_data: eval_problems is 0, which evaluates nothing")
+    if config.model is not None and config.warm_start_steps:
+        raise ValueError(f"warm_start_steps: got {config.warm_start_steps}, only the embedded demo has a warm start")
+
+
+def _check_loss(config: Any) -> None:
+    if config.loss_type == "dro" and config.dro_beta is None:
+        raise ValueError("loss_type: dro needs a dro_beta, which has no default")
+    if config.loss_type != "dro" and config.dro_beta is not None:
+        raise ValueError(f"dro_beta: got {config.dro_beta}, only loss_type dro uses it")
+    if config.warmup_steps and config.lr_scheduler_type == "constant":
+        raise ValueError(
+            f"warmup_steps: got {config.warmup_steps}, lr_scheduler_type constant has none, constant_with_warmup has"
+        )
+    for name in ("clip_low", "clip_high"):
+        if is_set(config, name) and config.loss_type not in CLIPPED:
+            raise ValueError(f"{name}: got {getattr(config, name)}, loss_type {config.loss_type} has no clip range")
+    try:
+        flat: dict[str, Any] = {f.name: getattr(config, f"gr_{f.name}", f.default) for f in fields(GR)}
+        GR(**flat)
+    except ValueError as error:  # of numbers that are not there in float32
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"gr_{name}: {rest}") from None
+    if config.reference_reset_every and not config.beta:
+        raise ValueError(
+            f"reference_reset_every: got {config.reference_reset_every} without a KL term, needs a beta above 0"
+        )
+
+
+def _check_lora(config: Any) -> None:
+    if config.lora_rank is None:
+        for name in ("lora_alpha", "lora_targets"):
+            if (value := getattr(config, name)) is not None:
+                raise ValueError(f"{name}: got {value} without adapters, needs a lora_rank")
+    elif config.model is None:
+        raise ValueError(f"lora_rank: got {config.lora_rank}, the embedded demo trains all weights; needs a model")
+    elif config.reference_reset_every:
+        raise ValueError(
+            f"reference_reset_every: got {config.reference_reset_every} with a lora_rank, whose KL term has the model "
+            "without adapters as its reference, which is never reset"
+        )
+
+
+def _check_rollout(config: Any) -> None:
+    if config.server is None:
+        for name in ("rollout_timeout", "rollout_retries"):
+            if is_set(config, name):
+                raise ValueError(f"{name}: got {getattr(config, name)}, only a rollout by a server has one")
+        if config.rollout_ahead:
+            raise ValueError(
+                f"rollout_ahead: got {config.rollout_ahead} with rollout {config.rollout}, which samples in the "
+                "process that trains, where nothing would overlap; needs the URL of a server"
+            )
+        return
+    check_url("rollout", config.server)
+    if config.model is None:
+        raise ValueError("rollout: the embedded demo samples by itself, without a server; set model to train your own")
+
+
+def check_url(name: str, url: str) -> None:
+    """Raises a ValueError that has nothing of the URL in it, which may have a password."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that are no address
+        fits, parts = False, urlsplit("")
+    if not fits or not url.isprintable() or " " in url:
+        raise ValueError(f"{name}: needs local, paged or the URL of a server, http://HOST:PORT or https://HOST:PORT")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            f"{name}: the URL has a user name or a password in it, which would be written into the run's folder; a key "
+            "goes into the variable REDIT_FAST_API_KEY"
+        )
+    if parts.query or parts.fragment:
+        raise ValueError(f"{name}: the URL has a part after ? or #, needs a host, a port and a path alone")
+
+
+def _check_correction(config: Any) -> None:
+    kind = config.sampler_correction
+    if kind == "none":
+        for name in ("correction_cap", "correction_floor"):
+            if is_set(config, name):
+                raise ValueError(
+                    f"{name}: got {getattr(config, name)} without a correction, which rollout {config.rollout} has "
+                    "only where correction names one"
+                )
+        return
+    if config.correction_floor is not None and config.correction_floor > config.correction_cap:
+        raise ValueError(
+            f"correction_floor: got {config.correction_floor}, needs a number of at most correction_cap, "
+            f"{config.correction_cap}"
+        )
+    if config.top_p < 1:
+        raise ValueError(
+            f"top_p: got {config.top_p} together with correction {kind}, which compares log-probs of all tokens with "
+            "those of the sampler, which draws from a part of them; needs top_p 1 or correction none"
+        )
+    if config.loss_type == "vespo" and kind.startswith("sequence"):
+        raise ValueError(f"correction: got {kind}, loss_type vespo has a weight of its own for a sequence")
+
+
+def is_set(config: Any, name: str) -> bool:
+    """Whether a field has another value than its default."""
+    return getattr(config, name) != type(config).model_fields[name].default
