@@ -46,6 +46,9 @@ UNUSED = {
     "strategy": "verl's FSDP2 in any case: the gradient is that of ddp",
     "warm_start_steps": "of the demo, which is refused",
     "preset": "what it sets is written",
+    "rollout_ahead": "of a server, which is refused",
+    "rollout_timeout": "of a server, which is refused",
+    "rollout_retries": "of a server, which is refused",
     "out_dir": "verl's checkpoints are in the folder that is written",
 }
 
@@ -73,6 +76,10 @@ def _uneven(c: TrainConfig) -> bool:
     return c.micro_batch_size is not None and c.prompts_per_step * c.group_size % c.micro_batch_size != 0
 
 
+def _by_token(c: TrainConfig) -> bool:
+    return c.loss_type in ("gspo", "gmpo") and c.sampler_correction.startswith("token")
+
+
 # field -> (when verl cannot do it, why and what to set instead)
 REFUSED: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "model": (lambda c: c.model is None, "the embedded demo is no model that verl loads; set model and data"),
@@ -94,6 +101,19 @@ REFUSED: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "updates_per_rollout": (
         lambda c: c.updates_per_rollout > 1 and c.lr_scheduler_type != "constant",
         "verl's learning rate stays the same over the updates of a step; set lr_scheduler_type constant",
+    ),
+    "rollout": (
+        lambda c: c.server is not None,
+        "verl starts vLLM itself, on the GPUs that train; set paged, which has the same correction, or local",
+    ),
+    "correction": (
+        _by_token,
+        "verl's gspo is gspo_token, which is another loss under weights of tokens, and its geo_mean takes the geometric "
+        "mean of these; set none or one of a sequence, or loss_type gspo_token",
+    ),
+    "correction_floor": (
+        lambda c: bool(c.correction_floor) and c.sampler_correction.endswith("truncate"),
+        "verl limits a weight from above alone; set none, or a correction by mask",
     ),
     "loss_type": (lambda c: c.loss_type not in LOSSES, f"verl has no such loss; set one of {', '.join(LOSSES)}"),
     "advantage_scale": (
@@ -144,6 +164,7 @@ def options(config: TrainConfig, facts: Facts) -> Options:
         **_model(config, facts),
         **_rollout(config, facts),
         **_loss(config),
+        **_correction(config),
         **_advantages(config, facts),
         **_optimizer(config),
         **_trainer(config, facts),
@@ -248,6 +269,20 @@ def _loss(config: TrainConfig) -> Options:
             f"{actor}.kl_loss_coef": config.beta,
             f"{actor}.kl_loss_type": "low_var_kl",
         }
+    return found
+
+
+def _correction(config: TrainConfig) -> Options:
+    """Of verl's rollout_correction, one threshold truncates and two mask."""
+    correction, kind = "algorithm.rollout_correction", config.sampler_correction
+    if kind == "none":
+        return {f"{correction}.rollout_is": None}
+    found: Options = {
+        f"{correction}.rollout_is": kind.partition("_")[0],
+        f"{correction}.rollout_is_threshold": config.correction_cap,
+    }
+    if kind.endswith("mask"):  # a floor above 0, where every weight is above e^-20
+        found[f"{correction}.rollout_is_threshold"] = f"{config.correction_floor or 1e-9!r}_{config.correction_cap!r}"
     return found
 
 
