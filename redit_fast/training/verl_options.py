@@ -108,8 +108,8 @@ REFUSED: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     ),
     "correction": (
         _by_token,
-        "verl's gspo is gspo_token, which is another loss under weights of tokens, and its geo_mean takes the geometric "
-        "mean of these; set none or one of a sequence, or loss_type gspo_token",
+        "verl's gspo is gspo_token, another loss under weights of tokens, and its geo_mean takes their geometric mean; "
+        "set none or one of a sequence, or loss_type gspo_token",
     ),
     "correction_floor": (
         lambda c: bool(c.correction_floor) and c.sampler_correction.endswith("truncate"),

@@ -43,7 +43,7 @@ from redit_fast.training.batch import Batch  # noqa: E402
 from redit_fast.training.config import TrainConfig  # noqa: E402
 from redit_fast.training.rollout import Rollout  # noqa: E402
 from redit_fast.training.to_verl import to_verl  # noqa: E402
-from redit_fast.training.verl_options import LOSSES, Facts, options, refusals  # noqa: E402
+from redit_fast.training.verl_options import LOSSES, SCHEDULES, Facts, options, refusals  # noqa: E402
 from tests.integrations.test_verl_loss import micro_batch  # noqa: E402
 from tests.losses.test_parity_peers import assert_same, rollouts  # noqa: E402
 
@@ -116,12 +116,12 @@ def test_verl_s_dataset_has_the_prompts_and_its_agent_loop_their_tokens(write, s
     model = omega_conf_to_dataclass(found.actor_rollout_ref.model)
     records = data.load(made, model.tokenizer)
     builder = create_continuous_token_builder(model.tokenizer, hf_model_type="qwen2")
+    tokenizer = policy.tokenizer_of(settings["model"])[1]
     for files, chosen in ((found.data.train_files, records.train), (found.data.val_files, records.held_out)):
         dataset = create_rl_dataset(files, found.data, model.tokenizer, model.processor)
         assert len(dataset) == len(chosen) > 0
         rows = collate_fn(list(dataset))
         for record, messages, reward_model in zip(chosen, rows["raw_prompt"], rows["reward_model"]):
-            tokenizer = policy.tokenizer_of(settings["model"])[1]
             expected = data.render(tokenizer, record, made.system_prompt)
             assert builder.build_initial_tokens(messages) == expected
             assert len(expected) <= found.data.max_prompt_length
@@ -280,7 +280,7 @@ def their_step(found, batch):
         {},
         {"loss_type": "grpo", "beta": 0.1, "updates_per_rollout": 2, "micro_batch_size": 2, "packing": "off",
          "clip_low": 0.1, "clip_high": 0.3, "max_grad_norm": None, "temperature": 0.7, "weight_decay": 0.1,
-         "gr_gamma": 0},
+         "gr_normalized": True},
         {"lora_rank": 4, "lora_targets": ["q_proj", "mlp.up_proj"], "checkpoint_activations": True},
     ],
     ids=["dapo", "grpo", "lora"],
@@ -307,7 +307,12 @@ def test_a_step_of_verl_s_worker_is_ours(write, more):
         assert ((value - after[name]).abs() * sure[name]).max() < 1e-5, name
     assert torch.cat([value.flatten() for value in sure.values()]).float().mean() > 0.8
     assert max((weights[name] - start[name]).abs().max() for name in start) > 4e-4
-    assert ("actor/gr/g1_norm" in metrics) == (made.gr_gamma > 0)
+    assert "actor/gr/g1_norm" in metrics
+    if made.beta:
+        assert metrics["actor/kl_coef"] == pytest.approx(made.beta) and metrics["actor/kl_loss"] > 1e-3
+        reference = ActorRolloutRefWorker(found.actor_rollout_ref, "ref")
+        reference.init_model()
+        assert reference.ref.engine._autocast_dtype == torch.float32 and reference.ref.engine_config.forward_only
 
 
 FACTS = Facts(Path("/verl"), "run", "/model", "float32", 50, 5, 40, None, [1.0])
@@ -321,16 +326,21 @@ OF_LOSS = {
 
 @pytest.fixture(scope="module")
 def written(model_folder, problems, tmp_path_factory):
-    """verl's configuration of a run, of which tests change a part."""
+    """The parts of verl's configuration of a run that the options of a loss are in, with what they refer to."""
     settings = {"model": str(model_folder), "data": str(problems), "rewards": ["numeric_answer"], **PASS1}
-    return composed(to_verl(config.load(overrides=settings), tmp_path_factory.mktemp("of") / "verl", "run"))
+    found = composed(to_verl(config.load(overrides=settings), tmp_path_factory.mktemp("of") / "verl", "run"))
+    whole = OmegaConf.to_container(found, resolve=True, throw_on_missing=False)
+    parts = {"actor_rollout_ref": {"actor": whole["actor_rollout_ref"]["actor"]},
+             "algorithm": {"rollout_correction": whole["algorithm"]["rollout_correction"]}}  # fmt: skip
+    return OmegaConf.create(parts)
 
 
-def actor_of(made, written):
-    """With the options of `made`, as its file has them."""
+def parts_of(made, written):
+    """The actor and the correction with the options of `made`."""
     found = copy.deepcopy(written)
     for name, value in options(made, FACTS).items():
-        OmegaConf.update(found, name.removeprefix("+"), value, force_add=True)
+        if name.startswith(("actor_rollout_ref.actor.", "algorithm.rollout_correction.")):
+            OmegaConf.update(found, name, value)
     return omega_conf_to_dataclass(found.actor_rollout_ref.actor), found.algorithm.rollout_correction
 
 
@@ -349,7 +359,7 @@ def both_losses(made, written):
         normalizer=denominator_of(losses, len(lengths), float(sum(lengths))), config=losses, seed=seed,
     ).loss  # fmt: skip
     ours.backward()
-    actor, correction = actor_of(made, written)
+    actor, correction = parts_of(made, written)
     weights, mask, _ = compute_rollout_correction_and_rejection_mask(
         batch.old, batch.sampling, batch.mask, rollout_is=correction.rollout_is,
         rollout_is_threshold=correction.rollout_is_threshold, rollout_rs=correction.rollout_rs,
@@ -392,7 +402,7 @@ def test_every_loss_has_the_value_and_gradient_of_verl_s_by_its_options(written,
     }
     compared = 0
     for more in [*CORRECTIONS, {"beta": 0.2}]:
-        made = TrainConfig(loss_type=loss_type, **base, **OF_LOSS.get(loss_type, {}), **more)
+        made = TrainConfig(**base, **OF_LOSS.get(loss_type, {}), **more)
         if refusals(made):
             assert loss_type in ("gspo", "gmpo") and more["correction"].startswith("token")
             continue
@@ -403,15 +413,14 @@ def test_every_loss_has_the_value_and_gradient_of_verl_s_by_its_options(written,
     assert compared == (4 if loss_type in ("gspo", "gmpo") else 7)
 
 
-@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup", "cosine"])
-def test_the_learning_rate_of_every_step_is_ours(write, kind):
-    warmup = 0 if kind == "constant" else 3
-    made, folder = write(lr_scheduler_type=kind, warmup_steps=warmup, steps=9, learning_rate=2e-3)
-    optim = composed(folder).actor_rollout_ref.actor.optim
-    optim.total_training_steps = made.steps
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_learning_rate_of_every_step_is_ours(written, kind):
+    made = TrainConfig(model="m", data="d", rewards=["r"], gr_gamma=0, lr_scheduler_type=kind, steps=9,
+                       warmup_steps=0 if kind == "constant" else 3, learning_rate=2e-3)  # fmt: skip
+    optim = parts_of(made, written)[0].optim
+    optim.total_training_steps = made.steps  # as verl's trainer does
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=optim.lr)
-    engine = SimpleNamespace(optimizer_config=omega_conf_to_dataclass(optim), rank=0)
-    schedule = FSDPEngineWithLMHead._build_lr_scheduler(engine, optimizer)
+    schedule = FSDPEngineWithLMHead._build_lr_scheduler(SimpleNamespace(optimizer_config=optim, rank=0), optimizer)
     expected, found = setup.learning_rate(made), []
     for _ in range(made.steps):
         found.append(optimizer.param_groups[0]["lr"])
