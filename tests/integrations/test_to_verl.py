@@ -32,6 +32,7 @@ from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
 from verl.utils.dataset.rl_dataset import collate_fn  # noqa: E402
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder  # noqa: E402
 from verl.workers import engine_workers  # noqa: E402
+from verl.workers.config import FSDPActorConfig  # noqa: E402
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
 from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
@@ -310,9 +311,8 @@ def test_a_step_of_verl_s_worker_is_ours(write, more):
     assert "actor/gr/g1_norm" in metrics
     if made.beta:
         assert metrics["actor/kl_coef"] == pytest.approx(made.beta) and metrics["actor/kl_loss"] > 1e-3
-        reference = ActorRolloutRefWorker(found.actor_rollout_ref, "ref")
-        reference.init_model()
-        assert reference.ref.engine._autocast_dtype == torch.float32 and reference.ref.engine_config.forward_only
+        reference = omega_conf_to_dataclass(found.actor_rollout_ref.ref, FSDPActorConfig).engine  # is not for the CPU
+        assert reference.mixed_precision == {"param_dtype": "fp32"} and reference.forward_only
 
 
 FACTS = Facts(Path("/verl"), "run", "/model", "float32", 50, 5, 40, None, [1.0])
