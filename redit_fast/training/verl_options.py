@@ -68,8 +68,8 @@ class Facts(NamedTuple):
 
 
 def _fresh_ratio(c: TrainConfig) -> bool:
-    by_ratio = c.loss_type not in WITHOUT_RATIO and c.updates_per_rollout == 1
-    return c.gr_gamma > 0 and c.gr_pass2_ratio == "fresh" and by_ratio
+    has_ratio = c.loss_type not in WITHOUT_RATIO or c.sampler_correction != "none"
+    return c.gr_gamma > 0 and c.gr_pass2_ratio == "fresh" and c.updates_per_rollout == 1 and has_ratio
 
 
 def _uneven(c: TrainConfig) -> bool:

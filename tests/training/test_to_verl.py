@@ -118,6 +118,7 @@ def test_every_setting_is_written_or_refused_by_its_name_or_is_said_to_have_no_m
         ("advantage_scale", {"advantage_scale": "batch"}),
         ("dither_distribution", {"dither_distribution": "uniform", **SHIPPED}),
         ("gr_pass2_ratio", {"gr_pass2_ratio": "fresh"}),
+        ("gr_pass2_ratio", {"gr_pass2_ratio": "fresh", "loss_type": "gpg", "correction": "token_truncate"}),
         ("reference_reset_every", {"reference_reset_every": 2, "beta": 0.1}),
         ("sharpness_every", {"sharpness_every": 2}),
         ("gr_rounding", {"dtype": "bfloat16"}),
