@@ -144,7 +144,7 @@ def _dtype(config: TrainConfig, model: PreTrainedModel) -> str:
     """What `auto` is on a GPU: the checkpoint's."""
     if config.dtype != "auto":
         return config.dtype
-    dtype = str(model.config.get_text_config().dtype).removeprefix("torch.")
+    dtype = str(model.config.get_text_config().dtype or model.config.dtype).removeprefix("torch.")
     if dtype not in verl_options.DTYPES:
         raise ValueError(f"dtype: got auto, and config.json of model {config.model} names none; set it")
     return dtype
@@ -187,6 +187,12 @@ def _prompt(tokenizer: Tokenizer, record: dict, system_prompt: str | None, place
         raise ValueError(
             f"{place}: the prompt ends with an assistant message, which verl closes and `redit-fast train` continues; "
             "take it out"
+        )
+    more = sorted({key for message in prompt for key in message} - {"role", "content"})
+    if more and tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) != expected:
+        raise ValueError(
+            f"{place}: the chat template reads {', '.join(map(repr, more))} of this prompt's messages, of which verl's "
+            "data has role and content alone; take it out"
         )
     return Prompt(messages, None, len(expected))
 

@@ -309,7 +309,7 @@ def test_verl_s_trainer_reads_the_numbers_of_a_run(write, tmp_path, monkeypatch)
     found = validated(moved, "trainer.nnodes=2", "trainer.n_gpus_per_node=4")
     assert found.data.train_files == str(home / "verl/train.parquet") and Path(found.data.train_files).is_file()
     assert found.trainer.nnodes * found.trainer.n_gpus_per_node == 8
-    rollout = found.actor_rollout_ref.rollout
+    rollout = omega_conf_to_dataclass(found.actor_rollout_ref.rollout)  # which asks for its ranges
     assert (rollout.name, rollout.n, rollout.temperature, rollout.top_p) == ("vllm", 4, 0.7, 0.9)
     validation = rollout.val_kwargs
     assert (validation.n, validation.do_sample, validation.temperature, validation.top_p) == (4, True, 0.7, 0.9)

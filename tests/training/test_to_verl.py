@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
 from redit_fast.cli import main
@@ -167,13 +168,15 @@ def user(text):
 
 def test_prompts_of_which_verl_would_make_other_tokens_are_refused_with_their_line(settings, model_folder):
     model, tokenizer = policy.load(model_folder, "cpu")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['name'] }}{{ m['content'] }}\n{% endfor %}"
     for part in (model, tokenizer):
         part.save_pretrained("chat")
     settings |= {"model": "chat", "eval_problems": 0, "prompts_per_step": 1}
     opened = [user("2 + 3?"), {"role": "assistant", "content": "It is"}]
     refused = written(settings, data=lines("opened.jsonl", [user("1 + 1?")], opened))
     assert refused.startswith("opened.jsonl:2: the prompt ends with an assistant message, which verl closes")
+    refused = written(settings, data=lines("named.jsonl", [user("1 + 1?")], [user("2 + 3?") | {"name": "Finn"}]))
+    assert refused.startswith("named.jsonl:2: the chat template reads 'name' of this prompt's messages")
     refused = written(settings, data=lines("mixed.jsonl", [user("1 + 1?")], "2 + 3?"))
     assert (
         refused.startswith("mixed.jsonl:2: verl has one chat template for all prompts") and "mixed.jsonl:1" in refused
@@ -191,6 +194,17 @@ def test_a_tokenizer_that_begins_texts_with_a_token_gets_a_template_that_does_so
     assert policy.tokenizer_of("begins")[1]("How")["input_ids"][0] == tokenizer.bos_token_id
     found = written(settings, model="begins")
     assert "{{ bos_token }}{{ messages[0]" in found["run.sh"] and "bos_token" not in written(settings)["run.sh"]
+
+
+def test_a_dtype_of_auto_is_the_checkpoint_s(settings, model_folder):
+    model, tokenizer = policy.load(model_folder, "cpu")
+    for part in (model.to(torch.bfloat16), tokenizer):
+        part.save_pretrained("bfloat16")
+    assert "gr_rounding: got stochastic in bfloat16" in written(settings, model="bfloat16")
+    run = written(settings, model="bfloat16", gr_rounding="nearest")["run.sh"]
+    assert "param_dtype=bf16" in run and "rollout.dtype=bfloat16" in run and "attn_implementation" not in run
+    run = written(settings)["run.sh"]
+    assert "param_dtype=fp32" in run and "rollout.dtype=float32" in run and "attn_implementation=sdpa" in run
 
 
 def test_adapters_outside_the_decoder_layers_are_refused(settings):
