@@ -187,6 +187,7 @@ def test_an_example_is_written_once_and_never_over_a_file(capsys, tmp_path, monk
         assert (tmp_path / name).read_bytes() == (ROOT / "examples" / name).read_bytes()
 
 
+@pytest.mark.draws
 def test_report_redraws_a_run(capsys, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.json").write_text(config.load().model_dump_json())
