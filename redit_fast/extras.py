@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 MODULES = {  # extra of pyproject.toml -> what the code under it imports
     "train": ("transformers", "huggingface_hub", "safetensors", "yaml", "pydantic", "jinja2", "rich", "matplotlib"),
+    "data": ("pyarrow",),
     "lora": ("peft",),
     "transformers": ("transformers",),
     "trl": ("trl", "transformers"),
