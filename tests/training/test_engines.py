@@ -307,7 +307,10 @@ def test_an_engine_that_fails_stops_the_run_after_a_checkpoint(settings, tmp_pat
             assert f"rollout was '{URL}' in" in (said := capsys.readouterr().err) and f"become '{other}' on" in said
         moved = {**job, "name": name, "rollout": "http://127.0.0.1:10", "rollout_timeout": 5, "rollout_retries": 0}
         assert main(["train", *flags(moved), *more, "--resume"]) == 0
-        assert [line["step"] for line in lines_of(tmp_path / name / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+        lines = lines_of(tmp_path / name / "metrics.jsonl")
+        assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+        behind = [line.get("sampling/steps_behind") for line in lines[1:]]
+        assert behind == ([0, 1, 0, 1] if name == "ahead" else [None] * 4)  # the resumed process begins anew
 
 
 def failing_on_one_rank(words):
