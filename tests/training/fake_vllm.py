@@ -39,6 +39,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.seen = []  # (path, body)
         self.faults = []  # of the next completions, each a function of (handler, answer)
         self.adapters, self.asleep = {}, False
+        self.without = ()  # paths that it was not started with
         self.held = 0  # how often the prefix cache is not emptied
         self.lock = threading.Lock()
 
@@ -60,14 +61,16 @@ class FakeVLLM(ThreadingHTTPServer):
             for i, tokens in enumerate(rollout.completions):
                 logits = self.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double()
                 logp = (logits / (temperature if self.mode == "processed_logprobs" else 1)).log_softmax(-1)
-                best = logp.topk(max(body.get("logprobs") or 1, 1), -1)
+                drawn = logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+                best = logp.topk(body.get("logprobs") or 0, -1)
                 choices.append({
                     "index": i, "text": "not looked at", "token_ids": tokens, "prompt_token_ids": prompt,
                     "finish_reason": "stop" if rollout.finished[i] else "length", "stop_reason": None,
                     "logprobs": {
-                        "token_logprobs": logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist(),
-                        "top_logprobs": [{f"token_id:{k}": v for k, v in zip(keys, values, strict=True)}
-                                         for keys, values in zip(best[1].tolist(), best[0].tolist(), strict=True)],
+                        "token_logprobs": drawn,
+                        "top_logprobs": [{f"token_id:{k}": v for k, v in [(token, value), *zip(*row, strict=True)]}
+                                         for token, value, *row in zip(tokens, drawn, best[1].tolist(),
+                                                                       best[0].tolist(), strict=True)],
                     } if "logprobs" in body else None,
                 })  # fmt: skip
         return {"id": "cmpl-0", "object": "text_completion", "model": body["model"], "choices": choices, "usage": {}}
@@ -96,6 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
         server.seen.append((self.path, body))
         if server.key and self.path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {server.key}":
             return self.answer({"error": "Unauthorized"}, 401)
+        if self.path in server.without:
+            return self.answer({"detail": "Not Found"}, 404)
         if self.path == "/v1/completions":
             fault = server.faults.pop(0) if server.faults else None
             if body["model"] not in ("the-model", *server.adapters):

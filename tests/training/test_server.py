@@ -328,10 +328,18 @@ def test_log_probs_of_before_the_temperature_are_refused_at_the_start(clean, tmp
         engine(clean.url, tmp_path).sync(a_model())
 
 
-def test_weights_that_do_not_arrive_are_noticed_at_the_start(clean, tmp_path, monkeypatch):
-    monkeypatch.setattr(FakeVLLM, "collective_rpc", lambda self, method, args: None)
-    with pytest.raises(EngineError, match=r"log-probs are [0-9.]+ from the model's on average, where 0.25 is the most"):
-        engine(clean.url, tmp_path).sync(a_model(3))
+def test_the_mode_of_log_probs_is_found_whatever_token_was_drawn(clean, tmp_path, monkeypatch):
+    """vLLM gives the token that was drawn beside the likeliest, here the least likely one at temperature 2."""
+
+    def completions(self, body):
+        found = plain(self, body)
+        if body["temperature"] == 2:
+            found["choices"][0]["logprobs"]["top_logprobs"][0]["token_id:0"] = -50.0
+        return found
+
+    plain = FakeVLLM.completions
+    monkeypatch.setattr(FakeVLLM, "completions", completions)
+    engine(clean.url, tmp_path).sync(a_model())
 
 
 def test_a_server_that_cannot_load_says_why(clean, tmp_path, monkeypatch):
@@ -343,6 +351,23 @@ def test_a_server_that_cannot_load_says_why(clean, tmp_path, monkeypatch):
     with pytest.raises(EngineError, match="holds no safetensors that the server can read"):
         engine(clean.url, tmp_path).sync(a_model())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "needs"),
+    [
+        ("/collective_rpc", "VLLM_SERVER_DEV_MODE=1"),
+        ("/reset_prefix_cache", "VLLM_SERVER_DEV_MODE=1"),
+        ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"),
+    ],
+)
+def test_a_server_that_was_started_without_a_route_is_told_with_what(clean, tmp_path, monkeypatch, path, needs):
+    monkeypatch.setattr(clean, "without", (path,))
+    model, base = a_model(), None
+    if "lora" in path:
+        base = with_adapters(model)
+    with pytest.raises(EngineError, match=f"{path}: status 404, Not Found: start the server with {needs}$"):
+        engine(clean.url, tmp_path, base=base).sync(model)
 
 
 def test_a_full_disk_is_one_sentence(clean, tmp_path, monkeypatch):
@@ -367,11 +392,15 @@ def test_what_the_old_weights_have_computed_is_not_kept(clean, tmp_path):
     clean.held = 0
 
 
+def with_adapters(model):
+    base = lora.Base("x", {})
+    lora.attach(model, TrainConfig(model="x", data="x", rewards=["integer_answer"], lora_rank=2), base)
+    return base
+
+
 def test_adapters_are_sent_under_a_new_name_each_time(clean, tmp_path):
     model = a_model()
-    config = TrainConfig(model="x", data="x", rewards=["integer_answer"], lora_rank=2)
-    base = lora.Base("x", {})
-    lora.attach(model, config, base)
+    base = with_adapters(model)
     running = engine(clean.url, tmp_path, base=base)
     names = []
     for _ in range(2):

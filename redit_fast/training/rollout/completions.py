@@ -158,5 +158,6 @@ def _checked(choice: _Choice, body: dict, limits: Limits, error) -> Completion:
             f"a log-prob is {high[0]}, needs a finite number of at most 0: the server needs --logprobs-mode "
             "processed_logprobs"
         )
-    best = sorted((choice.logprobs.top_logprobs or [{}])[0].values(), reverse=True)
+    # The token that was drawn is among them too, however unlikely it is.
+    best = sorted((choice.logprobs.top_logprobs or [{}])[0].values(), reverse=True)[: body["logprobs"]]
     return Completion(tokens, [min(value, 0.0) for value in logp], best)

@@ -29,6 +29,7 @@ class Request(NamedTuple):
     body: dict | None = None  # None: GET, else POST
     room: int = 0  # bytes that the answer may have above LARGEST
     fine: tuple[int, ...] = (200,)  # the statuses of an answer that is one
+    needs: str = ""  # what a server with this path was started with
 
 
 class Connection:
@@ -124,6 +125,8 @@ class Connection:
                     if status in request.fine:
                         return body
                     why = f"status {status}{self._words(_message(body), ', ')}"
+                    if status == 404 and request.needs:
+                        why += f": start the server with {request.needs}"
                     if status not in AGAIN:
                         raise self._error(request, why)
         tries = f"{self.retries + 1} attempts" if self.retries else "1 attempt"
