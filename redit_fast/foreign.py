@@ -18,11 +18,17 @@ def text_of_error(error: BaseException) -> str:
 class Foreign:
     """Whatever the code inside raises, but a Ctrl-C, becomes a ValueError of one sentence that begins with `what`.
 
-    Errors of a type in `plain` have words for a user: their type is left out of the sentence.
+    Errors of a type in `plain` have words for a user: their type is left out of the sentence. `error` is the kind of
+    ValueError.
     """
 
-    def __init__(self, what: str, plain: type[BaseException] | tuple[type[BaseException], ...] = ()):
-        self.what, self.plain = what, plain
+    def __init__(
+        self,
+        what: str,
+        plain: type[BaseException] | tuple[type[BaseException], ...] = (),
+        error: type[ValueError] = ValueError,
+    ):
+        self.what, self.plain, self.error = what, plain, error
 
     def __enter__(self) -> None:
         pass
@@ -32,4 +38,4 @@ class Foreign:
             return
         first = re.split(r"\.\s", " ".join(text_of_error(error).split()))[0]
         name = [] if first and isinstance(error, self.plain) else [kind.__name__]
-        raise ValueError(": ".join([self.what, *name, *filter(None, [first])])) from error
+        raise self.error(": ".join([self.what, *name, *filter(None, [first])])) from error

@@ -53,6 +53,7 @@ class Batch:
     step: int
     seed: int
     masked: frozenset[int] = frozenset()  # samples that count as sequences without tokens
+    sampling_logp: Tensor | None = None  # (R,), the sampler's; None where it gives none
     ref_logp: Tensor | None = None  # (R,), with a KL term
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -74,9 +75,13 @@ class Batch:
         budget = Budget(samples=samples) if samples else Budget(tokens=config.tokens_per_micro_batch)
         cut_off = frozenset(i for i, finished in enumerate(rollout.finished) if not finished)
         masked = cut_off if config.overlong == "mask" else frozenset()
+        sampling_logp = None
+        if rollout.logp is not None:
+            each = [value for row in rollout.logp for value in row]
+            sampling_logp = torch.tensor(each, dtype=torch.float32, device="cpu")
         return cls(
             prompts, rollout.completions, advantages, settings, budget, packed, step, config.seed, masked,
-            ranks=ranks or Ranks(),
+            sampling_logp, ranks=ranks or Ranks(),
         )  # fmt: skip
 
     @cached_property
@@ -94,6 +99,11 @@ class Batch:
     def kept(self) -> list[int]:
         """The samples that are not masked."""
         return [i for i in range(len(self.prompts)) if i not in self.masked]
+
+    @property
+    def corrected_by(self) -> Tensor | None:
+        """What the loss compares the old log-probs with: nothing where it has no correction."""
+        return None if self.settings.correction == "none" else self.sampling_logp
 
     @property
     def useful_tokens(self) -> int:
@@ -198,6 +208,7 @@ class Batch:
             self.advantages.to(logp.device),
             old_logp=old_logp,
             ref_logp=self.ref_logp,
+            sampling_logp=None if self.corrected_by is None else self.corrected_by.to(logp.device),
             entropy=entropy,
             mask=self._tokens_of(self.kept).to(logp.device) if self.masked else None,
             cu_seqlens=torch.tensor([0, *self.lengths], device="cpu").cumsum(0).to(logp.device),
@@ -223,6 +234,7 @@ class Batch:
             bias=head.bias,
             old_logp=None if old_logp is None else self._part(micro, old_logp),
             ref_logp=None if self.ref_logp is None else self._part(micro, self.ref_logp),
+            sampling_logp=None if self.corrected_by is None else self._part(micro, self.corrected_by).to(model.device),
             masks_of=masks_of,
             cu_seqlens=torch.tensor([0, *lengths], device="cpu").cumsum(0).to(model.device),
             normalizer=self.normalizer,

@@ -31,12 +31,22 @@ from redit_fast.gr.shards import is_shard
 from redit_fast.signals import Handler, handled
 from redit_fast.training.config_values import Strategy
 from redit_fast.training.rewards.user_code import RewardError
+from redit_fast.training.rollout import EngineError
 
 T = TypeVar("T")
 WAIT = timedelta(hours=2)  # of a rank for the slowest one's rewards
 # What ends a run in one sentence. Anything else that a rank raises has its traceback there and ends the others, whose
 # connections to it break.
-SAID = (RewardError, MissingExtra, NotImplementedError, FloatingPointError, OSError, ValueError, KeyboardInterrupt)
+SAID = (
+    RewardError,
+    EngineError,
+    MissingExtra,
+    NotImplementedError,
+    FloatingPointError,
+    OSError,
+    ValueError,
+    KeyboardInterrupt,
+)
 
 
 class _Forward(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -9,20 +11,24 @@ from torch import Tensor
 
 import redit_fast as rf
 from redit_fast.training import data, flops, report, rewards, runs
-from redit_fast.training.batch import Batch
+from redit_fast.training.batch import Batch, Pass
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_values import LOCAL
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.report.summary import environment, totals
-from redit_fast.training.rollout.local import generate
+from redit_fast.training.rollout import Engine
 from redit_fast.training.sampling import Samples
 
-EVAL_BATCH = 256  # answers to held-out prompts decoded together, unless one prompt has more
+EVAL_BATCH = 256  # answers that the local engine decodes together, unless one prompt has more
 EVAL_STEP = 2**32 - 1  # of the random numbers: no training step has it, and every evaluation has the same
+# Mean of |policy - sampler| above which a run warns, in nats. bfloat16 rounding alone gave 0.04 on models of random
+# weights, and 1e-6 is what two float32 engines have.
+LOGP_DIFFERENCE = 0.1
 LAST = {"learning_rate", "gr/epsilon", "gr/skipped_steps"}  # settings and a count so far: no means of them
 
 
 def held_out_metrics(
-    model, tokenizer, ends, records: list[dict], functions, config: TrainConfig, ranks: Ranks
+    engine: Engine, model, tokenizer, records: list[dict], functions, config: TrainConfig, ranks: Ranks
 ) -> dict[str, float]:
     """Of `eval_samples` answers, greedy where it is 1: the share whose first reward is above 0, that of problems with
     such an answer (pass@k), and every reward; nothing where none is held out. Each rank answers its share."""
@@ -33,9 +39,9 @@ def held_out_metrics(
     mine = records[own.start : own.stop]
 
     def scores_of_mine() -> Tensor:
-        return _held_out_scores(model, tokenizer, ends, mine, own.start, functions, config)
+        return _held_out_scores(engine, tokenizer, mine, own.start, functions, config)
 
-    with ranks.whole(model):
+    with nullcontext() if config.server else ranks.whole(model):
         scores = torch.cat(ranks.gathered(scores_of_mine, stoppable=True))
     weights = scores.new_tensor(config.reward_weights or [1.0] * len(functions))
     scored = ~scores.isnan().all(1)
@@ -50,17 +56,17 @@ def held_out_metrics(
     return metrics
 
 
-def _held_out_scores(model, tokenizer, ends, records: list[dict], first: int, functions, config: TrainConfig) -> Tensor:
+def _held_out_scores(
+    engine: Engine, tokenizer, records: list[dict], first: int, functions, config: TrainConfig
+) -> Tensor:
     """(n, K): of the answers to some of the held-out records, the place of whose first one among all is `first`."""
     k = config.eval_samples
     parts = [torch.empty(0, len(functions), dtype=torch.float64, device="cpu")]
-    together = max(1, EVAL_BATCH // k)
+    together = max(1, EVAL_BATCH // k) if config.rollout == LOCAL else max(1, len(records))
     for start in range(0, len(records), together):
         part = records[start : start + together]
         prompts = [data.render(tokenizer, record, config.system_prompt) for record in part]
-        rollout = generate(
-            model,
-            ends,
+        rollout = engine.generate(
             prompts,
             group_size=k,
             max_new_tokens=config.max_completion_length,
@@ -112,11 +118,54 @@ def over_updates(each: list[dict[str, float]]) -> dict[str, float]:
         values = [metrics[name] for metrics in each if name in metrics]
         if name in LAST:
             found[name] = values[-1]
-        elif name.endswith(("_max", "/max_abs_dev")):
+        elif name.endswith(("_max", "/max", "/max_abs_dev")):
             found[name] = max(values)
         else:
-            found[name] = min(values) if name.endswith("_min") else sum(values) / len(values)
+            found[name] = min(values) if name.endswith(("_min", "/min")) else sum(values) / len(values)
     return found
+
+
+def sampling_metrics(batch: Batch, first: Pass, steps_behind: int | None) -> dict[str, float]:
+    """How far the policy's log-probs, those of the first pass, are from the sampler's, and the share of tokens whose
+    weight the correction changes; nothing where the sampler gives no log-probs.
+
+    Args:
+        steps_behind: of the weights that sampled; None where they never are.
+    """
+    behind = {} if steps_behind is None else {"sampling/steps_behind": float(steps_behind)}
+    if batch.sampling_logp is None:
+        return behind
+    gap = first.logp.detach().cpu().double() - batch.sampling_logp.double()
+    known = gap.isfinite()  # not of masked completions
+    gap = torch.where(known, gap, 0.0)
+    found = {
+        "sampling/sampling_logp_difference/mean": gap.abs().sum() / known.sum().clamp(min=1),
+        "sampling/sampling_logp_difference/max": gap.abs().max(),
+    }
+    if batch.settings.correction != "none":
+        if batch.settings.correction.startswith("sequence"):
+            lengths = torch.tensor(batch.lengths, device="cpu")
+            gap = torch.stack([part.sum() for part in gap.split(batch.lengths)]).repeat_interleave(lengths)
+        floor, cap = batch.settings.correction_range
+        weight = gap.exp()
+        changed = known & ((weight < floor) | (weight > cap))
+        found["sampling/frac_corrected"] = changed.sum() / known.sum().clamp(min=1)
+    return {name: value.item() for name, value in found.items()} | behind
+
+
+def warn_of_another_sampler(metrics: dict[str, float], config: TrainConfig) -> bool:
+    """Whether the sampler's log-probs are so far from the policy's that it is worth a warning, which this gives."""
+    mean = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if mean <= LOGP_DIFFERENCE:
+        return False
+    warnings.warn(
+        f"log-probs of the sampler, rollout {config.rollout}, are {mean:.2g} off the policy's on average, where "
+        f"rounding makes less than {LOGP_DIFFERENCE:g}; usual causes: another dtype or a quantised model at the "
+        "sampler, another attention, weights that were not synchronised, log-probs of logits that were not divided by "
+        "the temperature",
+        stacklevel=2,
+    )
+    return True
 
 
 def work_metrics(

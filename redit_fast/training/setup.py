@@ -19,10 +19,16 @@ from redit_fast import extras
 from redit_fast.known_names import under_new_names
 from redit_fast.training import builtin, checkpoint, config_file, data, flops, lora, policy, rewards, runs, trial
 from redit_fast.training.config import TrainConfig, default_of
+from redit_fast.training.config_values import LOCAL, PAGED
 from redit_fast.training.distributed import Ranks
+from redit_fast.training.rollout import Engine
+from redit_fast.training.rollout.local import LocalEngine
+from redit_fast.training.rollout.paged import PagedEngine
 
 MAY_CHANGE = {
     "strategy",
+    "rollout_timeout",
+    "rollout_retries",
     "steps",
     "eval_every",
     "sharpness_every",
@@ -82,7 +88,8 @@ def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, P
     before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
     before |= (stored := under_new_names(config_file.read(run / "config.json")[0]))
     for name, value in config:
-        if name not in MAY_CHANGE and value != before[name]:
+        moved = name == "rollout" and not {value, before[name]} & {LOCAL, PAGED}  # a server to another address
+        if name not in MAY_CHANGE and not moved and value != before[name]:
             raise ValueError(f"{name} was {before[name]!r} in {run} and cannot become {value!r} on --resume")
     if config.steps != before["steps"] and config.dither_schedule.endswith("_reverse"):
         raise ValueError(
@@ -163,9 +170,37 @@ def loss_config(config: TrainConfig, model: PreTrainedModel) -> rf.LossConfig:
         cispo_bound="relative" if config.loss_type == "cispo" else "absolute",  # TRL's would scale a ratio of 1 to 0.2
         dro_beta=config.dro_beta,
         beta=config.beta,
+        correction=config.sampler_correction,
+        correction_cap=config.correction_cap,
+        correction_floor=config.correction_floor,
         max_completion_length=config.max_completion_length,
         **transforms,
     )
+
+
+def engine(config: TrainConfig, parts: Parts, held: ExitStack, ranks: Ranks) -> Engine:
+    """What samples this rank's share of the prompts, until `held` ends: with the model's weights, and tried on a few
+    tokens.
+
+    Raises:
+        EngineError, ValueError, NotImplementedError: one sentence that names what does not fit.
+    """
+    made = ranks.alone(lambda: _opened(config, parts, ranks))
+    held.callback(made.close)
+    made.sync(parts.model)
+    ranks.alone(
+        lambda: trial.check_engine(made, parts.model, parts.tokenizer, parts.dataset, parts.loss_config, config),
+        stoppable=True,
+    )
+    return made
+
+
+def _opened(config: TrainConfig, parts: Parts, ranks: Ranks) -> Engine:
+    if config.rollout == LOCAL:
+        return LocalEngine(parts.model, parts.ends)
+    if config.rollout == PAGED:
+        return PagedEngine(parts.model, parts.ends)
+    raise NotImplementedError("rollout: a server cannot be used yet")
 
 
 def optimizer(config: TrainConfig, model: PreTrainedModel) -> rf.RegularizedAdamW:

@@ -44,10 +44,13 @@ from redit_fast.training.metrics import (
     held_out_metrics,
     over_updates,
     reward_metrics,
+    sampling_metrics,
     summary_of,
+    warn_of_another_sampler,
     work_metrics,
 )
 from redit_fast.training.rewards.user_code import RewardError
+from redit_fast.training.rollout import EngineError
 
 
 def train(config: TrainConfig, resume: bool = False, accept_changed_inputs: bool = False) -> dict:
@@ -58,7 +61,7 @@ def train(config: TrainConfig, resume: bool = False, accept_changed_inputs: bool
 
     Raises:
         ValueError: bad input, or a run that another process is at work on, before anything is written; RewardError
-            during the run, after a checkpoint.
+            and EngineError during the run, after a checkpoint.
         KeyboardInterrupt: Ctrl-C, after a checkpoint, of which the warm start has none; its message is the command that
             goes on. A subclass of it that a handler of SIGTERM raises is answered alike.
     """
@@ -84,6 +87,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     read = ranks.by_first(inputs_now, stoppable=True)  # before they are: what changes meanwhile --resume will notice
     parts = ranks.alone(lambda: setup.parts(config, saved), stoppable=True)
     model, tokenizer, dataset, functions = parts.model, parts.tokenizer, parts.dataset, parts.functions
+    engine = setup.engine(config, parts, held, ranks)
+    source = sampling.Source(engine, model, tokenizer, dataset.train, functions, config, ranks)
     learning_rate, dither = setup.learning_rate(config), setup.dither(config, functions)
     keeps_logp = config.updates_per_rollout > 1 or config.gr_pass2_ratio == "pass1"  # of the rollout, in pass 2
     done, position = -1, 0  # steps taken: 0 after the warm start; prompts drawn
@@ -125,7 +130,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         ranks.by_first(lines)
 
     def evaluate() -> dict[str, float]:
-        return held_out_metrics(model, tokenizer, parts.ends, dataset.held_out, functions, config, ranks)
+        return held_out_metrics(engine, model, tokenizer, dataset.held_out, functions, config, ranks)
 
     def publish(written: Path) -> None:
         published = checkpoint.publish(written)
@@ -144,6 +149,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     if parts.why_padded is not None and config.packing == "auto":
         console.print(f"rows are padded, not packed: {parts.why_padded}", soft_wrap=True)
     optimizer: Any = None
+    warned = False  # of the sampler's log-probs
     with progress.shown(console) as shown:
         try:
             clock, samples = runs.Clock(), []  # of the step that is done and not yet recorded
@@ -178,10 +184,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
 
             for step in range(done, config.steps):
                 clock = runs.Clock()
-                drawn = sampling.draw(
-                    model, tokenizer, parts.ends, dataset.train, functions, config,
-                    step=step, position=position, clock=clock, ranks=ranks,
-                )  # fmt: skip
+                drawn = source.draw(step, position, clock)
                 with clock("reward"):
                     advantages = rf.group_advantages(
                         drawn.scores,
@@ -238,10 +241,13 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         "step": done,
                         **reward_metrics(functions, drawn, advantages, config),
                         **over_updates(updates),
+                        **sampling_metrics(batch, first, drawn.behind if config.rollout_ahead else None),
                         **probed,
                         "num_tokens": tokens,
                         **work_metrics(batch, drawn.generated, clock.seconds, passes, parts.shape, parts.peak),
                     }
+                warned = warned or warn_of_another_sampler(metrics, config)
+                source.sync(clock)  # a stop that comes now saves this step
                 if evaluates(done):
                     with clock("eval"):  # can take minutes: a stop cuts it short, and --resume makes up for it
                         metrics |= evaluate()
@@ -250,7 +256,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     samples = []
                 held_out = metrics.get("accuracy/held_out")
                 shown.update(bar, advance=1, numbers=progress.numbers(metrics), held_out=held_out)
-        except (KeyboardInterrupt, RewardError) as stop:
+        except (KeyboardInterrupt, RewardError, EngineError) as stop:
             with runs.uninterrupted(last=True):
                 if samples:
                     optimizer.restore()
@@ -267,7 +273,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     written = draft()
                     ranks.by_first(lambda: publish(written))
                 shown.stop()
-            if isinstance(stop, RewardError):
+            if not isinstance(stop, KeyboardInterrupt):
                 raise
             if done < 0:
                 words = f"stopped in the warm start, nothing is saved; to start again: {config.command()}"

@@ -13,17 +13,21 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
+from redit_fast.checks import given
 from redit_fast.foreign import Foreign
 from redit_fast.packing.attention import UnpackableError, refusal
 from redit_fast.packing.rows import difference
 from redit_fast.training import data, policy, rewards
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_values import LOCAL, PAGED
 from redit_fast.training.distributed import launched
 from redit_fast.training.rewards.functions import SHIPPED
+from redit_fast.training.rollout import Engine, EngineError
 from redit_fast.training.rollout.local import CHECK_EVERY, generate
 
 PROMPT, COMPLETION, GROUP = 16, CHECK_EVERY + 4, 2  # tokens, tokens so that a row leaves the batch, samples
+TRIAL_STEP = 2**32 - 2  # of an engine's random numbers: no training step has it, nor an evaluation
 ALIKE = 1e4  # a temperature at which all tokens are as likely, so that the samples of a prompt differ
 
 
@@ -58,6 +62,51 @@ def check(
     if why_padded is not None and config.packing == "on":
         raise ValueError(f"packing is on and {name} needs padded rows: {why_padded}")
     return why_padded
+
+
+def check_engine(
+    engine: Engine,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    dataset: data.Dataset,
+    settings: rf.LossConfig,
+    config: TrainConfig,
+) -> None:
+    """A few tokens of another engine than the local one, whose log-probs must be those of the training pass.
+
+    Raises:
+        EngineError: what the engine raises; its log-probs are others.
+    """
+    if config.rollout == LOCAL:  # which `check` has tried
+        return
+    name, training = f"model {model.name_or_path} ({model.config.model_type})", model.training
+    ids = data.render(tokenizer, dataset.train[0], config.system_prompt)[-PROMPT:]
+    prompts = [ids, ids[: (len(ids) + 1) // 2]]
+    rollout = engine.generate(
+        prompts,
+        group_size=GROUP,
+        max_new_tokens=min(COMPLETION, config.max_completion_length),
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        step=TRIAL_STEP,
+        sample_ids=torch.arange(GROUP * len(prompts), device="cpu"),
+    )
+    if rollout.logp is None:
+        return
+    config = config.model_copy(update={"group_size": GROUP, "micro_batch_size": GROUP * len(prompts)})
+    zeros = torch.zeros(GROUP * len(prompts), dtype=torch.float32, device="cpu")
+    batch = Batch.of(prompts, rollout, zeros, settings, config, 0, packed=False)
+    model.eval()
+    found = batch.logp(model).cpu()
+    model.train(training)
+    off = (found - given(batch.sampling_logp)).abs().mean().item()
+    # A server's dtype may be another than the model's here.
+    if not off < (1e-3 if model.dtype == torch.float32 and config.rollout == PAGED else 0.3):
+        raise EngineError(
+            f"rollout {config.rollout} cannot be used with {name}: its log-probs of the same weights are {off:.2g} off "
+            "those of the training pass, so that the loss would not be that of the samples"
+        )
 
 
 def _check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction], config: TrainConfig) -> None:

@@ -10,7 +10,7 @@ from redit_fast.cli import main
 from redit_fast.training import builtin, config, data, metrics, policy, report, rewards
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.report.summary import closing_rows
-from redit_fast.training.rollout.local import generate
+from redit_fast.training.rollout.local import LocalEngine, generate
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, lines_of
 
@@ -95,13 +95,14 @@ def test_several_answers_are_sampled_as_in_training_the_same_in_every_evaluation
     _, records = apart
     model, tokenizer = policy.load(settings["model"])
     ends = policy.end_tokens(model, tokenizer)
+    engine = LocalEngine(model, ends)
 
     def judge(prompts, completions, **columns):
         return [float(len(text) % 7 == 0) - 0.5 for text in completions]
 
     functions = [rewards.RewardFunction("judge", judge)]
     made = config.load(overrides={**settings, "eval_samples": 3, "top_p": 0.9, "temperature": 0.8})
-    found = metrics.held_out_metrics(model, tokenizer, ends, records, functions, made, Ranks())
+    found = metrics.held_out_metrics(engine, model, tokenizer, records, functions, made, Ranks())
     prompts = [tokenizer(record["prompt"])["input_ids"] for record in records]
     options = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "group_size": 3, "step": 2**32 - 1}
     texts = tokenizer.batch_decode(generate(model, ends, prompts, **options).completions, skip_special_tokens=True)
@@ -110,10 +111,10 @@ def test_several_answers_are_sampled_as_in_training_the_same_in_every_evaluation
     assert found["accuracy/held_out"] == pytest.approx(right.double().mean().item())
     assert found["accuracy/held_out_pass_at_k"] == pytest.approx(right.any(1).double().mean().item())
     monkeypatch.setattr(metrics, "EVAL_BATCH", 7)
-    assert metrics.held_out_metrics(model, tokenizer, ends, records, functions, made, Ranks()) == found
+    assert metrics.held_out_metrics(engine, model, tokenizer, records, functions, made, Ranks()) == found
     greedy = made.model_copy(update={"eval_samples": 1})
     assert "accuracy/held_out_pass_at_k" not in metrics.held_out_metrics(
-        model, tokenizer, ends, records, functions, greedy, Ranks()
+        engine, model, tokenizer, records, functions, greedy, Ranks()
     )
 
 
