@@ -18,7 +18,11 @@ def keys_of(lines):
 
 def test_every_key_that_is_written_is_on_the_page_and_the_other_way_round(settings, tmp_path):
     seen = set()
-    own = {"sharpness_every": 1, "gr_gamma": 0.0, "beta": 0.1}, {"eval_samples": 2}, {"dynamic_sampling": 1, "correction": "token_mask"}
+    own = (
+        {"sharpness_every": 1, "gr_gamma": 0.0, "beta": 0.1},
+        {"eval_samples": 2},
+        {"dynamic_sampling": 1, "correction": "token_mask"},
+    )
     for loss_type, more in zip(("dapo", "cispo", "vespo"), own):  # dapo has the keys of every loss that clips
         train(config.load(overrides={**settings, "loss_type": loss_type, "name": loss_type, "steps": 1, **more}))
         start, first = lines_of(tmp_path / loss_type / "metrics.jsonl")
