@@ -125,14 +125,14 @@ def over_updates(each: list[dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def sampling_metrics(batch: Batch, first: Pass, steps_behind: int | None) -> dict[str, float]:
+def sampling_metrics(batch: Batch, first: Pass, steps_behind: float | None) -> dict[str, float]:
     """How far the policy's log-probs, those of the first pass, are from the sampler's, and the share of tokens whose
     weight the correction changes; nothing where the sampler gives no log-probs.
 
     Args:
-        steps_behind: of the weights that sampled; None where they never are.
+        steps_behind: of the weights that sampled; None: they never are.
     """
-    behind = {} if steps_behind is None else {"sampling/steps_behind": float(steps_behind)}
+    behind = {} if steps_behind is None else {"sampling/steps_behind": steps_behind}
     if batch.sampling_logp is None:
         return behind
     gap = first.logp.detach().cpu().double() - batch.sampling_logp.double()
@@ -158,9 +158,10 @@ def warn_of_another_sampler(metrics: dict[str, float], config: TrainConfig) -> b
     mean = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
     if mean <= LOGP_DIFFERENCE:
         return False
+    stale = "a learning rate that is high for samples of older weights, " if config.rollout_ahead else ""
     warnings.warn(
         f"log-probs of the sampler, rollout {config.rollout}, are {mean:.2g} off the policy's on average, where "
-        f"rounding makes less than {LOGP_DIFFERENCE:g}; usual causes: another dtype or a quantised model at the "
+        f"rounding makes less than {LOGP_DIFFERENCE:g}; usual causes: {stale}another dtype or a quantised model at the "
         "sampler, another attention, weights that were not synchronised, log-probs of logits that were not divided by "
         "the temperature",
         stacklevel=2,

@@ -32,7 +32,7 @@ class Samples:
     generated: int  # tokens, also of groups that others have taken the place of
     drawn: int  # prompts
     rounds: int  # after the first
-    behind: int  # steps that the weights of the first round are older than the policy
+    behind: float  # steps that the weights which sampled are older than the policy, on average
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Source:
         config, ranks, size = self.config, self.ranks, self.config.group_size
         groups: dict[int, tuple] = {}  # by their place in the step
         places, drawn, generated, rounds = list(range(config.prompts_per_step)), 0, 0, 0
-        behind = int(self.ahead.begun)
         while True:
+            behind = int(self.ahead.begun)
             chosen = data.batch(self.records, config.seed, position + drawn, len(places))
             ids = torch.arange(drawn * size, (drawn + len(places)) * size, device="cpu")
             own = ranks.share(len(places))
@@ -93,6 +93,7 @@ class Source:
                 group = slice(i * size, (i + 1) * size)
                 groups[place] = (
                     prompts[i], chosen[group], rollout.part(group), texts[group], scores[group], ids[group],
+                    behind,
                 )  # fmt: skip
             drawn, generated = drawn + len(places), generated + rollout.tokens
             places = [place for place, dead in zip(places, clean.dead[::size].tolist(), strict=True) if dead]
@@ -102,7 +103,7 @@ class Source:
         if config.rollout_ahead and step + 1 < config.steps:
             self._begin(step + 1, position + drawn)
         each = zip(*(groups[place] for place in sorted(groups)), strict=True)
-        their_prompts, their_records, their_rollouts, their_texts, their_scores, their_ids = each
+        their_prompts, their_records, their_rollouts, their_texts, their_scores, their_ids, their_behind = each
         return Samples(
             list(their_prompts),
             sum(their_records, []),
@@ -113,7 +114,7 @@ class Source:
             generated,
             drawn,
             rounds,
-            behind,
+            sum(their_behind) / len(their_behind),
         )
 
     def sync(self, clock: runs.Clock) -> None:
