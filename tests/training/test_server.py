@@ -16,12 +16,15 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from redit_fast.training import lora
+from redit_fast.cli import main
+from redit_fast.training import checkpoint, lora, policy, report
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.rollout import EngineError, connection, server
 from redit_fast.training.rollout.server import Server, seeds_of
+from tests.training import processes
 from tests.training.fake_vllm import FakeVLLM, changed, running, serving, slow
+from tests.training.jobs import flags, lines_of
 
 V, ENDS = 48, [3, 17]
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12]]
@@ -434,6 +437,80 @@ def test_the_server_sleeps_between_rollouts(clean, tmp_path):
 def test_ranks_that_share_a_server_cannot_put_it_to_sleep(clean, tmp_path):
     with pytest.raises(ValueError, match="^rollout_sleep: several ranks share the server"):
         engine(clean.url, tmp_path, sleeps=True, ranks=Ranks(0, 2, "ddp"))
+
+
+# --- a run
+
+
+@pytest.fixture
+def served(settings):
+    """A server of the run's own model, as it is at the start."""
+    model, _ = policy.load(settings["model"])
+    with serving(model) as found:
+        yield found
+
+
+def test_a_run_by_a_server_ends_as_its_checkpoint(settings, tmp_path, served, monkeypatch, capsys):
+    """And the key is in no file of it."""
+    monkeypatch.setattr(report, "write", lambda run: None)
+    monkeypatch.setenv(connection.KEY, "a-secret")
+    served.key = "a-secret"
+    job = {**settings, "rollout": served.url, "steps": 2, "learning_rate": 1e-2}
+    assert main(["train", *flags(job), "--temperature", "0.7", "--rollout-sleep"]) == 0
+    lines = [line for line in lines_of(tmp_path / "run/metrics.jsonl") if line["step"]]
+    assert len(lines) == 2 and all(line["sampling/sampling_logp_difference/max"] < 1e-5 for line in lines)
+    assert all(line["sampling/frac_corrected"] == 0 for line in lines)
+    last, _ = policy.load(tmp_path / "run/checkpoints/step-000002")
+    mine, theirs = last.state_dict(), served.model.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert served.asleep and served.paths().count("/wake_up") == served.paths().count("/sleep?level=1") - 1 >= 3
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if b"a-secret" in path.read_bytes()]
+    printed = capsys.readouterr()
+    assert "a-secret" not in printed.out + printed.err
+
+
+def test_a_server_that_goes_away_stops_the_run_after_a_checkpoint(settings, tmp_path, served, monkeypatch, capsys):
+    monkeypatch.setattr(report, "write", lambda run: None)
+    monkeypatch.setattr(connection, "PAUSE", 0.01)
+    job = {**settings, "rollout": served.url, "steps": 3, "eval_problems": 0, "checkpoint_every": 10}
+    job["rollout_retries"] = 1
+    loads, plain = [], served.collective_rpc
+
+    def load(method, args):
+        loads.append(args)
+        if len(loads) == 3:  # at the start, after the first step, after the second
+            served.faults += [status(503, b"draining")] * 100
+        return plain(method, args)
+
+    monkeypatch.setattr(served, "collective_rpc", load)
+    assert main(["train", *flags(job)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"redit-fast: rollout {served.url}/v1/completions: no answer in 2 attempts")
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run/checkpoints")) == 2
+    assert main(["train", *flags({**job, "rollout": "http://127.0.0.1:9"}), "--resume"]) == 2  # moved, and away
+
+
+def test_a_server_that_is_too_slow_is_refused_before_anything_is_written(settings, tmp_path, served, capsys):
+    served.faults += [slow(3)] * 4
+    assert main(["train", *flags({**settings, "rollout": served.url, "rollout_timeout": 1.5})]) == 2
+    assert capsys.readouterr().err.endswith("no answer within 1.5 s (rollout_timeout)\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_share_a_server(settings, tmp_path, served):
+    """Each with a part of the weights, which are gathered for it."""
+    job = {**settings, "rollout": served.url, "strategy": "fsdp2", "steps": 1, "max_completion_length": 8}
+    codes, printed = processes.finish(processes.start(2, processes.train, flags(job), folder=tmp_path), tmp_path)
+    assert codes == [0, 0], printed
+    line = lines_of(tmp_path / "run/metrics.jsonl")[1]
+    assert line["sampling/sampling_logp_difference/max"] < 1e-5
+    samples = lines_of(tmp_path / "run/completions.jsonl")
+    assert [row["sample"] for row in samples] == list(range(12)) and len({row["completion"] for row in samples}) > 6
+    assert served.paths().count("/collective_rpc") == 2  # by the first rank alone: at the start and after the step
+    last, _ = policy.load(tmp_path / "run/checkpoints/step-000001")
+    mine, theirs = last.state_dict(), served.model.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 # --- a bad network

@@ -174,8 +174,8 @@ def test_a_model_learns_from_its_completions(url, folder, tmp_path, monkeypatch,
     settings = {
         "model": str(folder), "data": str(data), "rewards": [f"{Path(__file__).with_suffix('')}:more_of_the_letter_a"],
         "name": "run", "out_dir": str(tmp_path), "steps": 20, "prompts_per_step": 4, "group_size": 8,
-        "max_completion_length": 24, "learning_rate": 2e-2 if adapters else 2e-3, "eval_problems": 0, "temperature": 0.9, "rollout": url,
-        "rollout_timeout": 60, "gr_gamma": 0, **({"lora_rank": 8} if adapters else {}),
+        "max_completion_length": 24, "eval_problems": 0, "temperature": 0.9, "rollout": url, "rollout_timeout": 60,
+        "gr_gamma": 0, **({"lora_rank": 8, "learning_rate": 2e-2} if adapters else {"learning_rate": 2e-3}),
     }  # fmt: skip
     train(config.load(overrides=settings))
     lines = [line for line in lines_of(tmp_path / "run" / "metrics.jsonl") if line["step"]]
