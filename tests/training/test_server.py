@@ -22,6 +22,8 @@ from redit_fast.training.config import TrainConfig
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.rollout import EngineError, connection, server
 from redit_fast.training.rollout.server import Server, seeds_of
+from tests import ROOT
+from tests.project.pages import PAGES, fenced
 from tests.training import processes
 from tests.training.fake_vllm import FakeVLLM, changed, running, serving, slow
 from tests.training.jobs import flags, lines_of
@@ -182,6 +184,13 @@ def test_another_answer_is_refused_in_one_sentence_at_once(clean, tmp_path, name
         sampled(engine(clean.url, tmp_path), PROMPTS[:1])
     assert str(raised.value).startswith(f"rollout {clean.url}/v1/completions: ") and "\n" not in str(raised.value)
     assert clean.paths().count("/v1/completions") == 1  # not tried again
+
+
+def test_samples_are_by_their_numbers_whatever_their_order_in_the_answer(clean, tmp_path):
+    direct = sampled(engine(clean.url, tmp_path), PROMPTS[:1])
+    clean.faults.append(lambda handler, found: handler.answer({**found, "choices": found["choices"][::-1]}))
+    assert sampled(engine(clean.url, tmp_path), PROMPTS[:1]) == direct
+    assert direct.completions[0] != direct.completions[1]
 
 
 @pytest.mark.parametrize("code", [429, 502, 503, 504])
@@ -437,6 +446,11 @@ def test_the_server_sleeps_between_rollouts(clean, tmp_path):
 def test_ranks_that_share_a_server_cannot_put_it_to_sleep(clean, tmp_path):
     with pytest.raises(ValueError, match="^rollout_sleep: several ranks share the server"):
         engine(clean.url, tmp_path, sleeps=True, ranks=Ranks(0, 2, "ddp"))
+
+
+def test_the_page_has_the_workers_file():
+    (quoted,) = fenced("python", PAGES["docs/integrations/vllm.md"])
+    assert quoted == (ROOT / "examples/vllm_weights.py").read_text()
 
 
 # --- a run
