@@ -1,4 +1,4 @@
-"""The command `redit-fast`: train, example, report, merge, info (also named doctor), selftest,
+"""The command `redit-fast`: train, generate, example, report, merge, info (also named doctor), selftest,
 bench. Bad input gets one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
 
 Heavy imports are inside the functions, so that --help and --version answer at once.
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -82,6 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="redit-fast train [--config FILE] [--resume [--accept-changed-inputs]] [--print-config] [SETTINGS]",
         allow_abbrev=False,
     )
+    generate = commands.add_parser(
+        "generate",
+        help="completions of a file of prompts by a checkpoint, with rewards",
+        usage="redit-fast generate CHECKPOINT --data FILE [--samples K | --greedy] [--out FILE] [SETTINGS]",
+        allow_abbrev=False,
+    )
     example = commands.add_parser("example", help="write a configuration and its data here", allow_abbrev=False)
     example.add_argument("name", metavar="NAME", help="word_problems")
     report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
@@ -102,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["train"]:
             _add_train_flags(train)
+        if argv[:1] == ["generate"]:
+            _add_generate_flags(generate)
         if argv[:1] == ["bench"]:
             from redit_fast.benchmarks import command
 
@@ -116,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "train":
             with _terminable():
                 _train(args)
+        elif args.command == "generate":
+            with _terminable():
+                _generate(args)
         elif args.command == "example":
             _example(args.name)
         elif args.command == "report":
@@ -193,7 +204,7 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
     """Every field of TrainConfig as a flag. Values stay text here: config.load reads them and words the complaints."""
     from redit_fast.known_names import RENAMED, flag
-    from redit_fast.training.config import TrainConfig, describe
+    from redit_fast.training.config import TrainConfig
 
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
@@ -203,8 +214,19 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         help="with --resume: go on although the data, a reward module or the start model is another than before",
     )
     parser.add_argument("--print-config", action="store_true", help="print the settings as commented YAML and stop")
+    _add_fields(parser, TrainConfig.model_fields)
+    for old in RENAMED:
+        parser.add_argument(flag(old), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _add_fields(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    from redit_fast.known_names import flag
+    from redit_fast.training.config import TrainConfig, describe
+
     group = parser.add_argument_group("settings, of which the word none clears one")
     for name, field in TrainConfig.model_fields.items():
+        if name not in names:
+            continue
         text = describe(name).replace("%", "%%")
         if bool in (field.annotation, *get_args(field.annotation)):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
@@ -214,8 +236,35 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
             kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
             word = "N" if int in kinds else "X" if float in kinds or "weights" in name else "TEXT"
             group.add_argument(flag(name), metavar=word, default=argparse.SUPPRESS, help=text, **many)
-    for old in RENAMED:
-        parser.add_argument(flag(old), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    from redit_fast.training.generation import SETTINGS
+
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500, or a model"
+    )
+    parser.add_argument("--samples", metavar="K", default="1", help="completions of each prompt; 1 by default")
+    parser.add_argument("--greedy", action="store_true", help="the most likely tokens instead of sampled ones")
+    parser.add_argument("--out", metavar="FILE", help="a new file; CHECKPOINT-completions.jsonl by default")
+    _add_fields(parser, SETTINGS)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from redit_fast.training.generation import generate
+
+    if not args.samples.isdecimal():
+        raise ValueError(f"--samples is {args.samples!r}, needs a whole number of at least 1")
+    _without_bars()
+    out, told = generate(
+        args.checkpoint,
+        settings(args),
+        samples=int(args.samples),
+        greedy=args.greedy,
+        out=Path(args.out) if args.out else None,
+    )
+    print(told)
+    print(out)
 
 
 def _without_bars() -> None:

@@ -11,8 +11,9 @@ namespace py = pybind11;
 namespace redit {
 namespace {
 
-void call_product(const Tensor& c, bool add, const Tensor& a, const Tensor& b, py::handle processor) {
-  require(has_product(), "this processor has no bfloat16 products (AVX512_BF16)");
+void call_product(const Tensor& c, bool add, const Tensor& a, const Tensor& b, bool tiles, py::handle processor) {
+  require(own_products() > tiles,
+          std::string("this processor has no bfloat16 products by ") + (tiles ? "AMX_BF16" : "AVX512_BF16"));
   const int64_t rows = std::get<2>(a), depth = std::get<3>(a), columns = std::get<3>(b);
   require(add || depth >= 1, "a must have at least one column where nothing is added to, got " + describe(a));
   const Matrix left = matrix("a", a, Dtype::bfloat16, rows, depth);
@@ -20,7 +21,7 @@ void call_product(const Tensor& c, bool add, const Tensor& a, const Tensor& b, p
   const Matrix out = output("c", dense("c", c, Dtype::float32, rows, columns));
   const int threads = processor_of(processor).threads;
   py::gil_scoped_release release;
-  product(static_cast<float*>(out.data), out.row_stride, add, left, right, threads);
+  product(static_cast<float*>(out.data), out.row_stride, add, left, right, tiles, threads);
 }
 
 // HeadRows, whose calls come in their order and with tensors of one chunk.
@@ -100,7 +101,7 @@ class Chunk {
 }  // namespace
 
 inline void bind_linear_loss(py::module_& module) {
-  module.def("has_product", &has_product);
+  module.def("own_products", &own_products);
   module.def("product", &call_product);
   py::class_<Chunk>(module, "HeadRows")
       .def(py::init<const Tensor&, int64_t>())

@@ -108,14 +108,14 @@ def remove(run: Path) -> None:
 
 def append(path: Path, lines: list[dict]) -> None:
     """One write for all lines, so that a kill leaves at most a cut-off last one."""
-    text = "".join(json.dumps(_without_nan(line)) + "\n" for line in lines)
+    text = "".join(json.dumps(without_nan(line)) + "\n" for line in lines)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
-def _without_nan(value: object) -> object:
+def without_nan(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -133,7 +133,7 @@ def complete(path: Path, step: int, metrics: dict, times: dict[str, float]) -> N
     line = report.in_todays_names(lines.pop()) if there else {"step": step}
     line = {"schema": SCHEMA} | line
     line |= metrics | {name: line.get(name, 0.0) + seconds for name, seconds in times.items()}
-    replace(path, "".join(json.dumps(_without_nan(line)) + "\n" for line in [*lines, line]))
+    replace(path, "".join(json.dumps(without_nan(line)) + "\n" for line in [*lines, line]))
 
 
 def replace(path: Path, text: str) -> None:

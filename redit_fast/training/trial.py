@@ -51,7 +51,7 @@ def check(
         ValueError: one sentence that names the model, or the data file and its line; packing is on and cannot be.
         RewardError: one sentence that names the reward function.
     """
-    _check_columns(dataset, functions, config)
+    check_columns(dataset, functions)
     name, training, state = f"model {model.name_or_path} ({model.config.model_type})", model.training, random.getstate()
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         texts, why_padded = _check_passes(name, model, tokenizer, dataset.train[0], settings, config)
@@ -109,7 +109,7 @@ def check_engine(
         )
 
 
-def _check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction], config: TrainConfig) -> None:
+def check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction]) -> None:
     """The column `answer` of every record, by the shipped functions that read it: their `check_column(value)` raises a
     ValueError of the reason."""
     for function in functions:

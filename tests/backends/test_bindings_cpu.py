@@ -161,9 +161,11 @@ ENTRIES = {
         {"out": lambda: torch.zeros((), dtype=torch.float64)}, {}, (),
     ),
 }  # fmt: skip
-if "avx512_bf16" in cpu.instruction_sets():
-    ENTRIES["product"] = (
-        lambda c, a, b: compiled.product(c, False, a, b, PROCESSOR),
+for products, tiles in (("avx512_bf16", False), ("amx_bf16", True)):
+    if products not in cpu.instruction_sets():
+        continue
+    ENTRIES[f"product, {products}"] = (
+        lambda c, a, b, tiles=tiles: compiled.product(c, False, a, b, tiles, PROCESSOR),
         {"c": lambda: torch.zeros(ROWS, VOCABULARY), "a": lambda: torch.randn(ROWS, WIDTH).bfloat16(),
          "b": lambda: torch.randn(WIDTH, VOCABULARY).bfloat16()},
         {},

@@ -54,7 +54,7 @@ def test_the_instruction_sets_agree_and_those_that_fuse_to_the_bit(dtype, transf
     arguments = chunk(40, 2100, dtype)
     results = []
     for name in cpu.instruction_sets():
-        if name == "avx512_bf16":  # whose products are not torch's
+        if name.endswith("bf16"):  # whose products are not torch's
             continue
         with cpu.use_instruction_set(name):
             results.append(run(cpu, *arguments, transform, with_entropy=True))

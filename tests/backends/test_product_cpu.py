@@ -11,11 +11,20 @@ from tests.backends.test_token_loss_cpu import threads  # noqa: F401
 from tests.ops.test_linear_loss import exact_logp, head, leaves
 from tests.tolerance import relative
 
-pairs = pytest.mark.skipif(
-    "avx512_bf16" not in cpu.instruction_sets(), reason="this processor or build has no bfloat16 products (AVX512_BF16)"
-)
-# one; below, at and above six rows, a panel of 64 columns and a block of 512 along the sums; odd ones
-SIZES = [(1, 1, 1), (5, 7, 3), (6, 512, 64), (7, 513, 65), (16, 896, 1000), (131, 1500, 33), (0, 8, 4), (4, 8, 0)]
+
+@pytest.fixture(params=["avx512_bf16", "amx_bf16"])
+def own(request):
+    """Products by each instruction set that has them."""
+    if request.param not in cpu.instruction_sets():
+        pytest.skip(f"this processor or build has no bfloat16 products by {request.param}")
+    with cpu.use_instruction_set(request.param):
+        yield request.param
+
+
+# one; below, at and above 6, 32 and 96 rows, a tile of 32 columns, a panel of 64, 16 panels, a tile of 32 and a block
+# of 512 along the sums; odd ones
+SIZES = [(1, 1, 1), (5, 7, 3), (6, 512, 64), (7, 513, 65), (32, 32, 32), (33, 33, 31), (96, 544, 1100), (97, 64, 2050),
+         (16, 896, 1000), (131, 1500, 33), (0, 8, 4), (4, 8, 0)]  # fmt: skip
 
 
 def layouts(matrix):
@@ -25,9 +34,8 @@ def layouts(matrix):
     return matrix, matrix.t().contiguous().t(), wide[:, 1::2]
 
 
-@pairs
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_it_adds_the_product(size):
+def test_it_adds_the_product(own, size):
     rows, depth, columns = size
     a, b = torch.randn(rows, depth).bfloat16(), torch.randn(depth, columns).bfloat16()
     start, exact = torch.randn(rows, columns), a.double() @ b.double()
@@ -45,9 +53,8 @@ def test_it_adds_the_product(size):
     assert 0 in size or (found[0] != start).all()
 
 
-@pairs
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_an_elements_bits_depend_on_its_row_and_column_alone(threads, count):  # noqa: F811
+def test_an_elements_bits_depend_on_its_row_and_column_alone(own, threads, count):  # noqa: F811
     threads(count)
     a, b = torch.randn(100, 700).bfloat16(), torch.randn(700, 300).bfloat16()
     whole = torch.zeros(100, 300)
@@ -58,17 +65,15 @@ def test_an_elements_bits_depend_on_its_row_and_column_alone(threads, count):  #
         assert torch.equal(part, whole[rows, columns])
 
 
-@pairs
-def test_a_product_of_no_columns_adds_nothing_and_is_refused_where_it_would_write():
+def test_a_product_of_no_columns_adds_nothing_and_is_refused_where_it_would_write(own):
     a, b, out = torch.empty(4, 0).bfloat16(), torch.empty(0, 5).bfloat16(), torch.ones(4, 5)
     cpu.addmm(out, a, b)
     assert (out == 1).all()
     with pytest.raises(ValueError, match="a must have at least one column"):
-        compiled.product(view(out), False, view(a), view(b), 1)
+        compiled.product(view(out), False, view(a), view(b), own == "amx_bf16", (1, -1))
 
 
-@pairs
-def test_nan_and_infinity_stay_in_their_rows():
+def test_nan_and_infinity_stay_in_their_rows(own):
     a, b, out = torch.ones(9, 40).bfloat16(), torch.ones(40, 70).bfloat16(), torch.zeros(9, 70)
     a[4, 39], a[5, 0] = torch.nan, torch.inf
     cpu.addmm(out, a, b)

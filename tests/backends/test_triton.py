@@ -46,9 +46,11 @@ SUITES = [
 ]  # the longest first
 
 # `make test` interprets one case a regime: of three dtypes the second, bfloat16; of the head, whose kernels know no
-# loss, two losses, and 50257 columns under softcap alone; of the rows with a coefficient one and all; of the peaks one
-# short of the repair and one past it; of the advantages' divisors the default one, and of their shuffled groups those
-# of test_triton_interpreted.py; of a process's defaults the device; of the two modes without gradients one.
+# loss, two losses, and 50257 columns under softcap alone; of its inputs all at once need gradients, which are dense and
+# strided; of its strides those of what kernels read; of the rows with a coefficient one and all; of the peaks one short
+# of the repair and one past it; of the token losses every form once, and one of them in each way to call it; of the
+# advantages' divisors the default one, and of their shuffled groups those of test_triton_interpreted.py; of a process's
+# defaults the device; of the two modes without gradients one.
 ALL = "KERNEL_ARCHS" in os.environ
 REPEATED = (
     "dtype0", "dtype2", "triton-0.0-0-", "changes_nothing[triton-float64]", "changes_nothing[triton-bfloat16]",
@@ -57,6 +59,11 @@ REPEATED = (
     "(linear_logp_is_float32_exact and transform0 and 50257)",
     *(f"skip_the_gradient_products[triton-dtype1-{used}]" for used in (0, 16, 33, 100)),
     *(f"improbable_targets[triton-{std}]" for std in ("0.1", "10.0", "100.0")),
+    "(every_subset_of_inputs and not needs0)",
+    *(f"(any_upstream_gradient and {kind})" for kind in ("one-hot", "zeros", "expanded", "from")),
+    *(f"any_strides[triton-{name}]" for name in ("none", "targets", "advantages", "mask")),
+    "(is_policy_loss and 1000)",
+    *(f"({test} and not triton-dapo])" for test in ("micro_batches", "known_upstream_gradient", "fully_masked")),
     "ever_exists[triton-1024]", "many_unequal", "triton-inference_mode",
 )  # fmt: skip
 CASES = "triton" if ALL else " and not ".join(["triton", *REPEATED])

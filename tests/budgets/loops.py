@@ -26,7 +26,7 @@ def innermost_loops(body):
 
 def short(symbol):
     """sums<Float16, true> of its full name."""
-    symbol = re.sub(r"redit::|\(anonymous namespace\)::|kernels_avx512(?:_bf16)?::", "", symbol)
+    symbol = re.sub(r"redit::|\(anonymous namespace\)::|kernels_avx512(?:_bf16|_amx)?::", "", symbol)
     return re.sub(r"^.*?(\w+(?:<.*?>)?)\(.*$", r"\1", symbol)
 
 
@@ -36,5 +36,5 @@ def count():
     for symbol, body in functions(listing):
         if "kernels_avx512" in symbol:
             for loop in innermost_loops(body):
-                found[short(symbol)] += len(loop) * any("%zmm" in operands for _, _, operands in loop)
+                found[short(symbol)] += len(loop) * any(re.search("%[zt]mm", operands) for _, _, operands in loop)
     return {name: {"instructions a turn": number} for name, number in sorted(found.items()) if number}

@@ -1,4 +1,4 @@
-"""Ranks of a run as torchrun starts them, forked from a process that has all imports behind it: 0.1 s a rank, not 7."""
+"""Runs, and ranks of a run as torchrun starts them, forked from a process that has all imports: 0.1 s, not 7."""
 
 import multiprocessing
 import os
@@ -56,15 +56,26 @@ def finish(ranks, folder, seconds=120):
 def _rank(variables, output, work, args):
     os.environ.update(variables)
     with open(output, "w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+        _say_into(file.fileno(), file.fileno())
     torch.set_num_threads(1)  # as torchrun does by a variable, which torch has read by now
     sys.exit(work(*args))
 
 
+def _say_into(*files):
+    for stream, file in zip((1, 2), files, strict=True):
+        os.dup2(file, stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+
+
 def train(words):
     return main(["train", *words])
+
+
+def train_into(words, out, error):
+    _say_into(out, error)
+    os.close(out)
+    os.close(error)
+    sys.exit(train(words))
 
 
 def trained(jobs, folder):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from redit_fast.cli import main
 from redit_fast.training import builtin, config, policy
 from redit_fast.training.trainer import train
-from tests.training.jobs import flags, launch
+from tests.training.jobs import flags, launch_anew
 
 
 def test_nothing_is_written_when_the_start_fails(settings, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_a_model_of_the_hub_is_used_from_its_cache_without_a_network(settings, m
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("0" * 40)
     shutil.copytree(model_folder, cached / "snapshots" / ("0" * 40))
-    process = launch({**settings, "model": "me/tiny", "steps": 1}, env=unreachable_hub(tmp_path))
+    process = launch_anew({**settings, "model": "me/tiny", "steps": 1}, env=unreachable_hub(tmp_path))
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert config.load(tmp_path / "run" / "config.json").model == "me/tiny"

@@ -10,6 +10,7 @@ import redit_fast as rf
 from redit_fast.ops import chunks as head
 from redit_fast.training import builtin, config, policy
 from redit_fast.training.batch import Batch
+from redit_fast.training.metrics import sampling_metrics
 from redit_fast.training.rollout import Rollout
 from redit_fast.training.rollout.local import generate
 from tests.counting import Recorder
@@ -171,6 +172,47 @@ def test_a_masked_completion_is_a_sequence_without_tokens(model_folder, loss_typ
     for options in ({}, {"masks_of": nothing.backward(model)}):
         done = nothing.backward(model, **options)
         assert done.loss == done.tokens == 0 and (gradient(model) == 0).all()
+
+
+@both
+@pytest.mark.parametrize(
+    ("loss_type", "correction"), [("dapo", "token_truncate"), ("grpo", "token_mask"), ("dapo", "sequence_truncate")]
+)
+def test_a_correction_is_policy_losses_own(model_folder, loss_type, correction, packed):
+    """Every token has its own sampler's log-prob, in several micro-batches, with masked samples and old log-probs."""
+    settings = rf.LossConfig(loss_type, correction=correction, correction_cap=1.2, correction_floor=0.7)
+    model, batch = batch_of(model_folder, MIXED, settings, packed, micro_batch_size=3)
+    masked = dataclasses.replace(batch, masked=frozenset((1, 4)))
+    logps = []
+    for tokens, length in zip(batch.sequences, batch.lengths):
+        logp = torch.log_softmax(model(tokens[None]).logits[0, :-1], -1).gather(1, tokens[1:, None])[:, 0]
+        logps.append(logp[-length:])
+    torch.testing.assert_close(batch.sampling_logp, torch.cat(logps).detach(), rtol=0, atol=1e-5)  # generate's own
+    generator = torch.Generator().manual_seed(0)
+    old, sampling = (
+        torch.cat(logps).detach() + 0.4 * torch.randn(sum(batch.lengths), generator=generator) for _ in "ab"
+    )
+    kept = torch.cat([torch.full((n,), i not in (1, 4)) for i, n in enumerate(batch.lengths)])
+    ends = torch.tensor([0, *batch.lengths]).cumsum(0)
+    whole = rf.policy_loss(
+        torch.cat(logps), batch.advantages, old_logp=old, sampling_logp=sampling, cu_seqlens=ends, mask=kept,
+        config=settings,
+    )  # fmt: skip
+    whole.loss.backward()
+    expected = gradient(model)
+    model.zero_grad()
+    done = dataclasses.replace(masked, sampling_logp=sampling).backward(model, old)
+    assert (gradient(model) - expected).norm() < 1e-4 * expected.norm() > 0
+    assert done.loss == pytest.approx(whole.loss.item(), rel=1e-3)
+    off = dataclasses.replace(masked, settings=rf.LossConfig(loss_type), sampling_logp=sampling)
+    model.zero_grad()
+    off.backward(model, old)
+    assert (gradient(model) - expected).norm() > 0.01 * expected.norm()
+    found = sampling_metrics(dataclasses.replace(masked, sampling_logp=sampling), done, None)
+    gap = (torch.cat(logps).detach() - sampling)[kept].abs()
+    assert found["sampling/sampling_logp_difference/mean"] == pytest.approx(gap.mean().item(), rel=1e-4)
+    assert found["sampling/sampling_logp_difference/max"] == pytest.approx(gap.max().item(), rel=1e-4)
+    assert 0.2 < found["sampling/frac_corrected"] < 0.9
 
 
 def test_completions_that_are_cut_off_are_masked_where_overlong_says_so():

@@ -108,7 +108,10 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
             ["train", "--epsilon", "0.2"],
             "unknown flag --epsilon: GR's step is --gr-epsilon, a clip range is --clip-low and --clip-high",
         ),
-        (["train", "--vllm-mode", "colocate"], "unknown flag --vllm-mode: completions are sampled by the model itself"),
+        (
+            ["train", "--vllm-mode", "colocate"],
+            "unknown flag --vllm-mode: completions come from --rollout, a vLLM server",
+        ),
         (["train", "--gama", "1"], "unknown flag --gama, the closest valid one is --gr-gamma"),
         (
             ["train", "--gr-epsilon", "auot"],
@@ -187,6 +190,7 @@ def test_an_example_is_written_once_and_never_over_a_file(capsys, tmp_path, monk
         assert (tmp_path / name).read_bytes() == (ROOT / "examples" / name).read_bytes()
 
 
+@pytest.mark.draws
 def test_report_redraws_a_run(capsys, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "config.json").write_text(config.load().model_dump_json())

@@ -312,7 +312,12 @@ def test_an_engine_that_fails_stops_the_run_after_a_checkpoint(settings, tmp_pat
         assert checkpoint.step_of(checkpoint.newest(tmp_path / name / "checkpoints")) == 2
         assert watched.made[-1].closed == 1
         watched.before = lambda step: None
-        assert main(["train", *flags({**job, "name": name}), *more, "--resume"]) == 0
+        for other in ("local", "paged"):
+            elsewhere = {**settings, "name": name, "steps": 4, "rollout": other, "rollout_ahead": 0}
+            assert main(["train", *flags(elsewhere), "--resume"]) == 2
+            assert f"rollout was '{URL}' in" in (said := capsys.readouterr().err) and f"become '{other}' on" in said
+        moved = {**job, "name": name, "rollout": "http://127.0.0.1:10", "rollout_timeout": 5, "rollout_retries": 0}
+        assert main(["train", *flags(moved), *more, "--resume"]) == 0
         assert [line["step"] for line in lines_of(tmp_path / name / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 

@@ -146,6 +146,7 @@ def test_rollout_and_update_have_their_tokens_a_second_apart():
     assert not any("flops" in name for name in work_metrics(batch, 300, seconds, (3, 2), None, 1e9))
 
 
+@pytest.mark.draws
 def test_a_run_of_schema_1_goes_on_in_schema_2(settings, tmp_path, monkeypatch):
     draw, pictures = report.write, []
     monkeypatch.setattr(report, "write", pictures.append)

@@ -12,6 +12,8 @@ from redit_fast.training import config, report
 from redit_fast.training.report import curves, panels, samples, svg
 from redit_fast.training.report.summary import closing_rows, environment
 
+pytestmark = pytest.mark.draws
+
 PHASES = {"rollout": 2.0, "reward": 0.5, "pass1": 3.0, "pass2": 3.0, "optimizer": 0.5, "eval": 1.0}
 
 

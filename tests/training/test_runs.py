@@ -73,6 +73,7 @@ def test_of_two_starts_at_once_one_has_the_folder(settings, tmp_path, named):
         assert len(lines_of(tmp_path / "out" / folder / "completions.jsonl")) == 2 * 12
 
 
+@pytest.mark.draws
 def test_a_living_run_is_resumed_by_nobody_has_a_report_and_is_free_once_it_was_killed(settings, tmp_path, capsys):
     """Also where its reward functions have forked a process that outlives it."""
     (tmp_path / "forks.py").write_text(FORKS)

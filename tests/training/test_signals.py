@@ -12,7 +12,7 @@ from redit_fast import signals
 from redit_fast.cli import main
 from redit_fast.training import config
 from redit_fast.training.trainer import train
-from tests.training.jobs import flags, launch, lines_of
+from tests.training.jobs import flags, launch, launch_anew, lines_of
 
 POOLED = """
 import multiprocessing
@@ -41,7 +41,7 @@ def with_reward(settings, tmp_path, source):
 
 
 def test_a_rewards_pool_of_forked_workers_ends_with_it(settings, tmp_path):
-    process = launch(with_reward(settings, tmp_path, POOLED))
+    process = launch_anew(with_reward(settings, tmp_path, POOLED))
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0 and errors == ""
 

@@ -17,7 +17,7 @@ from redit_fast import known_names
 from redit_fast.cli import main
 from redit_fast.training import builtin, checkpoint, config, trainer
 from redit_fast.training.trainer import train
-from tests.training.jobs import flags, launch, lines_of
+from tests.training.jobs import flags, launch, launch_anew, lines_of
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(settings, tmp_pa
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
-    process = launch({**settings, "steps": 3}, "--resume", preexec_fn=small_files)
+    process = launch_anew({**settings, "steps": 3}, "--resume", preexec_fn=small_files)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2 and len(errors.strip().splitlines()) == 1, errors
     assert "large" in errors and checkpoint.step_of(checkpoint.newest(tmp_path / "run" / "checkpoints")) == 1

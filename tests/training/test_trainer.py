@@ -18,6 +18,7 @@ from redit_fast.training.trainer import train
 from tests.training.jobs import flags, lines_of
 
 
+@pytest.mark.draws
 def test_a_config_file_and_flags_train_a_users_model_on_a_users_data(settings, tmp_path, capsys):
     file = tmp_path / "job.yaml"
     file.write_text(json.dumps({key: value for key, value in settings.items() if key not in ("steps", "name")}))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from redit_fast.backends.addresses import view, views
-from redit_fast.backends.cpu.module import compiled, multiplies_bfloat16, processor
+from redit_fast.backends.cpu.module import compiled, multiplies_bfloat16, multiplies_by_tiles, processor
 from redit_fast.losses.transforms import LogitTransform, TransformConstants
 
 # Of a product tile, rows per thread: 1 MB of float32 a thread. At 512 rows, 32000 x 896 and two threads the products
@@ -19,7 +19,7 @@ TILE_ROWS, TILE_COLUMNS = 256, 1024
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     if a.dtype == torch.bfloat16:
-        compiled.product(view(out), add, view(a), view(b), processor())
+        compiled.product(view(out), add, view(a), view(b), multiplies_by_tiles(), processor())
     elif add:
         out.addmm_(a, b)
     else:

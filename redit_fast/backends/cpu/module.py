@@ -28,9 +28,9 @@ except ImportError as error:
     compiled = None
     missing = f"redit_fast._cpu does not load beside torch {torch.__version__}: {error}"
 
-# x86-64's are all in the module and chosen at run time. "avx512_bf16" is "avx512" with bfloat16 products of its own;
-# elsewhere "baseline" is all there is (on aarch64 with NEON).
-_INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+# x86-64's are all in the module and chosen at run time. "avx512_bf16" is "avx512" with bfloat16 products of its own,
+# "amx_bf16" the same with faster ones; elsewhere "baseline" is all there is (on aarch64 with NEON).
+_INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 _chosen: ContextVar[str | None] = ContextVar("redit_fast_instruction_set", default=None)
 
 
@@ -38,7 +38,7 @@ def instruction_sets() -> tuple[str, ...]:
     """Those that this processor has, the widest last, which runs by default."""
     if compiled is None:
         return ()
-    return _INSTRUCTION_SETS[: compiled.best_level() + 1 + compiled.has_product()]
+    return _INSTRUCTION_SETS[: compiled.best_level() + 1 + compiled.own_products()]
 
 
 @contextmanager
@@ -71,5 +71,14 @@ def processor() -> Processor:
 
 def multiplies_bfloat16() -> bool:
     """Whether bfloat16 products with float32 results are the module's own: torch has none."""
+    return _own_products() > 0
+
+
+def multiplies_by_tiles() -> bool:
+    """Whether they are by AMX_BF16."""
+    return _own_products() > 1
+
+
+def _own_products() -> int:
     chosen = _chosen.get()
-    return compiled.has_product() if chosen is None else chosen == "avx512_bf16"
+    return compiled.own_products() if chosen is None else max(0, _INSTRUCTION_SETS.index(chosen) - 2)

@@ -1,0 +1,129 @@
+"""`redit-fast generate`: completions of a file with rewards, by the engines, and what bad input gets."""
+
+import json
+
+import pytest
+import torch
+
+from redit_fast.cli import main
+from redit_fast.training import builtin, config, generation, policy, report
+from redit_fast.training.merge import merge
+from redit_fast.training.rewards import resolve, score_texts
+from redit_fast.training.rollout.local import generate
+from redit_fast.training.trainer import train
+from tests.training.jobs import lines_of
+
+
+@pytest.fixture
+def prompts(tmp_path, monkeypatch):
+    """A file with a blank line in it, and its records."""
+    monkeypatch.setattr(report, "write", lambda run: None)
+    records = builtin.records(5, held_out=True, seed=0)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps(record) for record in records).replace("\n", "\n\n", 1))
+    return file, records
+
+
+@pytest.fixture
+def run(settings, tmp_path, prompts):
+    train(config.load(overrides={**settings, "steps": 1, "temperature": 0.8, "top_p": 0.95, "eval_problems": 0}))
+    return tmp_path / "run/checkpoints/step-000001"
+
+
+def test_completions_are_sampled_and_scored_as_in_the_run(run, prompts, capsys, monkeypatch):
+    """Also with adapters in a checkpoint, and whatever is sampled in one call."""
+    file, records = prompts
+    assert main(["generate", str(run), "--data", str(file), "--samples", "3", "--seed", "4"]) == 0
+    out = run.with_name("step-000001-completions.jsonl")
+    said, rows = capsys.readouterr().out, lines_of(out)
+    model, tokenizer = policy.load(run)
+    ids = tokenizer([record["prompt"] for record in records])["input_ids"]
+    expected = generate(
+        model, policy.end_tokens(model, tokenizer), ids, group_size=3, max_new_tokens=12, temperature=0.8, top_p=0.95,
+        seed=4, step=generation.STEP,
+    )  # fmt: skip
+    assert [row["completion"] for row in rows] == tokenizer.batch_decode(expected.completions, skip_special_tokens=True)
+    assert [row["finished"] for row in rows] == expected.finished
+    assert [row["tokens"] for row in rows] == [len(completion) for completion in expected.completions]
+    assert [row["data"] for row in rows][::3] == [f"{file}:{line}" for line in (1, 3, 4, 5, 6)]
+    assert [row["sample"] for row in rows] == [0, 1, 2] * 5 and rows[3]["prompt"] == records[1]["prompt"]
+    names = json.loads((run.parent.parent / "config.json").read_text())["rewards"]
+    functions = resolve(names, [name for name in records[0] if name != "prompt"])
+    scores = score_texts(functions, [r for r in records for _ in range(3)], [row["completion"] for row in rows])
+    assert torch.tensor([list(row["rewards"].values()) for row in rows]).double().equal(scores)
+    assert [*rows[0]["rewards"]] == [function.name for function in functions]
+    assert "15 completions: correct_answer 0.000" in said and said.splitlines()[-1] == str(out)
+    monkeypatch.setitem(generation.TOGETHER, "local", 4)
+    again = generation.generate(str(run), {"data": str(file), "seed": 4}, samples=3, out=run.with_name("again.jsonl"))
+    assert lines_of(again[0]) == rows
+
+
+def test_every_engine_gives_the_most_likely_tokens(run, prompts, tmp_path):
+    file, _ = prompts
+    found = []
+    for rollout in ("local", "paged"):
+        out = tmp_path / f"{rollout}.jsonl"
+        words = ["--rollout", rollout, "--greedy", "--out", str(out), "--max-completion-length", "20"]
+        assert main(["generate", str(run), "--data", str(file), *words]) == 0
+        found.append(lines_of(out))
+    assert found[0] == found[1] and len(found[0]) == 5 and max(row["tokens"] for row in found[0]) == 20
+
+
+def test_a_checkpoint_with_adapters_is_the_merged_model(settings, prompts, tmp_path):
+    file, _ = prompts
+    train(config.load(overrides={**settings, "steps": 1, "lora_rank": 2, "learning_rate": 0.1, "eval_problems": 0}))
+    folder = tmp_path / "run/checkpoints/step-000001"
+    merged = merge(folder)
+    words = ["--data", str(file), "--greedy", "--rewards", "redit_fast.training.builtin:right_steps"]
+    words += ["--max-completion-length", "20"]
+    for source, name in ((folder, "adapters"), (merged, "merged"), (settings["model"], "base")):
+        assert main(["generate", str(source), *words, "--out", str(tmp_path / f"{name}.jsonl")]) == 0
+    adapters, merged, base = (lines_of(tmp_path / f"{name}.jsonl") for name in ("adapters", "merged", "base"))
+    assert adapters == merged != base
+
+
+BAD = [
+    ([], "data: needs a JSONL file with the prompts: give --data"),
+    (["--samples", "0"], "--samples is 0, needs at least 1"),
+    (["--samples", "many"], "--samples is 'many', needs a whole number"),
+    (["--greedy", "--samples", "2"], "--samples is 2, needs at least 1, and 1 with --greedy"),
+    (["--data", "none.jsonl"], "data none.jsonl: No such file"),
+    (["--data", "DATA", "--out", "DATA"], "prompts.jsonl is there already and stays as it is"),
+    (["--data", "DATA", "--out", "no/such/folder.jsonl"], "no/such/folder.jsonl: No such file or directory: needs"),
+    (["--data", "DATA", "--rewards", "nonsense"], "rewards: 'nonsense' is neither package.module:function nor"),
+    (["--data", "DATA", "--rollout", "vllm"], "rollout: needs local, paged or the URL of a server"),
+    (["--data", "DATA", "--rollout", "http://me:key@host"], "rollout: the URL has a user name or a password"),
+    (["--data", "DATA", "--max-prompt-length", "2"], "prompts.jsonl:1: the prompt has"),
+    (["--data", "DATA", "--steps", "3"], "unknown flag --steps, the closest valid one is --"),
+    (["--data", "DATA", "--temperature", "0"], "temperature: got '0', needs a number greater than 0"),
+]
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(run, prompts, capsys):
+    """One test, so that the run is made once."""
+    before = sorted(path.name for path in run.parent.iterdir())
+    for words, sentence in BAD:
+        words = [str(prompts[0]) if word == "DATA" else word for word in words]
+        assert main(["generate", str(run), *words]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert sentence in said[-1] and said[-1].startswith("redit-fast: ") and "key@" not in said[-1]
+        assert sorted(path.name for path in run.parent.iterdir()) == before
+
+
+def test_a_model_that_is_no_checkpoint_needs_rewards(settings, prompts, capsys):
+    assert main(["generate", settings["model"], "--data", str(prompts[0])]) == 2
+    assert "is no checkpoint of a run, whose rewards would be taken: give --rewards" in capsys.readouterr().err
+    assert main(["generate", "no/such/model", "--data", str(prompts[0]), "--rewards", "exact_answer"]) == 2
+    assert "model no/such/model: no such folder" in capsys.readouterr().err
+
+
+def test_a_reward_that_raises_leaves_the_lines_before_it(run, prompts, tmp_path, capsys, monkeypatch):
+    (tmp_path / "some.py").write_text(
+        "def judge(prompts, completions, **columns):\n    judge.calls = getattr(judge, 'calls', 0) + 1\n"
+        "    return [1 / (2 - judge.calls)] * len(prompts)\n"
+    )
+    monkeypatch.setitem(generation.TOGETHER, "local", 2)
+    out = tmp_path / "out.jsonl"
+    words = ["--data", str(prompts[0]), "--rewards", f"{tmp_path}/some:judge", "--out", str(out)]
+    assert main(["generate", str(run), *words]) == 2
+    assert "reward function 'judge'" in capsys.readouterr().err and len(lines_of(out)) == 2
