@@ -186,6 +186,17 @@ def test_another_answer_is_refused_in_one_sentence_at_once(clean, tmp_path, name
     assert clean.paths().count("/v1/completions") == 1  # not tried again
 
 
+def test_a_connection_that_is_closed_without_an_answer_is_made_again(clean, tmp_path):
+    def closed(handler, found):
+        handler.close_connection = True
+
+    clean.faults += [closed] * 2
+    assert len(sampled(engine(clean.url, tmp_path), PROMPTS[:1]).completions) == 2
+    clean.faults += [closed] * 3
+    with pytest.raises(EngineError, match="no answer in 3 attempts .*: Server disconnected"):
+        sampled(engine(clean.url, tmp_path), PROMPTS[:1])
+
+
 def test_samples_are_by_their_numbers_whatever_their_order_in_the_answer(clean, tmp_path):
     direct = sampled(engine(clean.url, tmp_path), PROMPTS[:1])
     clean.faults.append(lambda handler, found: handler.answer({**found, "choices": found["choices"][::-1]}))
@@ -410,7 +421,9 @@ def with_adapters(model):
     return base
 
 
-def test_adapters_are_sent_under_a_new_name_each_time(clean, tmp_path):
+def test_adapters_are_sent_under_a_new_name_each_time(clean, tmp_path, monkeypatch):
+    gathered = []
+    monkeypatch.setattr(Ranks, "state_of", lambda ranks, model, *, trained=False: gathered.append(trained))
     model = a_model()
     base = with_adapters(model)
     running = engine(clean.url, tmp_path, base=base)
@@ -424,7 +437,7 @@ def test_adapters_are_sent_under_a_new_name_each_time(clean, tmp_path):
         assert {body["model"] for path, body in clean.seen if path == "/v1/completions"} == {names[-1]}
         (files,) = {Path(running.adapter[1].name)}
         assert files.is_dir()  # vLLM may read them again
-    assert len(set(names)) == 2
+    assert len(set(names)) == 2 and gathered == [True, True]  # FSDP2's ranks gather the adapters alone
     running.close()
     assert not files.exists()
     clean.adapters.clear()
