@@ -71,12 +71,13 @@ def generate(
         raise ValueError("redit-fast generate is one process: start it without torchrun")
     if samples < 1 or (greedy and samples != 1):
         raise ValueError(f"--samples is {samples}, needs at least 1" + (", and 1 with --greedy" if greedy else ""))
-    settings = _settings(source, given)
-    folder = Path(source)
+    folder = Path(source).expanduser()
+    local = folder.is_dir()
+    folder = Path(os.path.abspath(folder)) if local else folder  # `.` has a name too
+    settings = _settings(str(folder) if local else source, given)
     if out is None:
-        out = folder.with_name(f"{folder.name}-completions.jsonl") if folder.is_dir() else Path(
-            f"{folder.name}-completions.jsonl"
-        )  # fmt: skip
+        name = f"{folder.name}-completions.jsonl"
+        out = folder.with_name(name) if local else Path(name)
     if os.path.lexists(out):
         raise ValueError(f"{out} is there already and stays as it is: give another --out")
     with ExitStack() as held:
@@ -149,7 +150,9 @@ def _parts(settings: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer) 
     functions = rewards.resolve(settings.rewards, data.columns_of(dataset.train[:1]))
     trial.check_columns(dataset, functions)
     ends, loss = policy.end_tokens(model, tokenizer), setup.loss_config(settings, model)
-    return setup.Parts(model.eval(), tokenizer, dataset, functions, loss, ends, None, None, None, None)
+    return setup.Parts(
+        model.eval(), tokenizer, dataset, functions, loss, ends, why_padded=None, base=None, shape=None, peak=None
+    )  # fmt: skip
 
 
 def _new(out: Path) -> Any:

@@ -125,7 +125,8 @@ class Source:
             EngineError: one sentence.
         """
         with clock("sync") if self.config.server else nullcontext():
-            self.ahead.wait()
+            if self.ahead.begun:
+                self.ranks.alone(self.ahead.wait, stoppable=True)
             self.engine.sync(self.model)
 
     def _begin(self, step: int, position: int) -> None:

@@ -134,14 +134,12 @@ def test_completions_are_by_the_weights_of_the_last_sync(engine, loaded):
 # paged
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "cohere2", "mistral", "llama"])
+@pytest.mark.parametrize("kind", ["cohere2", "mistral", "llama"])
 def test_paged_knows_the_logits_and_windows_of_other_families(kind):
-    """Gemma 2's eager attention loses its softcap there: the trial at a run's start finds it."""
     model = model_of(kind).eval()
     prompts = [list(range(1, 15)), list(range(5, 30))]
     found = sampled(PagedEngine(model, []), prompts)
-    off = (joined(found.logp) - logp_of(model, prompts, found, 1.0)).abs().max()
-    assert off > 0.1 if kind == "gemma2" else off < 1e-5
+    torch.testing.assert_close(joined(found.logp), logp_of(model, prompts, found, 1.0), rtol=0, atol=1e-5)
 
 
 def test_what_paged_cannot_do_is_one_sentence(loaded):
@@ -173,7 +171,7 @@ def test_ctrl_c_ends_pageds_thread_and_puts_the_model_back(loaded):
 
 
 def test_a_run_by_paged_goes_on_bit_by_bit(settings, tmp_path):
-    job = {**settings, "rollout": "paged", "eval_samples": 2, "steps": 2}
+    job = {**settings, "rollout": "paged", "eval_samples": 2, "eval_problems": 2, "steps": 2}
     whole, halves = (config.load(overrides={**job, "name": name}) for name in ("whole", "halves"))
     train(whole)
     train(halves.model_copy(update={"steps": 1}))
@@ -188,9 +186,9 @@ def test_a_run_by_paged_goes_on_bit_by_bit(settings, tmp_path):
     assert_equal_checkpoints(*(tmp_path / f"{run}/checkpoints/step-000002" for run in ("whole", "halves")))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_ranks_sample_by_paged(settings, tmp_path, strategy):
-    job = {**settings, "rollout": "paged", "strategy": strategy, "steps": 1, "max_completion_length": 8}
+def test_ranks_sample_by_paged_with_gathered_weights(settings, tmp_path):
+    job = {**settings, "rollout": "paged", "strategy": "fsdp2", "steps": 1, "max_completion_length": 8,
+           "eval_problems": 0}  # fmt: skip
     codes, printed = processes.finish(processes.start(2, processes.train, flags(job), folder=tmp_path), tmp_path)
     assert codes == [0, 0], printed
     line = lines_of(tmp_path / "run/metrics.jsonl")[1]

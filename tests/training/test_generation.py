@@ -54,7 +54,8 @@ def test_completions_are_sampled_and_scored_as_in_the_run(run, prompts, capsys, 
     assert [*rows[0]["rewards"]] == [function.name for function in functions]
     assert "15 completions: correct_answer 0.000" in said and said.splitlines()[-1] == str(out)
     monkeypatch.setitem(generation.TOGETHER, "local", 4)
-    again = generation.generate(str(run), {"data": str(file), "seed": 4}, samples=3, out=run.with_name("again.jsonl"))
+    monkeypatch.chdir(run)
+    again = generation.generate(".", {"data": str(file), "seed": 4}, samples=3, out=run.with_name("again.jsonl"))
     assert lines_of(again[0]) == rows
 
 
