@@ -1,4 +1,4 @@
-"""The command `redit-fast`: train, generate, example, report, merge, info (also named doctor), selftest,
+"""The command `redit-fast`: train, generate, example, report, to-verl, merge, info (also named doctor), selftest,
 bench. Bad input gets one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
 
 Heavy imports are inside the functions, so that --help and --version answer at once.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -92,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     example.add_argument("name", metavar="NAME", help="word_problems")
     report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
     report.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
+    to_verl = commands.add_parser(
+        "to-verl",
+        help="a configuration as data, rewards and a command for verl",
+        usage="redit-fast to-verl CONFIG [--out DIR] [SETTINGS]",
+        allow_abbrev=False,
+    )
     merge = commands.add_parser("merge", help="a plain model of a checkpoint with LoRA", allow_abbrev=False)
     merge.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500")
     merge.add_argument("out", metavar="OUT", nargs="?", help="a new folder; CHECKPOINT-merged by default")
@@ -108,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["train"]:
             _add_train_flags(train)
+        if argv[:1] == ["to-verl"]:
+            to_verl.add_argument("config", metavar="CONFIG", help="YAML or JSON file with settings; flags override it")
+            to_verl.add_argument("--out", metavar="DIR", help="a new folder; CONFIG-verl here by default")
+            _add_settings(to_verl)
         if argv[:1] == ["generate"]:
             _add_generate_flags(generate)
         if argv[:1] == ["bench"]:
@@ -134,6 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run_report.write(args.run)
             print(Path(args.run, "report.html"))
+        elif args.command == "to-verl":
+            from redit_fast.training import config
+            from redit_fast.training import to_verl as verl
+
+            _without_bars()
+            stem = Path(args.config).stem
+            folder = verl.to_verl(config.load(args.config, settings(args)), args.out or f"{stem}-verl", stem)
+            print(f"bash {shlex.quote(str(folder / 'run.sh'))}")
         elif args.command == "merge":
             from redit_fast.training.merge import merge as merged
 
@@ -202,10 +221,6 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
-    """Every field of TrainConfig as a flag. Values stay text here: config.load reads them and words the complaints."""
-    from redit_fast.known_names import RENAMED, flag
-    from redit_fast.training.config import TrainConfig
-
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
     parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
     parser.add_argument(
@@ -214,6 +229,14 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         help="with --resume: go on although the data, a reward module or the start model is another than before",
     )
     parser.add_argument("--print-config", action="store_true", help="print the settings as commented YAML and stop")
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Every field of TrainConfig as a flag. Values stay text here: config.load reads them and words the complaints."""
+    from redit_fast.known_names import RENAMED, flag
+    from redit_fast.training.config import TrainConfig
+
     _add_fields(parser, TrainConfig.model_fields)
     for old in RENAMED:
         parser.add_argument(flag(old), default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -6,16 +6,9 @@ from importlib.util import find_spec
 
 MODULES = {  # extra of pyproject.toml -> what the code under it imports
     "train": (
-        "transformers",
-        "huggingface_hub",
-        "httpx2",
-        "safetensors",
-        "yaml",
-        "pydantic",
-        "jinja2",
-        "rich",
-        "matplotlib",
+        "transformers", "huggingface_hub", "httpx2", "safetensors", "yaml", "pydantic", "jinja2", "rich", "matplotlib",
     ),
+    "data": ("pyarrow",),
     "lora": ("peft",),
     "transformers": ("transformers",),
     "trl": ("trl", "transformers"),

@@ -58,17 +58,17 @@ def machine() -> str:
     card, speeds = found["machine"], found["speeds"]
     caches = ", ".join(f"{name} {size}" for name, size in card["caches"].items())
     versions = {"Python": card["python"], "torch": card["torch"], **card["peers"]}
-    ways = ("read", "update", "copy", "copy_")
+    products = {way.removesuffix(" products"): speed for way, speed in speeds.items() if way.endswith(" products")}
+    moves = {way: speed for way, speed in speeds.items() if not way.endswith(" products")}
     lines = [
         ("processor", f"{card['cpu']}, {card['cores']} cores, {card['threads']} threads; {caches}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("commit", f"`{card['commit']}`"),
         ("clock", CLOCKS[card["clock"]]),
         ("blocks", str(found.get("blocks", 1))),
-        ("best GB/s", ", ".join(f"{way} {speeds[way]:.0f}" for way in ways)),
-        ("best GFLOP/s", ", ".join(f"{way.removesuffix(' products')} {speed:.0f}" for way, speed in speeds.items()
-                                   if way not in ways)),
-    ]  # fmt: skip
+        ("best GB/s", ", ".join(f"{way} {speed:.0f}" for way, speed in moves.items())),
+        ("best GFLOP/s", ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in products.items())),
+    ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines)])
 
 

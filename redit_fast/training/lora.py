@@ -53,7 +53,7 @@ def attach(model: PreTrainedModel, config: TrainConfig, base: Base) -> None:
     adapter = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,  # type: ignore[operator]
-        target_modules=_targets(model, config.lora_targets),
+        target_modules=targets_of(model, config.lora_targets),
         base_model_name_or_path=base.model,
         task_type="CAUSAL_LM",
     )
@@ -66,7 +66,7 @@ def attach(model: PreTrainedModel, config: TrainConfig, base: Base) -> None:
             module.float()  # a step of 1e-5 is lost in bfloat16
 
 
-def _targets(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:
+def targets_of(model: PreTrainedModel, wanted: list[str] | None) -> list[str]:
     """The whole names of the linear layers of the decoder layers, all of them or those whose names end so."""
     lists = [part for part in model.get_decoder().modules() if isinstance(part, nn.ModuleList)]
     inside = {module for part in lists for module in part.modules() if isinstance(module, nn.Linear)}

@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -38,13 +39,10 @@ def load(source: str | Path, device: Device = "auto", dtype: DType = "auto") -> 
     Raises:
         ValueError: one sentence that names the source and what is missing or wrong there.
     """
-    folder = folder_of(str(source))
-    _check_files(folder, f"model {source}")
+    folder, tokenizer = tokenizer_of(source)
     place = device_of(device)
     if dtype == "auto" and place == "cpu":
         dtype = "float32"
-    with _one_sentence(f"the tokenizer of model {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     with _one_sentence(f"model {source}"):
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -58,6 +56,31 @@ def load(source: str | Path, device: Device = "auto", dtype: DType = "auto") -> 
     _check_weights(report, f"model {source}")
     _check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
     return model.to(place), tokenizer
+
+
+def tokenizer_of(source: str | Path) -> tuple[Path, Tokenizer]:
+    """The folder of a causal LM, its files checked, and its tokenizer.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    folder = folder_of(str(source))
+    _check_files(folder, f"model {source}")
+    with _one_sentence(f"the tokenizer of model {source}"):
+        return folder, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def skeleton(source: str | Path, folder: Path, tokenizer: Tokenizer) -> PreTrainedModel:
+    """The model of a folder that `tokenizer_of` has checked, on torch's device meta: its layers without their weights.
+
+    Raises:
+        ValueError: as `load`, but for what only the weights tell.
+    """
+    with _one_sentence(f"model {source}"), torch.device("meta"):
+        described = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
+    _check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
+    return model
 
 
 def device_of(device: Device) -> str:

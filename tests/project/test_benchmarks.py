@@ -297,7 +297,7 @@ def results_of(*tables, speeds=None):
          "value": made.value, "work": vars(made.work), "rows": [row.stored() for row in measure(made)]}
         for made in tables
     ]  # fmt: skip
-    speeds = speeds or {"read": 1e9, "update": 1e9, "copy": 2e9, "copy_": 1.0, "float32 products": 1.0}
+    speeds = speeds or {"read": 1e9, "update": 1e9, "copy": 2e9, "AdamW": 1e9, "copy_": 1.0, "float32 products": 1.0}
     card = {"cpu": "<script>alert(1)</script>", "cores": 2, "threads": 2, "caches": {"L3 Unified": "32K"},
             "gpu": None, "clock": "perf_counter", "redit-fast": "0", "commit": None, "python": "3", "torch": "2",
             "peers": {}}  # fmt: skip
@@ -309,14 +309,16 @@ def results_of(*tables, speeds=None):
 def test_bytes_are_counted_as_they_cross_to_memory():
     work = Work(reads=100, updates=10, writes=5, flops=0)
     assert work.bytes(cache=62) == 125 and work.bytes(cache=63) == 110  # what is written stays in a cache that large
-    speeds = {"read": 3.0, "update": 5.0, "copy": 4.0, "copy_": 9.0, "float32 products": 2.0}
+    speeds = {"read": 3.0, "update": 4.0, "copy": 4.0, "AdamW": 5.0, "copy_": 9.0, "float32 products": 2.0}
     assert Work(reads=10**9).floor_ms(speeds, "float32", 1) == pytest.approx(200)  # at 5 GB/s: copy_ counts for nothing
     assert Work(reads=10**9, flops=10**9).floor_ms(speeds, "float32", 1) == pytest.approx(500)  # at 2 GFLOP/s
 
 
 def test_a_share_above_110_percent_is_said_to_be_a_wrong_model():
     assert roofline.sentence(1.1) is None and "131%" in roofline.sentence(1.31)
-    results = results_of(a_table(a_provider("main", ours=True)), speeds={"read": 1e-6, "update": 0, "copy": 0})
+    results = results_of(
+        a_table(a_provider("main", ours=True)), speeds={"read": 1e-6, "update": 0, "copy": 0, "AdamW": 0}
+    )
     (stored,) = results["tables"]
     (said,) = table.warnings(stored)
     assert said.startswith("main: ") and said in " ".join(table.of(stored).split())
@@ -324,7 +326,7 @@ def test_a_share_above_110_percent_is_said_to_be_a_wrong_model():
 
 def test_the_speeds_are_those_of_real_traffic():
     found = roofline.speeds(CPU)
-    assert set(found) == {"read", "update", "copy", "copy_", "float32 products", "bfloat16 products"}
+    assert set(found) == {"read", "update", "copy", "AdamW", "copy_", "float32 products", "bfloat16 products"}
     assert all(speed > 0.1 for speed in found.values())
 
 
@@ -409,7 +411,7 @@ def test_a_door_measures_writes_and_says_whether_ours_is_right(value, tmp_path, 
         for rows in (1, 2, 3):
             yield a_table(a_provider("main", ours=True), sizes={"R": rows}, axis="R")
 
-    monkeypatch.setattr(roofline, "speeds", lambda _: {"read": 1.0, "update": 1.0, "copy": 1.0})
+    monkeypatch.setattr(roofline, "speeds", lambda _: {"read": 1.0, "update": 1.0, "copy": 1.0, "AdamW": 1.0})
     code = command.main("suite", tables, ["--quick", "--cpu-time", "--out", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert code == (1 if value else 0) and "suite: op" in capsys.readouterr().out
