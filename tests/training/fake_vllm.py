@@ -9,9 +9,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from examples import vllm_weights
-from redit_fast.training.rollout import local
+from redit_fast.training.rollout import connection, local
+from redit_fast.training.rollout.server import Server
+
+V, ENDS = 48, [3, 17]
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12]]
+SAMPLING = dict(group_size=2, max_new_tokens=6, temperature=0.7, top_p=1.0, seed=4, step=2)
+
+
+def a_model(seed=0):
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.5, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
 
 
 class _Worker(vllm_weights.Weights):
@@ -169,3 +185,28 @@ def changed(change):
         handler.answer(found)
 
     return fault
+
+
+def status(code, content):
+    return lambda handler, found: handler.answer(content, code)
+
+
+def engine(url, tmp_path, *, timeout=5.0, retries=2, **options):
+    return Server(url, ENDS, V, timeout=timeout, retries=retries, folder=tmp_path, **options)
+
+
+def sampled(engine, prompts=PROMPTS, **changes):
+    sampling = {**SAMPLING, **changes}
+    count = len(prompts) * sampling["group_size"]
+    return engine.generate(prompts, sample_ids=torch.arange(count), **sampling)
+
+
+@contextmanager
+def at_rest(fake, monkeypatch):
+    """The server without faults and memories of another test; pauses between attempts are short."""
+    monkeypatch.setattr(connection, "PAUSE", 0.01)
+    monkeypatch.delenv(connection.KEY, raising=False)
+    for kept in (fake.seen, fake.faults, fake.adapters):
+        kept.clear()
+    fake.mode, fake.key, fake.asleep, fake.held, fake.without = "processed_logprobs", None, False, 0, ()
+    yield fake

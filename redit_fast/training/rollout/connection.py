@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import ssl
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -54,7 +55,7 @@ class Connection:
         if not self.key.isascii() or not self.key.isprintable() or self.key != self.key.strip():
             raise ValueError(f"{KEY} has a character that no key has, such as a space at its end or a line break")
         self.at_work: set[tuple[asyncio.AbstractEventLoop, asyncio.Task]] = set()
-        self.closed = False
+        self.closed, self.lock = False, threading.Lock()  # of both
 
     @functools.cached_property
     def certificates(self) -> ssl.SSLContext:
@@ -70,25 +71,28 @@ class Connection:
         Raises:
             EngineError: one has no answer; the others are then given up.
         """
-        if self.closed:
-            raise EngineError(f"rollout {self.url}: the engine is closed")
         # In a thread, since the caller's may have an event loop, as in a notebook. Ctrl-C comes to the caller's.
         with closing(asyncio.new_event_loop()) as loop, ThreadPoolExecutor(1) as thread:
-            task = loop.create_task(self._all(requests))
-            self.at_work.add((loop, task))
+            with self.lock:
+                if self.closed:
+                    raise EngineError(f"rollout {self.url}: the engine is closed")
+                task = loop.create_task(self._all(requests))
+                self.at_work.add((loop, task))
             try:
                 return thread.submit(loop.run_until_complete, task).result()
             except asyncio.CancelledError:
                 raise EngineError(f"rollout {self.url}: the engine was closed during the rollout") from None
             finally:
-                self.at_work.discard((loop, task))
+                with self.lock:  # before the loop is closed
+                    self.at_work.discard((loop, task))
                 loop.call_soon_threadsafe(task.cancel)
 
     def close(self) -> None:
         """What is at work in other threads raises an EngineError."""
-        self.closed = True
-        for loop, task in list(self.at_work):
-            loop.call_soon_threadsafe(task.cancel)
+        with self.lock:
+            self.closed = True
+            for loop, task in self.at_work:
+                loop.call_soon_threadsafe(task.cancel)
 
     async def _all(self, requests: Sequence[Request]) -> list[bytes]:
         places = asyncio.Semaphore(AT_ONCE)
