@@ -220,6 +220,16 @@ def test_a_run_by_a_server_ends_as_its_checkpoint(settings, tmp_path, served, mo
     assert "a-secret" not in printed.out + printed.err
 
 
+def test_a_server_samples_one_step_ahead(settings, tmp_path, served, monkeypatch):
+    monkeypatch.setattr(report, "write", lambda run: None)
+    job = {**settings, "rollout": served.url, "rollout_ahead": 1, "steps": 3, "eval_problems": 0, "learning_rate": 1e-2}
+    assert main(["train", *flags(job)]) == 0
+    lines = lines_of(tmp_path / "run/metrics.jsonl")[1:]
+    assert [line["sampling/steps_behind"] for line in lines] == [0, 1, 1]
+    gaps = [line["sampling/sampling_logp_difference/max"] for line in lines]
+    assert gaps[0] < 1e-5 and min(gaps[1:]) > 1e-3
+
+
 def test_a_server_that_goes_away_stops_the_run_after_a_checkpoint(settings, tmp_path, served, monkeypatch, capsys):
     monkeypatch.setattr(report, "write", lambda run: None)
     monkeypatch.setattr(connection, "PAUSE", 0.01)
