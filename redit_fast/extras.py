@@ -5,14 +5,16 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 MODULES = {  # extra of pyproject.toml -> what the code under it imports
-    "train": ("transformers", "huggingface_hub", "safetensors", "yaml", "pydantic", "jinja2", "rich", "matplotlib"),
+    "train": (
+        "transformers", "huggingface_hub", "httpx2", "safetensors", "yaml", "pydantic", "jinja2", "rich", "matplotlib",
+    ),
     "data": ("pyarrow",),
     "lora": ("peft",),
     "transformers": ("transformers",),
     "trl": ("trl", "transformers"),
     "verl": ("verl",),
     "bench": ("jinja2", "matplotlib"),  # what it measures may be missing
-}
+}  # fmt: skip
 
 
 class MissingExtra(ModuleNotFoundError):

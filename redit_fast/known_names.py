@@ -16,6 +16,7 @@ _ADAPTERS = "adapters are {lora_rank}, {lora_alpha} and {lora_targets}"
 _SAMPLING = "completions are sampled at {temperature} and {top_p}"
 _RANKS = "torchrun starts a process for each GPU, and how they share the model is {strategy}"
 _SERVER = "completions come from {rollout}, a vLLM server by its URL"
+_FILES = "the server of {rollout} gets weights as files, nccl and ipc are not used until a run on a GPU has tested them"
 _CORRECTION = "what the sampler's log-probs do is {correction}, within {correction_floor} and {correction_cap}"
 _TRACKERS = "there are no trackers yet, a run writes metrics.jsonl and report.html"
 _FOLDER = "a run's folder is {name} inside {out_dir}"
@@ -78,6 +79,8 @@ _MEANT = {
     "deepspeed tensor_parallel_size": f"neither DeepSpeed nor tensor parallelism is there, {_RANKS}",
     "use_vllm vllm_server_host vllm_server_base_url vllm_mode rollout_name inference_engine": _SERVER,
     "vllm_server_timeout": "{rollout_timeout}",
+    "vllm_enable_sleep vllm_enable_sleep_mode enable_sleep_mode": "{rollout_sleep}",
+    "vllm_sync_backend weight_transfer_config weight_transfer_backend weight_sync_backend weight_broadcast": _FILES,
     "use_transformers_paged use_transformers_continuous_batching": "paged is one of {rollout}",
     "vllm_importance_sampling_mode vllm_importance_sampling_correction rollout_is": "{correction}",
     "vllm_importance_sampling_cap vllm_importance_sampling_clip_max tis_imp_ratio_cap rollout_is_threshold":

@@ -38,6 +38,7 @@ DEPENDENCIES = {
     "torch": "everything",
     "transformers": "models and tokenizers",
     "huggingface_hub": "models by name; transformers brings it anyway",
+    "httpx2": "requests to a server of rollouts; huggingface_hub 2 brings it anyway",
     "safetensors": "checkpoints without pickle",
     "pyyaml": "configuration files",
     "pydantic": "checking them",

@@ -143,9 +143,8 @@ class TrainConfig(BaseModel):
         "are one step older; 0 waits.",
     )
     rollout_timeout: float = Field(600.0, gt=0, description="Seconds after which a server's answer is given up.")
-    rollout_retries: int = Field(
-        3, ge=0, description="Times that a request is made again to a server that fails or gives no answer."
-    )
+    rollout_retries: int = Field(3, ge=0, description="Times that a request is made again to a busy or absent server.")
+    rollout_sleep: bool = Field(False, description="A server gives its GPU's memory back while a step is trained on.")
     correction: Literal["auto", Correction] = Field(
         "auto",
         description="What a gap between the sampler's log-probs and the policy's does to the loss: its weight of a "

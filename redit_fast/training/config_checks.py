@@ -74,7 +74,7 @@ def _check_lora(config: Any) -> None:
 
 def _check_rollout(config: Any) -> None:
     if config.server is None:
-        for name in ("rollout_timeout", "rollout_retries"):
+        for name in ("rollout_timeout", "rollout_retries", "rollout_sleep"):
             if is_set(config, name):
                 raise ValueError(f"{name}: got {getattr(config, name)}, only a rollout by a server has one")
         if config.rollout_ahead:
@@ -84,6 +84,10 @@ def _check_rollout(config: Any) -> None:
             )
         return
     check_url("rollout", config.server)
+    if config.rollout_sleep and config.rollout_ahead:
+        raise ValueError(
+            "rollout_sleep: got true with rollout_ahead 1, whose server is at work while a step is trained on"
+        )
     if config.model is None:
         raise ValueError("rollout: the embedded demo samples by itself, without a server; set model to train your own")
 

@@ -24,11 +24,13 @@ from redit_fast.training.distributed import Ranks
 from redit_fast.training.rollout import Engine
 from redit_fast.training.rollout.local import LocalEngine
 from redit_fast.training.rollout.paged import PagedEngine
+from redit_fast.training.rollout.server import Server
 
 MAY_CHANGE = {
     "strategy",
     "rollout_timeout",
     "rollout_retries",
+    "rollout_sleep",
     "steps",
     "eval_every",
     "sharpness_every",
@@ -200,7 +202,17 @@ def _opened(config: TrainConfig, parts: Parts, ranks: Ranks) -> Engine:
         return LocalEngine(parts.model, parts.ends)
     if config.rollout == PAGED:
         return PagedEngine(parts.model, parts.ends)
-    raise NotImplementedError("rollout: a server cannot be used yet")
+    return Server(
+        config.rollout,
+        parts.ends,
+        parts.model.get_input_embeddings().weight.shape[0],
+        timeout=config.rollout_timeout,
+        retries=config.rollout_retries,
+        folder=Path(config.out_dir),
+        ranks=ranks,
+        base=parts.base,
+        sleeps=config.rollout_sleep,
+    )
 
 
 def optimizer(config: TrainConfig, model: PreTrainedModel) -> rf.RegularizedAdamW:

@@ -23,6 +23,7 @@ ELSEWHERE = {  # page, or its block -> what runs it, or why nothing does
     ("docs/integrations/openrlhf.md", 0): "needs ray's workers, with GPUs",
     ("docs/integrations/unsloth.md", 0): "needs a GPU",
     ("docs/integrations/verl.md", 0): "tests/integrations/test_verl.py",
+    ("docs/integrations/vllm.md", 0): "tests/training/fake_vllm.py loads the same file",
     ("docs/kernels.md", 0): "compiles a file of the reader's with nvcc",
     ("docs/metrics.md", 0): "test_install.py, after a run",
 }

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -17,13 +18,15 @@ from redit_fast.training.rollout import EngineError
 from redit_fast.training.rollout.ahead import Ahead
 from redit_fast.training.rollout.local import LocalEngine
 from redit_fast.training.rollout.paged import PagedEngine
+from redit_fast.training.rollout.server import Server
 from redit_fast.training.trainer import train
 from tests.packing.models import model_of
 from tests.training import processes
+from tests.training.fake_vllm import serving
 from tests.training.jobs import flags, lines_of
 from tests.training.test_stops import assert_equal_checkpoints, timeless
 
-ENGINES = {"local": LocalEngine, "paged": PagedEngine}
+ENGINES = {"local": LocalEngine, "paged": PagedEngine, "server": Server}
 SAMPLING = {"group_size": 3, "max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0, "seed": 1, "step": 2}
 URL = "http://127.0.0.1:9"  # nobody listens
 
@@ -43,11 +46,17 @@ def loaded(model_folder):
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request, loaded):
+def engine(request, loaded, tmp_path):
     model, ends, _ = loaded
-    opened = ENGINES[request.param](model, ends)
-    yield opened
-    opened.close()
+    with ExitStack() as held:
+        if request.param == "server":
+            fake = held.enter_context(serving(copy.deepcopy(model)))
+            rows = model.get_input_embeddings().weight.shape[0]
+            opened = Server(fake.url, ends, rows, timeout=30, retries=0, folder=tmp_path)
+        else:
+            opened = ENGINES[request.param](model, ends)
+        held.callback(opened.close)
+        yield opened
 
 
 def sampled(engine, prompts, first=0, **more):
