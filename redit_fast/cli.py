@@ -151,13 +151,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             _without_bars()
             stem = Path(args.config).stem
-            folder = verl.to_verl(config.load(args.config, settings(args)), args.out or f"{stem}-verl", stem)
+            folder = verl.to_verl(config.load(args.config, settings(args)), _out(args.out) or f"{stem}-verl", stem)
             print(f"bash {shlex.quote(str(folder / 'run.sh'))}")
         elif args.command == "merge":
             from redit_fast.training.merge import merge as merged
 
             _without_bars()
-            print(merged(Path(args.checkpoint), Path(args.out) if args.out else None))
+            print(merged(Path(args.checkpoint), _out(args.out, "OUT")))
         elif args.command in ("info", "doctor"):
             _info(args.json)
         elif args.command == "selftest":
@@ -284,10 +284,17 @@ def _generate(args: argparse.Namespace) -> None:
         settings(args),
         samples=int(args.samples),
         greedy=args.greedy,
-        out=Path(args.out) if args.out else None,
+        out=_out(args.out),
     )
     print(told)
     print(out)
+
+
+def _out(given: str | None, name: str = "--out") -> Path | None:
+    """None where it is not given: an empty one, such as of a variable that is not set, is no name."""
+    if given == "":
+        raise ValueError(f"{name} is empty, needs a name")
+    return None if given is None else Path(given)
 
 
 def _without_bars() -> None:

@@ -90,6 +90,7 @@ BAD = [
     (["--greedy", "--samples", "2"], "--samples is 2, needs at least 1, and 1 with --greedy"),
     (["--data", "none.jsonl"], "data none.jsonl: No such file"),
     (["--data", "DATA", "--out", "DATA"], "prompts.jsonl is there already and stays as it is"),
+    (["--data", "DATA", "--out", ""], "--out is empty, needs a name"),
     (["--data", "DATA", "--out", "no/such/folder.jsonl"], "no/such/folder.jsonl: No such file or directory: needs"),
     (["--data", "DATA", "--rewards", "nonsense"], "rewards: 'nonsense' is neither package.module:function nor"),
     (["--data", "DATA", "--rollout", "vllm"], "rollout: needs local, paged or the URL of a server"),
