@@ -245,8 +245,8 @@ def started(strategy: Strategy, device: str) -> Iterator[Ranks]:
             raise ValueError(f"WORLD_SIZE is {processes} and RANK is not set: start the run with torchrun")
         if strategy == "fsdp2":
             raise ValueError(
-                "strategy is fsdp2, which shards the model over processes: start the run with torchrun, or take strategy "
-                "ddp"
+                "strategy is fsdp2, which shards the model over processes: start the run with torchrun, or take "
+                "strategy ddp"
             )
         yield Ranks()
         return
