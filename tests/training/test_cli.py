@@ -152,6 +152,7 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
         (["example", "../cli"], "no example is named '../cli'; there is word_problems"),
     ],
 )
+@pytest.mark.draws
 def test_bad_input_gets_one_line_and_exit_code_2(capsys, recwarn, tmp_path, words, line):
     (tmp_path / "bad.yaml").write_text("seed: 1\nstepz: 3\n")
     code, out, err = run(capsys, *words)

@@ -251,7 +251,7 @@ def test_a_weight_above_the_cap_is_the_cap(settings, tmp_path, watched, monkeypa
         "truncate": {},
         "sequence": {"correction": "sequence_truncate", "correction_cap": 3.0},
         "mask": {"correction": "token_mask"},
-        "floor": {"correction": "token_mask", "correction_cap": 3.0, "correction_floor": 2.6},
+        "floor": {"correction": "token_mask", "correction_cap": 3.0, "correction_floor": 0.5},
         "padded": {"packing": "off", "micro_batch_size": 3},
     }.items():
         with pytest.warns(UserWarning, match=r"are 1 off the policy's on average.* usual causes: another dtype"):
@@ -434,6 +434,7 @@ def test_what_a_thread_raises_is_raised_where_it_is_taken():
 
 def test_the_engine_of_a_run_is_what_its_config_says(settings, loaded):
     model, ends, _ = loaded
-    parts = type("Parts", (), {"model": model, "ends": ends})
+    parts = type("Parts", (), {"model": model, "ends": ends, "base": None})
     for name, kind in ENGINES.items():
-        assert type(setup._opened(config.load(overrides={**settings, "rollout": name}), parts, Ranks())) is kind
+        rollout = URL if kind is Server else name
+        assert type(setup._opened(config.load(overrides={**settings, "rollout": rollout}), parts, Ranks())) is kind
