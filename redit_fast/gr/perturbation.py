@@ -13,7 +13,7 @@ from torch import Tensor
 
 from redit_fast.backends import primitive, reference
 from redit_fast.gr import shards
-from redit_fast.gr.config import GR
+from redit_fast.gr.config import GR, Rounding
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -83,7 +83,7 @@ def step_metrics(sums: Tensor, count: int) -> dict[str, Tensor]:
     }
 
 
-def warn_if_swallowed(metrics: dict[str, float], epsilon: float) -> None:
+def warn_if_swallowed(metrics: dict[str, float], epsilon: float, rounding: Rounding) -> None:
     cosine = metrics.get("gr/step_cos", 1.0)
     nothing = metrics.get("gr/step_norm_ratio") == 0  # the cosine is NaN then
     if cosine < 0.9 or nothing:
@@ -92,8 +92,9 @@ def warn_if_swallowed(metrics: dict[str, float], epsilon: float) -> None:
             if nothing
             else f"the applied perturbation has cosine {cosine:.2f} with the intended one"
         )
+        stochastic = "rounding='stochastic', " if rounding == "nearest" else ""
         warnings.warn(
             f"{found}: rounding swallows it. Use a larger epsilon than {epsilon:.3g}, epsilon='auto', "
-            "rounding='stochastic', or float32 parameters and compute",
+            f"{stochastic}or float32 parameters and compute",
             stacklevel=4,
         )

@@ -303,7 +303,7 @@ class TwoPass:
         """The last step's numbers, as `GradientRegularizer.metrics`; the only call that waits for the device."""
         values = {name: float(value) for name, value in self._metrics.items()}
         values |= {"gr/epsilon": self.epsilon, "gr/skipped_steps": float(self.skipped)}
-        perturbation.warn_if_swallowed(values, self.epsilon)
+        perturbation.warn_if_swallowed(values, self.epsilon, self.gr.rounding)
         return values
 
     def state_dict(self) -> dict[str, Any]:

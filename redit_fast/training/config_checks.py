@@ -125,6 +125,13 @@ def _check_correction(config: Any) -> None:
             f"correction_floor: got {config.correction_floor}, needs a number of at most correction_cap, "
             f"{config.correction_cap}"
         )
+    if kind.endswith("mask"):  # the ratio of a sampler that is the policy is 1, up to rounding
+        for name, value, wrong, needs in (
+            ("correction_cap", config.correction_cap, config.correction_cap <= 1, "above"),
+            ("correction_floor", config.correction_floor, (config.correction_floor or 0) >= 1, "below"),
+        ):
+            if wrong:
+                raise ValueError(f"{name}: got {value}, correction {kind} needs a number {needs} 1: it would mask all")
     if config.top_p < 1:
         raise ValueError(
             f"top_p: got {config.top_p} together with correction {kind}, which compares log-probs of all tokens with "

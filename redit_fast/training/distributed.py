@@ -244,7 +244,10 @@ def started(strategy: Strategy, device: str) -> Iterator[Ranks]:
         if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
             raise ValueError(f"WORLD_SIZE is {processes} and RANK is not set: start the run with torchrun")
         if strategy == "fsdp2":
-            raise ValueError("strategy is fsdp2, which shards the model over processes: start the run with torchrun")
+            raise ValueError(
+                "strategy is fsdp2, which shards the model over processes: start the run with torchrun, or take "
+                "strategy ddp"
+            )
         yield Ranks()
         return
     rank, size = _number("RANK"), _number("WORLD_SIZE")

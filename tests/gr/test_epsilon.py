@@ -45,14 +45,17 @@ def test_auto_is_the_smallest_power_of_two_whose_step_keeps_cosine_095(backend, 
         assert measured(make, p, grad, **smaller)["gr/step_cos"] < 0.95
 
 
-def test_a_step_of_which_nothing_is_applied_is_warned_about(backend):
-    """Its cosine is 0 / 0."""
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_step_of_which_nothing_is_applied_is_warned_about(backend, rounding):
+    """Its cosine is 0 / 0. What is on already is no advice."""
     p = nn.Parameter(torch.ones(1000))
-    opt = sgd([p], gamma=1e-9, epsilon=1e-9)
+    opt = sgd([p], gamma=1e-9, epsilon=1e-9, rounding=rounding)
     p.grad = torch.rand(1000)
     opt.perturb()
-    with pytest.warns(UserWarning, match=r"^nothing of the perturbation is applied: rounding swallows .* than 1e-09,"):
+    expected = r"^nothing of the perturbation is applied: rounding swallows .* than 1e-09,"
+    with pytest.warns(UserWarning, match=expected) as said:
         metrics = opt.metrics()
+    assert ("rounding='stochastic'" in str(said[0].message)) == (rounding == "nearest")
     assert metrics["gr/frac_moved"] == 0 and math.isnan(metrics["gr/step_cos"])
 
 

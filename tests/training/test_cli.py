@@ -143,7 +143,7 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
         (["trian"], "invalid choice: 'trian'"),
         (["--verbose"], "unknown flag --verbose, the closest valid one is --version"),
         (["report"], "the following arguments are required: RUN"),
-        (["report", "nowhere"], "nowhere holds no run"),
+        pytest.param(["report", "nowhere"], "nowhere holds no run", marks=pytest.mark.draws),
         (["info", "--all"], "unknown flag --all, the closest valid one is"),
         (["info", "--lr"], "unknown flag --lr, the closest valid one is --help"),
         (["doctor", "--jsn"], "unknown flag --jsn, the closest valid one is --json"),

@@ -169,6 +169,11 @@ def test_a_value_is_taken_as_it_is_written():
             "correction: token_mask\ncorrection_floor: 3",
             "c.yaml:2: correction_floor: got 3.0, needs a number of at most",
         ),
+        (
+            "correction: token_mask\ncorrection_cap: 0.5",
+            "c.yaml:2: correction_cap: got 0.5, correction token_mask needs",
+        ),
+        ("correction: sequence_mask\ncorrection_floor: 1", "c.yaml:2: correction_floor: got 1.0, correction sequence_"),
         ("rollout: paged\ntop_p: 0.9", "c.yaml:2: top_p: got 0.9 together with correction token_truncate, which"),
         (
             "loss_type: vespo\ncorrection: sequence_mask",
