@@ -18,7 +18,19 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import redit_fast as rf
 from redit_fast import extras
 from redit_fast.known_names import RENAMED, under_new_names
-from redit_fast.training import builtin, checkpoint, config_file, data, flops, lora, policy, rewards, runs, trial
+from redit_fast.training import (
+    builtin,
+    checkpoint,
+    config_checks,
+    config_file,
+    data,
+    flops,
+    lora,
+    policy,
+    rewards,
+    runs,
+    trial,
+)
 from redit_fast.training.config import TrainConfig, default_of
 from redit_fast.training.config import load as load_config
 from redit_fast.training.config_values import LOCAL, PAGED
@@ -98,6 +110,8 @@ def check_given(given: Mapping[str, object], run: Path) -> None:
             value = TypeAdapter(kind).validate_python(word)
         except ValidationError:
             continue
+        if name == "rollout" and value not in (LOCAL, PAGED):
+            config_checks.check_url(name, value)  # which may have a password that no sentence may show
         if name == "rewards":
             value = [config_file.placed_reward(reward, run) for reward in value]
         _check_same(name, getattr(before, name), value, run)

@@ -144,6 +144,13 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, prompts, capsys):
         assert sorted(path.name for path in run.parent.iterdir()) == before
 
 
+def test_a_url_with_a_password_is_not_shown_where_rollout_may_not_change(run, capsys):
+    words = ["--resume", "--name", "run", "--out-dir", str(run.parents[2]), "--rollout"]
+    for url, sentence in (("http://me:key@host", "rollout: the URL has a user name"), ("http://host", "cannot become")):
+        assert main(["train", *words, url]) == 2
+        assert sentence in (said := capsys.readouterr().err) and "key@" not in said
+
+
 def test_a_model_that_is_no_checkpoint_needs_rewards(settings, prompts, capsys):
     assert main(["generate", settings["model"], "--data", str(prompts[0])]) == 2
     assert "is no checkpoint of a run, whose rewards would be taken: give --rewards" in capsys.readouterr().err
