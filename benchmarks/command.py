@@ -96,7 +96,7 @@ def _check_device(device: str, devices: tuple[str, ...]) -> None:
 
 def _folder(name: str) -> Path:
     if not name:
-        raise ValueError("--out is empty, needs a folder")
+        raise ValueError("--out is empty, needs a name")
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)

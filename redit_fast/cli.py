@@ -43,7 +43,7 @@ class _Once(argparse.Action):
 
 
 def _path(word: str) -> str:
-    """Of a flag: an empty one, as of a variable that is not set, would be the default or the current folder."""
+    """What is read. An empty one, such as of a variable that is not set, would be the current folder."""
     if not word:
         raise argparse.ArgumentTypeError("is empty, needs a path")
     return word
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     merge = commands.add_parser("merge", help="a plain model of a checkpoint with LoRA", allow_abbrev=False)
     merge.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500")
-    merge.add_argument("out", type=_path, metavar="OUT", nargs="?", help="a new folder; CHECKPOINT-merged by default")
+    merge.add_argument("out", metavar="OUT", nargs="?", help="a new folder; CHECKPOINT-merged by default")
     info = commands.add_parser(
         "info",
         aliases=["doctor"],
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["to-verl"]:
             text = "YAML or JSON file with settings; flags override it"
             to_verl.add_argument("config", type=_path, metavar="CONFIG", help=text)
-            to_verl.add_argument("--out", type=_path, metavar="DIR", help="a new folder; CONFIG-verl here by default")
+            to_verl.add_argument("--out", metavar="DIR", help="a new folder; CONFIG-verl here by default")
             _add_settings(to_verl)
         if argv[:1] == ["generate"]:
             _add_generate_flags(generate)
@@ -160,13 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             _without_bars()
             stem = Path(args.config).stem
-            folder = verl.to_verl(config.load(args.config, settings(args)), args.out or f"{stem}-verl", stem)
+            folder = verl.to_verl(config.load(args.config, settings(args)), _out(args.out) or f"{stem}-verl", stem)
             print(f"bash {shlex.quote(str(folder / 'run.sh'))}")
         elif args.command == "merge":
             from redit_fast.training.merge import merge as merged
 
             _without_bars()
-            print(merged(Path(args.checkpoint), None if args.out is None else Path(args.out)))
+            print(merged(Path(args.checkpoint), _out(args.out, "OUT")))
         elif args.command in ("info", "doctor"):
             _info(args.json)
         elif args.command == "selftest":
@@ -279,7 +279,7 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", metavar="K", default="1", help="completions of each prompt; 1 by default")
     parser.add_argument("--greedy", action="store_true", help="the most likely tokens instead of sampled ones")
-    parser.add_argument("--out", type=_path, metavar="FILE", help="a new file; CHECKPOINT-completions.jsonl by default")
+    parser.add_argument("--out", metavar="FILE", help="a new file; CHECKPOINT-completions.jsonl by default")
     _add_fields(parser, SETTINGS)
 
 
@@ -294,10 +294,17 @@ def _generate(args: argparse.Namespace) -> None:
         settings(args),
         samples=int(args.samples),
         greedy=args.greedy,
-        out=None if args.out is None else Path(args.out),
+        out=_out(args.out),
     )
     print(told)
     print(out)
+
+
+def _out(given: str | None, name: str = "--out") -> Path | None:
+    """None where it is not given: an empty one, such as of a variable that is not set, is no name."""
+    if given == "":
+        raise ValueError(f"{name} is empty, needs a name")
+    return None if given is None else Path(given)
 
 
 def _without_bars() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from redit_fast.gr.config import GR
 from redit_fast.losses.config import CLIPPED
+
+LARGEST = (2 - 2**-23) * 2.0**127  # that float32 has
+HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f.]*:[0-9a-f:.]+")  # a name, or an IPv6 address
 
 
 def check_consistent(config: Any) -> None:
@@ -15,6 +19,9 @@ def check_consistent(config: Any) -> None:
     _check_data(config)
     if config.reward_weights is not None and len(config.reward_weights) != len(config.rewards):
         raise ValueError(f"reward_weights: got {len(config.reward_weights)} for {len(config.rewards)} reward functions")
+    for weight in config.reward_weights or ():
+        if abs(weight) > LARGEST:
+            raise ValueError(f"reward_weights: got {weight}, needs numbers that float32 has, up to {LARGEST:.1e}")
     _check_loss(config)
     _check_lora(config)
     _check_rollout(config)
@@ -96,17 +103,18 @@ def check_url(name: str, url: str) -> None:
     """Raises a ValueError that has nothing of the URL in it, which may have a password."""
     try:
         parts = urlsplit(url)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        fits = parts.scheme in ("http", "https") and parts.port != 0 and HOST.fullmatch(parts.hostname or "")
     except ValueError:  # a port that is no number, brackets that are no address
-        fits, parts = False, urlsplit("")
+        fits, parts = None, urlsplit("")
     if not fits or not url.isprintable() or " " in url:
         raise ValueError(f"{name}: needs local, paged or the URL of a server, http://HOST:PORT or https://HOST:PORT")
-    if parts.username is not None or parts.password is not None:
+    # A password with a slash in it ends the host: http://name:123/45@host has the path /45@host.
+    if parts.username is not None or parts.password is not None or "@" in unquote(parts.path):
         raise ValueError(
             f"{name}: the URL has a user name or a password in it, which would be written into the run's folder; a key "
             "goes into the variable REDIT_FAST_API_KEY"
         )
-    if parts.query or parts.fragment:
+    if "?" in url or "#" in url:
         raise ValueError(f"{name}: the URL has a part after ? or #, needs a host, a port and a path alone")
 
 

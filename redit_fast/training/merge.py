@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from redit_fast import extras
 from redit_fast.foreign import Foreign
 from redit_fast.training import checkpoint, lora, policy
+from redit_fast.training.new_folder import new_folder
 
 
 def merge(folder: Path, out: Path | None = None) -> Path:
@@ -24,7 +23,7 @@ def merge(folder: Path, out: Path | None = None) -> Path:
 
     Raises:
         ValueError: no whole checkpoint with adapters, another base than theirs, or a folder that is there already.
-        OSError: the disk is full; nothing is left.
+        OSError: the folder cannot be written; nothing is left.
         MissingExtra: peft is not installed.
     """
     extras.need("lora", "redit-fast merge")
@@ -45,14 +44,7 @@ def merge(folder: Path, out: Path | None = None) -> Path:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers 5.24, about what peft 0.21 asks it
         merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    draft = out.with_name(f".draft-{out.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
+    with new_folder(out, "OUT") as draft:
         merged.to(kept).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        os.replace(draft, out)
-    except SafetensorError as error:
-        raise OSError(f"{out} could not be written: {error}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return out

@@ -11,8 +11,6 @@ import json
 import os
 import re
 import shlex
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +23,11 @@ from redit_fast import __version__, extras
 from redit_fast.training import data, lora, policy, rewards, verl_options
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import module_file
+from redit_fast.training.config_values import is_component
+from redit_fast.training.new_folder import new_folder
 from redit_fast.training.verl_options import Facts
 
+UNWRITABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # the last are what bytes that are not UTF-8 become
 ONE_MESSAGE = "{{ messages[0]['content'] }}"  # a chat template that leaves a prompt as it is
 REWARDS = '''# Rewards of {name} for verl's custom_reward_function, written by redit-fast {version}.
 # verl asks for one completion at a time, from several threads: a call waits for the one before.
@@ -82,9 +83,17 @@ def to_verl(config: TrainConfig, folder: str | Path, name: str) -> Path:
     Raises:
         ValueError, MissingExtra: before anything is written: the folder is there already, verl cannot do what a
             setting says (each of them is named), or what `redit-fast train` refuses of a model, data and rewards.
+        OSError: the folder cannot be written; nothing is left.
     """
     extras.need("data", "to-verl")
+    name = config.name or name
+    if not is_component(name):
+        raise ValueError(f"name: {name!r}, after the configuration's file, is none that a run can have: give a --name")
+    if not str(folder):
+        raise ValueError("--out is empty, needs the name of a new folder")
     folder = Path(os.path.abspath(folder))
+    if UNWRITABLE.search(str(folder)):
+        raise ValueError(f"--out {str(folder)!r} has a control character or bytes that are not UTF-8, needs another")
     if os.path.lexists(folder):
         raise ValueError(f"{folder} is there already and stays as it is, needs another --out")
     _refuse(verl_options.refusals(config))
@@ -107,7 +116,7 @@ def to_verl(config: TrainConfig, folder: str | Path, name: str) -> Path:
             )
     facts = Facts(
         folder=folder,
-        name=config.name or name,
+        name=name,
         model=str(home.resolve()) if Path(source).expanduser().is_dir() else source,
         dtype=_dtype(config, model),
         prompts=len(records.train),
@@ -125,11 +134,10 @@ def to_verl(config: TrainConfig, folder: str | Path, name: str) -> Path:
         columns=list(columns),
     )
     messages = {id(record): prompt.messages for (_, record), prompt in zip(records.numbered, prompts, strict=True)}
+    label = Path(str(config.data)).stem.encode("utf-8", "replace").decode()
     splits = {"train": records.train, "test": records.held_out}
     tables = {
-        f"{split}.parquet": list(_lines(chosen, messages, split, Path(str(config.data)).stem))
-        for split, chosen in splits.items()
-        if chosen
+        f"{split}.parquet": list(_lines(chosen, messages, split, label)) for split, chosen in splits.items() if chosen
     }
     _write(folder, tables, {"rewards.py": written, "run.sh": _command(config, facts)})
     return folder
@@ -238,6 +246,8 @@ def hydra_value(value: object) -> str:
         return repr(value).lower() if isinstance(value, bool) else repr(value)
     if "${" in value:
         raise ValueError(f"{value!r} has ${{, which verl's configuration takes for a reference; needs a text without")
+    if UNWRITABLE.search(value):
+        raise ValueError(f"{value!r} has a control character or bytes that are not UTF-8; needs a text without")
     if re.fullmatch("(?i)(?!(null|true|false|inf|nan)$)[a-z/][a-z0-9_./-]*", value):
         return value
     # A backslash counts in front of a quote alone, and the closing one is one.
@@ -256,18 +266,10 @@ def _lines(chosen: list[dict], messages: dict[int, list], split: str, source: st
 
 
 def _write(folder: Path, tables: dict[str, list[dict]], texts: dict[str, str]) -> None:
-    """All of it under another name first, so that a folder of this name is whole."""
     from pyarrow import Table, parquet
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder, "--out") as draft:
         for name, lines in tables.items():
             parquet.write_table(Table.from_pylist(lines), draft / name)
         for name, text in texts.items():
             (draft / name).write_text(text, "utf-8")
-        draft.chmod(0o755)  # mkdtemp's is for the owner alone
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise

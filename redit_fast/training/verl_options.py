@@ -49,6 +49,7 @@ UNUSED = {
     "rollout_ahead": "of a server, which is refused",
     "rollout_timeout": "of a server, which is refused",
     "rollout_retries": "of a server, which is refused",
+    "rollout_sleep": "of a server, which is refused",
     "out_dir": "verl's checkpoints are in the folder that is written",
 }
 
@@ -294,7 +295,7 @@ def _advantages(config: TrainConfig, facts: Facts) -> Options:
     }
     weights = config.reward_weights or [1.0] * len(facts.scales)
     # Of the weighted rewards' noise; independent Gaussian noise adds up to Gaussian noise.
-    scale = math.sqrt(math.fsum((weight * scale) ** 2 for weight, scale in zip(weights, facts.scales, strict=True)))
+    scale = math.hypot(*(weight * scale for weight, scale in zip(weights, facts.scales, strict=True)))
     if config.dither_level > 0 and scale > 0:
         found |= {
             "+algorithm.redit.dither_level": config.dither_level,

@@ -384,6 +384,7 @@ def test_the_report_needs_nothing_else(tmp_path):
         (["token_los"], "unknown suite 'token_los', did you mean token_loss?"),
         (["--device", "tpu"], "--device must be one of cpu, cuda, got 'tpu'"),
         (["--device", "cuda"], "--device cuda: torch sees no CUDA device here"),
+        (["--out", ""], "--out is empty, needs a name"),
         (["--out", "{file}/x"], "nothing can be written there: Not a directory"),
         (["--fast"], "unknown flag --fast"),
     ],

@@ -54,6 +54,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.mode = "processed_logprobs"
         self.seen = []  # (path, body)
         self.faults = []  # of the next completions, each a function of (handler, answer)
+        self.models = None  # another list of them
         self.adapters, self.asleep = {}, False
         self.without = ()  # paths that it was not started with
         self.held = 0  # how often the prefix cache is not emptied
@@ -106,7 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.seen.append((self.path, None))
         if self.path == "/v1/models":
             card = {"id": "the-model", "root": "/models/x", "parent": None, "max_model_len": self.server.longest}
-            return self.answer({"object": "list", "data": [card]})
+            plain = {"object": "list", "data": [card]}
+            return self.answer(plain if self.server.models is None else self.server.models)
         self.answer({"detail": "Not Found"}, 404)
 
     def do_POST(self):

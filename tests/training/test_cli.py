@@ -143,7 +143,12 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
         (["trian"], "invalid choice: 'trian'"),
         (["--verbose"], "unknown flag --verbose, the closest valid one is --version"),
         (["report"], "the following arguments are required: RUN"),
-        pytest.param(["report", "nowhere"], "nowhere holds no run", marks=pytest.mark.draws),
+        (["report", "nowhere"], "nowhere holds no run"),
+        (["report", ""], "argument RUN: is empty, needs a path"),
+        (["merge", ""], "argument CHECKPOINT: is empty, needs a path"),
+        (["generate", ""], "argument CHECKPOINT: is empty, needs a path"),
+        (["to-verl", ""], "argument CONFIG: is empty, needs a path"),
+        (["train", "--config", ""], "argument --config: is empty, needs a path"),
         (["info", "--all"], "unknown flag --all, the closest valid one is"),
         (["info", "--lr"], "unknown flag --lr, the closest valid one is --help"),
         (["doctor", "--jsn"], "unknown flag --jsn, the closest valid one is --json"),
@@ -152,6 +157,7 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
         (["example", "../cli"], "no example is named '../cli'; there is word_problems"),
     ],
 )
+@pytest.mark.draws
 def test_bad_input_gets_one_line_and_exit_code_2(capsys, recwarn, tmp_path, words, line):
     (tmp_path / "bad.yaml").write_text("seed: 1\nstepz: 3\n")
     code, out, err = run(capsys, *words)

@@ -197,12 +197,29 @@ def test_a_bad_file_gets_one_sentence_that_names_the_place(tmp_path, text, sente
 
 
 def test_a_key_in_the_url_of_a_server_is_refused_and_never_shown(tmp_path):
-    for url in ("http://me:s3cret@host:8000", "https://s3cret@host", "http://:s3cret@host", "https://me:s3cret@[::1"):
+    plain = ["http://me:s3cret@host:8000", "https://s3cret@host", "http://:s3cret@host", "https://me:s3cret@[::1"]
+    hidden = [  # from a look for a user name: escaped, by another character, behind a slash
+        "https://me%3as3cret%40host:1", "https://me%253as3cret%2540host", "http://[fe80::1%25s3cret]", "http://s3cret\\h",
+        "http://me;s3cret:1", "http://me\uff1as3cret", "http://me:1/s3cret@host:8000", "http://me/s3cret%40host",
+        f"http://s3cret{'a' * 64}", "http://s3cret..host", "http://host/?s3cret@host", "http://host?#s3cret",
+    ]  # fmt: skip
+    for url in plain + hidden:
         for refused in (lambda: load(write(tmp_path / "c.yaml", OWN + f"rollout: '{url}'")),  # noqa: B023
                         lambda: load(None, {"rollout": url}), lambda: TrainConfig(rollout=url)):  # noqa: B023  # fmt: skip
             with pytest.raises(ValueError, match="rollout: ") as error:
                 refused()
             assert "s3cret" not in str(error.value)
+
+
+def test_the_url_of_a_server_has_a_name_or_an_address_for_its_host():
+    for url in (
+        "http://a_b-c.d.:80",
+        "https://10.0.0.7/base/v2",
+        "http://[::1]:8000",
+        "http://[::ffff:10.0.0.7]",
+        "http://xn--bcher-kva:1",
+    ):
+        assert TrainConfig(model="m", data="d", rewards=["exact_answer"], rollout=url).server == url
 
 
 def test_the_correction_is_on_where_another_program_or_another_attention_samples():

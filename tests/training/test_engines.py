@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from contextlib import ExitStack
 
 import pytest
@@ -250,7 +251,7 @@ def test_a_weight_above_the_cap_is_the_cap(settings, tmp_path, watched, monkeypa
         "truncate": {},
         "sequence": {"correction": "sequence_truncate", "correction_cap": 3.0},
         "mask": {"correction": "token_mask"},
-        "floor": {"correction": "token_mask", "correction_cap": 3.0, "correction_floor": 2.6},
+        "floor": {"correction": "token_mask", "correction_cap": 3.0, "correction_floor": 0.5},
         "padded": {"packing": "off", "micro_batch_size": 3},
     }.items():
         with pytest.warns(UserWarning, match=r"are 1 off the policy's on average.* usual causes: another dtype"):
@@ -295,6 +296,23 @@ def test_an_engine_of_other_weights_is_refused_before_anything_is_written(
     assert main(["train", *flags({**settings, "rollout": URL})]) == 2
     assert f"rollout {URL} cannot be used with model" in (said := capsys.readouterr().err) and "0.5 off those" in said
     assert not (tmp_path / "run").exists() and [engine.closed for engine in watched.made] == [1]
+
+
+def test_a_server_further_off_than_float32_is_warned_of_at_the_start(settings, tmp_path, watched, monkeypatch, capsys):
+    def stop(step):
+        if step < 2**31:
+            raise EngineError("the trial is over")
+
+    watched.before = stop
+    for off, said in ((0.13, True), (-0.002, True), (5e-4, False)):
+        monkeypatch.setattr(Watched, "off_in_the_trial", off)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert main(["train", *flags({**settings, "rollout": URL, "name": f"off{off}"})]) == 2
+        assert capsys.readouterr().err.endswith("redit-fast: the trial is over\n")
+        sentences = [str(warning.message) for warning in caught if URL in str(warning.message)]
+        assert len(sentences) == said
+        assert not said or f"are {abs(off):.2g} off those of the training pass here, where" in sentences[0]
 
 
 def test_an_engine_that_fails_stops_the_run_after_a_checkpoint(settings, tmp_path, watched, capsys):
@@ -425,6 +443,7 @@ def test_what_a_thread_raises_is_raised_where_it_is_taken():
 
 def test_the_engine_of_a_run_is_what_its_config_says(settings, loaded):
     model, ends, _ = loaded
-    parts = type("Parts", (), {"model": model, "ends": ends})
+    parts = type("Parts", (), {"model": model, "ends": ends, "base": None})
     for name, kind in ENGINES.items():
-        assert type(setup._opened(config.load(overrides={**settings, "rollout": name}), parts, Ranks())) is kind
+        rollout = URL if kind is Server else name
+        assert type(setup._opened(config.load(overrides={**settings, "rollout": rollout}), parts, Ranks())) is kind

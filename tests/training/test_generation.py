@@ -123,6 +123,7 @@ BAD = [
     (["--greedy", "--samples", "2"], "--samples is 2, needs 1 with --greedy"),
     (["--data", "none.jsonl"], "data none.jsonl: No such file"),
     (["--data", "DATA", "--out", "DATA"], "prompts.jsonl is there already and stays as it is"),
+    (["--data", "DATA", "--out", ""], "--out is empty, needs a name"),
     (["--data", "DATA", "--out", "no/such/folder.jsonl"], "no/such/folder.jsonl: No such file or directory: needs"),
     (["--data", "DATA", "--rewards", "nonsense"], "rewards: 'nonsense' is neither package.module:function nor"),
     (["--data", "DATA", "--rollout", "vllm"], "rollout: needs local, paged or the URL of a server"),
@@ -156,19 +157,6 @@ def test_a_model_that_is_no_checkpoint_needs_rewards(settings, prompts, capsys):
     assert "is no checkpoint of a run, whose rewards would be taken: give --rewards" in capsys.readouterr().err
     assert main(["generate", "no/such/model", "--data", str(prompts[0]), "--rewards", "exact_answer"]) == 2
     assert "model no/such/model: no such folder" in capsys.readouterr().err
-
-
-def test_an_empty_path_is_no_default(run, prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for words in (
-        ["generate", str(run), "--data", str(prompts[0]), "--out", ""], ["generate", ""], ["report", ""],
-        ["merge", ""], ["merge", str(run), ""], ["to-verl", ""], ["to-verl", "a.yaml", "--out", ""],
-        ["train", "--config", ""],
-    ):  # fmt: skip
-        with pytest.raises(SystemExit, match="2"):
-            main(words)
-        assert capsys.readouterr().err.endswith(": is empty, needs a path\n")
-    assert main(["bench", "--out", ""]) == 2 and "--out is empty" in capsys.readouterr().err
 
 
 def test_a_reward_that_raises_leaves_the_lines_before_it(run, prompts, tmp_path, capsys, monkeypatch):

@@ -169,6 +169,14 @@ def test_what_cannot_be_merged_is_one_sentence(checkpoint, tmp_path, capsys, dam
     assert {path.name for path in tmp_path.iterdir()} <= {"step-000002", "step-000002-merged"}
 
 
+def test_a_merged_model_that_cannot_be_written_is_named_and_leaves_nothing(checkpoint, tmp_path, capsys):
+    for out in (tmp_path / "new" / ("a" * 300), checkpoint / "base.json/x"):
+        assert main(["merge", str(checkpoint), str(out)]) == 2
+        assert f"redit-fast: OUT {out}: it could not be written: " in capsys.readouterr().err
+    assert main(["merge", str(checkpoint), ""]) == 2 and "OUT is empty, needs a name" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_adapters_are_no_start_model(checkpoint):
     with pytest.raises(ValueError, match="is an adapter, not a model; `redit-fast merge`"):
         policy.load(checkpoint)

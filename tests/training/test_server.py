@@ -149,6 +149,49 @@ def test_another_answer_is_refused_in_one_sentence_at_once(clean, tmp_path, name
     assert clean.paths().count("/v1/completions") == 1  # not tried again
 
 
+CARD = {"id": "the-model", "max_model_len": 256}
+NO_LISTS = {
+    "text for a length": {"data": [{**CARD, "max_model_len": "12"}]},
+    "a fraction": {"data": [{**CARD, "max_model_len": 12.5}]},
+    "true": {"data": [{**CARD, "max_model_len": True}]},
+    "no length": b'{"data": [{"id": "the-model", "max_model_len": NaN}]}',
+    "below 1": {"data": [{**CARD, "max_model_len": 0}]},
+    "no name": {"data": [{**CARD, "id": None}]},
+    "an empty name": {"data": [{**CARD, "id": ""}]},
+    "a number": {"data": [{**CARD, "id": 7}]},
+    "a long name": {"data": [{**CARD, "id": "x" * 100_000}]},
+    "half of a pair": b'{"data": [{"id": "the-model\\ud800"}]}',
+    "no UTF-8": b'{"data": [{"id": "\xff"}]}',
+    "a further one": {"data": [CARD, None]},
+    "none": {"data": []},
+    "no key": {"models": [CARD]},
+    "a list": [CARD],
+    "deep": b"[" * 100_000,
+    "no JSON": b"<html>",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", NO_LISTS)
+def test_another_list_of_models_is_refused_in_one_sentence(clean, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(clean, "models", NO_LISTS[name])
+    with pytest.raises(
+        EngineError, match=rf"^rollout {clean.url}/v1/models: no list of models as vLLM has it: "
+    ) as raised:
+        sampled(engine(clean.url, tmp_path), PROMPTS[:1])
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300 and clean.paths() == ["/v1/models"]
+
+
+def test_a_list_of_models_may_have_more_and_no_length(clean, tmp_path, monkeypatch):
+    monkeypatch.setattr(clean, "models", {"data": [{"id": "the-model", "new": [1]}, {**CARD, "max_model_len": None}]})
+    assert len(sampled(engine(clean.url, tmp_path), [[1] * 251]).completions) == 2
+
+
+def test_an_address_that_is_none_is_one_sentence(tmp_path):
+    with pytest.raises(EngineError, match="^rollout http://1.2.3.999/v1/models: Invalid IPv4 address"):
+        sampled(engine("http://1.2.3.999", tmp_path))
+
+
 def test_a_connection_that_is_closed_without_an_answer_is_made_again(clean, tmp_path):
     def closed(handler, found):
         handler.close_connection = True

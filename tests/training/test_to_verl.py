@@ -35,7 +35,7 @@ CHANGED = {
     "packing": ("off", {}), "updates_per_rollout": (2, {}), "max_completion_length": (20, {}),
     "max_prompt_length": (900, {}), "temperature": (0.5, {}), "top_p": (0.5, {}), "rollout": ("paged", {}),
     "rollout_ahead": (1, SERVER), "rollout_timeout": (1.0, SERVER),
-    "rollout_retries": (1, SERVER), "correction": ("token_truncate", {}),
+    "rollout_retries": (1, SERVER), "rollout_sleep": (True, SERVER), "correction": ("token_truncate", {}),
     "correction_cap": (3.5, MASK), "correction_floor": (0.5, MASK), "preset": ("gr", {"learning_rate": 1e-3}),
     "learning_rate": (1e-5, {}), "lr_scheduler_type": ("cosine", {}),
     "warmup_steps": (2, {"lr_scheduler_type": "cosine"}), "weight_decay": (0.1, {}),
@@ -254,13 +254,54 @@ def test_the_command_writes_a_folder_that_bash_runs_and_overwrites_none(settings
     assert not Path("x").exists()
 
 
+@pytest.mark.parametrize("name", ["a\ntouch x", "a\rimport os", "a\0", "a\udc80", "a\u2028b", "", "x" * 201])
+def test_a_name_that_no_run_can_have_is_in_no_file(settings, name):
+    with pytest.raises(ValueError, match=r"^name: '.*', after the configuration's file, is none .* give a --name$"):
+        to_verl.to_verl(config.load(overrides=settings), "verl", name)
+    made = to_verl.to_verl(config.load(overrides={**settings, "name": "own"}), "verl", name)
+    assert (made / "run.sh").read_text().splitlines()[1].startswith("# own by verl")
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\rb", "a\0", "a\x1b[2J", "a\udc80"])
+def test_a_text_that_a_line_of_the_script_cannot_have_is_refused(settings, text):
+    for folder in (text, f"{text}/verl"):
+        with pytest.raises(ValueError, match="^--out '.*' has a control character or bytes that are not UTF-8"):
+            to_verl.to_verl(config.load(overrides=settings), folder, "run")
+    with pytest.raises(ValueError, match="has a control character or bytes that are not UTF-8"):
+        to_verl.hydra_value(["fine", text])
+
+
+def test_a_folder_that_cannot_be_is_named_and_leaves_nothing(settings, capsys):
+    Path("c.json").write_text(json.dumps(settings))
+    before = sorted(Path().iterdir())
+    for out in ("c.json/x", "/proc/x/y", f"new/{'a' * 300}", f"{'a' * 300}/new", f"new/er/{'a' * 300}/x"):
+        assert command("c.json", "--out", out) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("redit-fast: --out ") and f"{out}: it could not be written: " in said
+        assert sorted(Path().iterdir()) == before
+    assert command("c.json", "--out", "") == 2 and "--out is empty" in capsys.readouterr().err
+    assert sorted(Path().iterdir()) == before
+    assert command("c.json", "--out", "b" * 250) == 0  # the longest name has no room for that of a draft behind it
+
+
+def test_weights_of_rewards_have_the_scale_of_their_noise_whatever_their_size(settings):
+    two = {"rewards": ["numeric_answer", "xml_format"]}
+    scale = "+algorithm.redit.dither_reward_scale="
+    for weights, expected in (([-0.5, 1e38], 1e38), ([3e-200, 4e-200], 5e-200)):
+        run = written(settings, **two, reward_weights=weights)["run.sh"]
+        (found,) = [word.removeprefix(scale) for word in shlex.split(run, comments=True) if word.startswith(scale)]
+        assert float(found) == pytest.approx(expected, rel=1e-12)
+    for large in (1e300, -1e39):
+        assert "reward_weights: got" in written(settings, **two, reward_weights=[-0.5, large])
+
+
 def test_a_full_disk_leaves_nothing(settings, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     before = sorted(Path().iterdir())
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="^--out .*verl: it could not be written: No space left on device$"):
         to_verl.to_verl(config.load(overrides=settings), "verl", "run")
     assert sorted(Path().iterdir()) == before
 

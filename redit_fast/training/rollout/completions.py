@@ -36,16 +36,18 @@ class Limits:
     vocabulary: int
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Of an answer: its values have the types that JSON gives them, and what is not asked for may be there."""
+
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class _Logprobs(_Part):
+class _Logprobs(Part):
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None = None
 
 
-class _Choice(_Part):
+class _Choice(Part):
     index: int
     token_ids: list[int]
     prompt_token_ids: list[int] | None = None
@@ -53,7 +55,7 @@ class _Choice(_Part):
     logprobs: _Logprobs | None = None
 
 
-class _Answer(_Part):
+class _Answer(Part):
     model: str
     choices: list[_Choice]
 
@@ -117,15 +119,19 @@ def read(answer: bytes, asked: Request, limits: Limits, url: str) -> list[Comple
     try:
         found = _Answer.model_validate_json(answer)
     except ValidationError as wrong:
-        first = wrong.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise error(f"no answer of vLLM's shape: {where}: {first['msg']}") from None
+        raise error(f"no answer of vLLM's shape: {words_of(wrong)}") from None
     if found.model != body["model"]:
-        raise error(f"the answer is of model {found.model[:100]!r}, not of {body['model']!r}")
+        raise error(f"the answer is of model {found.model[:100]!r}, not of {body['model'][:100]!r}")
     choices = {choice.index: choice for choice in found.choices}
     if sorted(choices) != list(range(body["n"])) or len(choices) != len(found.choices):
         raise error(f"{len(found.choices)} samples of numbers {sorted(choices)[:20]}, needs {body['n']} from 0 on")
     return [_checked(choices[i], body, limits, lambda why, i=i: error(f"sample {i}: {why}")) for i in sorted(choices)]
+
+
+def words_of(wrong: ValidationError) -> str:
+    """The first place that is wrong in an answer, and why."""
+    first = wrong.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
 
 
 def _checked(choice: _Choice, body: dict, limits: Limits, error) -> Completion:

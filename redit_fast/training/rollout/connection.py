@@ -123,7 +123,7 @@ class Connection:
                     raise self._error(request, f"no answer within {self.timeout:g} s (rollout_timeout)") from None
                 except (httpx2.ConnectTimeout, httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
                     why = self._words(str(error) or type(error).__name__)
-                except httpx2.HTTPError as error:
+                except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                     raise self._error(request, self._words(str(error) or type(error).__name__)) from None
                 else:
                     if status in request.fine:

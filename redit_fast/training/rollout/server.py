@@ -6,15 +6,14 @@ with LoRA as an adapter. Nothing of vLLM is imported here.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,14 +28,17 @@ MEMORY = Path("/dev/shm")  # noqa: S108 a file system in memory, where a folder 
 LOAD = "redit_fast_load"  # of examples/vllm_weights.py
 PROBE = 8  # tokens of a prompt that the log-probs are looked at with
 RESETS = 20  # attempts to empty the prefix cache
+NAME = 1000  # characters of a model's
 HALF = 0.75  # of the spread of log-probs at temperature 1 there is 0.5 at temperature 2, or else all of it
 
 
-class _Served(NamedTuple):
-    """What /v1/models says."""
+class _Model(completions.Part):
+    id: str = Field(min_length=1, max_length=NAME)
+    max_model_len: int | None = Field(None, gt=0)  # tokens of prompt and completion
 
-    model: str
-    longest: int | None  # tokens of prompt and completion
+
+class _Models(completions.Part):
+    data: list[_Model] = Field(min_length=1)
 
 
 class Server:
@@ -76,7 +78,7 @@ class Server:
         self.folder, self.ranks, self.base, self.sleeps = folder, ranks or Ranks(), base, sleeps
         if sleeps and self.ranks.size > 1:
             raise ValueError("rollout_sleep: several ranks share the server, and one would put it to sleep for all")
-        self.served: _Served | None = None
+        self.served: _Model | None = None  # the first that it has
         self.adapter: tuple[str, tempfile.TemporaryDirectory] | None = None  # on the first rank, its name and its files
         self.name: str | None = None  # of the adapter
         self.checked = self.asleep = False
@@ -102,15 +104,15 @@ class Server:
         """
         served = self._serving()
         for prompt in prompts:
-            if served.longest is not None and len(prompt) + max_new_tokens > served.longest:
+            if served.max_model_len is not None and len(prompt) + max_new_tokens > served.max_model_len:
                 raise EngineError(
                     f"rollout {self.connection.url}: a prompt of {len(prompt)} tokens and a completion of "
-                    f"{max_new_tokens} are more than its --max-model-len, {served.longest}"
+                    f"{max_new_tokens} are more than its --max-model-len, {served.max_model_len}"
                 )
         self._wake()
         requests = [
             completions.request(
-                self.name or served.model,
+                self.name or served.id,
                 prompt,
                 self.limits.ends,
                 samples=group_size,
@@ -159,15 +161,17 @@ class Server:
         needs = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora" if "lora" in path else "VLLM_SERVER_DEV_MODE=1"
         return self.connection.answer(Request(path, body, fine=fine, needs=needs))
 
-    def _serving(self) -> _Served:
+    def _serving(self) -> _Model:
         if self.served is None:
             path = "/v1/models"
             answer = self.connection.answer(Request(path))
             try:
-                first = json.loads(answer)["data"][0]
-                self.served = _Served(str(first["id"]), first.get("max_model_len"))
-            except (ValueError, LookupError, TypeError, AttributeError):
-                raise EngineError(f"rollout {self.connection.url}{path}: no list of models as vLLM has it") from None
+                self.served = _Models.model_validate_json(answer).data[0]
+            except ValidationError as wrong:
+                raise EngineError(
+                    f"rollout {self.connection.url}{path}: no list of models as vLLM has it: "
+                    f"{completions.words_of(wrong)}"
+                ) from None
         return self.served
 
     def _wake(self) -> None:
@@ -233,7 +237,7 @@ class Server:
         spreads = []
         for temperature in (1.0, 2.0):
             asked = completions.request(
-                self.name or self._serving().model,
+                self.name or self._serving().id,
                 prompt,
                 self.limits.ends,
                 samples=1,
