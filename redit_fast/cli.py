@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -39,6 +40,13 @@ class _Once(argparse.Action):
         if hasattr(namespace, self.dest):
             parser.error(f"{option_string} is there twice: write all of its values after one")
         setattr(namespace, self.dest, values)
+
+
+def _path(word: str) -> str:
+    """What is read. An empty one, such as of a variable that is not set, would be the current folder."""
+    if not word:
+        raise argparse.ArgumentTypeError("is empty, needs a path")
+    return word
 
 
 class _Terminated(KeyboardInterrupt):
@@ -92,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     example = commands.add_parser("example", help="write a configuration and its data here", allow_abbrev=False)
     example.add_argument("name", metavar="NAME", help="word_problems")
     report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
-    report.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
+    report.add_argument("run", type=_path, metavar="RUN", help="a run's folder, such as runs/demo")
     to_verl = commands.add_parser(
         "to-verl",
         help="a configuration as data, rewards and a command for verl",
@@ -100,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     merge = commands.add_parser("merge", help="a plain model of a checkpoint with LoRA", allow_abbrev=False)
-    merge.add_argument("checkpoint", metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500")
+    merge.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500")
     merge.add_argument("out", metavar="OUT", nargs="?", help="a new folder; CHECKPOINT-merged by default")
     info = commands.add_parser(
         "info",
@@ -116,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["train"]:
             _add_train_flags(train)
         if argv[:1] == ["to-verl"]:
-            to_verl.add_argument("config", metavar="CONFIG", help="YAML or JSON file with settings; flags override it")
+            text = "YAML or JSON file with settings; flags override it"
+            to_verl.add_argument("config", type=_path, metavar="CONFIG", help=text)
             to_verl.add_argument("--out", metavar="DIR", help="a new folder; CONFIG-verl here by default")
             _add_settings(to_verl)
         if argv[:1] == ["generate"]:
@@ -221,7 +230,8 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
+    text = "YAML or JSON file with settings; flags override it"
+    parser.add_argument("--config", type=_path, metavar="FILE", help=text)
     parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
     parser.add_argument(
         "--accept-changed-inputs",
@@ -265,7 +275,7 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     from redit_fast.training.generation import SETTINGS
 
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500, or a model"
+        "checkpoint", type=_path, metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500, or a model"
     )
     parser.add_argument("--samples", metavar="K", default="1", help="completions of each prompt; 1 by default")
     parser.add_argument("--greedy", action="store_true", help="the most likely tokens instead of sampled ones")
@@ -274,10 +284,10 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from redit_fast.training.generation import generate
+    from redit_fast.training.generation import MOST, generate
 
-    if not args.samples.isdecimal():
-        raise ValueError(f"--samples is {args.samples!r}, needs a whole number of at least 1")
+    if not re.fullmatch("[0-9]{1,20}", args.samples):
+        raise ValueError(f"--samples is {args.samples!r}, needs a whole number from 1 to {MOST}")
     _without_bars()
     out, told = generate(
         args.checkpoint,
@@ -309,14 +319,22 @@ def _train(args: argparse.Namespace) -> None:
 
     _without_bars()
     given = settings(args)
-    file = args.config
-    if args.resume and file is None and given.get("name"):  # a run goes on with its own settings
+    own = None
+    if args.resume and args.config is None and given.get("name"):  # a run goes on with its own settings
         own = Path(str(given.get("out_dir", "runs")), str(given["name"]), "config.json")
-        file = own if own.is_file() else None
+        own = own if own.is_file() else None
+    file = args.config or own
     if args.print_config:
         print(config.printed(file, given), end="")
         return
-    loaded = config.load(file, given)
+    try:
+        loaded = config.load(file, given)
+    except ValueError:
+        if own is not None:
+            from redit_fast.training import setup
+
+            setup.check_given(given, own.parent)  # that a setting may not change is said first
+        raise
     if args.resume and loaded.name is None:
         raise ValueError("--resume needs --name, the run to go on with")
     if args.accept_changed_inputs and not args.resume:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from redit_fast.training import lora, optimizer_files
+from redit_fast.training import lora, optimizer_files, runs
 from redit_fast.training.distributed import Ranks
 
 MANIFEST = "manifest.json"
@@ -124,7 +124,12 @@ def prune(published: Path, keep: int, accuracy: Mapping[int, float]) -> None:
 
 def in_order(folder: Path) -> list[Path]:
     """The checkpoints of a run, complete or not, by their steps: as text, step-1000000 is before step-999999."""
-    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdecimal()), key=_number)
+    return sorted((path for path in folder.glob("step-*") if _is_named(path)), key=_number)
+
+
+def _is_named(path: Path) -> bool:
+    """As a checkpoint, which step-000024-merged beside it is not."""
+    return path.name.startswith("step-") and path.name[5:].isdecimal()
 
 
 def _number(path: Path) -> int:
@@ -194,6 +199,19 @@ def start_of(path: Path) -> Path:
     return start
 
 
+def run_config(path: Path) -> Path | None:
+    """config.json of the run that a folder is a checkpoint of, or the model that was merged from one; None: of none."""
+    file = path.parent.parent / "config.json"
+    return file if path.parent.name == "checkpoints" and file.is_file() else None
+
+
+def check(path: Path) -> None:
+    """Raises a ValueError where a run's checkpoint, or a copy of one, is not as it was written. Other folders pass."""
+    own = (path / "state.json").is_file() or (path / lora.BASE).is_file()
+    if (own or (_is_named(path) and run_config(path))) and (found := damage(path)):
+        raise ValueError(f"checkpoint {path} is damaged ({found})")
+
+
 def damage(path: Path) -> str | None:
     """What is not as it was written; None: nothing."""
     try:
@@ -216,7 +234,8 @@ def _digest(path: Path) -> str:
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1), "utf-8")
+    with runs.naming(path):
+        path.write_text(json.dumps(value, indent=1), "utf-8")
 
 
 def _flush(path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,14 @@ SETTINGS = (*OF_A_RUN, "data", "seed", "long_prompts", "rollout", "rollout_timeo
 STEP = 2**32 - 3  # of the random numbers: no training step has it
 TOGETHER = {LOCAL: 256}  # completions that are sampled in one call, and written when it is over
 TOGETHER_ELSEWHERE = 1024
+MOST = 2**32  # completions: as many numbers of samples there are
 
 
 def generate(
     source: str, given: Mapping[str, object], *, samples: int = 1, greedy: bool = False, out: Path | None = None
 ) -> tuple[Path, str]:
-    """Writes `samples` completions of each prompt of a data file, one JSON object a line; a stop leaves whole lines.
+    """Writes `samples` completions of each prompt of a data file, one JSON object a line; a stop and a full disk leave
+    whole lines, or no file where there are none.
 
     Args:
         source: a checkpoint of a run, whose settings of OF_A_RUN are taken, or any model as `redit-fast train` takes.
@@ -65,12 +68,13 @@ def generate(
 
     Raises:
         ValueError: one sentence, before anything is written, but RewardError and EngineError.
-        OSError: the disk is full.
+        OSError: the disk is full; it names the file.
     """
     if launched():
         raise ValueError("redit-fast generate is one process: start it without torchrun")
-    if samples < 1 or (greedy and samples != 1):
-        raise ValueError(f"--samples is {samples}, needs at least 1" + (", and 1 with --greedy" if greedy else ""))
+    if not 1 <= samples <= (1 if greedy else MOST):
+        needs = "1 with --greedy" if greedy else f"a whole number from 1 to {MOST}"
+        raise ValueError(f"--samples is {samples}, needs {needs}")
     folder = Path(source).expanduser()
     local = folder.is_dir()
     folder = Path(os.path.abspath(folder)) if local else folder  # `.` has a name too
@@ -83,39 +87,47 @@ def generate(
     with ExitStack() as held:
         model, tokenizer = _loaded(folder, settings)
         parts = _parts(settings, model, tokenizer)
+        records, scores = parts.dataset.train, []
+        if len(records) * samples > MOST:
+            raise ValueError(f"--samples is {samples}, needs at most {MOST // len(records)} for {len(records)} prompts")
         engine = setup.engine(settings, parts, held, Ranks())
         file = held.enter_context(_new(out))
         shown: Any = held.enter_context(progress.shown(Console()))
-        records, scores = parts.dataset.train, []
-        bar = shown.add_task("prompts", total=len(records), numbers="")
-        together = max(1, TOGETHER.get(settings.rollout, TOGETHER_ELSEWHERE) // samples)
-        for start in range(0, len(records), together):
-            chosen = records[start : start + together]
+        bar = shown.add_task("samples", total=len(records) * samples, numbers="")
+        together = TOGETHER.get(settings.rollout, TOGETHER_ELSEWHERE)
+        for prompts, numbers in _calls(len(records), samples, together):
             rollout = engine.generate(
-                [data.render(tokenizer, record, settings.system_prompt) for record in chosen],
-                group_size=samples,
+                [data.render(tokenizer, records[prompt], settings.system_prompt) for prompt in prompts],
+                group_size=len(numbers),
                 max_new_tokens=settings.max_completion_length,
                 temperature=0.0 if greedy else settings.temperature,
                 top_p=settings.top_p,
                 seed=settings.seed,
                 step=STEP,
-                sample_ids=torch.arange(len(chosen) * samples, device="cpu") + start * samples,
+                sample_ids=torch.tensor([prompt * samples + j for prompt in prompts for j in numbers], device="cpu"),
             )
-            each = [record for record in chosen for _ in range(samples)]
+            each = [records[prompt] for prompt in prompts for _ in numbers]
             texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
             scores.append(rewards.score_texts(parts.functions, each, texts))
-            places = [place for place, _ in parts.dataset.numbered[start : start + together] for _ in range(samples)]
-            lines = _lines(places, each, rollout, texts, parts.functions, scores[-1], samples)
-            file.write("".join(json.dumps(runs.without_nan(line)) + "\n" for line in lines))
-            file.flush()
-            shown.update(bar, advance=len(chosen), numbers="")
+            places = [(parts.dataset.numbered[prompt][0], j) for prompt in prompts for j in numbers]
+            lines = _lines(places, each, rollout, texts, parts.functions, scores[-1])
+            with runs.naming(out), runs.uninterrupted():
+                _append(file, "".join(json.dumps(runs.without_nan(line)) + "\n" for line in lines))
+            shown.update(bar, advance=len(lines), numbers="")
     return out, _told(parts.functions, torch.cat(scores), samples)
 
 
+def _calls(prompts: int, samples: int, together: int) -> Iterator[tuple[range, range]]:
+    """The prompts, and the numbers of their samples, of each call: at most `together` samples."""
+    many = max(1, together // samples)
+    for start in range(0, prompts, many):
+        for first in range(0, samples, together):
+            yield range(start, min(start + many, prompts)), range(first, min(first + together, samples))
+
+
 def _settings(source: str, given: Mapping[str, object]) -> TrainConfig:
-    folder, values = Path(source), {}
-    own = folder.parent.parent / "config.json"
-    if folder.parent.name == "checkpoints" and own.is_file():
+    values = {}
+    if own := checkpoint.run_config(Path(source)):
         stored = under_new_names(config_file.read(own)[0])
         values = {name: stored[name] for name in OF_A_RUN if name in stored}
     elif "rewards" not in given:
@@ -129,14 +141,13 @@ def _settings(source: str, given: Mapping[str, object]) -> TrainConfig:
 def _loaded(folder: Path, settings: TrainConfig) -> tuple[PreTrainedModel, Tokenizer]:
     """The model; of a checkpoint with LoRA the base with its adapters merged, in the dtype that it is loaded in."""
     device: Any = setup.device_of(settings)
+    checkpoint.check(folder)
     if not (folder / lora.WEIGHTS).is_file():
         return policy.load(str(settings.model), device, settings.dtype)
     extras.need("lora", "redit-fast generate of a checkpoint with adapters")
     from peft import PeftModel
 
     name = lora.read_base(folder).model
-    if damage := checkpoint.damage(folder):
-        raise ValueError(f"checkpoint {folder} is damaged ({damage})")
     model, tokenizer = policy.load(name, device, settings.dtype)
     lora.check_base(folder, lora.base_of(name))
     with Foreign(f"checkpoint {folder} cannot be loaded"), warnings.catch_warnings():
@@ -155,28 +166,50 @@ def _parts(settings: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer) 
     )  # fmt: skip
 
 
-def _new(out: Path) -> Any:
+@contextmanager
+def _new(out: Path) -> Iterator[FileIO]:
+    """Made at once, so that a folder that cannot be written to is known before the work; gone if it stays empty."""
     try:
-        return out.open("x", encoding="utf-8")
+        file = FileIO(out, "x")
     except OSError as error:
         raise ValueError(f"{out}: {error.strerror}: needs a new file in a folder that is there") from None
+    try:
+        yield file
+    finally:
+        if out.is_file() and not out.stat().st_size:
+            out.unlink()
+        with runs.naming(out):
+            file.close()
+
+
+def _append(file: FileIO, text: str) -> None:
+    """Where not all of it can be written, the whole lines that can."""
+    content, done, start = text.encode(), 0, file.tell()
+    try:
+        while done < len(content):
+            done += file.write(content[done:])
+    except OSError:
+        file.truncate(start + content.rfind(b"\n", 0, done) + 1)
+        raise
 
 
 def _lines(
-    places: list[str], records: list[dict], rollout: Rollout, texts: list[str],
-    functions: list[rewards.RewardFunction], scores: Tensor, samples: int,
+    places: list[tuple[str, int]], records: list[dict], rollout: Rollout, texts: list[str],
+    functions: list[rewards.RewardFunction], scores: Tensor,
 ) -> list[dict]:  # fmt: skip
     return [
         {
             "data": place,
-            "sample": i % samples,
+            "sample": sample,
             "prompt": data.text_of(record["prompt"]),
             "completion": text,
             "tokens": len(rollout.completions[i]),
             "finished": rollout.finished[i],
             "rewards": {function.name: value for function, value in zip(functions, row, strict=True)},
         }
-        for i, (place, record, text, row) in enumerate(zip(places, records, texts, scores.tolist(), strict=True))
+        for i, ((place, sample), record, text, row) in enumerate(
+            zip(places, records, texts, scores.tolist(), strict=True)
+        )
     ]
 
 

@@ -35,9 +35,8 @@ def merge(folder: Path, out: Path | None = None) -> Path:
     out = out or folder.with_name(f"{folder.name}-merged")
     if os.path.lexists(out):
         raise ValueError(f"{out} is there already and stays as it is")
+    checkpoint.check(folder)
     name = lora.read_base(folder).model
-    if damage := checkpoint.damage(folder):
-        raise ValueError(f"checkpoint {folder} is damaged ({damage})")
     model, _ = policy.load(name, "cpu", "float32")
     lora.check_base(folder, lora.base_of(name))
     kept = AutoConfig.from_pretrained(str(policy.folder_of(name)), local_files_only=True).dtype or torch.float32

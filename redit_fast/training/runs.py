@@ -106,10 +106,21 @@ def remove(run: Path) -> None:
             folder.rmdir()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the code inside names the file: what a full disk gives a write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise OSError(f"{path}: {error.strerror}") from None
+
+
 def append(path: Path, lines: list[dict]) -> None:
     """One write for all lines, so that a kill leaves at most a cut-off last one."""
     text = "".join(json.dumps(without_nan(line)) + "\n" for line in lines)
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -138,7 +149,8 @@ def complete(path: Path, step: int, metrics: dict, times: dict[str, float]) -> N
 
 def replace(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}")
-    draft.write_text(text, "utf-8")
+    with naming(path):
+        draft.write_text(text, "utf-8")
     os.replace(draft, path)
 
 

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel, get_scheduler
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import redit_fast as rf
 from redit_fast import extras
-from redit_fast.known_names import under_new_names
-from redit_fast.training import builtin, checkpoint, config_file, data, flops, lora, policy, rewards, runs, trial
+from redit_fast.known_names import RENAMED, under_new_names
+from redit_fast.training import (
+    builtin,
+    checkpoint,
+    config_checks,
+    config_file,
+    data,
+    flops,
+    lora,
+    policy,
+    rewards,
+    runs,
+    trial,
+)
 from redit_fast.training.config import TrainConfig, default_of
+from redit_fast.training.config import load as load_config
 from redit_fast.training.config_values import LOCAL, PAGED
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.rollout import Engine
@@ -82,6 +96,33 @@ def _writes_nothing() -> None:
     """Of the ranks after the first."""
 
 
+def check_given(given: Mapping[str, object], run: Path) -> None:
+    """Raises a ValueError where a setting that is given with --resume is not the run's and may not change.
+
+    It is for settings that the run's others contradict, which is not the reason to tell then. Each is read by itself;
+    what is no value of its field is left to the caller.
+    """
+    before = load_config(run / "config.json")
+    for given_name, word in given.items():
+        name = RENAMED.get(given_name, given_name)
+        kind: Any = TrainConfig.model_fields[name].annotation
+        try:
+            value = TypeAdapter(kind).validate_python(word)
+        except ValidationError:
+            continue
+        if name == "rollout" and value not in (LOCAL, PAGED):
+            config_checks.check_url(name, value)  # which may have a password that no sentence may show
+        if name == "rewards":
+            value = [config_file.placed_reward(reward, run) for reward in value]
+        _check_same(name, getattr(before, name), value, run)
+
+
+def _check_same(name: str, before: object, value: object, run: Path) -> None:
+    moved = name == "rollout" and not {value, before} & {LOCAL, PAGED}  # a server to another address
+    if name not in MAY_CHANGE and not moved and value != before:
+        raise ValueError(f"{name} was {before!r} in {run} and cannot become {value!r} on --resume")
+
+
 def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, Path | None]:
     """The newest checkpoint, None where the run stopped before its first; the settings must be the run's.
 
@@ -90,9 +131,7 @@ def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, P
     before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
     before |= (stored := under_new_names(config_file.read(run / "config.json")[0]))
     for name, value in config:
-        moved = name == "rollout" and not {value, before[name]} & {LOCAL, PAGED}  # a server to another address
-        if name not in MAY_CHANGE and not moved and value != before[name]:
-            raise ValueError(f"{name} was {before[name]!r} in {run} and cannot become {value!r} on --resume")
+        _check_same(name, before[name], value, run)
     if config.steps != before["steps"] and config.dither_schedule.endswith("_reverse"):
         raise ValueError(
             f"steps was {before['steps']} in {run} and cannot become {config.steps} on --resume: dither_schedule "

@@ -320,7 +320,7 @@ def test_an_engine_that_fails_stops_the_run_after_a_checkpoint(settings, tmp_pat
         if step == 2:
             raise EngineError("the server is away")
 
-    job = {**settings, "rollout": URL, "steps": 4, "checkpoint_every": 10}
+    job = {**settings, "rollout": URL, "steps": 4, "checkpoint_every": 10, "rollout_timeout": 50, "correction_cap": 3}
     for name, more in (("behind", []), ("ahead", ["--rollout-ahead", "1"])):
         watched.before = fails
         assert main(["train", *flags({**job, "name": name}), *more]) == 2
@@ -332,6 +332,15 @@ def test_an_engine_that_fails_stops_the_run_after_a_checkpoint(settings, tmp_pat
             elsewhere = {**settings, "name": name, "steps": 4, "rollout": other, "rollout_ahead": 0}
             assert main(["train", *flags(elsewhere), "--resume"]) == 2
             assert f"rollout was '{URL}' in" in (said := capsys.readouterr().err) and f"become '{other}' on" in said
+        run = flags({"name": name, "out_dir": settings["out_dir"]})
+        for words in (["--rollout", "local"], ["--rollout", "paged"], ["--correction", "none"]):
+            # Each contradicts a setting of the run that does not matter then.
+            assert main(["train", *run, "--resume", *words]) == 2
+            setting, value = words[0][2:], "auto" if words[1] == "none" else URL
+            sentence = f"{setting} was '{value}' in {tmp_path / name} and cannot become '{words[1]}' on --resume"
+            assert capsys.readouterr().err == f"redit-fast: {sentence}\n"
+        assert main(["train", *run, "--resume", "--rollout-timeout", "0"]) == 2
+        assert "rollout_timeout: got '0', needs a number greater than 0" in capsys.readouterr().err
         moved = {**job, "name": name, "rollout": "http://127.0.0.1:10", "rollout_timeout": 5, "rollout_retries": 0}
         assert main(["train", *flags(moved), *more, "--resume"]) == 0
         lines = lines_of(tmp_path / name / "metrics.jsonl")

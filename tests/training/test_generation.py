@@ -1,12 +1,15 @@
 """`redit-fast generate`: completions of a file with rewards, by the engines, and what bad input gets."""
 
 import json
+import resource
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from redit_fast.cli import main
-from redit_fast.training import builtin, config, generation, policy, report
+from redit_fast.training import builtin, checkpoint, config, generation, lora, policy, report, runs
 from redit_fast.training.merge import merge
 from redit_fast.training.rewards import resolve, score_texts
 from redit_fast.training.rollout.local import generate
@@ -53,10 +56,12 @@ def test_completions_are_sampled_and_scored_as_in_the_run(run, prompts, capsys, 
     assert torch.tensor([list(row["rewards"].values()) for row in rows]).double().equal(scores)
     assert [*rows[0]["rewards"]] == [function.name for function in functions]
     assert "15 completions: correct_answer 0.000" in said and said.splitlines()[-1] == str(out)
-    monkeypatch.setitem(generation.TOGETHER, "local", 4)
     monkeypatch.chdir(run)
-    again = generation.generate(".", {"data": str(file), "seed": 4}, samples=3, out=run.with_name("again.jsonl"))
-    assert lines_of(again[0]) == rows
+    for together in (4, 2):  # a prompt in a call, a prompt in two
+        monkeypatch.setitem(generation.TOGETHER, "local", together)
+        out = run.with_name(f"by-{together}.jsonl")
+        again = generation.generate(".", {"data": str(file), "seed": 4}, samples=3, out=out)
+        assert lines_of(out) == rows and again[1] in said
 
 
 def test_every_engine_gives_the_most_likely_tokens(run, prompts, tmp_path):
@@ -70,7 +75,7 @@ def test_every_engine_gives_the_most_likely_tokens(run, prompts, tmp_path):
     assert found[0] == found[1] and len(found[0]) == 5 and max(row["tokens"] for row in found[0]) == 20
 
 
-def test_a_checkpoint_with_adapters_is_the_merged_model(settings, prompts, tmp_path):
+def test_a_checkpoint_with_adapters_is_the_merged_model(settings, prompts, tmp_path, capsys):
     file, _ = prompts
     train(config.load(overrides={**settings, "steps": 1, "lora_rank": 2, "learning_rate": 0.1, "eval_problems": 0}))
     folder = tmp_path / "run/checkpoints/step-000001"
@@ -81,13 +86,41 @@ def test_a_checkpoint_with_adapters_is_the_merged_model(settings, prompts, tmp_p
         assert main(["generate", str(source), *words, "--out", str(tmp_path / f"{name}.jsonl")]) == 0
     adapters, merged, base = (lines_of(tmp_path / f"{name}.jsonl") for name in ("adapters", "merged", "base"))
     assert adapters == merged != base
+    (folder / lora.WEIGHTS).unlink()
+    check_damaged(folder, f"{lora.WEIGHTS} is missing", [*words, "--out", str(tmp_path / "none.jsonl")], capsys)
+
+
+def check_damaged(folder, why, words, capsys):
+    before = sorted(folder.parent.iterdir())
+    assert main(["generate", str(folder), *words]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"redit-fast: checkpoint {folder} is damaged ({why})"
+    assert sorted(folder.parent.iterdir()) == before
+
+
+def test_a_damaged_checkpoint_is_named(run, prompts, tmp_path, capsys):
+    """Also a copy of one elsewhere. A folder that has only the model's files is a model."""
+    words = ["--data", str(prompts[0]), "--rewards", "redit_fast.training.builtin:right_steps"]
+    copied = shutil.copytree(run, tmp_path / "copied")
+    for folder in (run, copied):
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(weights)
+        check_damaged(folder, "model.safetensors has changed", words, capsys)
+    (run / "manifest.json").unlink()
+    check_damaged(run, "manifest.json is missing or unreadable", words, capsys)
+    (copied / "state.json").unlink()
+    assert main(["generate", str(copied), *words, "--max-completion-length", "2"]) == 0
 
 
 BAD = [
     ([], "data: needs a JSONL file with the prompts: give --data"),
-    (["--samples", "0"], "--samples is 0, needs at least 1"),
-    (["--samples", "many"], "--samples is 'many', needs a whole number"),
-    (["--greedy", "--samples", "2"], "--samples is 2, needs at least 1, and 1 with --greedy"),
+    (["--samples", "0"], "--samples is 0, needs a whole number from 1 to 4294967296"),
+    (["--samples", "many"], "--samples is 'many', needs a whole number from 1 to 4294967296"),
+    (["--samples", "\N{FULLWIDTH DIGIT FOUR}"], "needs a whole number from 1 to 4294967296"),
+    (["--samples", "9" * 20], "--samples is 99999999999999999999, needs a whole number from 1 to 4294967296"),
+    (["--samples", "9" * 5000], "needs a whole number from 1 to 4294967296"),
+    (["--data", "DATA", "--samples", "1000000000"], "--samples is 1000000000, needs at most 858993459 for 5 prompts"),
+    (["--greedy", "--samples", "2"], "--samples is 2, needs 1 with --greedy"),
     (["--data", "none.jsonl"], "data none.jsonl: No such file"),
     (["--data", "DATA", "--out", "DATA"], "prompts.jsonl is there already and stays as it is"),
     (["--data", "DATA", "--out", ""], "--out is empty, needs a name"),
@@ -112,6 +145,13 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, prompts, capsys):
         assert sorted(path.name for path in run.parent.iterdir()) == before
 
 
+def test_a_url_with_a_password_is_not_shown_where_rollout_may_not_change(run, capsys):
+    words = ["--resume", "--name", "run", "--out-dir", str(run.parents[2]), "--rollout"]
+    for url, sentence in (("http://me:key@host", "rollout: the URL has a user name"), ("http://host", "cannot become")):
+        assert main(["train", *words, url]) == 2
+        assert sentence in (said := capsys.readouterr().err) and "key@" not in said
+
+
 def test_a_model_that_is_no_checkpoint_needs_rewards(settings, prompts, capsys):
     assert main(["generate", settings["model"], "--data", str(prompts[0])]) == 2
     assert "is no checkpoint of a run, whose rewards would be taken: give --rewards" in capsys.readouterr().err
@@ -129,3 +169,46 @@ def test_a_reward_that_raises_leaves_the_lines_before_it(run, prompts, tmp_path,
     words = ["--data", str(prompts[0]), "--rewards", f"{tmp_path}/some:judge", "--out", str(out)]
     assert main(["generate", str(run), *words]) == 2
     assert "reward function 'judge'" in capsys.readouterr().err and len(lines_of(out)) == 2
+
+
+def test_a_stop_and_a_full_disk_leave_whole_lines_or_no_file(run, prompts, tmp_path, capsys, monkeypatch):
+    """No file, so that the same command can be given again. One test, so that the run is made once."""
+    out = tmp_path / "out.jsonl"
+    words = ["generate", str(run), "--data", str(prompts[0]), "--out", str(out)]
+    for stop in (ValueError("no"), FloatingPointError("NaN"), KeyboardInterrupt()):
+
+        def fails(functions, records, texts, stop=stop):
+            assert out.is_file()
+            raise stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(generation.rewards, "score_texts", fails)
+            assert main(words) == (130 if isinstance(stop, KeyboardInterrupt) else 2)
+        assert not out.exists()
+    assert main(words) == 0
+    lines = out.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 5
+    room = len(lines[0]) + len(lines[1])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, kept in ((room + 5, 2), (room, 2), (5, 0)):
+        out.unlink()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # Python ignores the signal
+            code = main(words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert code == 2 and capsys.readouterr().err.splitlines()[-1] == f"redit-fast: {out}: File too large"
+        assert out.read_bytes() == b"".join(lines[:kept]) if kept else not out.exists()
+        out.touch()
+
+
+def test_a_full_disk_is_named_with_the_file_by_a_run_too(tmp_path):
+    full, file = Path("/dev/full"), tmp_path / "config.json"
+    (tmp_path / ".config.json").symlink_to(full)
+    for write, named in (
+        (lambda: runs.append(full, [{}]), full),
+        (lambda: runs.replace(file, "{}"), file),
+        (lambda: checkpoint._write_json(full, {}), full),
+    ):
+        with pytest.raises(OSError, match=f"^{named}: No space left on device$"):
+            write()

@@ -132,11 +132,26 @@ def test_another_base_is_refused_by_name(base, problems, checkpoint, tmp_path, c
         lora.check_base(place, lora.base_of(str(base)))
 
 
+def only(*names):
+    def remove(folder):
+        for path in folder.iterdir():
+            if path.name not in names:
+                path.unlink()
+
+    return remove
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "holds no adapters"),
-        (lambda folder: (folder / "base.json").write_text("[]"), "base.json is missing or malformed"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            "is damaged (adapter_model.safetensors is missing)",
+        ),
+        (lambda folder: (folder / "base.json").write_text("[]"), "is damaged (base.json has changed)"),
+        (only("model.safetensors", "state.json"), "is damaged (manifest.json is missing or unreadable)"),
+        (only("adapter_config.json", "adapter_model.safetensors"), "base.json is missing or malformed"),
+        (only("adapter_config.json"), "holds no adapters"),
         (
             lambda folder: save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors"),
             "step-000002 is damaged (adapter_model.safetensors has changed)",
