@@ -41,17 +41,16 @@ SUITES = [
     "triton_traffic",
     "heads",
     "primitives",
-    "no_grad",
-    "default_device",
 ]  # the longest first
 
 # `make test` interprets one case a regime: of three dtypes the second, bfloat16; of the head, whose kernels know no
 # loss, two losses, and 50257 columns under softcap alone; of its inputs all at once need gradients, which are dense and
 # strided; of its strides those of what kernels read; of the rows with a coefficient one and all; of the peaks one short
 # of the repair and one past it; of the token losses every form once, and one of them in each way to call it; of the
-# advantages' divisors the default one, and of their shuffled groups those of test_triton_interpreted.py; of a process's
-# defaults the device; of the two modes without gradients one.
+# advantages' divisors the default one, and of their shuffled groups those of test_triton_interpreted.py; of the
+# modes without gradients and of a process's defaults nothing.
 ALL = "KERNEL_ARCHS" in os.environ
+SUITES += ["no_grad", "default_device"] if ALL else []  # which are about the ops, not about their kernels
 REPEATED = (
     "dtype0", "dtype2", "triton-0.0-0-", "changes_nothing[triton-float64]", "changes_nothing[triton-bfloat16]",
     "(linear_grpo_loss_is_policy_loss and not grpo-kl and not entropy)",
@@ -64,7 +63,7 @@ REPEATED = (
     *(f"any_strides[triton-{name}]" for name in ("none", "targets", "advantages", "mask")),
     "(is_policy_loss and 1000)",
     *(f"({test} and not triton-dapo])" for test in ("micro_batches", "known_upstream_gradient", "fully_masked")),
-    "ever_exists[triton-1024]", "many_unequal", "triton-inference_mode",
+    "ever_exists[triton-1024]", "many_unequal",
 )  # fmt: skip
 CASES = "triton" if ALL else " and not ".join(["triton", *REPEATED])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ALL else [torch.bfloat16]
