@@ -155,12 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_report.write(args.run)
             print(Path(args.run, "report.html"))
         elif args.command == "to-verl":
-            from redit_fast.training import config
+            from redit_fast.training import config_file
             from redit_fast.training import to_verl as verl
 
             _without_bars()
             stem = Path(args.config).stem
-            folder = verl.to_verl(config.load(args.config, settings(args)), _out(args.out) or f"{stem}-verl", stem)
+            folder = verl.to_verl(config_file.load(args.config, settings(args)), _out(args.out) or f"{stem}-verl", stem)
             print(f"bash {shlex.quote(str(folder / 'run.sh'))}")
         elif args.command == "merge":
             from redit_fast.training.merge import merge as merged
@@ -243,7 +243,7 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """Every field of TrainConfig as a flag. Values stay text here: config.load reads them and words the complaints."""
+    """Every field of TrainConfig as a flag. Values stay text here: config_file.load reads them and words complaints."""
     from redit_fast.known_names import RENAMED, flag
     from redit_fast.training.config import TrainConfig
 
@@ -315,7 +315,7 @@ def _without_bars() -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from redit_fast.training import config
+    from redit_fast.training import config_file
 
     _without_bars()
     given = settings(args)
@@ -325,10 +325,10 @@ def _train(args: argparse.Namespace) -> None:
         own = own if own.is_file() else None
     file = args.config or own
     if args.print_config:
-        print(config.printed(file, given), end="")
+        print(config_file.printed(file, given), end="")
         return
     try:
-        loaded = config.load(file, given)
+        loaded = config_file.load(file, given)
     except ValueError:
         if own is not None:
             from redit_fast.training import setup

@@ -24,14 +24,14 @@ KEPT = ("accuracy_before", "accuracy_after", "eval_problems", "steps", "seconds"
 
 
 def measure() -> None:
-    from redit_fast.training import config, trainer
+    from redit_fast.training import config_file, trainer
 
     results = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "runs": {}}
     for name, change in VARIANTS.items():
         results["runs"][name] = {}
         for seed in SEEDS:
             run = {"seed": seed, "out_dir": "runs/table", "name": f"{len(results['runs'])}-{seed}", **change}
-            summary = trainer.train(config.load(overrides=run))
+            summary = trainer.train(config_file.load(overrides=run))
             results["runs"][name][str(seed)] = {key: summary[key] for key in KEPT}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

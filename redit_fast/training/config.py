@@ -1,29 +1,23 @@
-"""The configuration of a training run: one flat model, whose fields are the keys of a YAML file and the flags.
-
-`load` reads a file and applies overrides; every problem is a ValueError of one sentence that names the field, its place
-in the file, and for an unknown key the closest valid one.
-"""
+"""The configuration of a training run: one flat model, whose fields are the keys of a YAML file and the flags."""
 
 from __future__ import annotations
 
 import shlex
 import textwrap
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from redit_fast.dither import DeadGroups, Schedule
 from redit_fast.gr.config import Pass2Ratio, Rounding
-from redit_fast.known_names import RENAMED, flag, hint, under_new_names
+from redit_fast.known_names import flag
 from redit_fast.losses.config import Correction, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
-from redit_fast.training import config_checks, config_errors, config_file, config_values
+from redit_fast.training import config_checks, config_values
 from redit_fast.training.config_values import check_as_meant, flag_words, free_name, is_component, kinds_of, of_gr
 from redit_fast.training.presets import Preset, defaults_of
 
@@ -327,72 +321,3 @@ def describe(name: str) -> str:
 
 def _word(value: object) -> str:
     return "none" if value is None else str(value)
-
-
-def load(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> TrainConfig:
-    """The config in the YAML or JSON file `path` (None: all defaults), with `overrides` in place of its values.
-
-    Relative paths of the file and reward modules are looked up in the current folder, then in the file's.
-    Warns of names that have changed (`known_names.RENAMED`), but in a run's own config.json, of version 0.1 too.
-
-    Raises:
-        ValueError: one sentence that names the field and, where the problem is in the file, file and line.
-    """
-    return _checked(*_gathered(path, overrides or {}))
-
-
-def printed(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> str:
-    """`load(path, overrides).to_yaml()`, also where the data or rewards of a model of one's own are still missing.
-
-    Raises:
-        ValueError: as `load`, of what is there.
-    """
-    values, where, notes = _gathered(path, overrides or {})
-    weights = values.get("reward_weights")
-    stand_ins = {"data": "-", "rewards": ["-"] * (len(weights) if weights and isinstance(weights, list) else 1)}
-    unset = [name for name in stand_ins if values.get("model") is not None and values.get(name) is None]
-    return _checked(values | {name: stand_ins[name] for name in unset}, where, notes).to_yaml(unset)
-
-
-def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple[dict, Callable, list[str]]:
-    """The file's values with the overrides in their place, where each is in the file, and what to say of old names."""
-    values, places = ({}, {}) if path is None else config_file.read(Path(path))
-    if path is not None and Path(path).name == "config.json" and Path(path).with_name("metrics.jsonl").is_file():
-        values, places = under_new_names(values), under_new_names(places)  # a run's own
-    said = [*_old_names(values, places), *_old_names(overrides, {})]
-    values, overrides = ({RENAMED.get(name, name): v for name, v in given.items()} for given in (values, overrides))
-    places |= {RENAMED[name]: place for name, place in places.items() if name in RENAMED}
-
-    def where(field: str) -> str:
-        return "" if field in overrides else places.get(field, "")
-
-    for key in [*values, *overrides]:
-        if key not in TrainConfig.model_fields:
-            raise ValueError(f"{where(key)}unknown key {key!r}{hint(key, TrainConfig.model_fields, repr)}")
-    folder = Path() if path is None else Path(path).parent
-    for field in ("model", "data", "eval_data"):
-        if isinstance(values.get(field), str):
-            values[field] = config_file.placed(values[field], folder)
-    values.update(overrides)
-    if isinstance(values.get("rewards"), list):
-        values["rewards"] = [config_file.placed_reward(reward, folder) for reward in values["rewards"]]
-    return values, where, said
-
-
-def _old_names(settings: Mapping[str, object], places: Mapping[str, str]) -> Iterator[str]:
-    for old in [name for name in settings if name in RENAMED]:
-        place, new = places.get(old, ""), RENAMED[old]
-        if new in settings:
-            raise ValueError(f"{place}{old} is another name of {new}, which is set too: needs one of them")
-        yield f"{place}{old} is called {new} now"
-
-
-def _checked(values: dict, where: Callable[[str], str], said: list[str]) -> TrainConfig:
-    try:
-        config = TrainConfig.model_validate(values)
-        for sentence in said:
-            warnings.warn(sentence, stacklevel=3)
-        return config
-    except ValidationError as error:
-        field, sentence = config_errors.first(error)
-    raise ValueError(where(field) + sentence)

@@ -1,13 +1,92 @@
-"""The keys and values of a configuration file, each with its place."""
+"""Configuration files: their keys and values, each with its place, and the `TrainConfig` that they make.
+
+Every problem is a ValueError of one sentence that names the field, its place in the file, and for an unknown key the
+closest valid one.
+"""
 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
 from redit_fast.checks import given
+from redit_fast.known_names import RENAMED, hint, under_new_names
+from redit_fast.training import config_errors
+from redit_fast.training.config import TrainConfig
+
+
+def load(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> TrainConfig:
+    """The config in the YAML or JSON file `path` (None: all defaults), with `overrides` in place of its values.
+
+    Relative paths of the file and reward modules are looked up in the current folder, then in the file's.
+    Warns of names that have changed (`known_names.RENAMED`), but in a run's own config.json, of version 0.1 too.
+
+    Raises:
+        ValueError: one sentence that names the field and, where the problem is in the file, file and line.
+    """
+    return _checked(*_gathered(path, overrides or {}))
+
+
+def printed(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> str:
+    """`load(path, overrides).to_yaml()`, also where the data or rewards of a model of one's own are still missing.
+
+    Raises:
+        ValueError: as `load`, of what is there.
+    """
+    values, where, notes = _gathered(path, overrides or {})
+    weights = values.get("reward_weights")
+    stand_ins = {"data": "-", "rewards": ["-"] * (len(weights) if weights and isinstance(weights, list) else 1)}
+    unset = [name for name in stand_ins if values.get("model") is not None and values.get(name) is None]
+    return _checked(values | {name: stand_ins[name] for name in unset}, where, notes).to_yaml(unset)
+
+
+def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple[dict, Callable, list[str]]:
+    """The file's values with the overrides in their place, where each is in the file, and what to say of old names."""
+    values, places = ({}, {}) if path is None else read(Path(path))
+    if path is not None and Path(path).name == "config.json" and Path(path).with_name("metrics.jsonl").is_file():
+        values, places = under_new_names(values), under_new_names(places)  # a run's own
+    said = [*_old_names(values, places), *_old_names(overrides, {})]
+    values, overrides = ({RENAMED.get(name, name): v for name, v in given.items()} for given in (values, overrides))
+    places |= {RENAMED[name]: place for name, place in places.items() if name in RENAMED}
+
+    def where(field: str) -> str:
+        return "" if field in overrides else places.get(field, "")
+
+    for key in [*values, *overrides]:
+        if key not in TrainConfig.model_fields:
+            raise ValueError(f"{where(key)}unknown key {key!r}{hint(key, TrainConfig.model_fields, repr)}")
+    folder = Path() if path is None else Path(path).parent
+    for field in ("model", "data", "eval_data"):
+        if isinstance(values.get(field), str):
+            values[field] = placed(values[field], folder)
+    values.update(overrides)
+    if isinstance(values.get("rewards"), list):
+        values["rewards"] = [placed_reward(reward, folder) for reward in values["rewards"]]
+    return values, where, said
+
+
+def _old_names(settings: Mapping[str, object], places: Mapping[str, str]) -> Iterator[str]:
+    for old in [name for name in settings if name in RENAMED]:
+        place, new = places.get(old, ""), RENAMED[old]
+        if new in settings:
+            raise ValueError(f"{place}{old} is another name of {new}, which is set too: needs one of them")
+        yield f"{place}{old} is called {new} now"
+
+
+def _checked(values: dict, where: Callable[[str], str], said: list[str]) -> TrainConfig:
+    try:
+        config = TrainConfig.model_validate(values)
+        for sentence in said:
+            warnings.warn(sentence, stacklevel=3)
+        return config
+    except ValidationError as error:
+        field, sentence = config_errors.first(error)
+    raise ValueError(where(field) + sentence)
 
 
 def read(path: Path) -> tuple[dict, dict]:

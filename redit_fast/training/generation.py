@@ -22,7 +22,6 @@ from redit_fast.foreign import Foreign
 from redit_fast.known_names import under_new_names
 from redit_fast.training import (
     checkpoint,
-    config,
     config_file,
     data,
     lora,
@@ -135,7 +134,7 @@ def _settings(source: str, given: Mapping[str, object]) -> TrainConfig:
     if "data" not in given:
         raise ValueError("data: needs a JSONL file with the prompts: give --data")
     # Its log-probs are of no use here, so that top_p is free.
-    return config.load(None, {**values, **given, "model": source, "eval_problems": 0, "correction": "none"})
+    return config_file.load(None, {**values, **given, "model": source, "eval_problems": 0, "correction": "none"})
 
 
 def _loaded(folder: Path, settings: TrainConfig) -> tuple[PreTrainedModel, Tokenizer]:

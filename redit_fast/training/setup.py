@@ -32,7 +32,6 @@ from redit_fast.training import (
     trial,
 )
 from redit_fast.training.config import TrainConfig, default_of
-from redit_fast.training.config import load as load_config
 from redit_fast.training.config_values import LOCAL, PAGED
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.rollout import Engine
@@ -102,7 +101,7 @@ def check_given(given: Mapping[str, object], run: Path) -> None:
     It is for settings that the run's others contradict, which is not the reason to tell then. Each is read by itself;
     what is no value of its field is left to the caller.
     """
-    before = load_config(run / "config.json")
+    before = config_file.load(run / "config.json")
     for given_name, word in given.items():
         name = RENAMED.get(given_name, given_name)
         kind: Any = TrainConfig.model_fields[name].annotation

@@ -8,7 +8,7 @@ import redit_fast as rf
 from redit_fast.backends import cpu
 from redit_fast.integrations.trl import ReditGRPOConfig, ReditGRPOTrainer
 from redit_fast.packing.plan import Budget
-from redit_fast.training import builtin, config, policy, report
+from redit_fast.training import builtin, config_file, policy, report
 from redit_fast.training.batch import Batch
 from redit_fast.training.rollout.local import CHECK_EVERY, generate
 from redit_fast.training.trainer import train
@@ -75,7 +75,7 @@ def run_of(steps, folder):
                 "max_completion_length": 12, "out_dir": folder, "name": str(steps), "checkpoint_every": 100,
                 "eval_every": 100, **GR}  # fmt: skip
     with mock.patch.object(policy, "end_tokens", lambda *_: []), mock.patch.object(report, "write"):
-        return recorded(lambda: train(config.load(overrides=settings)))
+        return recorded(lambda: train(config_file.load(overrides=settings)))
 
 
 class Ready(ReditGRPOTrainer):

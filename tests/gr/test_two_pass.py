@@ -11,7 +11,8 @@ from torch import nn
 import redit_fast as rf
 from redit_fast.gr.two_pass import Copies, TwoPass
 from redit_fast.integrations.options import GROptions
-from redit_fast.training.config import TrainConfig, load
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_file import load
 from redit_fast.training.setup import optimizer
 from tests import ROOT
 from tests.gr.test_regularize import loss_of, network

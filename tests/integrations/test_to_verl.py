@@ -30,7 +30,7 @@ from verl.workers import engine_workers  # noqa: E402
 from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
 
 import redit_fast as rf  # noqa: E402
-from redit_fast.training import config, data, lora, policy, rewards, setup  # noqa: E402
+from redit_fast.training import config_file, data, lora, policy, rewards, setup  # noqa: E402
 from redit_fast.training.batch import Batch  # noqa: E402
 from redit_fast.training.rollout import Rollout  # noqa: E402
 from redit_fast.training.to_verl import to_verl  # noqa: E402
@@ -51,7 +51,7 @@ def write(settings, tmp_path):
     """The settings, and the folder that is written of them."""
 
     def write(**more):
-        made = config.load(overrides={**settings, **PASS1, **more})
+        made = config_file.load(overrides={**settings, **PASS1, **more})
         return made, to_verl(made, tmp_path / "verl", "run")
 
     return write

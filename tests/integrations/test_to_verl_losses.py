@@ -19,7 +19,7 @@ from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
 import redit_fast as rf  # noqa: E402
 from redit_fast.losses.config import denominator_of  # noqa: E402
-from redit_fast.training import config, setup  # noqa: E402
+from redit_fast.training import config_file, setup  # noqa: E402
 from redit_fast.training.config import TrainConfig  # noqa: E402
 from redit_fast.training.to_verl import to_verl  # noqa: E402
 from redit_fast.training.verl_options import LOSSES, SCHEDULES, Facts, options, refusals  # noqa: E402
@@ -40,7 +40,7 @@ OF_LOSS = {
 def written(model_folder, problems, tmp_path_factory):
     """The parts of verl's configuration of a run that the options of a loss are in, with what they refer to."""
     settings = {"model": str(model_folder), "data": str(problems), "rewards": ["numeric_answer"], **PASS1}
-    found = composed(to_verl(config.load(overrides=settings), tmp_path_factory.mktemp("of") / "verl", "run"))
+    found = composed(to_verl(config_file.load(overrides=settings), tmp_path_factory.mktemp("of") / "verl", "run"))
     whole = OmegaConf.to_container(found, resolve=True, throw_on_missing=False)
     parts = {"actor_rollout_ref": {"actor": whole["actor_rollout_ref"]["actor"]},
              "algorithm": {"rollout_correction": whole["algorithm"]["rollout_correction"]}}  # fmt: skip

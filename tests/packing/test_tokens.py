@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2Model
 
 from redit_fast.packing.plan import Budget, packed, padded, useful_tokens
-from redit_fast.training import config
+from redit_fast.training import config_file
 from redit_fast.training.batch import Batch
 from redit_fast.training.trainer import train
 from tests import ROOT
@@ -86,7 +86,7 @@ def test_a_hook_on_the_decoder_counts_what_the_metrics_tell(settings, tmp_path, 
 
     monkeypatch.setattr(Qwen2Model, "forward", counted)
     monkeypatch.setattr(Batch, "backward", separated)
-    train(config.load(overrides={**settings, "tokens_per_micro_batch": 200, "steps": 2}))
+    train(config_file.load(overrides={**settings, "tokens_per_micro_batch": 200, "steps": 2}))
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")[1:]
     _, *passes = [sum(of) for of in counts if of]  # the trial's
     assert [line["tokens/computed"] for line in lines] == passes[::2] == passes[1::2]  # every pass has all samples

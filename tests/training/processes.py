@@ -12,7 +12,7 @@ import torch
 import redit_fast as rf
 from redit_fast.cli import main
 from redit_fast.gr import shards
-from redit_fast.training import config, report, trainer
+from redit_fast.training import config_file, report, trainer
 
 PRELOADED = ["tests.training.processes", "torch.distributed.fsdp", "matplotlib.pyplot"]
 context = multiprocessing.get_context("forkserver")
@@ -93,7 +93,7 @@ def trained(jobs, folder):
 
         rf.RegularizedAdamW._take_step = recorded
         try:
-            trainer.train(config.load(overrides={**settings, "out_dir": folder, "name": name}))
+            trainer.train(config_file.load(overrides={**settings, "out_dir": folder, "name": name}))
         finally:
             rf.RegularizedAdamW._take_step = take_step
         if os.environ.get("RANK", "0") == "0":

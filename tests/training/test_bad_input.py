@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redit_fast.cli import main
-from redit_fast.training import builtin, config, policy
+from redit_fast.training import builtin, config_file, policy
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, launch_anew
 
@@ -208,7 +208,7 @@ def test_a_model_of_the_hub_is_used_from_its_cache_without_a_network(settings, m
     process = launch_anew({**settings, "model": "me/tiny", "steps": 1}, env=unreachable_hub(tmp_path))
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert config.load(tmp_path / "run" / "config.json").model == "me/tiny"
+    assert config_file.load(tmp_path / "run" / "config.json").model == "me/tiny"
 
 
 def test_weights_without_a_place_in_the_model_are_named_in_a_warning(model_folder, tmp_path):
@@ -225,11 +225,11 @@ def test_a_special_token_beyond_the_embedding_is_refused_only_where_a_prompt_has
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     job = {**settings, "model": str(tmp_path / "model"), "steps": 1}
-    train(config.load(overrides=job))
+    train(config_file.load(overrides=job))
     record = {**builtin.records(1, held_out=False, seed=0)[0], "prompt": "Look: <image>"}
     (tmp_path / "images.jsonl").write_text(json.dumps(record))
     with pytest.raises(
         ValueError, match=r"images.jsonl:1: the prompt has token 413 \('<image>'\), .* only has 413 rows"
     ):
-        train(config.load(overrides={**job, "data": str(tmp_path / "images.jsonl"), "name": "images"}))
+        train(config_file.load(overrides={**job, "data": str(tmp_path / "images.jsonl"), "name": "images"}))
     assert not (tmp_path / "images").exists()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import redit_fast as rf
 from redit_fast.cli import main
-from redit_fast.training import config, report, sharpness
+from redit_fast.training import config_file, report, sharpness
 from redit_fast.training.batch import Batch
 from redit_fast.training.presets import PRESETS, Preset
 from redit_fast.training.trainer import train
@@ -48,7 +48,7 @@ def test_the_reference_is_the_start_until_a_reset_makes_it_the_policy(resets, tm
         given.append((copy.deepcopy(reference.state_dict()), batch.ref_logp, reference.training))
 
     monkeypatch.setattr(Batch, "score_reference", recorded)
-    train(config.load(overrides={**resets, "steps": 5, "checkpoint_every": 1, "keep_checkpoints": None}))
+    train(config_file.load(overrides={**resets, "steps": 5, "checkpoint_every": 1, "keep_checkpoints": None}))
     folders = [tmp_path / f"run/checkpoints/step-{n:06d}" for n in range(6)]
     for step, ((reference, _, training), start) in enumerate(zip(given[1:], (0, 0, 2, 2, 4))):  # first the trial's
         policy_then = weights(folders[start])
@@ -65,10 +65,10 @@ def test_the_reference_is_the_start_until_a_reset_makes_it_the_policy(resets, tm
 
 def test_resets_resume_bit_by_bit_between_two_of_them_and_before_the_first(resets, tmp_path):
     job = {**resets, "checkpoint_every": 6, "reference_reset_every": 3}
-    train(config.load(overrides={**job, "name": "straight", "steps": 7}))
+    train(config_file.load(overrides={**job, "name": "straight", "steps": 7}))
     for done in (2, 5):  # from the start's reference, and from the reset's
         name = f"from-{done}"
-        train(config.load(overrides={**job, "name": name, "steps": done}))
+        train(config_file.load(overrides={**job, "name": name, "steps": done}))
         assert main(["train", "--resume", *flags({**job, "name": name, "steps": 7})]) == 0
         for step in (6, 7):
             ours, theirs = (tmp_path / run / f"checkpoints/step-{step:06d}" for run in ("straight", name))
@@ -79,7 +79,7 @@ def test_resets_resume_bit_by_bit_between_two_of_them_and_before_the_first(reset
 
 
 def test_a_damaged_start_is_named_where_the_reference_comes_from_it(resets, tmp_path, capsys):
-    train(config.load(overrides={**resets, "steps": 1}))
+    train(config_file.load(overrides={**resets, "steps": 1}))
     shutil.rmtree(tmp_path / "run/checkpoints/step-000000")
     assert main(["train", "--resume", *flags({**resets, "steps": 3})]) == 2
     errors = capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_the_kl_term_is_in_the_loss_and_holds_the_policy_near_its_start(resets, 
     ends = []
     for beta in (0.05, 5.0):
         job = {**resets, "name": f"beta-{beta}", "beta": beta, "reference_reset_every": 0, "steps": 6}
-        train(config.load(overrides=job))
+        train(config_file.load(overrides=job))
         ends.append(lines_of(tmp_path / job["name"] / "metrics.jsonl")[-1]["kl"])
     assert ends[0] > 2 * ends[1] > 0
 
@@ -123,16 +123,16 @@ def test_the_reference_is_scored_as_the_loss_scores_the_policy(model_folder, los
 def test_kl_and_gr_together_warn_and_one_of_them_is_silent(resets, recwarn):
     both = {**resets, "gr_gamma": 1e-3, "steps": 1, "reference_reset_every": 0}
     with pytest.warns(UserWarning, match="beta is 0.3 and gr_gamma 0.001: a KL term and gradient regularisation"):
-        train(config.load(overrides=both))
+        train(config_file.load(overrides=both))
     recwarn.clear()
     for name, change in (("kl", {"gr_gamma": 0.0}), ("gr", {"beta": 0.0})):
-        train(config.load(overrides={**both, "name": name, **change}))
+        train(config_file.load(overrides={**both, "name": name, **change}))
     assert not [str(warning.message) for warning in recwarn if "both on" in str(warning.message)]
 
 
 def test_presets_are_the_papers_settings_and_what_is_set_beside_them_wins():
     own = {"model": "m", "data": "d", "rewards": ["exact_answer"]}
-    loaded = {name: config.load(overrides={**own, "preset": name}) for name in PRESETS}
+    loaded = {name: config_file.load(overrides={**own, "preset": name}) for name in PRESETS}
     assert tuple(PRESETS) == Preset.__args__
     assert {name: c.learning_rate for name, c in loaded.items()} == {
         "grpo": 3e-6, "kl": 3e-6, "resets": 3e-6, "gr": 5e-6
@@ -141,7 +141,7 @@ def test_presets_are_the_papers_settings_and_what_is_set_beside_them_wins():
     assert loaded["gr"].gr_gamma == loaded["gr"].gr_epsilon
     assert [name for name, c in loaded.items() if c.beta] == ["kl", "resets"]
     assert [name for name, c in loaded.items() if c.reference_reset_every] == ["resets"]
-    mixed = config.load(overrides={**own, "preset": "kl", "learning_rate": 1e-6, "gr_gamma": 1e-3})
+    mixed = config_file.load(overrides={**own, "preset": "kl", "learning_rate": 1e-6, "gr_gamma": 1e-3})
     assert (mixed.learning_rate, mixed.gr_gamma, mixed.beta) == (1e-6, 1e-3, 0.05)
     command = mixed.command()
     assert "--preset kl" in command and "--gr-gamma 0.001" in command and "--beta" not in command
@@ -159,7 +159,7 @@ def test_presets_are_the_papers_settings_and_what_is_set_beside_them_wins():
 )
 def test_a_wrong_setting_of_a_baseline_is_named(settings, sentence):
     with pytest.raises(ValueError) as error:
-        config.load(overrides=settings)
+        config_file.load(overrides=settings)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
@@ -217,7 +217,7 @@ def test_the_sharpness_probe_is_the_hessian_times_the_gradient(model_folder, mon
 def test_a_probed_run_is_the_same_run(resets, tmp_path):
     job = {**resets, "beta": 0.0, "reference_reset_every": 0, "gr_gamma": 0.1, "steps": 4}
     for name, every in (("plain", 0), ("probed", 2)):
-        train(config.load(overrides={**job, "name": name, "sharpness_every": every}))
+        train(config_file.load(overrides={**job, "name": name, "sharpness_every": every}))
     assert_equal_checkpoints(*(Path(tmp_path, name, "checkpoints/step-000004") for name in ("plain", "probed")))
     plain, probed = (timeless(tmp_path / name / "metrics.jsonl") for name in ("plain", "probed"))
     assert ["sharpness/curvature" in line for line in probed] == [False, False, True, False, True]
@@ -228,8 +228,8 @@ def test_a_probed_run_is_the_same_run(resets, tmp_path):
 
 def test_a_run_with_epsilon_auto_resumes_bit_by_bit(resets, tmp_path):
     job = {**resets, "beta": 0.0, "reference_reset_every": 0, "gr_gamma": 1e-3, "gr_epsilon": "auto", "steps": 4}
-    train(config.load(overrides={**job, "name": "straight"}))
-    train(config.load(overrides={**job, "name": "halves", "steps": 2}))
+    train(config_file.load(overrides={**job, "name": "straight"}))
+    train(config_file.load(overrides={**job, "name": "halves", "steps": 2}))
     assert main(["train", "--resume", *flags({**job, "name": "halves"})]) == 0
     assert_equal_checkpoints(*(tmp_path / n / "checkpoints/step-000004" for n in ("straight", "halves")))
     assert timeless(tmp_path / "straight" / "metrics.jsonl") == timeless(tmp_path / "halves" / "metrics.jsonl")

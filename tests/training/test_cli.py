@@ -12,7 +12,7 @@ import pytest
 
 import redit_fast
 from redit_fast import cli
-from redit_fast.training import config
+from redit_fast.training import config, config_file
 from tests import ROOT
 
 PINNED = """--config --model --data --rewards --reward-weights --name --out-dir --seed --steps --warm-start-steps
@@ -52,7 +52,7 @@ def test_flags_override_the_file_and_print_config_shows_the_result(capsys, tmp_p
     code, out, err = run(capsys, "train", "--config", "c.yaml", *words, "--learning-rate", "1e-5", "--print-config")
     assert (code, err) == (0, "")
     (tmp_path / "printed.yaml").write_text(out)
-    loaded = config.load("printed.yaml")
+    loaded = config_file.load("printed.yaml")
     assert (loaded.steps, loaded.seed, loaded.gr_normalized, loaded.max_grad_norm) == (7, 1, False, None)
     assert loaded.reward_weights == [1.0, -0.5, 2.0] and loaded.learning_rate == 1e-5
     assert not (tmp_path / "runs").exists()
@@ -73,10 +73,10 @@ def test_print_config_needs_neither_rewards_nor_data(capsys, tmp_path):
         filled = out.replace("# data:\n", "data: d.jsonl\n")
         filled = filled.replace("# rewards:\n", "rewards: [exact_answer, xml_format]\n")
         (tmp_path / "printed.yaml").write_text(filled)
-        loaded = config.load("printed.yaml")
+        loaded = config_file.load("printed.yaml")
         assert (loaded.model, loaded.data, loaded.steps, loaded.rewards[0]) == ("m", "d.jsonl", 7, "exact_answer")
     with pytest.raises(ValueError, match="rewards: training a model of your own needs at least one reward function"):
-        config.load(None, {"model": "m"})
+        config_file.load(None, {"model": "m"})
 
 
 def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, tmp_path):
@@ -199,7 +199,7 @@ def test_an_example_is_written_once_and_never_over_a_file(capsys, tmp_path, monk
 @pytest.mark.draws
 def test_report_redraws_a_run(capsys, tmp_path):
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "config.json").write_text(config.load().model_dump_json())
+    (tmp_path / "r" / "config.json").write_text(config_file.load().model_dump_json())
     (tmp_path / "r" / "metrics.jsonl").write_text(json.dumps({"schema": 1, "step": 0, "grad_norm": 1.0}) + "\n")
     assert run(capsys, "report", "r")[0] == 0
     assert {path.name for path in (tmp_path / "r").iterdir()} >= {"curves.png", "report.html"}

@@ -10,8 +10,9 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from redit_fast import known_names
-from redit_fast.training import config, config_errors, presets
-from redit_fast.training.config import TrainConfig, load
+from redit_fast.training import config, config_errors, config_file, presets
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_file import load
 
 
 @pytest.fixture(autouse=True)
@@ -282,7 +283,7 @@ def test_a_yaml_value_that_is_not_what_its_tag_says_is_told_its_place(tmp_path, 
     path = write(tmp_path / "c.yaml", f"seed: 1\nname: {value}")
     reasons = "the value is not what its tag says|invalid literal|could not convert|month must be"
     with pytest.raises(ValueError, match=rf"c.yaml:2:7: ({reasons})"):
-        config.load(path)
+        config_file.load(path)
 
 
 def test_yaml_tags_build_no_objects(tmp_path):

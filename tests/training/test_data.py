@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from redit_fast.training import config, data
+from redit_fast.training import config_file, data
 from tests import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -35,7 +35,7 @@ def jsonl(path, records):
 
 def settings(path, **changes):
     own = {"model": "m", "data": str(path), "rewards": ["exact_answer"], "eval_problems": 0}
-    return config.load(None, {**own, **changes})
+    return config_file.load(None, {**own, **changes})
 
 
 def test_data_too_small_to_hold_any_out_is_named(tokenizer, tmp_path, recwarn):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from redit_fast.cli import main
-from redit_fast.training import builtin, checkpoint, config, policy, report, setup
+from redit_fast.training import builtin, checkpoint, config_file, policy, report, setup
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.rollout import EngineError
 from redit_fast.training.rollout.ahead import Ahead
@@ -173,7 +173,7 @@ def test_ctrl_c_ends_pageds_thread_and_puts_the_model_back(loaded):
 
 def test_a_run_by_paged_goes_on_bit_by_bit(settings, tmp_path):
     job = {**settings, "rollout": "paged", "eval_samples": 2, "eval_problems": 2, "steps": 2}
-    whole, halves = (config.load(overrides={**job, "name": name}) for name in ("whole", "halves"))
+    whole, halves = (config_file.load(overrides={**job, "name": name}) for name in ("whole", "halves"))
     train(whole)
     train(halves.model_copy(update={"steps": 1}))
     train(halves, resume=True)
@@ -255,7 +255,7 @@ def test_a_weight_above_the_cap_is_the_cap(settings, tmp_path, watched, monkeypa
         "padded": {"packing": "off", "micro_batch_size": 3},
     }.items():
         with pytest.warns(UserWarning, match=r"are 1 off the policy's on average.* usual causes: another dtype"):
-            train(config.load(overrides={**settings, **common, **more, "name": name, "updates_per_rollout": 2}))
+            train(config_file.load(overrides={**settings, **common, **more, "name": name, "updates_per_rollout": 2}))
         lines[name] = lines_of(tmp_path / name / "metrics.jsonl")[1]
     plain = lines["none"]
     assert "sampling/frac_corrected" not in plain
@@ -394,7 +394,7 @@ def test_ahead_a_steps_samples_are_by_the_weights_of_the_step_before(settings, t
         return found
 
     monkeypatch.setattr(Watched, "generate", recorded)
-    train(config.load(overrides=job))
+    train(config_file.load(overrides=job))
     lines = lines_of(tmp_path / "run/metrics.jsonl")[1:]
     first, *others = [line["sampling/steps_behind"] for line in lines]
     assert first == 0 and 0 < min(others) < 1 and all("time/sync" in line for line in lines)
@@ -446,4 +446,4 @@ def test_the_engine_of_a_run_is_what_its_config_says(settings, loaded):
     parts = type("Parts", (), {"model": model, "ends": ends, "base": None})
     for name, kind in ENGINES.items():
         rollout = URL if kind is Server else name
-        assert type(setup._opened(config.load(overrides={**settings, "rollout": rollout}), parts, Ranks())) is kind
+        assert type(setup._opened(config_file.load(overrides={**settings, "rollout": rollout}), parts, Ranks())) is kind

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from redit_fast.cli import main
-from redit_fast.training import builtin, config, data, metrics, policy, report, rewards
+from redit_fast.training import builtin, config_file, data, metrics, policy, report, rewards
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.report.summary import closing_rows
 from redit_fast.training.rollout.local import LocalEngine, generate
@@ -25,7 +25,7 @@ def apart(tmp_path, monkeypatch):
 
 
 def loaded(settings, **more):
-    made = config.load(overrides={**settings, **more})
+    made = config_file.load(overrides={**settings, **more})
     return data.load(made, AutoTokenizer.from_pretrained(settings["model"]))
 
 
@@ -101,7 +101,7 @@ def test_several_answers_are_sampled_as_in_training_the_same_in_every_evaluation
         return [float(len(text) % 7 == 0) - 0.5 for text in completions]
 
     functions = [rewards.RewardFunction("judge", judge)]
-    made = config.load(overrides={**settings, "eval_samples": 3, "top_p": 0.9, "temperature": 0.8})
+    made = config_file.load(overrides={**settings, "eval_samples": 3, "top_p": 0.9, "temperature": 0.8})
     found = metrics.held_out_metrics(engine, model, tokenizer, records, functions, made, Ranks())
     prompts = [tokenizer(record["prompt"])["input_ids"] for record in records]
     options = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "group_size": 3, "step": 2**32 - 1}
@@ -119,7 +119,7 @@ def test_several_answers_are_sampled_as_in_training_the_same_in_every_evaluation
 
 
 def test_a_run_with_several_answers_tells_pass_at_k(settings, apart, tmp_path):
-    summary = train(config.load(overrides={**settings, "eval_samples": 2, "eval_every": 1}))
+    summary = train(config_file.load(overrides={**settings, "eval_samples": 2, "eval_every": 1}))
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert all(line["accuracy/held_out_pass_at_k"] >= line["accuracy/held_out"] for line in lines)
     assert summary["pass_at_k_before"] == lines[0]["accuracy/held_out_pass_at_k"]

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen2Config
 
-from redit_fast.training import config, flops, report
+from redit_fast.training import config_file, flops, report
 from redit_fast.training.metrics import work_metrics
 from redit_fast.training.trainer import train
 from tests.packing.models import FAMILIES, batch_of, model_of
@@ -150,7 +150,7 @@ def test_rollout_and_update_have_their_tokens_a_second_apart():
 def test_a_run_of_schema_1_goes_on_in_schema_2(settings, tmp_path, monkeypatch):
     draw, pictures = report.write, []
     monkeypatch.setattr(report, "write", pictures.append)
-    job = config.load(overrides={**settings, "steps": 2, "eval_every": 1})
+    job = config_file.load(overrides={**settings, "steps": 2, "eval_every": 1})
     train(job)
     metrics = tmp_path / "run" / "metrics.jsonl"
     names = {new: old for old, new in report.OF_SCHEMA_1.items()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from redit_fast.cli import main
-from redit_fast.training import builtin, checkpoint, config, generation, lora, policy, report, runs
+from redit_fast.training import builtin, checkpoint, config_file, generation, lora, policy, report, runs
 from redit_fast.training.merge import merge
 from redit_fast.training.rewards import resolve, score_texts
 from redit_fast.training.rollout.local import generate
@@ -29,7 +29,7 @@ def prompts(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(settings, tmp_path, prompts):
-    train(config.load(overrides={**settings, "steps": 1, "temperature": 0.8, "top_p": 0.95, "eval_problems": 0}))
+    train(config_file.load(overrides={**settings, "steps": 1, "temperature": 0.8, "top_p": 0.95, "eval_problems": 0}))
     return tmp_path / "run/checkpoints/step-000001"
 
 
@@ -77,7 +77,9 @@ def test_every_engine_gives_the_most_likely_tokens(run, prompts, tmp_path):
 
 def test_a_checkpoint_with_adapters_is_the_merged_model(settings, prompts, tmp_path, capsys):
     file, _ = prompts
-    train(config.load(overrides={**settings, "steps": 1, "lora_rank": 2, "learning_rate": 0.1, "eval_problems": 0}))
+    train(
+        config_file.load(overrides={**settings, "steps": 1, "lora_rank": 2, "learning_rate": 0.1, "eval_problems": 0})
+    )
     folder = tmp_path / "run/checkpoints/step-000001"
     merged = merge(folder)
     words = ["--data", str(file), "--greedy", "--rewards", "redit_fast.training.builtin:right_steps"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from redit_fast.cli import main
 from redit_fast.training import checkpoint as checkpoint_files
-from redit_fast.training import config, lora, merge, policy, report, setup, trainer
+from redit_fast.training import config_file, lora, merge, policy, report, setup, trainer
 from redit_fast.training.config import TrainConfig
 from tests.training.jobs import flags, lines_of
 
@@ -38,7 +38,9 @@ def job(base, out, **more):
 
 def trained(base, problems, out, **more):
     made = job(base, out, data=str(problems), name="run", **more)
-    trainer.train(config.load(overrides={k: v for k, v in made.items() if k != "resume"}), resume=more.get("resume", 0))
+    trainer.train(
+        config_file.load(overrides={k: v for k, v in made.items() if k != "resume"}), resume=more.get("resume", 0)
+    )
     return out / "run"
 
 
@@ -87,7 +89,7 @@ def test_merged_is_unmerged(base, checkpoint, tmp_path, capsys):
     merged, tokenizer = policy.load(tmp_path / "merged")
     assert not hasattr(merged, "peft_config") and len(tokenizer)
     unmerged, _ = policy.load(base)
-    made = config.load(overrides=job(base, tmp_path, data="-"))
+    made = config_file.load(overrides=job(base, tmp_path, data="-"))
     lora.attach(unmerged, made, lora.base_of(str(base)))
     fresh = logp_of(unmerged.eval())
     lora.load(checkpoint, unmerged, lora.base_of(str(base)))
@@ -187,7 +189,7 @@ def test_a_bfloat16_base_has_float32_adapters_and_merges_to_bfloat16(base, tmp_p
     model, _ = policy.load(base, dtype="bfloat16")
     model.save_pretrained(folder)
     model, tokenizer = policy.load(folder, dtype="bfloat16")
-    made = config.load(overrides=job(folder, tmp_path, data="-", lora_targets=["q_proj", "mlp.up_proj"]))
+    made = config_file.load(overrides=job(folder, tmp_path, data="-", lora_targets=["q_proj", "mlp.up_proj"]))
     own = lora.base_of(str(folder))
     lora.attach(model, made, own)
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -222,7 +224,7 @@ def test_a_bfloat16_base_has_float32_adapters_and_merges_to_bfloat16(base, tmp_p
 )
 def test_settings_of_the_wrong_type_range_or_that_contradict_are_named(tmp_path, wrong, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
-        config.load(overrides=job("model", tmp_path, data="-") | wrong)
+        config_file.load(overrides=job("model", tmp_path, data="-") | wrong)
     assert "\n" not in str(error.value)
     assert {name for name in TrainConfig.model_fields if name.startswith("lora_")} == {
         "lora_rank", "lora_alpha", "lora_targets"

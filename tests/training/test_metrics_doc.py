@@ -2,7 +2,7 @@
 
 import re
 
-from redit_fast.training import config, runs
+from redit_fast.training import config_file, runs
 from redit_fast.training.trainer import train
 from tests import ROOT
 from tests.training.jobs import lines_of
@@ -24,7 +24,7 @@ def test_every_key_that_is_written_is_on_the_page_and_the_other_way_round(settin
         {"dynamic_sampling": 1, "correction": "token_mask"},
     )
     for loss_type, more in zip(("dapo", "cispo", "vespo"), own):  # dapo has the keys of every loss that clips
-        train(config.load(overrides={**settings, "loss_type": loss_type, "name": loss_type, "steps": 1, **more}))
+        train(config_file.load(overrides={**settings, "loss_type": loss_type, "name": loss_type, "steps": 1, **more}))
         start, first = lines_of(tmp_path / loss_type / "metrics.jsonl")
         seen |= keys_of([start, first])
         assert all(
@@ -37,7 +37,7 @@ def test_every_key_that_is_written_is_on_the_page_and_the_other_way_round(settin
 
 
 def test_what_gamma_above_0_brings_is_marked(settings, tmp_path):
-    train(config.load(overrides={**settings, "gr_gamma": 0.0, "steps": 1}))
+    train(config_file.load(overrides={**settings, "gr_gamma": 0.0, "steps": 1}))
     seen = keys_of(lines_of(tmp_path / "run" / "metrics.jsonl"))
     rows = [row for row in PAGE.splitlines() if "with `gr_gamma` above 0" in row]
     marked = {key for row in rows for key in re.findall(r"`([^`]+)`", row.split(" | ")[0])}

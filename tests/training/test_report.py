@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import matplotlib.image
 import pytest
 
-from redit_fast.training import config, report
+from redit_fast.training import config_file, report
 from redit_fast.training.report import curves, panels, samples, svg
 from redit_fast.training.report.summary import closing_rows, environment
 
@@ -86,7 +86,7 @@ def run(tmp_path):
     folder = tmp_path / "my run"
     folder.mkdir()
     own = {"model": "gpt2", "data": "d.jsonl", "rewards": ["exact_answer", "xml_format"], "steps": 12, "seed": 3}
-    (folder / "config.json").write_text(config.load(None, own).model_dump_json())
+    (folder / "config.json").write_text(config_file.load(None, own).model_dump_json())
     write(folder / "metrics.jsonl", metrics(12))
     write(folder / "completions.jsonl", [line for step in range(1, 13) for line in completions(step)])
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
@@ -158,8 +158,8 @@ def test_the_rerun_command_gives_the_same_config(run):
     command = re.search(r"redit-fast train .*", page_of(run).text)[0]
     parser = cli._Parser()
     cli._add_train_flags(parser)
-    again = config.load(None, cli.settings(parser.parse_args(shlex.split(command)[2:])))
-    assert again == config.load(run / "config.json").model_copy(update={"name": "my run-again"})
+    again = config_file.load(None, cli.settings(parser.parse_args(shlex.split(command)[2:])))
+    assert again == config_file.load(run / "config.json").model_copy(update={"name": "my run-again"})
 
 
 def shown_in(page):
@@ -171,7 +171,7 @@ def test_best_and_worst_completions_of_four_steps_are_shown_by_weighted_reward(r
     assert shown_in(page) == [f"completion {i} of step {step}" for step in (1, 5, 8, 12) for i in (1, 2)]
     assert "exact_answer 1, xml_format 0.25 · advantage 0.5" in page.text
     assert "Step 8 mean reward 1.17, 67% correct" in page.text and "Best of 4" in page.text
-    negative = config.load(run / "config.json", {"reward_weights": [-1, 1]})
+    negative = config_file.load(run / "config.json", {"reward_weights": [-1, 1]})
     (run / "config.json").write_text(negative.model_dump_json())
     write(run / "completions.jsonl", list(completions(4))[:2])
     assert shown_in(page_of(run)) == ["completion 0 of step 4", "completion 1 of step 4"]
@@ -300,7 +300,7 @@ EVIL = "</pre></style><script>alert(1)</script><img src=x onerror=alert(2)>&amp;
 def test_every_text_is_escaped(run):
     tags = set(page_of(run).tags)
     settings = {"model": EVIL, "data": EVIL, "rewards": [EVIL], "system_prompt": EVIL, "steps": 12}
-    (run / "config.json").write_text(config.load(None, settings).model_dump_json())
+    (run / "config.json").write_text(config_file.load(None, settings).model_dump_json())
     row = next(completions(0))
     write(run / "completions.jsonl", [{**row, "prompt": EVIL, "completion": EVIL, "rewards": {EVIL: 1.0}}])
     write(run / "metrics.jsonl", [line | {f"rewards/{EVIL}/mean": 0.5} for line in metrics(12)])
@@ -337,9 +337,9 @@ def panel_of(run_config, rows, title):
 
 
 def test_a_panel_and_a_part_that_the_run_has_nothing_for_are_left_out(run):
-    off = config.load(run / "config.json", {"gr_gamma": 0, "dither_level": 0, "max_grad_norm": None})
+    off = config_file.load(run / "config.json", {"gr_gamma": 0, "dither_level": 0, "max_grad_norm": None})
     rows = [{key: value for key, value in row.items() if not key.startswith("gr/")} for row in metrics(12)]
-    everything = titles(panels.of_run(config.load(run / "config.json"), list(metrics(12))))
+    everything = titles(panels.of_run(config_file.load(run / "config.json"), list(metrics(12))))
     assert everything - titles(panels.of_run(off, rows)) == {"Perturbation"}
     assert {"Reward", "Loss", "Entropy", "Accuracy", "Completion length"} < everything
     assert not {"Sharpness", "Each reward", "KL to the reference", "Learning rate"} & everything
@@ -353,7 +353,7 @@ def test_a_panel_and_a_part_that_the_run_has_nothing_for_are_left_out(run):
 
 
 def test_the_picture_has_every_panel(run):
-    found = panels.of_run(config.load(run / "config.json"), list(metrics(12)))
+    found = panels.of_run(config_file.load(run / "config.json"), list(metrics(12)))
     figure = curves.draw(found, 12)
     assert {axes.get_title() for axes in figure.axes} == titles(found)
     legends = [axes.get_legend() for axes in figure.axes if axes.get_title() == "Reward"]
@@ -370,7 +370,7 @@ def test_a_gamed_reward_shows_in_one_panel_and_each_reward_in_another(run):
         if row["step"] % 4 == 0:
             row |= {"sharpness/curvature": 2.0 * row["step"], "rewards/xml_format/held_out": 0.7}
     gamed, each, sharp = (
-        panel_of(config.load(run / "config.json"), rows, title)
+        panel_of(config_file.load(run / "config.json"), rows, title)
         for title in ("Reward and truth", "Each reward", "Sharpness")
     )
     assert [curve.label for curve in gamed.curves] == ["training reward", "held out, greedy"]
@@ -382,7 +382,7 @@ def test_a_gamed_reward_shows_in_one_panel_and_each_reward_in_another(run):
 
 
 def test_null_is_a_gap_in_a_curve():
-    reward = panel_of(config.load(), list(metrics(12)), "Reward")
+    reward = panel_of(config_file.load(), list(metrics(12)), "Reward")
     clean, dithered = reward.curves
     assert [math.isnan(value) for value in dithered.values] == [step == 3 for step in range(1, 13)]
     drawn = svg.drawing(reward, 12).lines
@@ -398,7 +398,7 @@ def test_null_is_a_gap_in_a_curve():
 def test_no_value_stops_a_report(run, value):
     rows = list(metrics(12))
     rows[5] |= {"loss": value, "reward": value, "reward_std": value, "grad_norm": value}
-    found = panels.of_run(config.load(run / "config.json"), rows)
+    found = panels.of_run(config_file.load(run / "config.json"), rows)
     for section in found:
         for panel in section.panels:
             drawn = svg.drawing(panel, 12)
@@ -423,7 +423,7 @@ def test_a_long_curve_has_the_means_of_its_stretches_and_what_is_around_them():
 
 
 def test_a_page_of_5000_steps_is_small(run):
-    own = config.load(run / "config.json", {"steps": 5000})
+    own = config_file.load(run / "config.json", {"steps": 5000})
     (run / "config.json").write_text(own.model_dump_json())
     long = "word " * 4000
     write(run / "metrics.jsonl", metrics(5000))

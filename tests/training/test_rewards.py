@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from redit_fast.foreign import Foreign
-from redit_fast.training import builtin, config, data
+from redit_fast.training import builtin, config_file, data
 from redit_fast.training.rewards import RewardFunction, resolve, score
 from redit_fast.training.rewards.functions import SHIPPED
 from redit_fast.training.rewards.user_code import RewardError, source_of
@@ -215,7 +215,9 @@ def test_a_function_that_cannot_be_had_is_named_before_anything_runs(tmp_path, m
     with pytest.raises(RewardError) as error:
         resolve([name], ["answer"])
     assert sentence in str(error.value)
-    config.load(None, {"rewards": [name]})  # neither reading the settings nor looking for the files fails otherwise
+    config_file.load(
+        None, {"rewards": [name]}
+    )  # neither reading the settings nor looking for the files fails otherwise
     source_of(name)
 
 
@@ -478,7 +480,7 @@ def test_the_search_for_the_failing_sample_starts_from_unspoilt_arguments():
 def test_the_demos_own_functions_are_found_from_any_folder():
     records = builtin.records(4, held_out=False, seed=0)
     columns = data.columns_of(records)
-    functions = resolve(config.load().rewards, columns)
+    functions = resolve(config_file.load().rewards, columns)
     right = [f"<think>{';'.join(r['steps'])}</think><answer>{r['answer']}</answer>" for r in records]
     found = score(functions, [r["prompt"] for r in records], [*right[:3], "no idea"], columns)
     assert found.tolist() == [[1.0, 0.5, 0.25]] * 3 + [[0.0, 0.0, 0.0]]
@@ -487,7 +489,7 @@ def test_the_demos_own_functions_are_found_from_any_folder():
 def test_the_example_functions_run_on_the_example_data(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     names = ["numeric_answer", "rewards:shows_work", "rewards:brevity"]
-    loaded = config.load("examples/word_problems.yaml", {"rewards": names, "reward_weights": None})
+    loaded = config_file.load("examples/word_problems.yaml", {"rewards": names, "reward_weights": None})
     assert loaded.rewards[1] == "examples/rewards:shows_work"
     records = [record for _, record in data.read(loaded.data)]
     columns = data.columns_of(records)

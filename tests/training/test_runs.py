@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from redit_fast.cli import main
-from redit_fast.training import checkpoint, config, inputs, runs
+from redit_fast.training import checkpoint, config_file, inputs, runs
 from redit_fast.training.config_file import module_file
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, launch, lines_of
@@ -66,7 +66,7 @@ def test_of_two_starts_at_once_one_has_the_folder(settings, tmp_path, named):
         lost = errors[codes.index(2)]
         assert f"{tmp_path / 'out' / 'run'} holds a run" in lost and len(lost.splitlines()) == 1
     else:
-        stem = config.load(overrides=job).with_name().name.removesuffix("-3")
+        stem = config_file.load(overrides=job).with_name().name.removesuffix("-3")
         assert codes == [0, 0] and folders == [stem, f"{stem}-2"], errors
     for folder in folders:
         assert [line["step"] for line in lines_of(tmp_path / "out" / folder / "metrics.jsonl")] == [0, 1, 2]
@@ -121,11 +121,11 @@ def test_where_no_file_can_be_locked_nothing_is_written(settings, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", no_locks)
         with pytest.raises(ValueError, match="locks no files .No locks available.*--out-dir"):
-            train(config.load(overrides=settings))
+            train(config_file.load(overrides=settings))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "fcntl", None)
         with pytest.raises(NotImplementedError, match="needs Linux or macOS"):
-            train(config.load(overrides=settings))
+            train(config_file.load(overrides=settings))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [runs.LOCK]
 
 
@@ -181,7 +181,7 @@ CHANGES = {  # file: what becomes of it, what is said about it
 
 
 def test_a_resume_on_other_inputs_is_refused_by_name_and_accepted_where_that_is_asked_for(own, tmp_path, capsys):
-    train(config.load(overrides=own))
+    train(config_file.load(overrides=own))
     run = tmp_path / "run"
     before = files_of(run)
     capsys.readouterr()  # the bars of a model that is loaded
@@ -200,26 +200,26 @@ def test_a_resume_on_other_inputs_is_refused_by_name_and_accepted_where_that_is_
         file.write((tmp_path / "problems.jsonl").read_text().splitlines()[0] + "\n")
     assert resume(own, "--steps", "2", "--accept-changed-inputs") == 0
     assert resume(own, "--steps", "3") == 0, "what was accepted is what the run reads from then on"
-    assert json.loads((run / "inputs.json").read_text()) == inputs.of(config.load(run / "config.json"))
+    assert json.loads((run / "inputs.json").read_text()) == inputs.of(config_file.load(run / "config.json"))
 
 
 def test_a_run_without_inputs_or_without_its_start_model_goes_on_with_a_warning(own, tmp_path):
-    train(config.load(overrides=own))
+    train(config_file.load(overrides=own))
     run = tmp_path / "run"
     known = (run / "inputs.json").read_text()
     (run / "inputs.json").unlink()
     with pytest.warns(UserWarning, match="has no inputs.json") as given:
-        train(config.load(overrides=own), resume=True)
+        train(config_file.load(overrides=own), resume=True)
     assert len(given) == 1 and (run / "inputs.json").read_text() == known
 
     shutil.move(tmp_path / "model", tmp_path / "elsewhere")
     with pytest.warns(UserWarning, match="the start model of .* is not at hand"):
-        train(config.load(overrides=own), resume=True)
+        train(config_file.load(overrides=own), resume=True)
     assert (run / "inputs.json").read_text() == known
     shutil.move(tmp_path / "elsewhere", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match=r"model.safetensors has changed"):
-        train(config.load(overrides=own), resume=True)
+        train(config_file.load(overrides=own), resume=True)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", "{", "{}", '{"model": []}', '{"the demo": {}}'])
@@ -243,7 +243,7 @@ def test_damaged_settings_of_a_run_are_named(settings, tmp_path, text):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"run/config.json"):
-        train(config.load(overrides=settings), resume=True)
+        train(config_file.load(overrides=settings), resume=True)
 
 
 def test_weights_are_known_by_their_size_header_and_ends_without_being_read(tmp_path):
@@ -270,7 +270,7 @@ def test_weights_are_known_by_their_size_header_and_ends_without_being_read(tmp_
 
 def test_a_hub_model_is_known_by_its_commit_and_no_network_is_asked(own, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    job = config.load(overrides={**own, "model": "someone/tiny"})
+    job = config_file.load(overrides={**own, "model": "someone/tiny"})
     assert inputs.of(job)["model"] == {}
     repository = tmp_path / "hub" / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -291,13 +291,13 @@ def test_reward_modules_count_wherever_they_are_found(tmp_path, monkeypatch):
     (tmp_path / "lib" / "package_of_judges" / "__init__.py").touch()
     (tmp_path / "lib" / "package_of_judges" / "mine.py").write_text(JUDGE)
     names = ["package_of_judges.mine:judge", "exact_answer", "redit_fast.training.builtin:correct_answer"]
-    read = inputs.of(config.load(overrides={"rewards": names}))
+    read = inputs.of(config_file.load(overrides={"rewards": names}))
     assert read["reward module"].keys() == {
         "package_of_judges", "package_of_judges.mine", "exact_answer", "redit_fast.training.rewards.answers",
         "redit_fast.training.builtin",
     }  # fmt: skip
     (tmp_path / "lib" / "package_of_judges" / "mine.py").write_text(JUDGE + "\n")
-    again = inputs.of(config.load(overrides={"rewards": names}))
+    again = inputs.of(config_file.load(overrides={"rewards": names}))
     differ = [name for name, digest in read["reward module"].items() if again["reward module"][name] != digest]
     assert differ == ["package_of_judges.mine"] and again["the demo"] == read["the demo"]
 
@@ -315,7 +315,7 @@ def test_what_a_reward_module_imports_from_its_folder_or_package_counts(tmp_path
         (tmp_path / f"{name}.py").write_text(text)
 
     def read(*names):
-        return inputs.of(config.load(overrides={"rewards": [f"{tmp_path}/{name}:judge" for name in names]}))
+        return inputs.of(config_file.load(overrides={"rewards": [f"{tmp_path}/{name}:judge" for name in names]}))
 
     graders = {"graders", "graders.base", "graders.deep", "graders.deep.grade", "graders.shared", "graders.other.one"}
     for name in ("plain", "graders.deep.grade"):
@@ -333,7 +333,7 @@ def test_what_a_reward_module_imports_from_its_folder_or_package_counts(tmp_path
     monkeypatch.setattr(inputs, "INSTALLED", (str(tmp_path),))  # beside a judge are all packages there
     assert read("plain")["reward module"].keys() == {f"{tmp_path}/plain"}
     monkeypatch.chdir(tmp_path)
-    found = inputs.of(config.load(overrides={"rewards": ["graders.deep.grade:judge"]}))
+    found = inputs.of(config_file.load(overrides={"rewards": ["graders.deep.grade:judge"]}))
     assert found["reward module"].keys() == graders
 
 
@@ -343,11 +343,11 @@ def test_what_a_reward_module_imports_from_its_folder_or_package_counts(tmp_path
      "adapter_config.json"],
 )  # fmt: skip
 def test_every_file_that_a_tokenizer_or_an_adapter_is_read_from_counts(own, name):
-    before = inputs.of(config.load(overrides=own))["model"]
+    before = inputs.of(config_file.load(overrides=own))["model"]
     file = Path(own["model"], name)
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
-    assert inputs.of(config.load(overrides=own))["model"].keys() - before.keys() == {str(file)}
+    assert inputs.of(config_file.load(overrides=own))["model"].keys() - before.keys() == {str(file)}
 
 
 BEST_AT_1 = """
@@ -363,7 +363,7 @@ def judge(prompts, completions, **columns):
 def test_the_newest_checkpoints_stay_with_the_start_and_the_best(settings, tmp_path):
     (tmp_path / "best.py").write_text(BEST_AT_1)
     job = {**settings, "rewards": [f"{tmp_path}/best:judge"], "keep_checkpoints": 2, "eval_every": 1, "steps": 5}
-    train(config.load(overrides=job))
+    train(config_file.load(overrides=job))
     run = tmp_path / "run"
     accuracy = [line["accuracy/held_out"] for line in lines_of(run / "metrics.jsonl")]
     assert accuracy == [0, 1, 0, 0, 0, 0] and steps_kept(run) == [0, 1, 4, 5]
@@ -371,13 +371,13 @@ def test_the_newest_checkpoints_stay_with_the_start_and_the_best(settings, tmp_p
     weights = run / "checkpoints" / "step-000005" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="step-000005 is damaged"):
-        train(config.load(overrides={**job, "steps": 6}), resume=True)
+        train(config_file.load(overrides={**job, "steps": 6}), resume=True)
     assert steps_kept(run) == [0, 1, 5, 6] and checkpoint.newest(run / "checkpoints").name == "step-000006"
 
 
 def test_no_checkpoint_goes_before_a_newer_one_is_published(settings, tmp_path, monkeypatch):
     job, run = {**settings, "keep_checkpoints": 2, "eval_problems": 0, "steps": 3}, tmp_path / "run"
-    train(config.load(overrides=job))
+    train(config_file.load(overrides=job))
     assert steps_kept(run) == [0, 2, 3]
 
     def full_disk(draft):
@@ -391,13 +391,13 @@ def test_no_checkpoint_goes_before_a_newer_one_is_published(settings, tmp_path, 
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         assert resume(job, "--steps", "5", "--checkpoint-every", "5") == 0
     assert steps_kept(run) == [0, 3, 5]
-    train(config.load(overrides={**job, "steps": 5, "checkpoint_every": 5}), resume=True)
+    train(config_file.load(overrides={**job, "steps": 5, "checkpoint_every": 5}), resume=True)
     assert len(list((run / "checkpoints").iterdir())) == 3
 
 
 def test_all_checkpoints_stay_with_none_and_in_a_run_of_before(settings, tmp_path):
     job, run = {**settings, "eval_problems": 0, "steps": 5}, tmp_path / "run"
-    train(config.load(overrides={**job, "keep_checkpoints": None}))
+    train(config_file.load(overrides={**job, "keep_checkpoints": None}))
     assert steps_kept(run) == [0, 1, 2, 3, 4, 5]
     stored = json.loads((run / "config.json").read_text())
     del stored["keep_checkpoints"]
@@ -407,9 +407,9 @@ def test_all_checkpoints_stay_with_none_and_in_a_run_of_before(settings, tmp_pat
 
 
 def test_a_run_that_goes_on_has_no_summary_until_it_ends(settings, tmp_path):
-    train(config.load(overrides={**settings, "steps": 1}))
+    train(config_file.load(overrides={**settings, "steps": 1}))
     assert (tmp_path / "run" / "summary.json").exists()
-    job = config.load(overrides={**settings, "steps": 2})
+    job = config_file.load(overrides={**settings, "steps": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "publish", lambda draft: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from redit_fast.training import checkpoint, config, data, policy, report
+from redit_fast.training import checkpoint, config_file, data, policy, report
 from redit_fast.training.rollout.local import generate
 from redit_fast.training.trainer import train
 from tests.training.jobs import lines_of
@@ -48,7 +48,7 @@ def simulated(stream, rounds, steps):
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 30])
 def test_new_prompts_in_the_order_of_the_data_take_the_place_of_dead_groups(job, tmp_path, rounds):
-    made = config.load(overrides={**job, "dynamic_sampling": rounds, "keep_checkpoints": None})
+    made = config_file.load(overrides={**job, "dynamic_sampling": rounds, "keep_checkpoints": None})
     train(made)
     records = [record for _, record in data.read(job["data"])]
     stream = [record["prompt"] for record in data.batch(records, made.seed, 0, 400)]
@@ -73,7 +73,7 @@ def test_new_prompts_in_the_order_of_the_data_take_the_place_of_dead_groups(job,
 
 def test_samples_of_a_further_round_have_random_numbers_and_noise_of_their_own(job, tmp_path):
     """The completions are those of their numbers; equal rewards in a group that stays are dithered apart."""
-    train(config.load(overrides={**job, "dynamic_sampling": 1, "steps": 1}))
+    train(config_file.load(overrides={**job, "dynamic_sampling": 1, "steps": 1}))
     samples = lines_of(tmp_path / "run/completions.jsonl")
     model, tokenizer = policy.load(tmp_path / "run/checkpoints/step-000000")
     assert max(row["sample"] for row in samples) >= PROMPTS * GROUP
@@ -90,7 +90,7 @@ def test_samples_of_a_further_round_have_random_numbers_and_noise_of_their_own(j
 
 
 def test_a_run_with_further_rounds_goes_on_bit_by_bit(job, tmp_path):
-    whole, halves = (config.load(overrides={**job, "name": name}) for name in ("whole", "halves"))
+    whole, halves = (config_file.load(overrides={**job, "name": name}) for name in ("whole", "halves"))
     train(whole)
     train(halves.model_copy(update={"steps": 2}))
     train(halves, resume=True)
@@ -101,7 +101,7 @@ def test_a_run_with_further_rounds_goes_on_bit_by_bit(job, tmp_path):
 
 def test_a_checkpoint_of_before_goes_on_with_the_prompts_of_its_step(job, tmp_path):
     whole, halves = (
-        config.load(overrides={**job, "dynamic_sampling": 0, "name": name}) for name in ("whole", "halves")
+        config_file.load(overrides={**job, "dynamic_sampling": 0, "name": name}) for name in ("whole", "halves")
     )
     train(whole)
     train(halves.model_copy(update={"steps": 2}))

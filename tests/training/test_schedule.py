@@ -7,7 +7,7 @@ from transformers import Qwen2ForCausalLM, get_scheduler
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from redit_fast.cli import main
-from redit_fast.training import config, report, setup
+from redit_fast.training import config, config_file, report, setup
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, lines_of
 
@@ -23,9 +23,11 @@ def without_pictures(monkeypatch):
 def test_the_learning_rate_is_the_one_that_transformers_gives_its_optimizers(name, warmup):
     if name == "constant" and warmup:
         with pytest.raises(ValueError, match="warmup_steps: got 4, lr_scheduler_type constant has none"):
-            config.load(overrides={"lr_scheduler_type": name, "warmup_steps": warmup})
+            config_file.load(overrides={"lr_scheduler_type": name, "warmup_steps": warmup})
         return
-    made = config.load(overrides={"lr_scheduler_type": name, "warmup_steps": warmup, "steps": 10, "learning_rate": 0.3})
+    made = config_file.load(
+        overrides={"lr_scheduler_type": name, "warmup_steps": warmup, "steps": 10, "learning_rate": 0.3}
+    )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.3)
     schedule, ours = get_scheduler(name, optimizer, warmup, 10), setup.learning_rate(made)
     for step in range(10):
@@ -38,7 +40,7 @@ def test_the_learning_rate_is_the_one_that_transformers_gives_its_optimizers(nam
 def test_a_run_has_it_in_its_steps_and_its_metrics_and_goes_on_with_it(settings, tmp_path, capsys):
     job = {**settings, "eval_problems": 0, "steps": 4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
     job |= {"keep_checkpoints": "none"}
-    train(config.load(overrides={**job, "steps": 2, "keep_checkpoints": None}))
+    train(config_file.load(overrides={**job, "steps": 2, "keep_checkpoints": None}))
     assert main(["train", "--resume", *flags(job)]) == 0
     assert [line["learning_rate"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]] == [0, 5e-4, 1e-3, 1e-3]
     weights = [load_file(tmp_path / f"run/checkpoints/step-00000{n}/model.safetensors") for n in range(3)]
@@ -46,7 +48,7 @@ def test_a_run_has_it_in_its_steps_and_its_metrics_and_goes_on_with_it(settings,
     assert not any(moved[0]) and all(moved[1])  # nothing at a learning rate of 0
     capsys.readouterr()
     job = {**settings, "name": "falling", "eval_problems": 0, "steps": 1, "lr_scheduler_type": "linear"}
-    train(config.load(overrides=job))
+    train(config_file.load(overrides=job))
     assert main(["train", "--resume", *flags({**job, "steps": 2})]) == 2
     assert "steps was 1 in" in (error := capsys.readouterr().err) and "lr_scheduler_type linear ends at" in error
 
@@ -62,7 +64,7 @@ def test_layers_that_are_computed_again_give_the_same_run(settings, tmp_path, mo
     counts = []
     for name, again in (("kept", False), ("again", True)):
         calls.clear()
-        train(config.load(overrides={**settings, "name": name, "checkpoint_activations": again, "steps": 1}))
+        train(config_file.load(overrides={**settings, "name": name, "checkpoint_activations": again, "steps": 1}))
         counts.append(sum(calls))
     ours, theirs = (
         load_file(tmp_path / f"{name}/checkpoints/step-000001/model.safetensors") for name in ("kept", "again")
@@ -78,8 +80,8 @@ def test_layers_that_are_computed_again_give_the_same_run(settings, tmp_path, mo
 def test_a_run_in_bfloat16_has_it_in_its_checkpoints_and_resumes_bit_by_bit(settings, tmp_path):
     job = {**settings, "dtype": "bfloat16", "steps": 4, "checkpoint_every": 4, "beta": 0.1, "reference_reset_every": 3}
     with pytest.warns(UserWarning, match="a KL term and gradient regularisation are both"):
-        train(config.load(overrides={**job, "name": "straight"}))
-        train(config.load(overrides={**job, "name": "halves", "steps": 2}))
+        train(config_file.load(overrides={**job, "name": "straight"}))
+        train(config_file.load(overrides={**job, "name": "halves", "steps": 2}))
         assert main(["train", "--resume", *flags({**job, "name": "halves"})]) == 0
     for file in ("model", "optimizer", "reference"):
         ours, theirs = (
@@ -91,7 +93,7 @@ def test_a_run_in_bfloat16_has_it_in_its_checkpoints_and_resumes_bit_by_bit(sett
         name.split(".")[1] for name in load_file(tmp_path / "straight/checkpoints/step-000004/optimizer.safetensors")
     } > {"master"}
     demo = {"device": "cpu", "dtype": "bfloat16", "steps": 1, "warm_start_steps": 1, "eval_problems": 0}
-    train(config.load(overrides={**demo, "prompts_per_step": 1, "out_dir": str(tmp_path), "name": "demo"}))
+    train(config_file.load(overrides={**demo, "prompts_per_step": 1, "out_dir": str(tmp_path), "name": "demo"}))
     weights = load_file(tmp_path / "demo/checkpoints/step-000001/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import redit_fast as rf
-from redit_fast.training import config, report
+from redit_fast.training import config_file, report
 from redit_fast.training.trainer import train
 from tests.training.jobs import lines_of
 from tests.training.test_batch import MIXED, batch_of, gradient
@@ -43,7 +43,7 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("ratio", ["fresh", "pass1"])
 def test_pass_2_takes_its_own_log_probs_as_the_old_ones_or_those_of_pass_1(job, calls, tmp_path, ratio):
-    train(config.load(overrides={**job, "gr_pass2_ratio": ratio, "eval_problems": 0}))
+    train(config_file.load(overrides={**job, "gr_pass2_ratio": ratio, "eval_problems": 0}))
     assert len(calls) == 5  # the trial's pass, then two steps of two passes
     for first, second in zip(calls[1::2], calls[2::2]):
         assert first["old_logp"] is None and first["masks_of"] is None
@@ -60,7 +60,7 @@ def test_pass_2_takes_its_own_log_probs_as_the_old_ones_or_those_of_pass_1(job, 
 def test_the_second_pass_is_left_out_where_gr_says_so_and_resumes_so(job, calls, tmp_path):
     """At step 1 gamma is 0, as its warm-up begins; steps 2 and 4 are none of every other one."""
     change = {"gr_every_k_steps": 2, "gr_gamma_warmup_steps": 2, "gr_rounding": "nearest", "gr_keep_first_grad": True}
-    settings = config.load(overrides={**job, **change, "steps": 4, "eval_problems": 0})
+    settings = config_file.load(overrides={**job, **change, "steps": 4, "eval_problems": 0})
     train(settings.model_copy(update={"name": "whole"}))
     assert len(calls) == 1 + 4 + 1  # the trial's, four first passes and the second one of step 3
     lines = lines_of(tmp_path / "whole" / "metrics.jsonl")[1:]
@@ -105,7 +105,7 @@ def test_the_clip_range_acts_where_the_ratio_is_not_1(job, calls, tmp_path):
     for ratio in ("fresh", "pass1"):
         for clip in ({}, {"clip_low": 1e-6, "clip_high": 2e-6}):
             run = {**job, "name": f"{ratio}-{len(clip)}", "gr_pass2_ratio": ratio, "gr_gamma": 0.5, "gr_epsilon": 0.5}
-            train(config.load(overrides={**run, **clip, "steps": 1, "eval_problems": 0}))
+            train(config_file.load(overrides={**run, **clip, "steps": 1, "eval_problems": 0}))
             low, high = 1 - clip.get("clip_low", 0.2), 1 + clip.get("clip_high", 0.2)
             assert [call["config"].clip_range for call in calls[-2:]] == [(low, high)] * 2
             ended[ratio, len(clip)] = load_file(tmp_path / run["name"] / "checkpoints/step-000001/model.safetensors")
@@ -118,7 +118,7 @@ def test_logged_losses_and_metrics_are_those_of_pass_1(job, tmp_path):
     lines = []
     for gamma in (0.0, 0.5):
         run = {"name": f"gamma-{gamma}", "gr_gamma": gamma, "gr_epsilon": 0.5, "steps": 1}
-        train(config.load(overrides={**job, **run}))
+        train(config_file.load(overrides={**job, **run}))
         lines.append(timeless(tmp_path / f"gamma-{gamma}" / "metrics.jsonl")[1])
     without, with_gr = ({k: v for k, v in line.items() if k[:3] not in ("gr/", "gra", "flo")} for line in lines)
     held_out = [key for key in without if "held_out" in key]  # after the step, which differs
@@ -199,7 +199,7 @@ def test_clip_cov_drops_the_same_tokens_in_both_passes_of_a_step(model_folder, c
 
 
 def test_the_closing_table_and_the_metrics_tell_the_share_of_pass_2(job, tmp_path, capsys):
-    train(config.load(overrides={**job, "eval_problems": 0}))
+    train(config_file.load(overrides={**job, "eval_problems": 0}))
     times = json.loads((tmp_path / "run" / "summary.json").read_text())["time"]
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert times["pass2"] == pytest.approx(sum(line["time/pass2"] for line in lines[1:]))

@@ -10,7 +10,7 @@ import pytest
 
 from redit_fast import signals
 from redit_fast.cli import main
-from redit_fast.training import config
+from redit_fast.training import config_file
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, launch, launch_anew, lines_of
 
@@ -90,7 +90,7 @@ def test_a_folder_that_was_removed_under_a_run_is_left_alone(settings, tmp_path,
 
 def test_a_name_that_looks_like_a_flag_is_one_in_the_command_that_goes_on(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    job = config.load(overrides={**settings, "name": "-x", "out_dir": "-runs", "steps": 1})
+    job = config_file.load(overrides={**settings, "name": "-x", "out_dir": "-runs", "steps": 1})
     train(job)
     words = shlex.split(job.resume_command())
     assert words[3:] == ["--name=-x", "--out-dir=-runs"] and main(words[1:]) == 0

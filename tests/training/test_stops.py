@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from redit_fast import known_names
 from redit_fast.cli import main
-from redit_fast.training import builtin, checkpoint, config, trainer
+from redit_fast.training import builtin, checkpoint, config_file, trainer
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, launch, launch_anew, lines_of
 
@@ -92,7 +92,7 @@ def test_kill_9_at_any_moment_never_damages_an_older_checkpoint(settings, tmp_pa
         steps = [json.loads(line)["step"] for line in written.split("\n")[:-1]]
         assert steps == sorted(set(steps))
     done = checkpoint.step_of(newest)
-    train(config.load(overrides={**job, "steps": done + 1, "keep_checkpoints": None}), resume=True)
+    train(config_file.load(overrides={**job, "steps": done + 1, "keep_checkpoints": None}), resume=True)
     assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == list(range(done + 2))
 
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_exists_has_all_the_lines_that_lead_to_it(settings, mo
         return publish(draft)
 
     monkeypatch.setattr(checkpoint, "publish", publish_after_reading)
-    train(config.load(overrides=settings))
+    train(config_file.load(overrides=settings))
     assert steps == list(range(settings["steps"] + 1))
 
 
@@ -185,8 +185,8 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_it_and_the_resume_makes_up_fo
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert ["accuracy/held_out" in line for line in lines_of(metrics)] == [True, False, False]
     assert len(lines_of(tmp_path / "run" / "completions.jsonl")) == 2 * 12
-    train(config.load(overrides=job), resume=True)
-    train(config.load(overrides={**job, "name": "straight"}))
+    train(config_file.load(overrides=job), resume=True)
+    train(config_file.load(overrides={**job, "name": "straight"}))
     assert timeless(metrics) == timeless(tmp_path / "straight" / "metrics.jsonl")
     assert_equal_checkpoints(*(tmp_path / name / "checkpoints" / "step-000003" for name in ("run", "straight")))
 
@@ -203,7 +203,7 @@ def test_a_log_is_alive_in_the_warm_start_and_sigterm_there_leaves_no_run(demo, 
 
 
 def test_without_a_terminal_each_evaluation_is_a_line(settings, tmp_path, capsys):
-    train(config.load(overrides=settings))
+    train(config_file.load(overrides=settings))
     lines = [line for line in capsys.readouterr().out.splitlines() if "held out" in line]  # others come every 10 s
     held_out = [line["accuracy/held_out"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")[::2]]
     assert re.fullmatch(rf"\d:\d\d:\d\d GRPO 0/2, held out {held_out[0]:.1%}", lines[0])
@@ -220,7 +220,7 @@ def test_a_log_that_nobody_reads_any_more_does_not_stop_the_run(settings, tmp_pa
 
 
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(settings, tmp_path):
-    train(config.load(overrides={**settings, "steps": 1}))
+    train(config_file.load(overrides={**settings, "steps": 1}))
 
     def small_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -230,17 +230,17 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(settings, tmp_pa
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2 and len(errors.strip().splitlines()) == 1, errors
     assert "large" in errors and checkpoint.step_of(checkpoint.newest(tmp_path / "run" / "checkpoints")) == 1
-    train(config.load(overrides={**settings, "steps": 2}), resume=True)
+    train(config_file.load(overrides={**settings, "steps": 2}), resume=True)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", checkpoint.MANIFEST])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(settings, tmp_path, file):
-    train(config.load(overrides=settings))
+    train(config_file.load(overrides=settings))
     newest = tmp_path / "run" / "checkpoints" / "step-000002"
     whole = (newest / file).read_bytes()
     (newest / file).write_bytes(whole[:-100] + b"\0" * 100 if file == "model.safetensors" else b"[1, 2]")
     with pytest.warns(UserWarning, match=rf"step-000002 is damaged \({file} (has changed|is missing or unreadable)\)"):
-        summary = train(config.load(overrides=settings), resume=True)
+        summary = train(config_file.load(overrides=settings), resume=True)
     assert summary["steps"] == 2 and checkpoint.damage(newest) is None
     assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
@@ -283,8 +283,8 @@ def test_a_reward_that_raises_in_the_first_evaluation_costs_no_warm_start(demo, 
     assert lines_of(run / "metrics.jsonl") == []
 
     broken.unlink()
-    train(config.load(overrides={**demo, "rewards": judge}), resume=True)
-    train(config.load(overrides={**demo, "rewards": judge, "name": "straight"}))
+    train(config_file.load(overrides={**demo, "rewards": judge}), resume=True)
+    train(config_file.load(overrides={**demo, "rewards": judge, "name": "straight"}))
     straight = tmp_path / "straight"
     assert "accuracy/held_out" in lines_of(run / "metrics.jsonl")[0]
     assert timeless(run / "metrics.jsonl") == timeless(straight / "metrics.jsonl")
@@ -315,7 +315,7 @@ def test_ctrl_c_in_the_warm_start_says_that_nothing_is_saved_and_how_to_start_ag
     words = shlex.split(errors.partition("to start again: ")[2])
     assert words[0] == "redit-fast" and main(words[1:]) == 0
     assert main(words[1:]) == 2 and "holds a run already: add --resume" in capsys.readouterr().err
-    train(config.load(overrides=demo))
+    train(config_file.load(overrides=demo))
     assert timeless(tmp_path / "my run" / "metrics.jsonl") == timeless(tmp_path / "demo" / "metrics.jsonl")
 
 
@@ -323,13 +323,13 @@ def test_a_folder_of_another_kind_with_a_config_json_is_not_taken_for_a_run_that
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ValueError, match="demo holds a run already"):
-        train(config.load(overrides=demo))
+        train(config_file.load(overrides=demo))
     assert (tmp_path / "demo" / "config.json").read_text() == '{"model_type": "qwen2"}'
 
 
 def test_a_run_of_version_0_1_goes_on(settings, tmp_path):
     """Its config.json has other names for four settings, and lacks the newest."""
-    train(config.load(overrides={**settings, "steps": 1}))
+    train(config_file.load(overrides={**settings, "steps": 1}))
     path = tmp_path / "run" / "config.json"
     written = json.loads(path.read_text())
     for new in ("clip_low", "clip_high"):
@@ -351,7 +351,7 @@ def test_unscored_samples_are_counted_and_the_run_goes_on(settings, tmp_path, ca
 
 
 def test_an_existing_run_is_never_overwritten(settings, tmp_path, capsys):
-    train(config.load(overrides={**settings, "steps": 1}))
+    train(config_file.load(overrides={**settings, "steps": 1}))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert main(["train", *flags(settings)]) == 2 and "--resume" in capsys.readouterr().err
     assert main(["train", *flags({**settings, "learning_rate": 0.5}), "--resume"]) == 2
@@ -376,7 +376,7 @@ def test_an_empty_folder_becomes_the_run_and_anything_else_there_is_named(settin
 
 
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step(settings, tmp_path):
-    train(config.load(overrides={**settings, "steps": 1}))
+    train(config_file.load(overrides={**settings, "steps": 1}))
     folder = tmp_path / "run" / "checkpoints"
     for number in (999_999, 1_000_000):
         shutil.copytree(folder / "step-000001", folder / f"step-{number}")
@@ -388,7 +388,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(settings, tmp_path
 
 
 def test_steps_cannot_change_where_the_dither_counts_back_from_the_last(settings, tmp_path, capsys):
-    train(config.load(overrides={**settings, "steps": 1, "dither_schedule": "cosine_reverse"}))
+    train(config_file.load(overrides={**settings, "steps": 1, "dither_schedule": "cosine_reverse"}))
     resume = ["train", "--resume", "--name", "run", "--out-dir", str(tmp_path)]
     assert main([*resume, "--steps", "3"]) == 2
     errors = capsys.readouterr().err
@@ -397,16 +397,16 @@ def test_steps_cannot_change_where_the_dither_counts_back_from_the_last(settings
 
 
 def test_a_draft_that_a_kill_left_is_cleaned_up_by_the_next_resume(settings, tmp_path):
-    train(config.load(overrides={**settings, "steps": 1}))
+    train(config_file.load(overrides={**settings, "steps": 1}))
     folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(folder / "step-000001", folder / ".draft-000007")
-    train(config.load(overrides={**settings, "steps": 1}), resume=True)
+    train(config_file.load(overrides={**settings, "steps": 1}), resume=True)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000", "step-000001"]
 
 
 def test_a_hostile_pickle_beside_a_checkpoint_is_never_opened(settings, tmp_path):
-    train(config.load(overrides={**settings, "steps": 1}))
+    train(config_file.load(overrides={**settings, "steps": 1}))
     newest = tmp_path / "run" / "checkpoints" / "step-000001"
     (newest / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
-    train(config.load(overrides=settings), resume=True)
+    train(config_file.load(overrides=settings), resume=True)
     assert not (tmp_path / "ran").exists()

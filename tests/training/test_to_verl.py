@@ -13,7 +13,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from redit_fast.cli import main
-from redit_fast.training import config, policy, to_verl, verl_options
+from redit_fast.training import config_file, policy, to_verl, verl_options
 from redit_fast.training.config import TrainConfig
 from tests import ROOT
 
@@ -70,7 +70,7 @@ def written(settings, folder="verl", **more):
     if given["model"] is None:
         given = {name: value for name, value in given.items() if name not in ("data", "rewards")}
     try:
-        made = to_verl.to_verl(config.load(overrides=given), folder, "run")
+        made = to_verl.to_verl(config_file.load(overrides=given), folder, "run")
     except ValueError as error:
         assert not list(Path().glob(f"*{folder}*"))
         return str(error)
@@ -257,8 +257,8 @@ def test_the_command_writes_a_folder_that_bash_runs_and_overwrites_none(settings
 @pytest.mark.parametrize("name", ["a\ntouch x", "a\rimport os", "a\0", "a\udc80", "a\u2028b", "", "x" * 201])
 def test_a_name_that_no_run_can_have_is_in_no_file(settings, name):
     with pytest.raises(ValueError, match=r"^name: '.*', after the configuration's file, is none .* give a --name$"):
-        to_verl.to_verl(config.load(overrides=settings), "verl", name)
-    made = to_verl.to_verl(config.load(overrides={**settings, "name": "own"}), "verl", name)
+        to_verl.to_verl(config_file.load(overrides=settings), "verl", name)
+    made = to_verl.to_verl(config_file.load(overrides={**settings, "name": "own"}), "verl", name)
     assert (made / "run.sh").read_text().splitlines()[1].startswith("# own by verl")
 
 
@@ -266,7 +266,7 @@ def test_a_name_that_no_run_can_have_is_in_no_file(settings, name):
 def test_a_text_that_a_line_of_the_script_cannot_have_is_refused(settings, text):
     for folder in (text, f"{text}/verl"):
         with pytest.raises(ValueError, match="^--out '.*' has a control character or bytes that are not UTF-8"):
-            to_verl.to_verl(config.load(overrides=settings), folder, "run")
+            to_verl.to_verl(config_file.load(overrides=settings), folder, "run")
     with pytest.raises(ValueError, match="has a control character or bytes that are not UTF-8"):
         to_verl.hydra_value(["fine", text])
 
@@ -302,7 +302,7 @@ def test_a_full_disk_leaves_nothing(settings, monkeypatch):
     before = sorted(Path().iterdir())
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="^--out .*verl: it could not be written: No space left on device$"):
-        to_verl.to_verl(config.load(overrides=settings), "verl", "run")
+        to_verl.to_verl(config_file.load(overrides=settings), "verl", "run")
     assert sorted(Path().iterdir()) == before
 
 

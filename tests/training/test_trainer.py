@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import redit_fast as rf
 from redit_fast.cli import main
 from redit_fast.losses.config import LossType
-from redit_fast.training import config
+from redit_fast.training import config_file
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, lines_of
 
@@ -45,7 +45,7 @@ def test_a_config_file_and_flags_train_a_users_model_on_a_users_data(settings, t
     page = (run / "report.html").read_text()
     for title in ("Reward", "Accuracy", "Loss", "Entropy", "Gradient norm", "Perturbation", "Tokens a second"):
         assert f"<figcaption><span>{title}" in page
-    stored = config.load(run / "config.json")
+    stored = config_file.load(run / "config.json")
     assert stored.steps == 3 and stored.group_size == 4
 
     last = run / "checkpoints" / "step-000003"
@@ -64,7 +64,7 @@ def test_the_shipped_word_problems_train_with_the_shipped_config(settings, tmp_p
         assert main(["train", "--config", "examples/word_problems.yaml", *flags(job)]) == 0
     samples = lines_of(tmp_path / "run" / "completions.jsonl")
     assert samples[0]["rewards"].keys() == {"numeric_answer", "xml_format"}
-    assert config.load(tmp_path / "run" / "config.json").data == "examples/word_problems.jsonl"
+    assert config_file.load(tmp_path / "run" / "config.json").data == "examples/word_problems.jsonl"
 
 
 def test_the_main_job_learns_what_its_reward_pays_for(settings, tmp_path):
@@ -77,7 +77,7 @@ def test_the_main_job_learns_what_its_reward_pays_for(settings, tmp_path):
         **settings, "rewards": [f"{tmp_path}/digits:share"], "steps": 15, "prompts_per_step": 8, "group_size": 8,
         "learning_rate": 3e-3, "gr_gamma": 1e-3, "gr_epsilon": 1e-3, "eval_problems": 0, "checkpoint_every": 15,
     }  # fmt: skip
-    train(config.load(overrides=job))
+    train(config_file.load(overrides=job))
     rewards = [line["reward"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]]
     assert rewards[0] < 0.1 and rewards[-1] > 0.5
 
@@ -102,7 +102,7 @@ def varied(settings, tmp_path):
 
 @pytest.mark.parametrize("change", VARIANTS, ids=str)
 def test_every_variant_trains(varied, tmp_path, change):
-    train(config.load(overrides={**varied, **change, "steps": 1}))
+    train(config_file.load(overrides={**varied, **change, "steps": 1}))
     line = lines_of(tmp_path / "run" / "metrics.jsonl")[1]
     assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
     assert ("gr/step_cos" in line) == (change.get("gr_gamma") != 0.0)
@@ -134,7 +134,7 @@ def test_every_loss_type_trains(varied, tmp_path, monkeypatch, loss_type):
     run = {"loss_type": loss_type, "gr_pass2_ratio": "pass1", "steps": 3, "checkpoint_every": 3, "seed": 7}
     if loss_type == "dro":
         run["dro_beta"] = 0.5
-    train(config.load(overrides={**varied, **run, "eval_problems": 0}))
+    train(config_file.load(overrides={**varied, **run, "eval_problems": 0}))
     route = rf.LossConfig(loss_type, dro_beta=run.get("dro_beta")).route
     assert calls.pop(0) == (0, 7, route, 1.0)  # the trial before the run
     assert calls == [(step, 7, route, float(first)) for step in range(3) for first in (True, False)]
@@ -151,7 +151,7 @@ def test_every_loss_type_trains(varied, tmp_path, monkeypatch, loss_type):
 
 def test_the_demo_starts_from_nothing_and_its_pieces_fit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    demo = config.load(overrides={"steps": 1, "warm_start_steps": 2, "eval_problems": 8, "prompts_per_step": 2})
+    demo = config_file.load(overrides={"steps": 1, "warm_start_steps": 2, "eval_problems": 8, "prompts_per_step": 2})
     summary = train(demo)
     assert os.listdir(tmp_path / "runs") == ["demo"] and summary["accuracy_after"] is not None
     assert train(demo)["steps"] == 1 and sorted(os.listdir(tmp_path / "runs")) == ["demo", "demo-2"]

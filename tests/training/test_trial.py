@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 import redit_fast as rf
 from redit_fast.cli import main
-from redit_fast.training import builtin, config, data, policy, rewards, setup, trial
+from redit_fast.training import builtin, config_file, data, policy, rewards, setup, trial
 from redit_fast.training.rewards.functions import numeric_answer
 from tests.training.jobs import flags, lines_of
 
@@ -75,7 +75,7 @@ def test_other_designs_are_refused_by_name_before_anything_is_written(kind, sett
 
 def unpacked(kind, sizes, settings, tmp_path):
     """Why the trial pads the rows of a random model."""
-    made = config.load(overrides={**job_of(kind, sizes, settings, tmp_path), "rewards": ["exact_answer"]})
+    made = config_file.load(overrides={**job_of(kind, sizes, settings, tmp_path), "rewards": ["exact_answer"]})
     model, tokenizer = policy.load(made.model)
     function = rewards.RewardFunction("zero", lambda completions, **rest: [0.0] * len(completions))
     return trial.check(model, tokenizer, data.load(made, tokenizer), [function], rf.LossConfig(), made)
@@ -141,7 +141,7 @@ def test_a_rollout_that_is_not_the_training_pass_is_refused(break_it, settings, 
 
 
 def test_the_trial_leaves_everything_as_it_was(settings):
-    made = config.load(overrides={**settings, "rewards": ["exact_answer"], "beta": 0.1})
+    made = config_file.load(overrides={**settings, "rewards": ["exact_answer"], "beta": 0.1})
     model, tokenizer = policy.load(made.model)
     model.train()
     function = rewards.RewardFunction("draws", lambda completions, **rest: [random.random(), None])
@@ -196,7 +196,7 @@ def test_a_shipped_reward_checks_its_column_in_the_whole_file(settings, problems
 
 def test_what_the_passes_never_reach_is_frozen_and_in_the_decoder_refused_on_ranks(settings, tmp_path, monkeypatch):
     """DDP and FSDP2 wait for the gradient of every parameter that requires one."""
-    made = config.load(overrides={**settings, "rewards": ["exact_answer"]})
+    made = config_file.load(overrides={**settings, "rewards": ["exact_answer"]})
     load = policy.load
 
     def with_tower(*args):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import redit_fast as rf
-from redit_fast.training import config, report, setup
+from redit_fast.training import config_file, report, setup
 from redit_fast.training.batch import Batch
 from redit_fast.training.metrics import over_updates
 from redit_fast.training.trainer import train
@@ -35,7 +35,7 @@ def test_every_pass_but_the_first_has_the_rollouts_log_probs(job, tmp_path, monk
         return out
 
     monkeypatch.setattr(rf, "linear_grpo_loss", recorded)
-    train(config.load(overrides={**job, "gr_pass2_ratio": ratio}))
+    train(config_file.load(overrides={**job, "gr_pass2_ratio": ratio}))
     _, *calls = calls  # the trial's
     assert len(calls) == 2 * 3 * 2
     for step in (0, 1):
@@ -54,7 +54,7 @@ def test_every_pass_but_the_first_has_the_rollouts_log_probs(job, tmp_path, monk
 
 
 def test_the_learning_rate_falls_over_the_optimizer_steps(job, tmp_path):
-    made = config.load(overrides=job)
+    made = config_file.load(overrides=job)
     rates = [setup.learning_rate(made)(number) for number in range(6)]
     assert rates == pytest.approx([0, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
     train(made)
@@ -62,7 +62,7 @@ def test_the_learning_rate_falls_over_the_optimizer_steps(job, tmp_path):
 
 
 def test_a_stop_between_two_updates_waits_for_the_last_and_the_run_goes_on_bit_by_bit(job, tmp_path, monkeypatch):
-    train(config.load(overrides={**job, "name": "whole"}))
+    train(config_file.load(overrides={**job, "name": "whole"}))
     backward, passes = Batch.backward, []
 
     def stopped(*args, **options):
@@ -72,7 +72,7 @@ def test_a_stop_between_two_updates_waits_for_the_last_and_the_run_goes_on_bit_b
         return backward(*args, **options)
 
     monkeypatch.setattr(Batch, "backward", stopped)
-    halves = config.load(overrides={**job, "name": "halves"})
+    halves = config_file.load(overrides={**job, "name": "halves"})
     with pytest.raises(KeyboardInterrupt, match="stopped after step 1 of 2"):
         train(halves)
     assert len(passes) == 1 + 6
@@ -95,7 +95,11 @@ def test_samples_that_are_cut_off_and_masked_have_no_part_in_any_update(job, tmp
         "steps": 1,
     }
     with pytest.warns(UserWarning, match="a KL term and gradient regularisation are both"):
-        train(config.load(overrides={**job, "prompts_per_step": 8, "lr_scheduler_type": "constant", "warmup_steps": 0}))
+        train(
+            config_file.load(
+                overrides={**job, "prompts_per_step": 8, "lr_scheduler_type": "constant", "warmup_steps": 0}
+            )
+        )
     for line in lines_of(tmp_path / "run" / "metrics.jsonl")[1:]:
         assert 0 < line["completions/clipped_ratio"] < 1
         unknown = {name for name, value in line.items() if value is None}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from redit_fast.training import builtin, config, lora, policy, report
+from redit_fast.training import builtin, config_file, lora, policy, report
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.rollout import EngineError
 from redit_fast.training.rollout.server import Server
@@ -177,7 +177,7 @@ def test_a_model_learns_from_its_completions(url, folder, tmp_path, monkeypatch,
         "max_completion_length": 24, "eval_problems": 0, "temperature": 0.9, "rollout": url, "rollout_timeout": 60,
         "gr_gamma": 0, **({"lora_rank": 8, "learning_rate": 2e-2} if adapters else {"learning_rate": 2e-3}),
     }  # fmt: skip
-    train(config.load(overrides=settings))
+    train(config_file.load(overrides=settings))
     lines = [line for line in lines_of(tmp_path / "run" / "metrics.jsonl") if line["step"]]
     rewards = [line["reward"] for line in lines]
     gaps = [line["sampling/sampling_logp_difference/max"] for line in lines]

@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib import rc_context
 
 from redit_fast.pictures import STYLE
-from redit_fast.training import config as train_config
+from redit_fast.training import config_file
 from redit_fast.training.report import curves, page, panels, samples
 from redit_fast.training.report.summary import totals
 
@@ -53,7 +53,7 @@ def read(run_dir: str | Path) -> page.Run:
     folder = Path(run_dir)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no run: it has no config.json")
-    config, metrics, summary = train_config.load(folder / "config.json"), metrics_of(folder), _summary(folder)
+    config, metrics, summary = config_file.load(folder / "config.json"), metrics_of(folder), _summary(folder)
     weights, completions = config.reward_weights or [1.0] * len(config.rewards), folder / "completions.jsonl"
     try:
         shown = samples.chosen(each_row(completions), weights)
