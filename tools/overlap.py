@@ -1,6 +1,6 @@
-"""Whether two runs of `redit-fast bench` on one machine agree: python -m tools.overlap FIRST.json [...] -- SECOND.json [...]
+"""Whether two runs of `redit-fast bench` on one machine agree: python -m tools.overlap FIRST.json ... -- SECOND.json ...
 
-Prints the share of ratios whose intervals, from the 10th to the 90th percentile, have a point in common, and the others.
+Prints the share of ratios whose intervals, 10th to 90th percentile, have a point in common, and the others.
 Stores the second run's ratios, of which docs/benchmarks.md tells beside those of the run that it shows.
 """
 
@@ -43,9 +43,8 @@ def told(first: Ratios, second: Ratios) -> str:
 def read(names: list[str]) -> tuple[Ratios, set[str]]:
     """The ratios of several files, and the commits that they were made at."""
     runs = [json.loads(Path(name).read_text()) for name in names]
-    return {key: value for run in runs for key, value in ratios(run).items()}, {
-        run["machine"]["commit"] for run in runs
-    }
+    found = {key: value for run in runs for key, value in ratios(run).items()}
+    return found, {run["machine"]["commit"] for run in runs}
 
 
 def main() -> None:
