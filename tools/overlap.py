@@ -1,4 +1,4 @@
-"""Whether two runs of `redit-fast bench` on one machine agree: python -m tools.overlap FIRST.json ... -- SECOND.json ...
+"""Whether two runs of `redit-fast bench` on one machine agree: python -m tools.overlap FIRST.json .. -- SECOND.json ..
 
 Prints the share of ratios whose intervals, 10th to 90th percentile, have a point in common, and the others.
 Stores the second run's ratios, of which docs/benchmarks.md tells beside those of the run that it shows.
