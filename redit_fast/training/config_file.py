@@ -18,6 +18,7 @@ from redit_fast.checks import given
 from redit_fast.known_names import RENAMED, hint, under_new_names
 from redit_fast.training import config_errors
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_values import is_url, loaded_reward
 
 
 def load(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> TrainConfig:
@@ -169,9 +170,13 @@ def placed(value: str, folder: Path) -> str:
 
 
 def placed_reward(reward: object, folder: Path) -> object:
-    """`module:function`, or `FOLDER/module:function` when the module is in `folder` and not in the current one."""
+    """`module:function`, or `FOLDER/module:function` when the module is in `folder` and not in the current one; the
+    path of `model:PATH` and `judge:PATH` as `placed`."""
     if not isinstance(reward, str) or ":" not in reward:
         return reward
+    if loaded := loaded_reward(reward):
+        kind, place = loaded
+        return f"{kind}:{place if is_url(place) else placed(place, folder)}"
     sub, _, module = reward.rpartition(":")[0].rpartition("/")
     here, there = module_file(Path(sub), module), module_file(folder / sub, module)
     return f"{(folder / sub).as_posix()}/{module}:{reward.rpartition(':')[2]}" if here is None and there else reward

@@ -157,7 +157,7 @@ def _loaded(folder: Path, settings: TrainConfig) -> tuple[PreTrainedModel, Token
 
 def _parts(settings: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> setup.Parts:
     dataset = setup.dataset(settings, model, tokenizer)
-    functions = rewards.resolve(settings.rewards, data.columns_of(dataset.train[:1]))
+    functions = rewards.resolve(settings.rewards, data.columns_of(dataset.train[:1]), settings)
     trial.check_columns(dataset, functions)
     ends, loss = policy.end_tokens(model, tokenizer), setup.loss_config(settings, model)
     return setup.Parts(

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from redit_fast.training import builtin
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import module_file
+from redit_fast.training.config_values import is_url, loaded_reward
 from redit_fast.training.rewards import answers
 from redit_fast.training.rewards.user_code import INSTALLED, source_of
 
@@ -34,15 +35,19 @@ DESCRIPTIONS = (
 
 def of(config: TrainConfig) -> Inputs:
     """Of every file that the run reads; a model that is not at hand has none."""
-    modules = {}
+    found: Inputs = {"reward module": {}}
     for name in config.rewards:
+        if loaded := loaded_reward(name):
+            if not is_url(loaded[1]):
+                found.setdefault("reward model", {}).update(_model(loaded[1]))
+            continue
         for module, file in _sources(name).items():
-            modules[module] = _digest(file, f"reward module {file}")
+            found["reward module"][module] = _digest(file, f"reward module {file}")
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
-        return {"reward module": modules, "the demo": {builtin.__name__: demo}}
+        return found | {"the demo": {builtin.__name__: demo}}
     data = {file: _digest(Path(file), f"data {file}") for file in (config.data, config.eval_data) if file is not None}
-    return {"reward module": modules, "data": data, "model": _model(config.model)}
+    return found | {"data": data, "model": _model(config.model)}
 
 
 def checked(now: Inputs, run: Path, *, accept_changed: bool, adapters: bool = False) -> Inputs:

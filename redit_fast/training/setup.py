@@ -188,7 +188,7 @@ def parts(config: TrainConfig, saved: Path | None) -> Parts:
     else:
         model, tokenizer = policy.load(saved or str(config.model), device, config.dtype)
     records = dataset(config, model, tokenizer)
-    functions = rewards.resolve(config.rewards, data.columns_of(records.train[:1]))
+    functions = rewards.resolve(config.rewards, data.columns_of(records.train[:1]), config)
     settings = loss_config(config, model)
     ends = policy.end_tokens(model, tokenizer)
     policy.check_head(model, tokenizer, settings)
