@@ -62,7 +62,7 @@ def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple
         if key not in TrainConfig.model_fields:
             raise ValueError(f"{where(key)}unknown key {key!r}{hint(key, TrainConfig.model_fields, repr)}")
     folder = Path() if path is None else Path(path).parent
-    for field in ("model", "data", "eval_data"):
+    for field in ("model", "data", "eval_data", "judge_template"):
         if isinstance(values.get(field), str):
             values[field] = placed(values[field], folder)
     values.update(overrides)

@@ -59,8 +59,8 @@ def resolve(names: Sequence[str], columns: Iterable[str], config: TrainConfig | 
         RewardError: one sentence naming the function, and the module that was looked for.
         ValueError: a reward model, a judge or its template cannot be loaded.
     """
-    functions = []
-    for name in names:
+    functions, scales = [], None if config is None else config.reward_scales
+    for k, name in enumerate(names):
         fn = _found(name, config)
         with UserCode(f"rewards: reward_scale of {name!r}"):
             scale = getattr(fn, "reward_scale", 1.0)
@@ -74,7 +74,7 @@ def resolve(names: Sequence[str], columns: Iterable[str], config: TrainConfig | 
             raise RewardError(f"rewards: {name!r}: {error}; the data has the columns {', '.join(columns)}") from None
         except ValueError:  # of builtins
             raise RewardError(f"rewards: {name!r} does not say which arguments it takes, needs a function") from None
-        functions.append(RewardFunction(_short(name), fn, float(scale)))
+        functions.append(RewardFunction(_short(name), fn, float(scale if scales is None else scales[k])))
     twice = {f.name for f in functions if sum(f.name == other.name for other in functions) > 1}
     if twice:
         raise RewardError(f"rewards: more than one function is named {min(twice)!r}, the metrics need distinct names")
