@@ -40,8 +40,8 @@ def printed(path: str | Path | None = None, overrides: Mapping[str, object] | No
         ValueError: as `load`, of what is there.
     """
     values, where, notes = _gathered(path, overrides or {})
-    weights = values.get("reward_weights")
-    stand_ins = {"data": "-", "rewards": ["-"] * (len(weights) if weights and isinstance(weights, list) else 1)}
+    sized = values.get("reward_weights") or values.get("reward_scales")
+    stand_ins = {"data": "-", "rewards": ["-"] * (len(sized) if sized and isinstance(sized, list) else 1)}
     unset = [name for name in stand_ins if values.get("model") is not None and values.get(name) is None]
     return _checked(values | {name: stand_ins[name] for name in unset}, where, notes).to_yaml(unset)
 

@@ -84,7 +84,7 @@ def loaded_reward(reward: str) -> tuple[str, str] | None:
 
 
 def is_url(place: str) -> bool:
-    return "://" in place
+    return "://" in place or place.startswith(("http:", "https:"))
 
 
 def free_name(model: str | None, out_dir: str) -> str:

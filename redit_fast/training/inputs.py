@@ -1,4 +1,4 @@
-"""What a run was started with, by content: its data, reward modules and start model, kept in inputs.json.
+"""What a run was started with, by content: its data, start model, reward modules and models, kept in inputs.json.
 
 The settings name these files; a run that goes on with the same settings on other files is another run.
 """
