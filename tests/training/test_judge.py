@@ -1,6 +1,7 @@
 """The reward `judge:PATH_OR_URL`: what it asks, what it makes of answers, and what servers that fail come to."""
 
 import json
+import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -24,7 +25,8 @@ OWN = {"model": "m", "data": "d.jsonl"}
 
 
 def config(place="http://127.0.0.1:1", **more):
-    return TrainConfig(**{**OWN, "rewards": [f"judge:{place}"], "rollout_retries": 0, **more})
+    served = {"rollout_retries": 0} if str(place).startswith("http") else {}
+    return TrainConfig(**{**OWN, "rewards": [f"judge:{place}"], **served, **more})
 
 
 def judged(judge, completions, prompts=None, **columns):
@@ -55,7 +57,7 @@ class FakeChat(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.seen, self.headers = [], []
+        self.seen, self.keys = [], []
         self.grades, self.fault, self.good = [], None, 0  # of the questions after the first `good` ones
 
     def handle_error(self, request, address):
@@ -75,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.seen.append((self.path, body))
-        server.headers.append(dict(self.headers))
+        server.keys.append(self.headers["Authorization"])
         if server.fault is not None and len(server.seen) > server.good:
             return server.fault(self)
         grade = server.grades.pop(0) if server.grades else 5
@@ -147,7 +149,7 @@ def write(path, text):
 def test_a_template_of_ones_own_is_filled_once(chat, tmp_path):
     file = write(tmp_path / "t.txt", "{prompt}|{completion}|{answer}|{level}|{{completion}} {} { x }\n")
     judge = Judge(chat.url, config(chat.url, judge_template=file))
-    hostile = r"{answer} {{answer}} {0} \1 \g<0> %s {completion} \ud800".encode().decode("unicode_escape")
+    hostile = r"{answer} {{answer}} {0} \1 \g<0> %s {completion} " + "\ud800"
     columns = {"answer": ["{level}"], "level": [{"hard": None}]}
     prompt = [{"role": "user", "content": "{answer}?"}]
     judge(prompts=[prompt], completions=[[{"role": "assistant", "content": hostile}]], **columns)
@@ -230,7 +232,7 @@ def test_what_a_server_does_not_answer_is_unscored_until_there_is_too_much_of_it
     assert "\n" not in sentence and "k-123" not in sentence + told
     chat.fault = None
     assert judged(judge, ["a"]) == [2.0] and judge.ask.failed == 0
-    assert all(headers["Authorization"] == "Bearer k-123" for headers in chat.headers)
+    assert set(chat.keys) == {"Bearer k-123"}
 
 
 def test_a_refusal_without_a_text_is_an_answer_without_a_grade(chat):
@@ -272,7 +274,7 @@ def grader(tmp_path_factory):
     return folder
 
 
-COMPLETIONS = [f"so {n}" for n in range(12)]
+COMPLETIONS = [f"so {n}" for n in range(40)]
 
 
 def test_a_local_judge_answers_by_seed_and_question(grader):
@@ -300,7 +302,7 @@ def test_a_question_that_is_longer_than_the_context_is_unscored(grader):
 
 def test_a_special_token_in_a_completion_is_plain_text_to_a_local_judge(grader):
     ask = Judge(str(grader), config(grader)).ask
-    (end,) = {ask.tokenizer.eos_token}
+    end = ask.tokenizer.eos_token
     assert ask.tokenizer.eos_token_id in ask.tokenizer(f"a{end}b")["input_ids"]
     assert ask.tokenizer.eos_token_id not in ask._rendered(f"a{end}b{end[:3]}{end}{end[3:]}")
 
@@ -327,6 +329,10 @@ def test_a_module_of_the_users_own_with_a_reserved_name_is_named_with_the_way_ou
             resolve([name], [])
         assert f"rewards: {name!r} is a " in str(error.value) and f"{file} write {way!r}" in str(error.value)
     assert score(resolve(["./judge:f"], []), ["q"], ["c"], {}).item() == 3.0
+    del sys.modules["judge"]
+    write(tmp_path / "elsewhere" / "c.yaml", "model: m\ndata: d\nrewards: [model:f]")
+    with pytest.raises(ValueError, match=r"rewards: 'model:f' is a model in .* write 'elsewhere/model:f'$"):
+        config_file.load("elsewhere/c.yaml")
     with pytest.raises(RewardError, match="'judge:a/b' needs the settings of a run"):
         resolve(["judge:a/b"], [])
 
@@ -369,7 +375,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("settings", "sentence"), BAD)
-def test_bad_settings_are_one_sentence_without_a_password(settings, sentence, tmp_path, capsys):
+def test_bad_settings_are_one_sentence_without_a_password(settings, sentence):
     given = {**OWN, "rewards": ["exact_answer"], **settings}
     with pytest.raises(ValueError) as error:
         config_file.load(None, given)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from redit_fast.training.rewards.functions import SHIPPED
 from redit_fast.training.rewards.math_answer import CHILD
 from redit_fast.training.rewards.user_code import RewardError
 
-pytest.importorskip("math_verify", reason="math-verify is not installed: the reward math needs it")
+if find_spec("math_verify") is None:
+    pytest.skip("math-verify is not installed: the reward math needs it", allow_module_level=True)
 
 
 def math(completion, answer):
@@ -146,7 +148,7 @@ HOSTILE = [
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A deadline that a hang may be waited for; the question before it has the imports of the process behind it."""
+    """A deadline that a hang may be waited for."""
     math("1", "1")
     monkeypatch.setattr(math_answer, "DEADLINE", 1.0)
 

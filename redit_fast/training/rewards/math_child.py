@@ -52,7 +52,7 @@ def _limit() -> None:
 def main() -> None:
     pipe = Connection(int(sys.argv[1]))
     try:
-        import math_verify  # noqa: F401
+        verdict("1", "1", False)  # with all imports, some of which come with the first formula
     except ImportError as error:
         pipe.send_bytes(str(error).encode("utf-8", "replace"))
         return
