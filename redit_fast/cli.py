@@ -267,7 +267,8 @@ def _add_fields(parser: argparse.ArgumentParser, names: Collection[str]) -> None
             listed = name in ("rewards", "reward_weights", "reward_scales", "lora_targets")
             many: dict = {"nargs": "+", "action": _Once} if listed else {}
             kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
-            word = "N" if int in kinds else "X" if float in kinds or name in ("reward_weights", "reward_scales") else "TEXT"
+            many_numbers = name in ("reward_weights", "reward_scales")
+            word = "N" if int in kinds else "X" if float in kinds or many_numbers else "TEXT"
             group.add_argument(flag(name), metavar=word, default=argparse.SUPPRESS, help=text, **many)
 
 

@@ -64,8 +64,8 @@ class TrainConfig(BaseModel):
     rewards: list[str] = Field(
         min_length=1,
         description="Reward functions: shipped names, package.module:function looked up in the current folder, the "
-        "config's folder and sys.path, model:PATH for a reward model, judge:PATH or judge:URL for a language model that "
-        "grades. Accuracy is the share of completions whose first reward is above 0.",
+        "config's folder and sys.path, model:PATH for a reward model, judge:PATH or judge:URL for a language model as a "
+        "judge. Accuracy is the share of completions whose first reward is above 0.",
     )
     reward_weights: list[float] | None = Field(None, description="One weight for each reward function; none is 1 each.")
     reward_scales: list[float] | None = Field(
@@ -85,7 +85,7 @@ class TrainConfig(BaseModel):
     judge_top_p: float = Field(0.8, gt=0, le=1, description="A judge draws the most likely tokens that reach it.")
     judge_max_tokens: int = Field(128, ge=1, description="Tokens after which a judge's answer is cut off.")
     judge_failures: int = Field(
-        16, ge=1, description="Questions in a row that the server at a judge's URL leaves unanswered before a run stops."
+        16, ge=1, description="Questions in a row without an answer after which a judge's URL stops the run."
     )
     name: str | None = Field(
         None, description="Folder of the run inside out_dir; none takes the first free of demo, demo-2, ..."

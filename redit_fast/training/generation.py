@@ -43,8 +43,8 @@ OF_A_JUDGE = (
     "judge_template", "judge_model", "judge_temperature", "judge_top_p", "judge_max_tokens", "judge_failures",
 )  # fmt: skip
 OF_A_RUN = (
-    "rewards", "reward_weights", *OF_A_JUDGE, "system_prompt", "max_completion_length", "max_prompt_length", "temperature", "top_p",
-    "dtype", "device",
+    "rewards", "reward_weights", *OF_A_JUDGE, "system_prompt", "max_completion_length", "max_prompt_length",
+    "temperature", "top_p", "dtype", "device",
 )  # fmt: skip
 SETTINGS = (*OF_A_RUN, "data", "seed", "long_prompts", "rollout", "rollout_timeout", "rollout_retries")  # the flags
 STEP = 2**32 - 3  # of the random numbers: no training step has it

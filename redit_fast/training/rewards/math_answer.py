@@ -64,6 +64,7 @@ class Child:
 
     def _start(self) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = Pipe()
+        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         with theirs:
             try:
                 process = subprocess.Popen(
@@ -73,7 +74,7 @@ class Child:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
-                    env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | {"PYTHONHASHSEED": "0"},
+                    env=environment | {"PYTHONHASHSEED": "0"},
                     start_new_session=True,  # a Ctrl-C is for this process
                 )
             except OSError as error:
