@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from redit_fast.training import data
 from redit_fast.training.config import TrainConfig
@@ -61,6 +62,7 @@ class Judge:
 
     def __init__(self, place: str, config: TrainConfig) -> None:
         self.template = _template(config.judge_template)
+        self.names = list(dict.fromkeys(filter(None, _PLACE.findall(self.template))))
         self.ask: Callable[[list[str]], list[str | None]]
         self.ask = Served(place, config) if is_url(place) else Local(place, config)
         self.warned = False  # of an answer without a grade
@@ -71,17 +73,15 @@ class Judge:
         Raises:
             RewardError: the template names a column that is not there; a server gives no answers.
         """
-        values = {name: [_text(value) for value in column] for name, column in columns.items()}
-        values["prompt"] = [data.text_of(prompt) for prompt in prompts]
-        values["completion"] = [data.text_of(completion) for completion in completions]
-        for name in _PLACE.findall(self.template):
-            if name and name not in values:
+        given = {**columns, "prompt": prompts, "completion": completions}
+        for name in self.names:
+            if name not in given:
                 raise RewardError(
-                    f"judge_template: it names {{{name}}}, which is none of {', '.join(values)}: needs a template of "
+                    f"judge_template: it names {{{name}}}, which is none of {', '.join(given)}: needs a template of "
                     f"these, and {{{{{name}}}}} where braces are meant"
                 )
-        rows = zip(*values.values(), strict=True)
-        questions = [_filled(self.template, dict(zip(values, row, strict=True))) for row in rows]
+        rows = zip(*([_text(name, value) for value in given[name]] for name in self.names), strict=True)
+        questions = [_filled(self.template, dict(zip(self.names, row, strict=True))) for row in rows]
         distinct = list(dict.fromkeys(questions))
         rewards = dict(zip(distinct, map(self._reward, self.ask(distinct)), strict=True))
         return [rewards[question] for question in questions]
@@ -121,8 +121,10 @@ def _template(path: str | None) -> str:
     return text
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str) or name in ("prompt", "completion"):
+        return data.text_of(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
