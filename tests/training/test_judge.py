@@ -98,7 +98,10 @@ def test_a_template_of_ones_own_is_filled_once(chat, tmp_path):
     judge(prompts=[prompt], completions=[[{"role": "assistant", "content": hostile}]], **columns)
     ((_, body),) = chat.seen
     shown = hostile.replace("\ud800", "?")
-    assert body["messages"][0]["content"] == f'{{answer}}?|{shown}|{{level}}|{{"hard": null}}|{{completion}} {{}} {{ x }}\n'
+    assert (
+        body["messages"][0]["content"]
+        == f'{{answer}}?|{shown}|{{level}}|{{"hard": null}}|{{completion}} {{}} {{ x }}\n'
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,9 @@ def test_a_template_that_cannot_be_used_is_named(tmp_path, text, sentence):
 
 
 def test_a_column_that_the_data_lacks_is_named(chat):
-    with pytest.raises(RewardError, match=r"^judge_template: it names \{answer\}, which is none of level, prompt, comp"):
+    with pytest.raises(
+        RewardError, match=r"^judge_template: it names \{answer\}, which is none of level, prompt, comp"
+    ):
         judged(Judge(chat.url, config(chat.url)), ["c"], level=[1])
     assert not chat.seen
 

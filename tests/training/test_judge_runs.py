@@ -61,7 +61,9 @@ def test_paths_of_a_configuration_are_looked_up_as_those_of_the_model(tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub" / "grader").mkdir(parents=True)
     write(tmp_path / "sub" / "t.txt", "{completion}")
-    text = "model: m\ndata: d\njudge_template: t.txt\nrewards: [judge:grader, model:grader, model:o/n, judge:http://h:1]"
+    text = (
+        "model: m\ndata: d\njudge_template: t.txt\nrewards: [judge:grader, model:grader, model:o/n, judge:http://h:1]"
+    )
     write(tmp_path / "sub" / "c.yaml", text)
     found = config_file.load("sub/c.yaml")
     assert found.rewards == ["judge:sub/grader", "model:sub/grader", "model:o/n", "judge:http://h:1"]
