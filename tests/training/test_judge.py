@@ -150,7 +150,10 @@ FAULTS = {
     "deep JSON": (of(b"[" * 100_000), "no answer of a chat's shape"),
     "other JSON": (of([1]), "no answer of a chat's shape"),
     "no choice": (of({"choices": []}), "no answer of a chat's shape: choices: "),
-    "a number": (of({"choices": [{"message": {"content": 5}}]}), "choices.0.message.content: "),
+    "a number": (
+        of({"choices": [{"message": {"content": 5}}]}),
+        "no answer of a chat's shape: choices.0.message.content: ",
+    ),
     "not UTF-8": (of(b'{"choices": [{"message": {"content": "\xff"}}]}'), "no answer of a chat's shape"),
     "too long": (of(b" " * (2 << 20)), "an answer of more than"),
 }
@@ -204,7 +207,7 @@ COMPLETIONS = [f"so {n}" for n in range(40)]
 
 
 def test_a_local_judge_answers_by_seed_and_question(grader):
-    local = config(grader, judge_max_tokens=1)
+    local = config(grader, judge_max_tokens=1, judge_top_p=1.0)
     found = judged(Judge(str(grader), local), COMPLETIONS)
     assert set(found) == {0.0, 0.5, 1.0, 1.5, 2.0}
     judge = Judge(str(grader), local)

@@ -83,8 +83,9 @@ def math(prompts, completions, answer, **columns) -> list[float | None]:
     \frac{1}{2}, sets, intervals, matrices, equations.
 
     The answer is what is between answer tags, else what math-verify finds: the last formula with \boxed{}, several of
-    these without dollar signs as a set, else the last formula or number. `answer` may be LaTeX, boxed or bare. None where `answer` cannot be read as mathematics, and where reading the completion
-    has not come to an end (`math_answer.DEADLINE`).
+    these without dollar signs as a set, else the last formula or number. `answer` may be LaTeX, boxed or bare.
+    None where `answer` cannot be read as mathematics, and where the comparison has not come to an end
+    (`math_answer.DEADLINE`).
     """
     texts = [text_of(completion) for completion in completions]
     return [
