@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from redit_fast.benchmarks import table
+from tools import overlap
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu"
 BUDGETS = Path(__file__).parent.parent / "tests" / "budgets.json"
@@ -70,6 +71,17 @@ def machine() -> str:
         ("best GFLOP/s", ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in products.items())),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines)])
+
+
+def retest() -> str:
+    """How far a second run of the same commands on the same machine agrees."""
+    again = json.loads(overlap.STORED.read_text())
+    first = overlap.ratios(results("bench")) | overlap.ratios(results("step"))
+    where = "the same commit" if again["commit"] == results()["machine"]["commit"] else f"commit `{again['commit']}`"
+    return (
+        f"Measured a second time on this machine, at {where}: the intervals, 10th to 90th percentile, of "
+        f"{overlap.told(first, again['ratios'])} have a point in common."
+    )
 
 
 def suite(name: str) -> str:

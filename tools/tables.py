@@ -105,6 +105,7 @@ BLOCKS = {  # page, marker -> what stands there
     ("docs/demo.md", "demo table"): demo_table.table,
     ("README.md", "benchmarks"): bench_tables.readme,
     ("docs/benchmarks.md", "machine"): bench_tables.machine,
+    ("docs/benchmarks.md", "retest"): bench_tables.retest,
     **{("docs/benchmarks.md", name): partial(bench_tables.suite, name) for name in SUITES},
     ("docs/benchmarks.md", "absent"): bench_tables.absent,
     ("docs/benchmarks.md", "goals"): bench_tables.goals,

@@ -185,6 +185,8 @@ def parts(config: TrainConfig, saved: Path | None) -> Parts:
     """
     device: Any = device_of(config)
     base = None
+    if config.model is not None and saved is None:
+        checkpoint.check(Path(config.model).expanduser())
     if config.lora_rank is not None:
         extras.need("lora", "lora_rank")
         model, tokenizer = policy.load(str(config.model), device, config.dtype)

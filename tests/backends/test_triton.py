@@ -29,19 +29,13 @@ JITFunction = pytest.importorskip("triton.runtime.jit").JITFunction
 
 FUSED = [config for name, config in LOSSES.items() if name not in ("gspo", "entropy")]
 
-SUITES = [
-    "linear_loss",
-    "token_loss",
-    "advantages",
-    "regularize",
-    "params",
-    "triton_interpreted",
-    "linear_rows",
-    "linear_whole",
-    "triton_traffic",
-    "heads",
-    "primitives",
-]  # the longest first
+# A process each, which takes 6 CPU seconds to begin; the longest first.
+SUITES = {
+    "the head": ["linear_loss", "linear_rows", "linear_whole", "heads"],
+    "logits": ["token_loss", "primitives", "triton_traffic"],
+    "advantages": ["advantages", "triton_interpreted"],
+    "parameters": ["params", "regularize"],
+}
 
 # `make test` interprets one case a regime: of three dtypes the second, bfloat16; of the head, whose kernels know no
 # loss, two losses, and 50257 columns under softcap alone; of its inputs all at once need gradients, which are dense and
@@ -50,7 +44,7 @@ SUITES = [
 # advantages' divisors the default one, and of their shuffled groups those of test_triton_interpreted.py; of the
 # modes without gradients and of a process's defaults nothing.
 ALL = "KERNEL_ARCHS" in os.environ
-SUITES += ["no_grad", "default_device"] if ALL else []  # which are about the ops, not about their kernels
+SUITES |= {"modes": ["no_grad", "default_device"]} if ALL else {}  # which are about the ops, not about their kernels
 REPEATED = (
     "dtype0", "dtype2", "triton-0.0-0-", "changes_nothing[triton-float64]", "changes_nothing[triton-bfloat16]",
     "(linear_grpo_loss_is_policy_loss and not grpo-kl and not entropy)",
@@ -73,14 +67,15 @@ compiled = pytest.mark.skipif(interpreted, reason="TRITON_INTERPRET is set: kern
 
 
 @compiled
-@pytest.mark.parametrize("suite", SUITES)
-def test_the_interpreter_passes_the_test_bodies_of_every_backend(suite):
+@pytest.mark.parametrize("suites", SUITES.values(), ids=SUITES)
+def test_the_interpreter_passes_the_test_bodies_of_every_backend(suites):
     """In a process of its own, since kernels are decorated when they are imported."""
-    (file,) = (ROOT / "tests").glob(f"*/test_{suite}.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CASES, file]
+    files = [file for suite in suites for file in (ROOT / "tests").glob(f"*/test_{suite}.py")]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", CASES, *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    ran = set(re.findall(r"test_(\w+)\.py::.* PASSED", done.stdout))
+    assert done.returncode == 0 and ran == set(suites), done.stdout + done.stderr
 
 
 @compiled

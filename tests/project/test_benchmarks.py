@@ -360,7 +360,9 @@ def test_two_runs_are_compared_by_the_intervals_of_their_ratios():
     second = json.loads(json.dumps(first))
     first["tables"][0]["rows"][1].update(times_p10=1.0, times_p90=2.0)
     second["tables"][0]["rows"][1].update(times_p10=2.1, times_p90=3.0)
-    assert [key[-1] for key in overlap.apart(first, second)] == ["peer"] and overlap.apart(first, first) == []
+    one, other = overlap.ratios(first), overlap.ratios(second)
+    assert [key.split(" | ")[-1] for key in overlap.apart(one, other)] == ["peer"] and overlap.apart(one, one) == []
+    assert overlap.told(one, one).startswith("100.0% of ") and not overlap.told(one, other).startswith("100")
 
 
 def test_the_report_needs_nothing_else(tmp_path):

@@ -94,8 +94,10 @@ def test_a_checkpoint_with_adapters_is_the_merged_model(settings, prompts, tmp_p
 
 def check_damaged(folder, why, words, capsys):
     before = sorted(folder.parent.iterdir())
-    assert main(["generate", str(folder), *words]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"redit-fast: checkpoint {folder} is damaged ({why})"
+    own = ["--data", words[1], "--rewards", "redit_fast.training.builtin:right_steps", "--out-dir", str(folder.parent)]
+    for command in (["generate", str(folder), *words], ["train", "--model", str(folder), *own]):
+        assert main(command) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"redit-fast: checkpoint {folder} is damaged ({why})"
     assert sorted(folder.parent.iterdir()) == before
 
 

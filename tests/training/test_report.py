@@ -455,3 +455,10 @@ def test_the_environment_names_the_versions_that_run():
 
     versions = environment()["versions"]
     assert versions["torch"] == torch.__version__ and set(versions) >= {"python", "redit-fast", "transformers"}
+
+
+def test_the_page_says_what_the_run_warns_of_and_where_help_is(run):
+    assert "choosing.md" not in page_of(run).text
+    write(run / "metrics.jsonl", [row | {"frac_reward_zero_std": 0.75} for row in metrics(12)])
+    page = page_of(run)
+    assert "75% of the groups" in page.text and "docs/choosing.md#dead-groups" in page.text

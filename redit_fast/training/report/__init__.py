@@ -16,7 +16,7 @@ from matplotlib import rc_context
 
 from redit_fast.pictures import STYLE
 from redit_fast.training import config_file
-from redit_fast.training.report import curves, page, panels, samples
+from redit_fast.training.report import curves, findings, page, panels, samples
 from redit_fast.training.report.summary import totals
 
 OF_SCHEMA_1 = {
@@ -64,6 +64,7 @@ def read(run_dir: str | Path) -> page.Run:
         config=config,
         metrics=metrics,
         sections=panels.of_run(config, metrics),
+        findings=findings.of_run(config, metrics, summary.get("eval_problems") or config.eval_problems),
         samples=shown,
         summary=totals(metrics) | summary,
         ended=bool(summary),

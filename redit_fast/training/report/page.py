@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from redit_fast.training import config as train_config
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.report import svg
+from redit_fast.training.report.findings import Finding
 from redit_fast.training.report.panels import POINTS, Section
 from redit_fast.training.report.samples import Step
 from redit_fast.training.report.summary import closing_rows, duration, environment
@@ -28,6 +29,7 @@ class Run:
     config: TrainConfig
     metrics: list[dict]
     sections: list[Section]  # of its curves
+    findings: list[Finding]
     samples: list[Step]
     summary: dict  # `summary.totals`, and once the run has ended all of its summary.json
     ended: bool

@@ -179,10 +179,10 @@ def _curve(
     greatest in it.
     """
     rows = [row for row in metrics if key in row]
-    values = [_number(row[key]) for row in rows]
+    values = [drawable(row[key]) for row in rows]
     if not any(map(math.isfinite, values)):
         return []
-    reach = [_number(row.get(around)) for row in rows] if around else [0.0] * len(rows)
+    reach = [drawable(row.get(around)) for row in rows] if around else [0.0] * len(rows)
     size = math.ceil(len(rows) / POINTS)
     steps, means, lows, highs = [], [], [], []
     for start in range(0, len(rows), size):
@@ -197,7 +197,7 @@ def _curve(
     return [Curve(label, colour, steps, means, lows if banded else [], highs if banded else [], dots, dashed)]
 
 
-def _number(value: object) -> float:
+def drawable(value: object) -> float:
     """NaN for null, and for what no axis has room for."""
     number = as_float(value) if isinstance(value, int | float) else math.nan
     return number if abs(number) < LARGEST else math.nan
