@@ -21,6 +21,8 @@ Strategy = Literal["ddp", "fsdp2"]
 Packing = Literal["auto", "on", "off"]
 Overlong = Literal["keep", "mask"]
 LOCAL, PAGED = "local", "paged"  # rollouts in the process that trains; any other is a server's URL
+JUDGE_KEY = "REDIT_FAST_JUDGE_API_KEY"  # of a judge's server, beside rollout.connection's own
+LOADED = ("model", "judge")  # rewards that load or ask a model: a prefix, then its path or a judge's URL
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 
 
@@ -73,6 +75,16 @@ def flag_words(name: str, value: object) -> list[str]:
 def is_component(name: str) -> bool:
     shown = name.isprintable() and name == name.strip()  # also no bytes that are not UTF-8
     return shown and name not in ("", ".", "..") and not set(name) & set("/\\") and len(name.encode()) <= 200
+
+
+def loaded_reward(reward: str) -> tuple[str, str] | None:
+    """The prefix of `model:PATH` or `judge:PATH_OR_URL` and what is behind it; None of any other reward."""
+    kind, colon, place = reward.partition(":")
+    return (kind, place) if colon and kind in LOADED else None
+
+
+def is_url(place: str) -> bool:
+    return "://" in place or place.startswith(("http:", "https:"))
 
 
 def free_name(model: str | None, out_dir: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run was started with, by content: its data, reward modules and start model, kept in inputs.json.
+"""What a run was started with, by content: its data, start model, reward modules and models, kept in inputs.json.
 
 The settings name these files; a run that goes on with the same settings on other files is another run.
 """
@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -18,7 +19,8 @@ from huggingface_hub.errors import HFValidationError
 from redit_fast.training import builtin
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import module_file
-from redit_fast.training.rewards import answers
+from redit_fast.training.config_values import is_url, loaded_reward
+from redit_fast.training.rewards import answers, math_child
 from redit_fast.training.rewards.user_code import INSTALLED, source_of
 
 Inputs = dict[str, dict[str, str]]  # {kind: {file: its content in short}}
@@ -34,15 +36,22 @@ DESCRIPTIONS = (
 
 def of(config: TrainConfig) -> Inputs:
     """Of every file that the run reads; a model that is not at hand has none."""
-    modules = {}
+    found: Inputs = {"reward module": {}}
     for name in config.rewards:
+        if loaded := loaded_reward(name):
+            if not is_url(loaded[1]):
+                found.setdefault("reward model", {}).update(_model(loaded[1]))
+            continue
         for module, file in _sources(name).items():
-            modules[module] = _digest(file, f"reward module {file}")
+            found["reward module"][module] = _digest(file, f"reward module {file}")
+    if config.judge_template is not None:
+        template = config.judge_template
+        found["judge_template"] = {template: _digest(Path(template), f"judge_template {template}")}
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
-        return {"reward module": modules, "the demo": {builtin.__name__: demo}}
+        return found | {"the demo": {builtin.__name__: demo}}
     data = {file: _digest(Path(file), f"data {file}") for file in (config.data, config.eval_data) if file is not None}
-    return {"reward module": modules, "data": data, "model": _model(config.model)}
+    return found | {"data": data, "model": _model(config.model)}
 
 
 def checked(now: Inputs, run: Path, *, accept_changed: bool, adapters: bool = False) -> Inputs:
@@ -91,7 +100,8 @@ def _sources(reward: str) -> dict[str, Path]:
     if file is None:
         return {}
     if ":" not in reward:
-        return {reward: file, answers.__name__: Path(answers.__file__)}
+        helper: Any = math_child if reward == "math" else answers
+        return {reward: file, helper.__name__: Path(helper.__file__)}
     path = reward.rpartition(":")[0].removesuffix(".py")
     module = path.rpartition("/")[2]
     here, own = path.removesuffix(module), module.partition(".")[0]

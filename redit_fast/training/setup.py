@@ -32,7 +32,7 @@ from redit_fast.training import (
     trial,
 )
 from redit_fast.training.config import TrainConfig, default_of
-from redit_fast.training.config_values import LOCAL, PAGED
+from redit_fast.training.config_values import LOCAL, PAGED, is_url, loaded_reward
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.rollout import Engine
 from redit_fast.training.rollout.local import LocalEngine
@@ -44,6 +44,7 @@ MAY_CHANGE = {
     "rollout_timeout",
     "rollout_retries",
     "rollout_sleep",
+    "judge_failures",
     "steps",
     "eval_every",
     "sharpness_every",
@@ -109,17 +110,26 @@ def check_given(given: Mapping[str, object], run: Path) -> None:
             value = TypeAdapter(kind).validate_python(word)
         except ValidationError:
             continue
+        # A URL may have a password that no sentence may show.
         if name == "rollout" and value not in (LOCAL, PAGED):
-            config_checks.check_url(name, value)  # which may have a password that no sentence may show
+            config_checks.check_rollout_url(value)
         if name == "rewards":
+            config_checks.check_places(value)
             value = [config_file.placed_reward(reward, run) for reward in value]
         _check_same(name, getattr(before, name), value, run)
 
 
 def _check_same(name: str, before: object, value: object, run: Path) -> None:
-    moved = name == "rollout" and not {value, before} & {LOCAL, PAGED}  # a server to another address
+    # A server to another address.
+    moved = name == "rollout" and not {value, before} & {LOCAL, PAGED}
+    moved |= name == "rewards" and _without_hosts(value) == _without_hosts(before)
     if name not in MAY_CHANGE and not moved and value != before:
         raise ValueError(f"{name} was {before!r} in {run} and cannot become {value!r} on --resume")
+
+
+def _without_hosts(names: Any) -> list[str]:
+    """Rewards, where a judge at one URL is a judge at any."""
+    return ["judge:URL" if (loaded := loaded_reward(name)) and is_url(loaded[1]) else name for name in names]
 
 
 def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, Path | None]:
@@ -190,7 +200,7 @@ def parts(config: TrainConfig, saved: Path | None) -> Parts:
     else:
         model, tokenizer = policy.load(saved or str(config.model), device, config.dtype)
     records = dataset(config, model, tokenizer)
-    functions = rewards.resolve(config.rewards, data.columns_of(records.train[:1]))
+    functions = rewards.resolve(config.rewards, data.columns_of(records.train[:1]), config)
     settings = loss_config(config, model)
     ends = policy.end_tokens(model, tokenizer)
     policy.check_head(model, tokenizer, settings)

@@ -105,7 +105,7 @@ def to_verl(config: TrainConfig, folder: str | Path, name: str) -> Path:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     records = data.load(config, tokenizer, context, model.get_input_embeddings().weight.shape[0])
     columns = data.columns_of(records.train[:1])
-    functions = rewards.resolve(config.rewards, columns)
+    functions = rewards.resolve(config.rewards, columns, config)
     prompts = [_prompt(tokenizer, record, config.system_prompt, place) for place, record in records.numbered]
     template = prompts[0].template
     for (place, _), prompt in zip(records.numbered, prompts, strict=True):

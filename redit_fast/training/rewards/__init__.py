@@ -12,22 +12,28 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from redit_fast import extras
 from redit_fast.checks import as_float
 from redit_fast.signals import remembered
 from redit_fast.training import data
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_file import clash, is_function_name
+from redit_fast.training.config_values import loaded_reward
 from redit_fast.training.data import Prompt
 from redit_fast.training.rewards.functions import SHIPPED
-from redit_fast.training.rewards.user_code import RewardError, UserCode, user_function
+from redit_fast.training.rewards.user_code import RewardError, UserCode, source_of, user_function
 
 
 @dataclass
@@ -40,22 +46,27 @@ class RewardFunction:
     warned: bool = False  # of unscored samples
 
 
-def resolve(names: Sequence[str], columns: Iterable[str]) -> list[RewardFunction]:
-    """The functions behind `names`, each a shipped one or `package.module:function`, also with `FOLDER/` in front.
+def resolve(names: Sequence[str], columns: Iterable[str], config: TrainConfig | None = None) -> list[RewardFunction]:
+    """The functions behind `names`: shipped ones, `package.module:function`, also with `FOLDER/` in front, `model:PATH`
+    and `judge:PATH_OR_URL`.
 
     A module is looked up in its folder (the current one where none is given), then on sys.path. `columns` are those of
     the data besides `prompt`; a function that does not take exactly these is refused here, before anything runs.
 
+    Args:
+        config: what a reward model and a judge are loaded with; without one they are refused.
+
     Raises:
         RewardError: one sentence naming the function, and the module that was looked for.
+        ValueError: a reward model, a judge or its template cannot be loaded.
     """
-    functions = []
-    for name in names:
-        fn = user_function(name) if ":" in name else SHIPPED.get(name)
-        if fn is None:
-            raise RewardError(
-                f"rewards: {name!r} is neither package.module:function nor a shipped function ({', '.join(SHIPPED)})"
-            )
+    shown = [_short(name) for name in names]
+    if twice := {name for name in shown if shown.count(name) > 1}:
+        raise RewardError(f"rewards: more than one function is named {min(twice)!r}, the metrics need distinct names")
+    functions: list[RewardFunction] = []
+    scales = None if config is None else config.reward_scales
+    for k, name in enumerate(names):
+        fn = _found(name, config)
         with UserCode(f"rewards: reward_scale of {name!r}"):
             scale = getattr(fn, "reward_scale", 1.0)
             fits, told = isinstance(scale, Real) and 0 < as_float(scale) <= sys.float_info.max, f"{scale!r:.80}"
@@ -68,11 +79,43 @@ def resolve(names: Sequence[str], columns: Iterable[str]) -> list[RewardFunction
             raise RewardError(f"rewards: {name!r}: {error}; the data has the columns {', '.join(columns)}") from None
         except ValueError:  # of builtins
             raise RewardError(f"rewards: {name!r} does not say which arguments it takes, needs a function") from None
-        functions.append(RewardFunction(name.rpartition(":")[2], fn, float(scale)))
-    twice = {f.name for f in functions if sum(f.name == other.name for other in functions) > 1}
-    if twice:
-        raise RewardError(f"rewards: more than one function is named {min(twice)!r}, the metrics need distinct names")
+        functions.append(RewardFunction(shown[k], fn, float(scale if scales is None else scales[k])))
     return functions
+
+
+def _found(name: str, config: TrainConfig | None) -> Callable:
+    if loaded := loaded_reward(name):
+        kind, place = loaded
+        if is_function_name(place) and (own := source_of(name)):
+            raise RewardError(clash(name, own))
+        if config is None:
+            raise RewardError(f"rewards: {name!r} needs the settings of a run, which are not given here")
+        if kind == "model":
+            from redit_fast.training.rewards.model import RewardModel
+
+            return RewardModel(place, config)
+        from redit_fast.training.rewards.judge import Judge
+
+        return Judge(place, config)
+    if ":" in name:
+        return user_function(name)
+    if name not in SHIPPED:
+        raise RewardError(
+            f"rewards: {name!r} is neither package.module:function nor a shipped function ({', '.join(SHIPPED)}), "
+            "model:PATH or judge:PATH_OR_URL"
+        )
+    if name == "math":
+        extras.need("math", "the reward math")
+    return SHIPPED[name]
+
+
+def _short(name: str) -> str:
+    """In the metrics: a function's own name, the last of a reward model's path, and of a judge that word."""
+    loaded = loaded_reward(name)
+    if loaded is None:
+        return name.rpartition(":")[2]
+    kind, place = loaded
+    return Path(os.path.abspath(place)).name if kind == "model" else kind
 
 
 def score(
@@ -119,7 +162,9 @@ def _rewards(function: RewardFunction, prompts, completions, columns) -> list[fl
     try:
         with UserCode(f"reward function {function.name!r}"):
             values = call(slice(None))
-    except RewardError:
+    except RewardError as error:
+        if error.__cause__ is None:  # of a function of ours, whose words are enough
+            raise
         for i in range(len(completions)):  # which sample it was: one at a time
             with UserCode(f"reward function {function.name!r}, sample {i}"):
                 call(slice(i, i + 1))

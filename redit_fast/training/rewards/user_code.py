@@ -27,8 +27,8 @@ INSTALLED = (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getuser
 
 
 class UserCode:
-    """The one place that runs code that is not ours: whatever it raises, but a Ctrl-C, becomes one sentence, with the
-    deepest line of the user's own files where there is one."""
+    """The one place that runs code that is not ours: whatever it raises, but a Ctrl-C and a RewardError, becomes one
+    sentence, with the deepest line of the user's own files where there is one."""
 
     def __init__(self, where: str):
         self.where = where
@@ -37,7 +37,7 @@ class UserCode:
         pass
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        if error is not None and not isinstance(error, KeyboardInterrupt):
+        if error is not None and not isinstance(error, KeyboardInterrupt | RewardError):
             raise RewardError(f"{self.where} raised {kind.__name__}: {text_of_error(error)}{_place(trace)}") from error
 
 
