@@ -79,7 +79,7 @@ def _visible(value: object) -> object:
 
 def _settings(config: TrainConfig) -> list[tuple[str, list, bool]]:
     """Name, value or values, and whether that is not the default; such first."""
-    defaults = {name: train_config.default_of(name, config.model is None, config.preset) for name, _ in config}
+    defaults = config.defaults
     listed = [
         (name, value if isinstance(value, list) else ["none" if value is None else value], value != defaults[name])
         for name, value in config
