@@ -46,23 +46,33 @@ def _check_loss(config: Any) -> None:
         raise ValueError("loss_type: dro needs a dro_beta, which has no default")
     if config.loss_type != "dro" and config.dro_beta is not None:
         raise ValueError(f"dro_beta: got {config.dro_beta}, only loss_type dro uses it")
+    check_schedule(config)
+    for name in ("clip_low", "clip_high"):
+        if is_set(config, name) and config.loss_type not in CLIPPED:
+            raise ValueError(f"{name}: got {getattr(config, name)}, loss_type {config.loss_type} has no clip range")
+    check_gr(config)
+    if config.reference_reset_every and not config.beta:
+        raise ValueError(
+            f"reference_reset_every: got {config.reference_reset_every} without a KL term, needs a beta above 0"
+        )
+
+
+def check_schedule(config: Any) -> None:
+    """Raises a ValueError for a warm-up that the learning rate's schedule does not have."""
     if config.warmup_steps and config.lr_scheduler_type == "constant":
         raise ValueError(
             f"warmup_steps: got {config.warmup_steps}, lr_scheduler_type constant has none, constant_with_warmup has"
         )
-    for name in ("clip_low", "clip_high"):
-        if is_set(config, name) and config.loss_type not in CLIPPED:
-            raise ValueError(f"{name}: got {getattr(config, name)}, loss_type {config.loss_type} has no clip range")
+
+
+def check_gr(config: Any) -> None:
+    """Raises a ValueError for settings of GR that contradict each other, by the name of one."""
     try:
         flat: dict[str, Any] = {f.name: getattr(config, f"gr_{f.name}", f.default) for f in fields(GR)}
         GR(**flat)
     except ValueError as error:  # of numbers that are not there in float32
         name, _, rest = str(error).partition(" ")
         raise ValueError(f"gr_{name}: {rest}") from None
-    if config.reference_reset_every and not config.beta:
-        raise ValueError(
-            f"reference_reset_every: got {config.reference_reset_every} without a KL term, needs a beta above 0"
-        )
 
 
 def _check_lora(config: Any) -> None:

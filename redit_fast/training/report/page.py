@@ -8,7 +8,6 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from redit_fast.training import config as train_config
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.report import svg
 from redit_fast.training.report.panels import POINTS, Section
