@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -91,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="redit-fast train [--config FILE] [--resume [--accept-changed-inputs]] [--print-config] [SETTINGS]",
         allow_abbrev=False,
     )
+    reward_model = commands.add_parser(
+        "reward-model",
+        help="train a reward model on pairs of answers",
+        usage="redit-fast reward-model --model MODEL --data FILE [--config FILE] [--resume [--accept-changed-inputs]] [SETTINGS]",
+        allow_abbrev=False,
+    )
     generate = commands.add_parser(
         "generate",
         help="completions of a file of prompts by a checkpoint, with rewards",
@@ -123,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["train"]:
             _add_train_flags(train)
+        if argv[:1] == ["reward-model"]:
+            _add_reward_model_flags(reward_model)
         if argv[:1] == ["to-verl"]:
             text = "YAML or JSON file with settings; flags override it"
             to_verl.add_argument("config", type=_path, metavar="CONFIG", help=text)
@@ -144,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "train":
             with _terminable():
                 _train(args)
+        elif args.command == "reward-model":
+            with _terminable():
+                _reward_model(args)
         elif args.command == "generate":
             with _terminable():
                 _generate(args)
@@ -230,36 +241,45 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
-    text = "YAML or JSON file with settings; flags override it"
-    parser.add_argument("--config", type=_path, metavar="FILE", help=text)
-    parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
-    parser.add_argument(
-        "--accept-changed-inputs",
-        action="store_true",
-        help="with --resume: go on although the data, a reward module or the start model is another than before",
-    )
+    _add_run_flags(parser, "the data, a reward module or the start model")
     parser.add_argument("--print-config", action="store_true", help="print the settings as commented YAML and stop")
     _add_settings(parser)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """Every field of TrainConfig as a flag. Values stay text here: config_file.load reads them and words complaints."""
-    from redit_fast.known_names import RENAMED, flag
-    from redit_fast.training.config import TrainConfig
+def _add_reward_model_flags(parser: argparse.ArgumentParser) -> None:
+    from redit_fast.training.reward_model_config import RewardModelConfig, describe
 
-    _add_fields(parser, TrainConfig.model_fields)
-    for old in RENAMED:
+    _add_run_flags(parser, "the data or the start model")
+    _add_fields(parser, RewardModelConfig.model_fields, describe)
+
+
+def _add_run_flags(parser: argparse.ArgumentParser, inputs: str) -> None:
+    text = "YAML or JSON file with settings; flags override it"
+    parser.add_argument("--config", type=_path, metavar="FILE", help=text)
+    parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
+    text = f"with --resume: go on although {inputs} is another than before"
+    parser.add_argument("--accept-changed-inputs", action="store_true", help=text)
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Fields of TrainConfig, all of them unless there are `names`, as flags. Values stay text here: config_file.load
+    reads them and words complaints."""
+    from redit_fast.known_names import RENAMED, flag
+    from redit_fast.training.config import TrainConfig, describe
+
+    fields = TrainConfig.model_fields
+    _add_fields(parser, fields if names is None else {n: f for n, f in fields.items() if n in names}, describe)
+    for old in RENAMED if names is None else ():
         parser.add_argument(flag(old), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def _add_fields(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+def _add_fields(
+    parser: argparse.ArgumentParser, fields: Mapping[str, Any], describe: Callable[[str], str]
+) -> None:
     from redit_fast.known_names import flag
-    from redit_fast.training.config import TrainConfig, describe
 
     group = parser.add_argument_group("settings, of which the word none clears one")
-    for name, field in TrainConfig.model_fields.items():
-        if name not in names:
-            continue
+    for name, field in fields.items():
         text = describe(name).replace("%", "%%")
         if bool in (field.annotation, *get_args(field.annotation)):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
@@ -280,7 +300,7 @@ def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", metavar="K", default="1", help="completions of each prompt; 1 by default")
     parser.add_argument("--greedy", action="store_true", help="the most likely tokens instead of sampled ones")
     parser.add_argument("--out", metavar="FILE", help="a new file; CHECKPOINT-completions.jsonl by default")
-    _add_fields(parser, SETTINGS)
+    _add_settings(parser, SETTINGS)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -319,10 +339,7 @@ def _train(args: argparse.Namespace) -> None:
 
     _without_bars()
     given = settings(args)
-    own = None
-    if args.resume and args.config is None and given.get("name"):  # a run goes on with its own settings
-        own = Path(str(given.get("out_dir", "runs")), str(given["name"]), "config.json")
-        own = own if own.is_file() else None
+    own = _own_settings(args, given)
     file = args.config or own
     if args.print_config:
         print(config_file.printed(file, given), end="")
@@ -335,23 +352,53 @@ def _train(args: argparse.Namespace) -> None:
 
             setup.check_given(given, own.parent)  # that a setting may not change is said first
         raise
-    if args.resume and loaded.name is None:
-        raise ValueError("--resume needs --name, the run to go on with")
-    if args.accept_changed_inputs and not args.resume:
-        raise ValueError("--accept-changed-inputs needs --resume, a new run has no inputs to change from")
+    _check_run_flags(args, loaded.name)
     from redit_fast.training.trainer import train
 
     train(loaded, resume=args.resume, accept_changed_inputs=args.accept_changed_inputs)
 
 
-def settings(args: argparse.Namespace) -> dict[str, object]:
-    """The fields of TrainConfig that the command line gives; the word none clears one that does not take that word."""
-    from redit_fast.known_names import RENAMED
-    from redit_fast.training.config import TrainConfig, choices
+def _reward_model(args: argparse.Namespace) -> None:
+    from redit_fast.training import config_file
+    from redit_fast.training.reward_model_config import RewardModelConfig
 
-    given = {name: value for name, value in vars(args).items() if name in {*TrainConfig.model_fields, *RENAMED}}
+    _without_bars()
+    given = settings(args, RewardModelConfig.model_fields)
+    loaded = config_file.load_as(RewardModelConfig, args.config or _own_settings(args, given), given)
+    _check_run_flags(args, loaded.name)
+    from redit_fast.training.reward_model import train
+
+    train(loaded, resume=args.resume, accept_changed_inputs=args.accept_changed_inputs)
+
+
+def _own_settings(args: argparse.Namespace, given: Mapping[str, object]) -> Path | None:
+    """config.json of the run that goes on, which does so with its own settings."""
+    if not args.resume or args.config is not None or not given.get("name"):
+        return None
+    own = Path(str(given.get("out_dir", "runs")), str(given["name"]), "config.json")
+    return own if own.is_file() else None
+
+
+def _check_run_flags(args: argparse.Namespace, name: str | None) -> None:
+    if args.resume and name is None:
+        raise ValueError("--resume needs --name, the run to go on with")
+    if args.accept_changed_inputs and not args.resume:
+        raise ValueError("--accept-changed-inputs needs --resume, a new run has no inputs to change from")
+
+
+def settings(args: argparse.Namespace, fields: Mapping[str, Any] | None = None) -> dict[str, object]:
+    """The fields, of TrainConfig by default, that the command line gives; the word none clears one that does not take
+    that word."""
+    from redit_fast.known_names import RENAMED
+    from redit_fast.training.config import TrainConfig
+    from redit_fast.training.settings import choices_of
+
+    fields = TrainConfig.model_fields if fields is None else fields
+    given = {name: value for name, value in vars(args).items() if name in {*fields, *RENAMED}}
     return {
-        name: None if value in ("none", ["none"]) and "none" not in choices(RENAMED.get(name, name)) else value
+        name: None
+        if value in ("none", ["none"]) and "none" not in choices_of(fields[RENAMED.get(name, name)].annotation)
+        else value
         for name, value in given.items()
     }
 

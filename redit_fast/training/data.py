@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -22,6 +23,7 @@ from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import distinct
 
 Prompt = str | list[dict[str, str]]
+T = TypeVar("T")
 RESERVED = ("prompts", "completions")  # what reward functions call their other two arguments
 
 
@@ -253,7 +255,7 @@ def _key(record: dict) -> str:
     return json.dumps(record["prompt"], sort_keys=True)
 
 
-def batch(records: list[dict], seed: int, position: int, n: int) -> list[dict]:
+def batch(records: list[T], seed: int, position: int, n: int) -> list[T]:
     """The `n` records from `position` on of one endless list, epoch after epoch, each epoch a permutation of its own: a
     pure function of its arguments, so that a resumed run needs the position alone."""
     chosen = []

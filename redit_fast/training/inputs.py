@@ -19,6 +19,7 @@ from redit_fast.training import builtin
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import module_file
 from redit_fast.training.config_values import is_url, loaded_reward
+from redit_fast.training.reward_model_config import RewardModelConfig
 from redit_fast.training.rewards import answers
 from redit_fast.training.rewards.user_code import INSTALLED, source_of
 
@@ -46,8 +47,16 @@ def of(config: TrainConfig) -> Inputs:
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
         return found | {"the demo": {builtin.__name__: demo}}
-    data = {file: _digest(Path(file), f"data {file}") for file in (config.data, config.eval_data) if file is not None}
-    return found | {"data": data, "model": _model(config.model)}
+    return found | {"data": _data(config), "model": _model(config.model)}
+
+
+def of_pairs(config: RewardModelConfig) -> Inputs:
+    """The same of a reward model's training."""
+    return {"data": _data(config), "model": _model(config.model)}
+
+
+def _data(config: TrainConfig | RewardModelConfig) -> dict[str, str]:
+    return {file: _digest(Path(file), f"data {file}") for file in (config.data, config.eval_data) if file is not None}
 
 
 def checked(now: Inputs, run: Path, *, accept_changed: bool, adapters: bool = False) -> Inputs:

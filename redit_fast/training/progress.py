@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +13,6 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-from redit_fast.training.report.summary import closing_rows
 
 EVERY = 10.0  # seconds between two lines
 
@@ -97,12 +96,13 @@ def numbers(metrics: dict[str, float]) -> str:
     return f"reward {metrics['reward']:.2f}, accuracy {accuracy:.0%}, {rate:,.0f} tokens/s"
 
 
-def print_table(console: Console, run: Path, summary: dict) -> None:
+def print_table(console: Console, run: Path, rows: Sequence[tuple[str, str]], times: Mapping[str, float]) -> None:
+    """The closing table, with the seconds of each phase."""
     table = Table(show_header=False, title=str(run), title_justify="left")
-    for row in closing_rows(summary):
+    for row in rows:
         table.add_row(*row)
-    total = sum(summary["time"].values())
-    for phase, seconds in summary["time"].items():
+    total = sum(times.values())
+    for phase, seconds in times.items():
         table.add_row(f"time in {phase}", f"{seconds:.1f} s ({seconds / total:.0%})")
     console.print(table)
     console.print(f"pictures and samples: {run / 'report.html'}", highlight=False, soft_wrap=True)

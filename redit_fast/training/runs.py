@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -130,9 +130,9 @@ def without_nan(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def keep_lines_until(run: Path, step: int) -> None:
+def keep_lines_until(run: Path, step: int, files: Sequence[str] = ("metrics.jsonl", "completions.jsonl")) -> None:
     """Drops the lines past the checkpoint that a run resumes from, a cut-off one too."""
-    for name in ("metrics.jsonl", "completions.jsonl"):
+    for name in files:
         kept = [line for line in report.rows(run / name) if line["step"] <= step]
         replace(run / name, "".join(json.dumps(line) + "\n" for line in kept))
 

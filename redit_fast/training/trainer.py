@@ -49,6 +49,7 @@ from redit_fast.training.metrics import (
     warn_of_another_sampler,
     work_metrics,
 )
+from redit_fast.training.report.summary import closing_rows
 from redit_fast.training.rewards.user_code import RewardError
 from redit_fast.training.rollout import EngineError
 
@@ -292,7 +293,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
 
     with runs.uninterrupted():
         summary = ranks.by_first(finish)
-    progress.print_table(console, run, summary)
+    progress.print_table(console, run, closing_rows(summary), summary["time"])
     return summary
 
 

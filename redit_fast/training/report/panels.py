@@ -89,7 +89,7 @@ def of_run(config: TrainConfig, metrics: Sequence[dict]) -> list[Section]:
 
 
 def _rewards(config: TrainConfig, metrics: Sequence[dict]) -> list[Panel]:
-    curve = partial(_curve, metrics)
+    curve = partial(curve_of, metrics)
     reward = curve("reward", "clean", "blue", around="reward_std")
     deviation = curve("reward_std", "clean", "blue")
     if config.dither_level:
@@ -118,7 +118,7 @@ def _rewards(config: TrainConfig, metrics: Sequence[dict]) -> list[Panel]:
 
 
 def _policy(config: TrainConfig, metrics: Sequence[dict]) -> list[Panel]:
-    curve = partial(_curve, metrics)
+    curve = partial(curve_of, metrics)
     several = config.updates_per_rollout > 1
     scheduled = config.lr_scheduler_type != "constant"
     norm, most = curve("grad_norm"), config.max_grad_norm or math.inf
@@ -141,7 +141,7 @@ def _policy(config: TrainConfig, metrics: Sequence[dict]) -> list[Panel]:
 
 
 def _work(metrics: Sequence[dict]) -> list[Panel]:
-    curve = partial(_curve, metrics)
+    curve = partial(curve_of, metrics)
     length = curve("completions/mean_length", "mean", "blue") + curve("completions/max_length", "longest", "grey")
     tokens = [
         *curve("tokens/generated", "generated", "green"),
@@ -159,11 +159,11 @@ def _work(metrics: Sequence[dict]) -> list[Panel]:
         Panel("Tokens of a step", "", tokens, bottom=0),
         Panel("Tokens a second", "", rates, bottom=0),
         Panel("Share of the device's peak", "model FLOPs", curve("flops/share_of_peak"), bottom=0),
-        Panel("Time of a step", "seconds", _curve(after_start, "step_time"), bottom=0),
+        Panel("Time of a step", "seconds", curve_of(after_start, "step_time"), bottom=0),
     ]
 
 
-def _curve(
+def curve_of(
     metrics: Sequence[dict],
     key: str,
     label: str = "",

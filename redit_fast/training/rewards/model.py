@@ -31,7 +31,7 @@ from redit_fast.training.config_values import Device, DType, Packing
 from redit_fast.training.data import Prompt
 
 WEIGHT = "score.weight"
-SHARED, OWN = 16, (8, 5)  # tokens of the two sequences of `check`
+SHARED, OWN = 16, (8, 7)  # tokens of the two sequences of `check`, so alike that padded they are one pass
 # Distance of two passes' scores, over 1 + |score|: float32 rounds to 1e-6, and bfloat16 to 0.02.
 FLOAT32, ROUNDED = 1e-3, 0.1
 
