@@ -364,7 +364,11 @@ def _reward_model(args: argparse.Namespace) -> None:
 
     _without_bars()
     given = settings(args, RewardModelConfig.model_fields)
-    loaded = config_file.load_as(RewardModelConfig, args.config or _own_settings(args, given), given)
+    file = args.config or _own_settings(args, given)
+    if args.resume and file is None:
+        _check_run_flags(args, given.get("name"))
+        raise ValueError(f"{Path(str(given.get('out_dir', 'runs')), str(given['name']))} holds no run to resume")
+    loaded = config_file.load_as(RewardModelConfig, file, given)
     _check_run_flags(args, loaded.name)
     from redit_fast.training.reward_model import train
 
@@ -379,7 +383,7 @@ def _own_settings(args: argparse.Namespace, given: Mapping[str, object]) -> Path
     return own if own.is_file() else None
 
 
-def _check_run_flags(args: argparse.Namespace, name: str | None) -> None:
+def _check_run_flags(args: argparse.Namespace, name: object) -> None:
     if args.resume and name is None:
         raise ValueError("--resume needs --name, the run to go on with")
     if args.accept_changed_inputs and not args.resume:
