@@ -31,6 +31,7 @@ from redit_fast.training.config_values import Device, DType, Packing
 from redit_fast.training.data import Prompt
 
 WEIGHT = "score.weight"
+ONE_LABEL: dict[str, Any] = {"num_labels": 1, "id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # in a config.json
 SHARED, OWN = 16, (8, 7)  # tokens of the two sequences of `check`, so alike that padded they are one pass
 # Distance of two passes' scores, over 1 + |score|: float32 rounds to 1e-6, and bfloat16 to 0.02.
 FLOAT32, ROUNDED = 1e-3, 0.1
@@ -102,7 +103,7 @@ def load(
     """
     folder, tokenizer = policy.tokenizer_of(source)
     place, what = policy.device_of(device), f"model {source}"
-    model, report = policy.read_weights(AutoModelForSequenceClassification, source, folder, place, dtype, num_labels=1)
+    model, report = policy.read_weights(AutoModelForSequenceClassification, source, folder, place, dtype, **ONE_LABEL)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ValueError(
             f"{what}: a {type(model).__name__} has no linear layer `score` on its last token, which is what "
@@ -117,7 +118,7 @@ def load(
                 f"{what} has no score layer, it is a language model: `redit-fast reward-model` makes a reward model "
                 "of one"
             )
-        begin(model.score, seed)
+        initialise(model.score, seed)
         inside = f"{model.base_model_prefix}."  # what else is unused is the head
         report = report | {
             "missing_keys": [name for name in report["missing_keys"] if name != WEIGHT],
@@ -129,7 +130,7 @@ def load(
 
 
 @torch.no_grad()
-def begin(score: nn.Linear, seed: int) -> None:
+def initialise(score: nn.Linear, seed: int) -> None:
     """Normal numbers of variance 1 / (D + 1): Stiennon et al. 2020, arXiv 2009.01325."""
     generator = torch.Generator("cpu").manual_seed(seed % 2**63)
     drawn = torch.randn(score.weight.shape, generator=generator, dtype=torch.float32, device="cpu")
