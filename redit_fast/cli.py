@@ -284,10 +284,11 @@ def _add_fields(
         if bool in (field.annotation, *get_args(field.annotation)):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            listed = name in ("rewards", "reward_weights", "lora_targets")
+            listed = name in ("rewards", "reward_weights", "reward_scales", "lora_targets")
             many: dict = {"nargs": "+", "action": _Once} if listed else {}
             kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
-            word = "N" if int in kinds else "X" if float in kinds or "weights" in name else "TEXT"
+            many_numbers = name in ("reward_weights", "reward_scales")
+            word = "N" if int in kinds else "X" if float in kinds or many_numbers else "TEXT"
             group.add_argument(flag(name), metavar=word, default=argparse.SUPPRESS, help=text, **many)
 
 

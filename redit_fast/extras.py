@@ -10,6 +10,7 @@ MODULES = {  # extra of pyproject.toml -> what the code under it imports
     ),
     "data": ("pyarrow",),
     "lora": ("peft",),
+    "math": ("math_verify",),
     "transformers": ("transformers",),
     "trl": ("trl", "transformers"),
     "verl": ("verl",),

@@ -57,7 +57,7 @@ _MEANT = {
     "dataset dataset_name train_file train_files prompt_data data_path": "{data}",
     "dataset_config dataset_train_split": "{data} is a JSONL file",
     "reward_funcs reward_functions reward_function reward_fn reward": "{rewards}",
-    "reward_model reward_model_path reward_model_name": "{rewards} are functions, one of which may call a model",
+    "reward_model reward_model_path reward_model_name": "{rewards} has model:PATH",
     "scale_rewards norm_adv_by_std_in_grpo": "{advantage_scale}",
     "loss algorithm adv_estimator": "{loss_type}",
     "importance_sampling_level": "{loss_type} gspo has the sequence's ratio",

@@ -60,10 +60,30 @@ class TrainConfig(Settings):
     )
     rewards: list[str] = Field(
         min_length=1,
-        description="Reward functions: shipped names, or package.module:function looked up in the current folder, the "
-        "config's folder and sys.path. Accuracy is the share of completions whose first reward is above 0.",
+        description="Reward functions: shipped names, package.module:function looked up in the current folder, the "
+        "config's folder and sys.path, model:PATH for a reward model, judge:PATH or judge:URL for a language model as a "
+        "judge. Accuracy is the share of completions whose first reward is above 0.",
     )
     reward_weights: list[float] | None = Field(None, description="One weight for each reward function; none is 1 each.")
+    reward_scales: list[float] | None = Field(
+        None,
+        description="Full scale of each reward, which dither_level is relative to; none is what each function says of "
+        "itself (reward_scale), or 1.",
+    )
+    judge_template: str | None = Field(
+        None,
+        description="Text file of what a judge is asked, with {prompt}, {completion}, {answer} or other columns, for a "
+        "grade from 1 to 5; none is a template of the package.",
+    )
+    judge_model: str | None = Field(
+        None, min_length=1, description="Name of the model at a judge's URL; none is the first that the server has."
+    )
+    judge_temperature: float = Field(0.7, ge=0, description="Sampling temperature of a judge; 0 is greedy.")
+    judge_top_p: float = Field(0.8, gt=0, le=1, description="A judge draws the most likely tokens that reach it.")
+    judge_max_tokens: int = Field(128, ge=1, description="Tokens after which a judge's answer is cut off.")
+    judge_failures: int = Field(
+        16, ge=1, description="Questions in a row without an answer after which a judge's URL stops the run."
+    )
     name: str | None = Field(
         None, description="Folder of the run inside out_dir; none takes the first free of demo, demo-2, ..."
     )
@@ -133,7 +153,9 @@ class TrainConfig(Settings):
         description="1 has a server sample the next step's completions while this step is trained on, by weights that "
         "are one step older; 0 waits.",
     )
-    rollout_timeout: float = Field(600.0, gt=0, description="Seconds after which a server's answer is given up.")
+    rollout_timeout: float = Field(
+        600.0, gt=0, description="Seconds after which an answer of a server, or of a judge's, is given up."
+    )
     rollout_retries: int = Field(3, ge=0, description="Times that a request is made again to a busy or absent server.")
     rollout_sleep: bool = Field(False, description="A server gives its GPU's memory back while a step is trained on.")
     correction: Literal["auto", Correction] = Field(

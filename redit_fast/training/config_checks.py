@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from redit_fast.gr.config import GR
 from redit_fast.losses.config import CLIPPED
+from redit_fast.training.config_values import JUDGE_KEY, is_url, loaded_reward
 
-LARGEST = (2 - 2**-23) * 2.0**127  # that float32 has
+LEAST, LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # that float32 has
 HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f.]*:[0-9a-f:.]+")  # a name, or an IPv6 address
 
 
 def check_consistent(config: Any) -> None:
     """Raises a ValueError for the first contradiction in a `TrainConfig`."""
     _check_data(config)
-    if config.reward_weights is not None and len(config.reward_weights) != len(config.rewards):
-        raise ValueError(f"reward_weights: got {len(config.reward_weights)} for {len(config.rewards)} reward functions")
-    for weight in config.reward_weights or ():
-        if abs(weight) > LARGEST:
-            raise ValueError(f"reward_weights: got {weight}, needs numbers that float32 has, up to {LARGEST:.1e}")
+    _check_rewards(config)
     _check_loss(config)
     _check_lora(config)
     _check_rollout(config)
@@ -39,6 +37,38 @@ def _check_data(config: Any) -> None:
         raise ValueError("eval_data: eval_problems is 0, which evaluates nothing")
     if config.model is not None and config.warm_start_steps:
         raise ValueError(f"warm_start_steps: got {config.warm_start_steps}, only the embedded demo has a warm start")
+
+
+def _check_rewards(config: Any) -> None:
+    check_places(config.rewards)
+    for name in ("reward_weights", "reward_scales"):
+        numbers = getattr(config, name)
+        if numbers is not None and len(numbers) != len(config.rewards):
+            raise ValueError(f"{name}: got {len(numbers)} for {len(config.rewards)} reward functions")
+    for weight in config.reward_weights or ():
+        if abs(weight) > LARGEST:
+            raise ValueError(f"reward_weights: got {weight}, needs numbers that float32 has, up to {LARGEST:.1e}")
+    for scale in config.reward_scales or ():
+        if not LEAST <= scale <= LARGEST:
+            raise ValueError(
+                f"reward_scales: got {scale}, needs positive numbers that float32 has, {LEAST:.1e} to {LARGEST:.1e}"
+            )
+    judges = [loaded[1] for loaded in map(loaded_reward, config.rewards) if loaded and loaded[0] == "judge"]
+    for name in ("judge_template", "judge_temperature", "judge_top_p", "judge_max_tokens"):
+        if is_set(config, name) and not judges:
+            raise ValueError(f"{name}: got {getattr(config, name)!r}, only a reward judge:PATH or judge:URL has one")
+    for name in ("judge_model", "judge_failures"):
+        if is_set(config, name) and not any(map(is_url, judges)):
+            raise ValueError(f"{name}: got {getattr(config, name)!r}, only a reward judge:URL has one")
+
+
+def check_places(rewards: Iterable[str]) -> None:
+    """Raises a ValueError for a reward model or a judge without a place, or whose URL no sentence and file may have."""
+    for kind, place in filter(None, map(loaded_reward, rewards)):
+        if kind == "judge" and is_url(place):
+            check_url("rewards: judge", place, "the path of a model or the URL of a server", JUDGE_KEY)
+        elif not place or is_url(place):
+            raise ValueError(f"rewards: {kind}: needs the path of a model behind the colon")
 
 
 def _check_loss(config: Any) -> None:
@@ -91,7 +121,8 @@ def _check_lora(config: Any) -> None:
 
 def _check_rollout(config: Any) -> None:
     if config.server is None:
-        for name in ("rollout_timeout", "rollout_retries", "rollout_sleep"):
+        judged = any(loaded and is_url(loaded[1]) for loaded in map(loaded_reward, config.rewards))
+        for name in ("rollout_sleep",) if judged else ("rollout_timeout", "rollout_retries", "rollout_sleep"):
             if is_set(config, name):
                 raise ValueError(f"{name}: got {getattr(config, name)}, only a rollout by a server has one")
         if config.rollout_ahead:
@@ -100,7 +131,7 @@ def _check_rollout(config: Any) -> None:
                 "process that trains, where nothing would overlap; needs the URL of a server"
             )
         return
-    check_url("rollout", config.server)
+    check_rollout_url(config.server)
     if config.rollout_sleep and config.rollout_ahead:
         raise ValueError(
             "rollout_sleep: got true with rollout_ahead 1, whose server is at work while a step is trained on"
@@ -109,20 +140,24 @@ def _check_rollout(config: Any) -> None:
         raise ValueError("rollout: the embedded demo samples by itself, without a server; set model to train your own")
 
 
-def check_url(name: str, url: str) -> None:
-    """Raises a ValueError that has nothing of the URL in it, which may have a password."""
+def check_rollout_url(url: str) -> None:
+    check_url("rollout", url, "local, paged or the URL of a server", "REDIT_FAST_API_KEY")
+
+
+def check_url(name: str, url: str, needs: str, key: str) -> None:
+    """Raises a ValueError that has nothing of the URL in it, which may have a password. `key`: where one goes."""
     try:
         parts = urlsplit(url)
         fits = parts.scheme in ("http", "https") and parts.port != 0 and HOST.fullmatch(parts.hostname or "")
     except ValueError:  # a port that is no number, brackets that are no address
         fits, parts = None, urlsplit("")
     if not fits or not url.isprintable() or " " in url:
-        raise ValueError(f"{name}: needs local, paged or the URL of a server, http://HOST:PORT or https://HOST:PORT")
+        raise ValueError(f"{name}: needs {needs}, http://HOST:PORT or https://HOST:PORT")
     # A password with a slash in it ends the host: http://name:123/45@host has the path /45@host.
     if parts.username is not None or parts.password is not None or "@" in unquote(parts.path):
         raise ValueError(
             f"{name}: the URL has a user name or a password in it, which would be written into the run's folder; a key "
-            "goes into the variable REDIT_FAST_API_KEY"
+            f"goes into the variable {key}"
         )
     if "?" in url or "#" in url:
         raise ValueError(f"{name}: the URL has a part after ? or #, needs a host, a port and a path alone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -64,4 +65,5 @@ def _needs(problem: Any) -> str:
 
 def _shown(value: object) -> str:
     text = described(value) if isinstance(value, int | str) else repr(value)
+    text = re.sub("(?<=://).*@", "***@", text)  # a password
     return text if len(text) <= 200 else f"{text[:200]}..."

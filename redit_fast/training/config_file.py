@@ -7,6 +7,7 @@ closest valid one.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -60,8 +61,8 @@ def printed(path: str | Path | None = None, overrides: Mapping[str, object] | No
         ValueError: as `load`, of what is there.
     """
     values, where, notes = _gathered(TrainConfig, path, overrides or {})
-    weights = values.get("reward_weights")
-    stand_ins = {"data": "-", "rewards": ["-"] * (len(weights) if weights and isinstance(weights, list) else 1)}
+    sized = values.get("reward_weights") or values.get("reward_scales")
+    stand_ins = {"data": "-", "rewards": ["-"] * (len(sized) if sized and isinstance(sized, list) else 1)}
     unset = [name for name in stand_ins if values.get("model") is not None and values.get(name) is None]
     return _checked(TrainConfig, values | {name: stand_ins[name] for name in unset}, where, notes).to_yaml(unset)
 
@@ -86,7 +87,7 @@ def _gathered(
         if key not in kind.model_fields:
             raise ValueError(f"{where(key)}unknown key {key!r}{hint(key, kind.model_fields, repr)}")
     folder = Path() if path is None else Path(path).parent
-    for field in ("model", "data", "eval_data"):
+    for field in ("model", "data", "eval_data", "judge_template"):
         if isinstance(values.get(field), str):
             values[field] = placed(values[field], folder)
     values.update(overrides)
@@ -193,6 +194,21 @@ def placed(value: str, folder: Path) -> str:
     return str(folder / value) if not Path(value).exists() and (folder / value).exists() else value
 
 
+def is_function_name(place: str) -> bool:
+    """Whether what is behind `model:` or `judge:` may be meant as one, for there is no such folder."""
+    return place.isidentifier() and not Path(place).exists()
+
+
+def clash(reward: str, module: Path) -> str:
+    """Of `model:function`, which names the reward model in a folder `function`, where there is a module `model`."""
+    kind, _, name = reward.partition(":")
+    folder = os.path.relpath(module.parents[module.name == "__init__.py"])
+    return (
+        f"rewards: {reward!r} is a {kind} in the folder {name!r}, which is not there: for a function of {module} write "
+        f"{f'{folder}/{reward}'!r}"
+    )
+
+
 def placed_reward(reward: object, folder: Path) -> object:
     """`module:function`, or `FOLDER/module:function` when the module is in `folder` and not in the current one; the
     path of `model:PATH` and `judge:PATH` as `placed`."""
@@ -200,7 +216,10 @@ def placed_reward(reward: object, folder: Path) -> object:
         return reward
     if loaded := loaded_reward(reward):
         kind, place = loaded
-        return f"{kind}:{place if is_url(place) else placed(place, folder)}"
+        place = place if is_url(place) else placed(place, folder)
+        if (own := module_file(folder, kind)) and is_function_name(place):
+            raise ValueError(clash(reward, own))
+        return f"{kind}:{place}"
     sub, _, module = reward.rpartition(":")[0].rpartition("/")
     here, there = module_file(Path(sub), module), module_file(folder / sub, module)
     return f"{(folder / sub).as_posix()}/{module}:{reward.rpartition(':')[2]}" if here is None and there else reward

@@ -21,6 +21,7 @@ Strategy = Literal["ddp", "fsdp2"]
 Packing = Literal["auto", "on", "off"]
 Overlong = Literal["keep", "mask"]
 LOCAL, PAGED = "local", "paged"  # rollouts in the process that trains; any other is a server's URL
+JUDGE_KEY = "REDIT_FAST_JUDGE_API_KEY"  # of a judge's server, beside rollout.connection's own
 LOADED = ("model", "judge")  # rewards that load or ask a model: a prefix, then its path or a judge's URL
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 
@@ -83,7 +84,7 @@ def loaded_reward(reward: str) -> tuple[str, str] | None:
 
 
 def is_url(place: str) -> bool:
-    return "://" in place
+    return "://" in place or place.startswith(("http:", "https:"))
 
 
 def free_name(model: str | None, out_dir: str) -> str:

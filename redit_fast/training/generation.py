@@ -39,9 +39,12 @@ from redit_fast.training.rollout import Rollout
 
 # What a run's config.json gives where no flag does. Not its rollout: the server of a run that is still at work has that
 # run's weights, and would get others.
+OF_A_JUDGE = (
+    "judge_template", "judge_model", "judge_temperature", "judge_top_p", "judge_max_tokens", "judge_failures",
+)  # fmt: skip
 OF_A_RUN = (
-    "rewards", "reward_weights", "system_prompt", "max_completion_length", "max_prompt_length", "temperature", "top_p",
-    "dtype", "device",
+    "rewards", "reward_weights", *OF_A_JUDGE, "system_prompt", "max_completion_length", "max_prompt_length",
+    "temperature", "top_p", "dtype", "device",
 )  # fmt: skip
 SETTINGS = (*OF_A_RUN, "data", "seed", "long_prompts", "rollout", "rollout_timeout", "rollout_retries")  # the flags
 STEP = 2**32 - 3  # of the random numbers: no training step has it
@@ -128,7 +131,8 @@ def _settings(source: str, given: Mapping[str, object]) -> TrainConfig:
     values = {}
     if own := checkpoint.run_config(Path(source)):
         stored = under_new_names(config_file.read(own)[0])
-        values = {name: stored[name] for name in OF_A_RUN if name in stored}
+        taken = set(OF_A_RUN).difference(OF_A_JUDGE if "rewards" in given else ())  # which the given ones may not have
+        values = {name: stored[name] for name in OF_A_RUN if name in stored and name in taken}
     elif "rewards" not in given:
         raise ValueError(f"rewards: {source} is no checkpoint of a run, whose rewards would be taken: give --rewards")
     if "data" not in given:

@@ -1,4 +1,4 @@
-"""What a run was started with, by content: its data, reward modules and start model, kept in inputs.json.
+"""What a run was started with, by content: its data, start model, reward modules and models, kept in inputs.json.
 
 The settings name these files; a run that goes on with the same settings on other files is another run.
 """
@@ -20,7 +20,7 @@ from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import module_file
 from redit_fast.training.config_values import is_url, loaded_reward
 from redit_fast.training.reward_model_config import RewardModelConfig
-from redit_fast.training.rewards import answers
+from redit_fast.training.rewards import answers, math_child
 from redit_fast.training.rewards.user_code import INSTALLED, source_of
 
 Inputs = dict[str, dict[str, str]]  # {kind: {file: its content in short}}
@@ -44,6 +44,9 @@ def of(config: TrainConfig) -> Inputs:
             continue
         for module, file in _sources(name).items():
             found["reward module"][module] = _digest(file, f"reward module {file}")
+    if config.judge_template is not None:
+        template = config.judge_template
+        found["judge_template"] = {template: _digest(Path(template), f"judge_template {template}")}
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
         return found | {"the demo": {builtin.__name__: demo}}
@@ -105,7 +108,8 @@ def _sources(reward: str) -> dict[str, Path]:
     if file is None:
         return {}
     if ":" not in reward:
-        return {reward: file, answers.__name__: Path(answers.__file__)}
+        helper = math_child if reward == "math" else answers
+        return {reward: file, helper.__name__: Path(helper.__file__)}
     path = reward.rpartition(":")[0].removesuffix(".py")
     module = path.rpartition("/")[2]
     here, own = path.removesuffix(module), module.partition(".")[0]

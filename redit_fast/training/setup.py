@@ -32,7 +32,7 @@ from redit_fast.training import (
     trial,
 )
 from redit_fast.training.config import TrainConfig, default_of
-from redit_fast.training.config_values import LOCAL, PAGED
+from redit_fast.training.config_values import LOCAL, PAGED, is_url, loaded_reward
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.reward_model_config import RewardModelConfig
 from redit_fast.training.rollout import Engine
@@ -47,6 +47,7 @@ MAY_CHANGE = {
     "rollout_timeout",
     "rollout_retries",
     "rollout_sleep",
+    "judge_failures",
     "steps",
     "eval_every",
     "sharpness_every",
@@ -112,18 +113,27 @@ def check_given(given: Mapping[str, object], run: Path) -> None:
             value = TypeAdapter(kind).validate_python(word)
         except ValidationError:
             continue
+        # A URL may have a password that no sentence may show.
         if name == "rollout" and value not in (LOCAL, PAGED):
-            config_checks.check_url(name, value)  # which may have a password that no sentence may show
+            config_checks.check_rollout_url(value)
         if name == "rewards":
+            config_checks.check_places(value)
             value = [config_file.placed_reward(reward, run) for reward in value]
         check_same(name, getattr(before, name), value, run)
 
 
 def check_same(name: str, before: object, value: object, run: Path) -> None:
     """Raises a ValueError where a setting is another than the run's and is none of those that may change."""
-    moved = name == "rollout" and not {value, before} & {LOCAL, PAGED}  # a server to another address
+    # A server to another address.
+    moved = name == "rollout" and not {value, before} & {LOCAL, PAGED}
+    moved |= name == "rewards" and _without_hosts(value) == _without_hosts(before)
     if name not in MAY_CHANGE and not moved and value != before:
         raise ValueError(f"{name} was {before!r} in {run} and cannot become {value!r} on --resume")
+
+
+def _without_hosts(names: Any) -> list[str]:
+    """Rewards, of judges at a URL that alone."""
+    return ["judge:URL" if (loaded := loaded_reward(name)) and is_url(loaded[1]) else name for name in names]
 
 
 def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, Path | None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_values import loaded_reward
 
 VERSION = "0.9.1"  # of verl, whose options these are
 Options = dict[str, Any]  # of verl's command line, in its order
@@ -46,6 +47,12 @@ UNUSED = {
     "strategy": "verl's FSDP2 in any case: the gradient is that of ddp",
     "warm_start_steps": "of the demo, which is refused",
     "preset": "what it sets is written",
+    "judge_template": "of a judge, which is refused",
+    "judge_model": "of a judge, which is refused",
+    "judge_temperature": "of a judge, which is refused",
+    "judge_top_p": "of a judge, which is refused",
+    "judge_max_tokens": "of a judge, which is refused",
+    "judge_failures": "of a judge, which is refused",
     "rollout_ahead": "of a server, which is refused",
     "rollout_timeout": "of a server, which is refused",
     "rollout_retries": "of a server, which is refused",
@@ -84,6 +91,11 @@ def _by_token(c: TrainConfig) -> bool:
 # field -> (when verl cannot do it, why and what to set instead)
 REFUSED: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "model": (lambda c: c.model is None, "the embedded demo is no model that verl loads; set model and data"),
+    "rewards": (
+        lambda c: any(map(loaded_reward, c.rewards)),
+        "each of verl's eight reward workers would load the model, or ask the judge by itself; set functions, and take "
+        "verl's own reward model",
+    ),
     "device": (lambda c: c.device == "cpu", "verl's rollouts by vLLM are on GPUs here; set auto or cuda"),
     "seed": (lambda c: c.seed >= 2**32, "numpy's seed, which verl sets, is below 2**32; set a smaller one"),
     "dynamic_sampling": (

@@ -444,7 +444,7 @@ def test_the_line_that_is_named_installs_no_other_redit_fast(installed, tmp_path
 
 
 def test_an_extra_is_checked_by_what_it_installs():
-    imported = {"pyyaml": "yaml"}
+    imported = {"pyyaml": "yaml", "math-verify": "math_verify"}
     for extra, modules in MODULES.items():
         names = [Requirement(line).name for line in EXTRAS[extra]]
         assert set(modules) <= {imported.get(name, name) for name in names}, extra

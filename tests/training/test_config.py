@@ -66,6 +66,7 @@ LAX = {
     "reward_weights": [["1_0", 1, 1], (1, 1, Decimal(1)), [1, True, 1]],
     "name": [b"x", 5, True],
     "rewards": [[b"exact_answer"]],
+    "reward_scales": [["1_0", 1, 1], (1, 1, Decimal(1)), [1, True, 1]],
     "data": ["a\0b.jsonl"],
     "model": ["a\0b"],
 }
@@ -300,6 +301,7 @@ HARD = {
     "max_grad_norm": None,
     "gr_normalized": True,
     "reward_weights": [1.0, -0.5, 1e-9],
+    "reward_scales": [1.0, 0.5, 1e-9],
     "seed": 2**64 - 1,
 }
 
@@ -384,7 +386,7 @@ def test_the_command_of_a_config_gives_it_back(tmp_path):
     from redit_fast import cli
 
     own = {"model": "gpt2", "data": "my data.jsonl", "rewards": ["exact_answer", "xml_format", "gsm8k_int"]}
-    for settings in ({}, {**HARD, "reward_weights": None}, {**own, "steps": 3}, {**own, **HARD},
+    for settings in ({}, {**HARD, "reward_weights": None, "reward_scales": None}, {**own, "steps": 3}, {**own, **HARD},
                      {"name": "-x", "out_dir": "-o", "system_prompt": "-s"},
                      {**own, "reward_weights": [1.0, -1e-9, -2.5e20], "model": "-m", "data": "--d"},
                      {**NEW, "clip_low": 0.1, "clip_high": 0.3}, {"clip_high": 0.0},

@@ -22,12 +22,16 @@ from pyarrow import parquet  # noqa: E402  after the skip
 
 LORA, SHIPPED = {"lora_rank": 4}, {"rewards": ["numeric_answer", "xml_format"]}
 MASK, SERVER = {"correction": "token_mask"}, {"rollout": "http://localhost:1"}
+JUDGED = {"rewards": ["judge:http://localhost:1"]}
 # field -> another value, and what it needs beside itself to mean something
 CHANGED = {
     "model": (None, {}), "data": ("other.jsonl", {}), "eval_data": ("other.jsonl", {}),
     "dtype": ("float16", {"gr_gamma": 0}),
     "device": ("cpu", {}), "strategy": ("fsdp2", {}), "lora_rank": (8, LORA), "lora_alpha": (3, LORA),
     "lora_targets": (["q_proj"], LORA), "rewards": (["xml_format"], {}), "reward_weights": ([2.0, 1.0], SHIPPED),
+    "reward_scales": ([3.0], {}), "judge_template": ("t.txt", JUDGED), "judge_model": ("x", JUDGED),
+    "judge_temperature": (0.1, JUDGED), "judge_top_p": (0.1, JUDGED), "judge_max_tokens": (9, JUDGED),
+    "judge_failures": (9, JUDGED),
     "name": ("another", {}), "out_dir": ("elsewhere", {}), "seed": (5, {}), "steps": (7, {}),
     "warm_start_steps": (3, {}), "eval_problems": (1, {}), "eval_samples": (2, {}), "eval_every": (3, {}),
     "prompts_per_step": (4, {}), "group_size": (3, {}), "dynamic_sampling": (1, {}), "overlong": ("mask", {}),
@@ -105,6 +109,8 @@ def test_every_setting_is_written_or_refused_by_its_name_or_is_said_to_have_no_m
     ("name", "more"),
     [
         ("model", {"model": None}),
+        ("rewards", {"rewards": ["model:some/folder"]}),
+        ("rewards", JUDGED),
         ("device", {"device": "cpu"}),
         ("seed", {"seed": 2**32}),
         ("dynamic_sampling", {"dynamic_sampling": 1}),

@@ -29,10 +29,11 @@ from redit_fast.checks import as_float
 from redit_fast.signals import remembered
 from redit_fast.training import data
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.config_file import clash, is_function_name
 from redit_fast.training.config_values import loaded_reward
 from redit_fast.training.data import Prompt
 from redit_fast.training.rewards.functions import SHIPPED
-from redit_fast.training.rewards.user_code import RewardError, UserCode, user_function, user_module
+from redit_fast.training.rewards.user_code import RewardError, UserCode, source_of, user_function
 
 
 @dataclass
@@ -59,8 +60,12 @@ def resolve(names: Sequence[str], columns: Iterable[str], config: TrainConfig | 
         RewardError: one sentence naming the function, and the module that was looked for.
         ValueError: a reward model, a judge or its template cannot be loaded.
     """
-    functions = []
-    for name in names:
+    shown = [_short(name) for name in names]
+    if twice := {name for name in shown if shown.count(name) > 1}:
+        raise RewardError(f"rewards: more than one function is named {min(twice)!r}, the metrics need distinct names")
+    functions: list[RewardFunction] = []
+    scales = None if config is None else config.reward_scales
+    for k, name in enumerate(names):
         fn = _found(name, config)
         with UserCode(f"rewards: reward_scale of {name!r}"):
             scale = getattr(fn, "reward_scale", 1.0)
@@ -74,21 +79,15 @@ def resolve(names: Sequence[str], columns: Iterable[str], config: TrainConfig | 
             raise RewardError(f"rewards: {name!r}: {error}; the data has the columns {', '.join(columns)}") from None
         except ValueError:  # of builtins
             raise RewardError(f"rewards: {name!r} does not say which arguments it takes, needs a function") from None
-        functions.append(RewardFunction(_short(name), fn, float(scale)))
-    twice = {f.name for f in functions if sum(f.name == other.name for other in functions) > 1}
-    if twice:
-        raise RewardError(f"rewards: more than one function is named {min(twice)!r}, the metrics need distinct names")
+        functions.append(RewardFunction(shown[k], fn, float(scale if scales is None else scales[k])))
     return functions
 
 
 def _found(name: str, config: TrainConfig | None) -> Callable:
     if loaded := loaded_reward(name):
         kind, place = loaded
-        if own := user_module(kind, place):
-            raise RewardError(
-                f"rewards: {name!r} is a {kind} in the folder {place!r}, which is not there: for a function of "
-                f"{own} write {f'{_folder_of(own)}/{kind}:{place}'!r}"
-            )
+        if is_function_name(place) and (own := source_of(name)):
+            raise RewardError(clash(name, own))
         if config is None:
             raise RewardError(f"rewards: {name!r} needs the settings of a run, which are not given here")
         if kind == "model":
@@ -108,11 +107,6 @@ def _found(name: str, config: TrainConfig | None) -> Callable:
     if name == "math":
         extras.need("math", "the reward math")
     return SHIPPED[name]
-
-
-def _folder_of(module: Path) -> str:
-    """The folder that it is imported from, as seen from the current one."""
-    return os.path.relpath(module.parents[module.name == "__init__.py"])
 
 
 def _short(name: str) -> str:

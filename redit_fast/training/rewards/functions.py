@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
 from redit_fast.training.data import text_of
 from redit_fast.training.rewards import answers
+from redit_fast.training.rewards.math_answer import CHILD, Question
 
 
 def extract_answer(completion: str) -> str:
@@ -75,6 +77,27 @@ def numeric_answer(prompts, completions, answer, **columns) -> list[float]:
     return [float(_number(right).equals(number)) for number, right in zip(found, answer, strict=True)]
 
 
+@column_checked(_check_text)
+def math(prompts, completions, answer, **columns) -> list[float | None]:
+    r"""1.0 where the completion's answer equals the column `answer` as mathematics, by math-verify: 1/2, 0.5 and
+    \frac{1}{2}, sets, intervals, matrices, equations.
+
+    The answer is what is between answer tags, else what math-verify finds, the last \boxed{} first. `answer` may be
+    LaTeX, with \boxed{} or bare. None where `answer` cannot be read as mathematics, and where reading the completion
+    has not come to an end (`math_answer.DEADLINE`).
+    """
+    texts = [text_of(completion) for completion in completions]
+    return [
+        CHILD.answer(Question(_written(right), extract_answer(text), "<answer>" in text))
+        for text, right in zip(texts, answer, strict=True)
+    ]
+
+
+def _written(answer: object) -> str:
+    """A number without an exponent, which LaTeX has none of; of text what `reference_answer` takes."""
+    return f"{Decimal(repr(answer)):f}" if isinstance(answer, float) else reference_answer(answer)
+
+
 _BLOCKS = re.compile(r"<(think|reasoning)>.*?</\1>\s*<answer>.*?</answer>", re.DOTALL)
 
 
@@ -131,6 +154,7 @@ SHIPPED = {
     for fn in (
         exact_answer,
         numeric_answer,
+        math,
         xml_format,
         gsm8k_correctness,
         gsm8k_int,

@@ -60,14 +60,6 @@ def user_function(name: str) -> Callable:
     return fn
 
 
-def user_module(prefix: str, place: str) -> Path | None:
-    """The file of a module of the user's named `prefix`, which `prefix:place` may be meant to name a function of; None
-    where `place` is a folder, or can be no function's name."""
-    if not place.isidentifier() or Path(place).is_dir():
-        return None
-    return source_of(f"{prefix}:{place}")
-
-
 def source_of(name: str) -> Path | None:
     """The file of the module that the reward function `name` is of, before it is loaded; None where there is none."""
     if ":" not in name:

@@ -8,10 +8,10 @@ import json
 import os
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx2
 
@@ -33,6 +33,9 @@ class Request(NamedTuple):
     needs: str = ""  # what a server with this path was started with
 
 
+One = Callable[[httpx2.AsyncClient, asyncio.Semaphore, Request], Awaitable[Any]]  # the outcome of one request
+
+
 class Connection:
     """To one server.
 
@@ -44,16 +47,18 @@ class Connection:
         timeout: seconds for an attempt as a whole, from connecting to the last byte.
         retries: attempts after the first one, where the connection breaks or the server answers with AGAIN. A request
             that times out is not sent again: the server is at work on it, or on too much already.
+        what: the server is, in messages.
+        key_in: the environment's variable that the key is in, if there is one.
 
     Raises:
-        ValueError: REDIT_FAST_API_KEY is nothing that a header can hold.
+        ValueError: the key is nothing that a header can hold.
     """
 
-    def __init__(self, url: str, timeout: float, retries: int) -> None:
-        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
-        self.key = os.environ.get(KEY, "")
+    def __init__(self, url: str, timeout: float, retries: int, *, what: str = "rollout", key_in: str = KEY) -> None:
+        self.url, self.timeout, self.retries, self.what = url.rstrip("/"), timeout, retries, what
+        self.key = os.environ.get(key_in, "")
         if not self.key.isascii() or not self.key.isprintable() or self.key != self.key.strip():
-            raise ValueError(f"{KEY} has a character that no key has, such as a space at its end or a line break")
+            raise ValueError(f"{key_in} has a character that no key has, such as a space at its end or a line break")
         self.at_work: set[tuple[asyncio.AbstractEventLoop, asyncio.Task]] = set()
         self.closed, self.lock = False, threading.Lock()  # of both
 
@@ -71,17 +76,24 @@ class Connection:
         Raises:
             EngineError: one has no answer; the others are then given up.
         """
+        return self._together(self._one, requests)
+
+    def each(self, requests: Sequence[Request]) -> list[bytes | EngineError]:
+        """As `answers`, with the error in place of an answer that does not come."""
+        return self._together(self._one_or_why, requests)
+
+    def _together(self, one: One, requests: Sequence[Request]) -> list:
         # In a thread, since the caller's may have an event loop, as in a notebook. Ctrl-C comes to the caller's.
         with closing(asyncio.new_event_loop()) as loop, ThreadPoolExecutor(1) as thread:
             with self.lock:
                 if self.closed:
-                    raise EngineError(f"rollout {self.url}: the engine is closed")
-                task = loop.create_task(self._all(requests))
+                    raise EngineError(f"{self.what} {self.url}: the engine is closed")
+                task = loop.create_task(self._all(one, requests))
                 self.at_work.add((loop, task))
             try:
                 return thread.submit(loop.run_until_complete, task).result()
             except asyncio.CancelledError:
-                raise EngineError(f"rollout {self.url}: the engine was closed during the rollout") from None
+                raise EngineError(f"{self.what} {self.url}: the engine was closed during the rollout") from None
             finally:
                 with self.lock:  # before the loop is closed
                     self.at_work.discard((loop, task))
@@ -94,7 +106,7 @@ class Connection:
             for loop, task in self.at_work:
                 loop.call_soon_threadsafe(task.cancel)
 
-    async def _all(self, requests: Sequence[Request]) -> list[bytes]:
+    async def _all(self, one: One, requests: Sequence[Request]) -> list:
         places = asyncio.Semaphore(AT_ONCE)
         async with httpx2.AsyncClient(
             verify=self.certificates,
@@ -103,13 +115,21 @@ class Connection:
             timeout=httpx2.Timeout(None, connect=min(CONNECT, self.timeout)),
             limits=httpx2.Limits(max_connections=AT_ONCE),
         ) as client:
-            tasks = [asyncio.ensure_future(self._one(client, places, request)) for request in requests]
+            tasks = [asyncio.ensure_future(one(client, places, request)) for request in requests]
             try:
                 return await asyncio.gather(*tasks)
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one_or_why(
+        self, client: httpx2.AsyncClient, places: asyncio.Semaphore, request: Request
+    ) -> bytes | EngineError:
+        try:
+            return await self._one(client, places, request)
+        except EngineError as error:
+            return error
 
     async def _one(self, client: httpx2.AsyncClient, places: asyncio.Semaphore, request: Request) -> bytes:
         async with places:
@@ -140,7 +160,7 @@ class Connection:
         method = "GET" if request.body is None else "POST"
         async with client.stream(method, self.url + request.path, json=request.body) as response:
             if response.is_redirect:
-                raise self._error(request, "a redirect, which is not followed: rollout needs the server's own URL")
+                raise self._error(request, f"a redirect, which is not followed: {self.what} needs the server's own URL")
             body = bytearray()
             async for part in response.aiter_raw():
                 body += part
@@ -149,7 +169,7 @@ class Connection:
             return response.status_code, bytes(body)
 
     def _error(self, request: Request, why: str) -> EngineError:
-        return EngineError(f"rollout {self.url}{request.path}: {why}")
+        return EngineError(f"{self.what} {self.url}{request.path}: {why}")
 
     def _words(self, text: str, before: str = "") -> str:
         """What a server or a library says, on one line, in short and without the key."""
