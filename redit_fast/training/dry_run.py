@@ -12,11 +12,12 @@ from redit_fast.training import data, inputs, lora, memory, metrics, rewards, ru
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.distributed import Ranks, launched
-from redit_fast.training.plain_text import aligned, say, visible
+from redit_fast.training.plain_text import say, visible
 from redit_fast.training.report.samples import Text
 from redit_fast.training.report.summary import duration
 
 Row = tuple[str, str]
+NAMES = 20  # characters of a row's name, so that all parts of the plan have one column of values
 SHOWN = 300  # characters at the end of a completion; its beginning has twice as many
 MEMORY = ("weights", "optimizer", "copies", "reference", "gradients", "activations", "head", "rollout")
 
@@ -38,7 +39,7 @@ def dry_run(config: TrainConfig) -> None:
     with ExitStack() as held:
         parts = setup.parts(config, None)
         optimizer = setup.optimizer(config, parts.model)
-        say(aligned([*_of_model(config, parts), *_of_data(config, parts), *_of_steps(config, parts, optimizer)]))
+        say(_table([*_of_model(config, parts), *_of_data(config, parts), *_of_steps(config, parts, optimizer)]))
         engine = setup.engine(config, parts, held, Ranks())
         source = sampling.Source(
             engine, parts.model, parts.tokenizer, parts.dataset.train, parts.functions, config, Ranks()
@@ -57,11 +58,11 @@ def dry_run(config: TrainConfig) -> None:
         batch = Batch.of(drawn.prompts, drawn.rollout, advantages.values, parts.loss_config, config, 0, packed=packed)
         found = metrics.reward_metrics(parts.functions, drawn, advantages, config)
         say(f"{_completions(drawn, parts.functions)}\n")
-        say(aligned([*_of_rewards(config, parts, drawn, found), *_of_batch(config, batch, drawn, found)]))
+        say(_table([*_of_rewards(config, parts, drawn, found), *_of_batch(batch, drawn, found)]))
         held_out = len(parts.dataset.held_out)
-        say(aligned(_of_memory(memory.predicted(parts.model, optimizer, batch, config, held_out))))
+        say(_table(_of_memory(memory.predicted(parts.model, optimizer, batch, config, held_out))))
         _update(config, parts, optimizer, batch, clock)
-        say(aligned(_of_time(config, parts, batch, clock.seconds)))
+        say(_table(_of_time(config, parts, batch, clock.seconds)))
 
 
 def _update(
@@ -82,6 +83,10 @@ def _update(
                 batch.backward(parts.model, first.logp if keeps_logp else None, masks_of=first)
     with clock("optimizer"):
         optimizer.step()
+
+
+def _table(rows: list[Row]) -> str:
+    return "\n".join(f"{name:<{NAMES}}  {value}" for name, value in rows)
 
 
 def _of_model(config: TrainConfig, parts: setup.Parts) -> list[Row]:
@@ -158,15 +163,15 @@ def _of_rewards(config: TrainConfig, parts: setup.Parts, drawn: sampling.Samples
     return [*rows, ("dead groups", f"{dead:,} of {config.prompts_per_step:,}")]
 
 
-def _of_batch(config: TrainConfig, batch: Batch, drawn: sampling.Samples, found: dict[str, float]) -> list[Row]:
+def _of_batch(batch: Batch, drawn: sampling.Samples, found: dict[str, float]) -> list[Row]:
     mean, cut_off = found["completions/mean_length"], found["completions/clipped_ratio"]
-    computed = sum(micro.tokens for micro, _ in batch.micro_batches)
+    tokens = [micro.tokens for micro, _ in batch.micro_batches]
+    counts = f"{drawn.generated:,} generated, {batch.useful_tokens:,} useful, {sum(tokens):,} computed in a pass"
     return [
         ("completions", f"{mean:.1f} tokens on average, {cut_off:.0%} cut off"),
-        ("tokens of a step", f"{drawn.generated:,} generated, {batch.useful_tokens:,} useful, {computed:,} computed"),
-        ("micro-batches", f"{len(batch.micro_batches):,} of {max(m.tokens for m, _ in batch.micro_batches):,} tokens at "
-                          "most" if batch.micro_batches else "none: every completion is masked"),
-    ]  # fmt: skip
+        ("tokens of a step", counts),
+        ("micro-batches", f"{len(tokens):,}, the largest of {max(tokens, default=0):,} tokens"),
+    ]
 
 
 def _of_memory(found: memory.Memory) -> list[Row]:
@@ -184,7 +189,7 @@ def _of_time(config: TrainConfig, parts: setup.Parts, batch: Batch, seconds: dic
         "rewards": seconds["reward"],
         "reference": seconds.get("reference", 0.0),
         "first passes": updates * seconds["pass1"],
-        "second passes": updates * seconds["pass2"] / config.gr_every_k_steps,
+        "second passes": updates * seconds["pass2"] / config.gr_every_k_steps if config.gr_gamma else 0.0,
         "optimizer": updates * seconds["optimizer"],
     }
     step, answers = sum(each.values()), len(parts.dataset.held_out) * config.eval_samples
