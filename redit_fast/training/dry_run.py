@@ -3,8 +3,6 @@ and the weights end with the process."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from contextlib import ExitStack
 
 import redit_fast as rf
@@ -12,14 +10,23 @@ from redit_fast.training import data, inputs, lora, memory, metrics, rewards, ru
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.distributed import Ranks, launched
-from redit_fast.training.plain_text import say, visible
+from redit_fast.training.plain_text import say, scored, visible
 from redit_fast.training.report.samples import Text
 from redit_fast.training.report.summary import duration
 
 Row = tuple[str, str]
 NAMES = 20  # characters of a row's name, so that all parts of the plan have one column of values
 SHOWN = 300  # characters at the end of a completion; its beginning has twice as many
-MEMORY = ("weights", "optimizer", "copies", "reference", "gradients", "activations", "head", "rollout")
+MEMORY = {  # what is told of each part
+    "weights": "weights",
+    "optimizer": "AdamW's state",
+    "copies": "copies for GR",
+    "reference": "reference",
+    "gradients": "gradients",
+    "activations": "activations",
+    "head": "the head's chunk of logits, with its gradients",
+    "rollout": "cache and logits of a rollout",
+}
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -86,7 +93,7 @@ def _update(
 
 
 def _table(rows: list[Row]) -> str:
-    return "\n".join(f"{name:<{NAMES}}  {value}" for name, value in rows)
+    return "\n".join(f"{name:<{NAMES}}  {visible(' '.join(value.split()))}" for name, value in rows)
 
 
 def _of_model(config: TrainConfig, parts: setup.Parts) -> list[Row]:
@@ -148,9 +155,8 @@ def _completions(drawn: sampling.Samples, functions: list[rewards.RewardFunction
     for i in sorted({0, len(drawn.texts) // 2, len(drawn.texts) - 1}):
         text = Text.of(drawn.texts[i], SHOWN)
         left_out = f"\n[{text.left_out:,} characters]\n" if text.left_out else ""
-        values = zip(functions, drawn.scores[i].tolist(), strict=True)
-        scored = ", ".join(f"{f.name} {'unscored' if math.isnan(value) else f'{value:g}'}" for f, value in values)
-        parts.append(f"\n--- completion {i}: {scored}\n{visible(text.beginning)}{left_out}{visible(text.end)}")
+        told = scored(functions, drawn.scores[i].tolist())
+        parts.append(f"\n--- completion {i}: {told}\n{visible(text.beginning)}{left_out}{visible(text.end)}")
     return "\n".join(parts)
 
 
@@ -175,10 +181,12 @@ def _of_batch(batch: Batch, drawn: sampling.Samples, found: dict[str, float]) ->
 
 
 def _of_memory(found: memory.Memory) -> list[Row]:
-    parts = dataclasses.asdict(found)
-    of_parts = [(f"memory, {name.replace('_', ' ')}", _size(parts[name])) for name in MEMORY if parts[name]]
-    where = "passes" if found.passes >= found.rollout else "rollout"
-    return [*of_parts, ("memory, at once", f"{_size(found.peak)} above the loaded weights, in the {where} (predicted)")]
+    parts = ", ".join(f"{words} {_size(size)}" for name, words in MEMORY.items() if (size := getattr(found, name)))
+    where = "training passes" if found.passes >= found.rollout else "rollout"
+    return [
+        ("memory, predicted", parts),
+        ("memory at once", f"{_size(found.peak)} above the loaded weights, in the {where}"),
+    ]
 
 
 def _of_time(config: TrainConfig, parts: setup.Parts, batch: Batch, seconds: dict[str, float]) -> list[Row]:

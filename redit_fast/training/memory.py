@@ -55,7 +55,7 @@ class Memory:
 
 
 def predicted(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig, held_out: int = 0
+    model: PreTrainedModel, optimizer: rf.RegularizedAdamW, batch: Batch, config: TrainConfig, held_out: int = 0
 ) -> Memory:
     """Of steps like `batch`, and evaluations of so many held-out problems; from the second step on, when all of the
     optimizer's state is there."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from redit_fast.training.report.page import SPELLED
+from redit_fast.training.rewards import RewardFunction
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -13,6 +15,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
                      for row in rows)  # fmt: skip
+
+
+def scored(functions: Sequence[RewardFunction], values: Iterable[float]) -> str:
+    """The rewards of a completion."""
+    each = zip(functions, values, strict=True)
+    return ", ".join(f"{f.name} {'unscored' if math.isnan(value) else f'{value:g}'}" for f, value in each)
 
 
 def visible(text: str) -> str:

@@ -3,7 +3,6 @@ given."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from redit_fast.foreign import Foreign
 from redit_fast.training import data, generation, rewards, setup
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.plain_text import say, visible
+from redit_fast.training.plain_text import say, scored, visible
 from redit_fast.training.rewards.user_code import RewardError
 
 
@@ -111,7 +110,6 @@ def _ids(
 
 def _told(call: generation.Sampled, i: int, functions: list[rewards.RewardFunction]) -> str:
     """Of a completion, its length and rewards."""
-    values = zip(functions, call.scores[i].tolist(), strict=True)
-    scored = [f"{f.name} {'unscored' if math.isnan(value) else f'{value:g}'}" for f, value in values]
-    ended = [] if call.rollout.finished[i] else ["cut off"]
-    return ", ".join([f"{len(call.rollout.completions[i])} tokens", *ended, *scored])
+    length = f"{len(call.rollout.completions[i])} tokens"
+    ended = "" if call.rollout.finished[i] else "cut off"
+    return ", ".join(filter(None, (length, ended, scored(functions, call.scores[i].tolist()))))

@@ -180,7 +180,7 @@ def test_the_predicted_memory_is_what_two_steps_take(case, settings, tmp_path, c
         job = {**settings, **job, "model": str(model), "prompts_per_step": 8, "group_size": 8,
                "max_completion_length": 16}  # fmt: skip
     plan, _ = planned(job, capsys)
-    predicted = float(re.match(r"(\S+) MB above", plan["memory, at once"])[1]) * 1e6
+    predicted = float(re.match(r"(\S+) MB above", plan["memory at once"])[1]) * 1e6
     process = processes.context.Process(target=took, args=(flags(job), str(tmp_path / "took")))
     process.start()
     process.join(120)
