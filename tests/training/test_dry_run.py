@@ -22,7 +22,7 @@ def planned(settings, capsys, *more):
     """The rows of the plan, and all that was printed."""
     assert main(["train", *flags(settings), "--dry-run", *more]) == 0
     said = capsys.readouterr().out
-    return dict(re.findall(r"^(\S.{0,18}\S) {2,}(\S.*)$", said, re.M)), said
+    return dict(re.findall(r"^(\S+(?: \S+)*) {2,}(\S.*)$", said, re.M)), said
 
 
 def files_in(folder):

@@ -167,7 +167,7 @@ BAD = [
     (["sample", "RUN", " \n"], "prompt: is empty, needs text"),
     (["sample", "RUN", "\udcff"], "prompt: is not text in UTF-8"),
     (["sample", "RUN", "1 + 1", "--chat"], "has no chat template: give the whole text instead"),
-    (["sample", "RUN", "Ada has 3 cards. " * 200], "leave no room for 12 more in the model's context of 1024"),
+    (["sample", "RUN", "Ada has 3 cards. " * 400], "leave no room for 12 more in the model's context of 1024"),
     (["sample", "RUN", "text", "--greedy", "--samples", "2"], "--samples is 2, needs 1 with --greedy"),
     (["sample", "no/such/model", "text"], "model no/such/model: no such folder"),
     (["sample"], "the following arguments are required: CHECKPOINT"),
@@ -241,9 +241,11 @@ def test_a_prompt_of_the_command_line_and_of_stdin_has_the_rewards_that_need_no_
 
 
 def test_a_terminal_as_stdin_is_not_waited_for(run, capsys, monkeypatch):
-    terminal = io.StringIO("never")
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stdin", terminal)
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("never"))
     assert main(["sample", str(run)]) == 2
     assert "a prompt is missing: needs one behind CHECKPOINT, on stdin, or --data FILE --row N" in capsys.readouterr().err
 
