@@ -92,7 +92,7 @@ _MEANT = {
     "trust_remote_code": "Python code that a model brings is not run",
     "no_cuda use_cpu": "{device}",
     "data_seed": "{seed}",
-    "dry_run": "there is no dry run yet",
+    "dry_run": "it is a flag of redit-fast train",
 }  # fmt: skip
 MEANT = {name: meant for names, meant in _MEANT.items() for name in names.split()}
 

@@ -383,7 +383,7 @@ def test_every_name_of_another_trainer_leads_to_settings_that_exist():
 
 
 def test_the_command_of_a_config_gives_it_back(tmp_path):
-    from redit_fast import cli
+    from redit_fast import cli, commands
 
     own = {"model": "gpt2", "data": "my data.jsonl", "rewards": ["exact_answer", "xml_format", "gsm8k_int"]}
     for settings in ({}, {**HARD, "reward_weights": None, "reward_scales": None}, {**own, "steps": 3}, {**own, **HARD},
@@ -397,7 +397,7 @@ def test_the_command_of_a_config_gives_it_back(tmp_path):
         assert words[:2] == ["redit-fast", "train"]
         parser = cli._Parser()
         cli._add_train_flags(parser)
-        assert load(None, cli.settings(parser.parse_args(words[2:]))) == original
+        assert load(None, commands.settings(parser.parse_args(words[2:]))) == original
     assert load().command() == "redit-fast train"
     assert load(None, {"steps": 3}).command(name="x") == "redit-fast train --name x --steps 3"
 

@@ -153,12 +153,12 @@ def test_a_finished_run_has_a_picture_and_a_page_that_stands_alone(run):
 def test_the_rerun_command_gives_the_same_config(run):
     import shlex
 
-    from redit_fast import cli
+    from redit_fast import cli, commands
 
     command = re.search(r"redit-fast train .*", page_of(run).text)[0]
     parser = cli._Parser()
     cli._add_train_flags(parser)
-    again = config_file.load(None, cli.settings(parser.parse_args(shlex.split(command)[2:])))
+    again = config_file.load(None, commands.settings(parser.parse_args(shlex.split(command)[2:])))
     assert again == config_file.load(run / "config.json").model_copy(update={"name": "my run-again"})
 
 

@@ -378,14 +378,14 @@ def test_fields_that_train_has_too_are_that_ones():
 def test_the_command_of_a_run_gives_it_back(job):
     import shlex
 
-    from redit_fast import cli
+    from redit_fast import cli, commands
 
     original = config_of(job, gr_gamma=0.5, checkpoint_activations=True, max_grad_norm=None, long_pairs="skip")
     words = shlex.split(original.command())
     assert words[:2] == ["redit-fast", "reward-model"]
     parser = cli._Parser()
     cli._add_reward_model_flags(parser)
-    given = cli.settings(parser.parse_args(words[2:]), RewardModelConfig.model_fields)
+    given = commands.settings(parser.parse_args(words[2:]), RewardModelConfig.model_fields)
     assert config_file.load_as(RewardModelConfig, None, given) == original
 
 

@@ -34,6 +34,7 @@ class Curve:
     high: list[float]
     dots: bool = False  # a few values, each with its dot
     dashed: bool = False
+    thin: bool = False  # one of several that another curve is the mean of
 
     def last(self) -> float:
         return next((value for value in reversed(self.values) if math.isfinite(value)), math.nan)
@@ -179,10 +180,10 @@ def curve_of(
     greatest in it.
     """
     rows = [row for row in metrics if key in row]
-    values = [_number(row[key]) for row in rows]
+    values = [as_number(row[key]) for row in rows]
     if not any(map(math.isfinite, values)):
         return []
-    reach = [_number(row.get(around)) for row in rows] if around else [0.0] * len(rows)
+    reach = [as_number(row.get(around)) for row in rows] if around else [0.0] * len(rows)
     size = math.ceil(len(rows) / POINTS)
     steps, means, lows, highs = [], [], [], []
     for start in range(0, len(rows), size):
@@ -197,7 +198,7 @@ def curve_of(
     return [Curve(label, colour, steps, means, lows if banded else [], highs if banded else [], dots, dashed)]
 
 
-def _number(value: object) -> float:
+def as_number(value: object) -> float:
     """NaN for null, and for what no axis has room for."""
     number = as_float(value) if isinstance(value, int | float) else math.nan
     return number if abs(number) < LARGEST else math.nan
