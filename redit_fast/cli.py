@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 from redit_fast.extras import MissingExtra
 from redit_fast.signals import in_this_process
@@ -264,7 +264,7 @@ def _add_fields(parser: argparse.ArgumentParser, names: Collection[str]) -> None
         if bool in (field.annotation, *get_args(field.annotation)):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            listed = name in ("rewards", "reward_weights", "lora_targets")
+            listed = any(get_origin(kind) is list for kind in (field.annotation, *get_args(field.annotation)))
             many: dict = {"nargs": "+", "action": _Once} if listed else {}
             kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
             word = "N" if int in kinds else "X" if float in kinds or "weights" in name else "TEXT"

@@ -20,6 +20,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Strategy = Literal["ddp", "fsdp2"]
 Packing = Literal["auto", "on", "off"]
 Overlong = Literal["keep", "mask"]
+DataFormat = Literal["gsm8k", "math"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 LOCAL, PAGED = "local", "paged"  # rollouts in the process that trains; any other is a server's URL
 LearningRateSchedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from redit_fast.training import builtin
+from redit_fast.training import builtin, data_files
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import module_file
+from redit_fast.training.data_names import hub_of
 from redit_fast.training.rewards import answers
 from redit_fast.training.rewards.user_code import INSTALLED, source_of
 
@@ -41,7 +42,7 @@ def of(config: TrainConfig) -> Inputs:
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
         return {"reward module": modules, "the demo": {builtin.__name__: demo}}
-    data = {file: _digest(Path(file), f"data {file}") for file in (config.data, config.eval_data) if file is not None}
+    data = {source: _data(source) for source in (config.data, config.eval_data) if source is not None}
     return {"reward module": modules, "data": data, "model": _model(config.model)}
 
 
@@ -150,6 +151,12 @@ def _model(name: str) -> dict[str, str]:
     except HFValidationError:  # the path of a folder that is gone
         return {}
     return {name: f"commit {Path(cached).parent.name}"} if isinstance(cached, str) else {}
+
+
+def _data(source: str) -> str:
+    if (hub := hub_of(source)) is not None:
+        return f"commit {data_files.commit_of(source, hub)}"
+    return _digest(Path(source), f"data {source}")
 
 
 def _weights(file: Path) -> str:
