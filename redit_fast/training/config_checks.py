@@ -55,8 +55,8 @@ def _check_data(config: Any) -> None:
             hub_of(getattr(config, name) or "")
     if config.data_format is not None and config.columns is not None:
         raise ValueError(
-            f"columns: got {' '.join(config.columns)} with data_format {config.data_format}, which says what the columns "
-            "are; needs one of them"
+            f"columns: got {' '.join(config.columns)} with data_format {config.data_format}, which says what they are; "
+            "needs one of the two"
         )
     with _named("columns"):
         names_of(config.columns, None)

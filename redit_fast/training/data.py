@@ -176,8 +176,8 @@ def _check(place: str, record: dict) -> None:
             raise ValueError(f"{place}: column {column!r} is a reserved name, reward functions have an argument of it")
     if "prompt" not in record:
         raise ValueError(
-            f"{place}: no column 'prompt', found {', '.join(map(repr, record)) or 'none'}; where the prompt has another "
-            "name, columns says so: prompt=question"
+            f"{place}: no column 'prompt', found {', '.join(map(repr, record)) or 'none'}; where it has another name, "
+            "columns says which: prompt=question"
         )
     prompt = record["prompt"]
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):

@@ -133,8 +133,8 @@ def _of_arrow(
             raise ValueError(f"{source}: column {name!r} is there twice")
         if not _is_json(schema.field(name).type):
             raise ValueError(
-                f"{source}: column {name!r} has the type {schema.field(name).type}, needs what JSON has: text, numbers, "
-                "true and false, lists, objects; to leave it out, name the others in columns"
+                f"{source}: column {name!r} has the type {schema.field(name).type}, needs what JSON has: text, "
+                "numbers, true and false, lists, objects; to leave it out, name the others in columns"
             )
     chats = [name for name in names if _is_chat(schema.field(name).type)]
     number = 0

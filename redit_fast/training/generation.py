@@ -44,7 +44,8 @@ OF_A_RUN = (
     "dtype", "device",
 )  # fmt: skip
 SETTINGS = (  # the flags
-    *OF_A_RUN, "data", "columns", "data_format", "seed", "long_prompts", "rollout", "rollout_timeout", "rollout_retries",
+    *OF_A_RUN, "data", "columns", "data_format", "seed", "long_prompts", "rollout", "rollout_timeout",
+    "rollout_retries",
 )  # fmt: skip
 STEP = 2**32 - 3  # of the random numbers: no training step has it
 TOGETHER = {LOCAL: 256}  # completions that are sampled in one call, and written when it is over

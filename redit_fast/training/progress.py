@@ -21,8 +21,8 @@ LEAST = 10  # columns of a bar that has times and numbers beside it
 
 
 class Task(NamedTuple):
-    """What is shown of a task, in one piece for the thread that shows it. An evaluation is no step: what is left of both
-    is told by the mean of each so far."""
+    """What is shown of a task, in one piece for the thread that shows it. An evaluation is no step: the time that is
+    left is told by the mean of each."""
 
     name: str
     total: int
@@ -37,7 +37,7 @@ class Task(NamedTuple):
     evaluations_took: float = 0.0
 
     def after(self, now: float, advance: int, numbers: str, evaluation: float | None) -> Task:
-        """With `advance` steps more, the last of which had an evaluation of so many seconds; 0: there was that alone."""
+        """With `advance` steps more, the last with an evaluation of so many seconds; with 0 there was that alone."""
         took = max(0.0, now - self.since - (evaluation or 0.0)) if advance else 0.0
         return self._replace(
             done=self.done + advance,

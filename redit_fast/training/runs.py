@@ -138,8 +138,8 @@ def keep_lines_until(run: Path, step: int) -> None:
 
 
 def complete(path: Path, step: int, metrics: dict, times: dict[str, float]) -> dict:
-    """Puts what an evaluation gave into the line of `step`, the last one, which is made where there is none; returns the
-    line."""
+    """Puts what an evaluation gave into the line of `step`, the last one, which is made where there is none, and
+    returns it."""
     lines = report.rows(path)
     there = lines and lines[-1]["step"] == step
     line = report.in_todays_names(lines.pop()) if there else {"step": step}

@@ -46,7 +46,7 @@ def opened(
     def track(line: dict) -> None:
         numbers = {key: value for key, value in line.items() if key not in ("schema", "step") and _is_number(value)}
         for tracker in at_work:
-            tracker.steps.put((line["step"], numbers))
+            tracker.steps.put((line["step"], dict(numbers)))
 
     if completed:
         track(completed)
@@ -115,7 +115,7 @@ def _wandb(config: TrainConfig, run: Path, first: int) -> tuple[Log, Close]:
         id=_id(run, "wandb"),
         resume="allow",
         dir=str(run),
-        config=dict(config),
+        config=config.model_dump(),
         settings=wandb.Settings(console="off"),  # it would take over stdout, where the bar is
     )
     there.define_metric("*", step_metric="step")  # its own step would drop those that a killed run takes again
@@ -129,7 +129,7 @@ def _trackio(config: TrainConfig, run: Path, first: int) -> tuple[Log, Close]:
         project=os.environ.get("TRACKIO_PROJECT", PROJECT),
         name=f"{config.name}-{_id(run, 'trackio')}",  # by which it knows a run
         resume="allow",
-        config=dict(config),
+        config=config.model_dump(),
         embed=False,
     )
     return lambda step, numbers: there.log(numbers, step=step), there.finish

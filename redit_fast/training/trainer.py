@@ -170,7 +170,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     done = 0
                     written = draft()
                     ranks.by_first(lambda: publish(written))
-            evaluations = sum(map(evaluates, range(done + 1, config.steps + 1)))
+            evaluations = -(-config.steps // config.eval_every) - done // config.eval_every
             bar = shown.add_task("GRPO", total=config.steps, completed=done, evaluations=evaluations)
             lines = ranks.by_first(lambda: report.rows(run / "metrics.jsonl"))
             completed: dict | None = None  # the line of what is done, where an evaluation was missing

@@ -97,22 +97,22 @@ BAD = {
     "no such column": (lambda path: written(path, RECORDS), "d.parquet: no column 'question', found 'prompt', 'answer'",
                        ["prompt=question"]),
     "no prompt": (lambda path: written(path, [{"question": "a"}]),
-                  "d.parquet:1: no column 'prompt', found 'question'; where the prompt has another name, columns says"),
+                  "d.parquet:1: no column 'prompt', found 'question'; where it has another name, columns says"),
     "no bytes": (lambda path: path.touch(), "d.parquet: no Parquet file that can be read: "),
     "junk": (lambda path: path.write_bytes(b"junk" * 100), "d.parquet: no Parquet file that can be read: "),
     "no rows": (lambda path: written(path, RECORDS) and parquet.write_table(parquet.read_table(path)[:0], path),
                 "d.parquet: the file is empty, it needs rows with a prompt"),
     "a folder": (lambda path: path.mkdir(), "data d.parquet: Is a directory"),
     "nothing": (lambda path: None, "data d.parquet: No such file or directory"),
-    "a time": (bad_value("when", datetime.datetime(2026, 1, 1)), "d.parquet: column 'when' has the type timestamp[us], "),
+    "a time": (bad_value("when", datetime.datetime(2026, 1, 1)), "d.parquet: column 'when' has the type timestamp[us]"),
     "bytes": (bad_value("image", b"x"), "d.parquet: column 'image' has the type binary, needs what JSON has: text"),
-    "a decimal": (bad_value("price", {"x": [decimal.Decimal("1.50")]}), "d.parquet: column 'price' has the type struct<"),
+    "a decimal": (bad_value("price", {"x": [decimal.Decimal("1.50")]}), "d.parquet: column 'price' has the type struct"),
     "a number": (lambda path: written(path, [{"prompt": 7}]), "d.parquet:1: the prompt needs text or a list of chat"),
-    "a null": (lambda path: written(path, [{"prompt": "a"}, {"prompt": None}]), "d.parquet:2: the prompt needs text or"),
-    "a null message": (lambda path: written(path, [{"prompt": [user("a"), None]}]), "d.parquet:1: the prompt needs text"),
+    "a null": (lambda path: written(path, [{"prompt": "a"}, {"prompt": None}]), "d.parquet:2: the prompt needs text"),
+    "a null message": (lambda path: written(path, [{"prompt": [user("a"), None]}]), "d.parquet:1: the prompt needs"),
     "a null text": (lambda path: written(path, [{"prompt": [user("a")]}, {"prompt": [user(None)]}]),
                     "d.parquet:2: the prompt needs text or a list of chat messages"),
-    "other messages": (lambda path: written(path, [{"prompt": [{"from": "a"}]}]), "d.parquet:1: the prompt needs text or"),
+    "other messages": (lambda path: written(path, [{"prompt": [{"from": "a"}]}]), "d.parquet:1: the prompt needs text"),
     "a reserved name": (bad_value("completions", "x"), "d.parquet:1: column 'completions' is a reserved name"),
     "a name twice": (twice, "d.parquet: column 'prompt' is there twice"),
 }  # fmt: skip
@@ -130,7 +130,8 @@ def test_a_bad_file_gets_one_sentence_with_file_row_and_column(tmp_path, monkeyp
 
 def test_what_json_has_not_can_be_left_out(tmp_path):
     rows = [{"prompt": "a", "answer": "1", "when": datetime.datetime(2026, 1, 1)}]
-    assert data.read(written(tmp_path / "d.parquet", rows), ["prompt", "answer"]) == [(1, {"prompt": "a", "answer": "1"})]
+    file = written(tmp_path / "d.parquet", rows)
+    assert data.read(file, ["prompt", "answer"]) == [(1, {"prompt": "a", "answer": "1"})]
 
 
 @pytest.mark.parametrize("write", [jsonl, written])
@@ -169,21 +170,21 @@ def test_the_answer_of_a_known_set_is_what_its_mark_holds(tmp_path):
 @pytest.mark.parametrize(
     ("data_format", "row", "sentence"),
     [
-        ("gsm8k", {"question": "a", "answer": "72"}, "d.jsonl:2: column 'answer' needs text with '####' with the answer"),
+        ("gsm8k", {"question": "a", "answer": "72"}, "d.jsonl:2: column 'answer' needs text with '####'"),
         ("gsm8k", {"question": "a", "answer": "72 ####"}, "d.jsonl:2: column 'answer' needs text with '####'"),
         ("gsm8k", {"question": "a", "answer": 72}, "d.jsonl:2: column 'answer' needs text with '####' with the answer "
          "behind it, got 72"),
         ("gsm8k", {"question": " ", "answer": "#### 72"}, "d.jsonl:2: the prompt is empty"),
         ("gsm8k", {"prompt": "a", "answer": "#### 72"}, "d.jsonl:2: no column 'question', found 'prompt', 'answer'"),
-        ("math", {"problem": "a", "solution": "72"}, r"d.jsonl:2: column 'solution' needs text with '\boxed{...}' with"),
-        ("math", {"problem": "a", "solution": r"\boxed{7"}, r"d.jsonl:2: column 'solution' needs text with '\boxed{...}'"),
+        ("math", {"problem": "a", "solution": "72"}, r"d.jsonl:2: column 'solution' needs text with '\boxed"),
+        ("math", {"problem": "a", "solution": r"\boxed{7"}, r"d.jsonl:2: column 'solution' needs text with '\boxed"),
         ("math", {"problem": "a", "solution": r"\boxed{ }"}, r"d.jsonl:2: column 'solution' needs text with '\boxed"),
         ("math", {"problem": "a", "solution": r"\boxedx{7}"}, r"d.jsonl:2: column 'solution' needs text with '\boxed"),
     ],
 )  # fmt: skip
 def test_a_row_that_is_not_of_the_set_is_named(tmp_path, monkeypatch, data_format, row, sentence):
     monkeypatch.chdir(tmp_path)
-    good = {"question": "a", "answer": "#### 1"} if data_format == "gsm8k" else {"problem": "a", "solution": r"\boxed{1}"}
+    good = {"question": "a", "answer": "#### 1", "problem": "a", "solution": r"\boxed{1}"}
     with pytest.raises(ValueError) as error:
         data.read(jsonl(Path("d.jsonl"), [good, row]), data_format=data_format)
     assert str(error.value).startswith(sentence)
@@ -201,7 +202,7 @@ OWN = {"model": "m", "data": "d.parquet", "rewards": ["exact_answer"]}
         ({**OWN, "columns": ["prompt", "prompt=x"]}, "columns: got 'prompt' twice, needs each name once"),
         ({**OWN, "columns": ["prompt", "completions=x"]}, "columns: got 'completions=x', 'completions' is a reserved"),
         ({**OWN, "columns": "prompt"}, "columns: got 'prompt', needs a list"),
-        ({**OWN, "columns": ["prompt"], "data_format": "math"}, "columns: got prompt with data_format math, which says"),
+        ({**OWN, "columns": ["prompt"], "data_format": "math"}, "columns: got prompt with data_format math, which"),
         ({**OWN, "data_format": "aime"}, "data_format: got 'aime', needs 'gsm8k' or 'math'"),
         ({"columns": ["prompt"]}, "columns: the embedded demo has its own data"),
         ({"data_format": "gsm8k"}, "data_format: the embedded demo has its own data"),

@@ -11,6 +11,7 @@ import pytest
 
 from redit_fast.cli import main
 from redit_fast.training import config_file, trackers
+from redit_fast.training.distributed import Ranks
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, launch_anew, lines_of
 from tests.training.test_stops import timeless
@@ -108,7 +109,8 @@ def test_one_that_raises_is_left_with_one_warning_and_the_others_and_the_run_go_
     reason = {"at the start": "Odd: no network", "at a step": "ZeroDivisionError: division by zero",
               "at the end": "IndexError: list index out of range"}[when]  # fmt: skip
     assert said == f"track wandb: {reason}; it gets no more numbers, the run goes on and metrics.jsonl has all"
-    assert summary["steps"] == 2 and dict(of_tensorboard(tmp_path / "run")).keys() == numbers_of(tmp_path / "run").keys()
+    run = tmp_path / "run"
+    assert summary["steps"] == 2 and dict(of_tensorboard(run)).keys() == numbers_of(run).keys()
 
 
 @pytest.mark.parametrize("when", ["start", "step"])
@@ -123,7 +125,7 @@ def test_one_that_hangs_holds_up_no_step_and_is_left_at_the_end(settings, tmp_pa
     monkeypatch.setitem(trackers.OPEN, "trackio", start)
     monkeypatch.setattr(trackers, "CLOSING", 0.2)
     monkeypatch.setattr("redit_fast.training.setup.extras.need", lambda *_: None)
-    with pytest.warns(UserWarning, match="^track trackio: it has not taken the run's last numbers in 0.2 s and is left"):
+    with pytest.warns(UserWarning, match="^track trackio: it has not taken the run's last numbers in 0.2 s and is"):
         train(config_file.load(overrides={**settings, "track": ["trackio"]}))
     hang.set()
     assert (tmp_path / "run" / "summary.json").exists() and len(lines_of(tmp_path / "run" / "metrics.jsonl")) == 3
@@ -149,8 +151,6 @@ def test_a_stop_closes_them(settings, tmp_path, monkeypatch):
 def test_numbers_alone_are_given(settings, tmp_path, monkeypatch):
     given = []
     monkeypatch.setitem(trackers.OPEN, "wandb", lambda *_: (lambda *step: given.append(step), lambda: None))
-    from redit_fast.training.distributed import Ranks
-
     line = {"schema": 2, "step": 3, "a": 1, "b/c": 0.5, "d": None, "e": math.nan, "f": math.inf}
     with trackers.opened(config_file.load(overrides={"track": ["wandb"]}), tmp_path, 3, line, Ranks()) as track:
         track({**line, "step": 4})
@@ -190,7 +190,8 @@ def test_wandb_offline_has_the_numbers_and_a_resume_its_run(settings, tmp_path, 
     train(config_file.load(overrides={**job, "steps": 1}))
     assert resume(job, 2) == 0
     folders = sorted((run / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2 and {folder.name.rpartition("-")[2] for folder in folders} == {(run / ".wandb-id").read_text()}
+    assert len(folders) == 2
+    assert {folder.name.rpartition("-")[2] for folder in folders} == {(run / ".wandb-id").read_text()}
 
 
 def test_trackio_has_the_numbers_in_its_own_file_and_a_resume_its_run(settings, tmp_path):
