@@ -95,7 +95,7 @@ def _of_parquet(path: str, columns: Collection[str] | None) -> Rows:
     from pyarrow.parquet import ParquetFile
 
     with _opened(path) as opened:
-        with Foreign(f"data {path}: no Parquet file that can be read", plain=PLAIN):
+        with Foreign(f"{path}: no Parquet file that can be read", plain=PLAIN):
             file = ParquetFile(opened)
             schema = file.schema_arrow
         yield from _of_arrow(path, schema, columns, lambda names: file.iter_batches(BATCH, columns=names))
