@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 from redit_fast import commands
 from redit_fast.extras import MissingExtra
@@ -261,7 +261,7 @@ def _add_fields(parser: argparse.ArgumentParser, fields: Mapping[str, Any], desc
         if bool in (field.annotation, *get_args(field.annotation)):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            listed = name in ("rewards", "reward_weights", "reward_scales", "lora_targets")
+            listed = any(get_origin(kind) is list for kind in (field.annotation, *get_args(field.annotation)))
             many: dict = {"nargs": "+", "action": _Once} if listed else {}
             kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
             many_numbers = name in ("reward_weights", "reward_scales")

@@ -33,10 +33,23 @@ class TrainConfig(Settings):
         None, description="Hugging Face causal LM, a folder or hub name; none trains the embedded demo."
     )
     data: str | None = Field(
-        None, description="JSONL file with a column `prompt` (text or chat messages) and others; the demo has its own."
+        None,
+        description="JSONL or Parquet file, or a data set of the hub, hub:OWNER/NAME/CONFIG@SPLIT, with a column "
+        "`prompt` (text or chat messages) and others; the demo has its own.",
     )
     eval_data: str | None = Field(
-        None, description="JSONL file of the held-out problems, with the columns of data; none holds out some of data."
+        None, description="The same of the held-out problems, with the columns of data; none holds out some of data."
+    )
+    columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="The columns of data that are read, each NAME or NAME=COLUMN where the data calls it COLUMN, such "
+        "as prompt=question answer=solution; none is all, by their own names.",
+    )
+    data_format: config_values.DataFormat | None = Field(
+        None,
+        description="Reads prompt and answer as a known set has them: gsm8k in question and behind #### in answer, "
+        "math in problem and in the last \\boxed{} of solution.",
     )
     dtype: config_values.DType = Field(
         "auto", description="Of the weights: auto is float32 on the CPU, the checkpoint's on a GPU."
@@ -88,6 +101,12 @@ class TrainConfig(Settings):
         None, description="Folder of the run inside out_dir; none takes the first free of demo, demo-2, ..."
     )
     out_dir: str = Field("runs", min_length=1, description="Folder of all runs.")
+    track: list[config_values.Tracker] | None = Field(
+        None,
+        min_length=1,
+        description="What gets the numbers of metrics.jsonl too: tensorboard, wandb, trackio. One that fails is left, "
+        "with a warning.",
+    )
     seed: int = Field(
         0, ge=0, lt=2**64, description="Seed of initialisation, data order, sampling, dither and rounding."
     )

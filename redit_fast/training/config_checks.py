@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -11,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from redit_fast.gr.config import GR
 from redit_fast.losses.config import CLIPPED
 from redit_fast.training.config_values import JUDGE_KEY, is_url, loaded_reward
+from redit_fast.training.data_names import hub_of, names_of
 
 LEAST, LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # that float32 has
 HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f.]*:[0-9a-f:.]+")  # a name, or an IPv6 address
@@ -24,19 +26,51 @@ def check_consistent(config: Any) -> None:
     _check_lora(config)
     _check_rollout(config)
     _check_correction(config)
+    check_tracking(config)
+
+
+def check_tracking(config: Any) -> None:
+    """Raises a ValueError where a tracker is there twice."""
+    if config.track is not None and len(set(config.track)) < len(config.track):
+        raise ValueError(f"track: got {' '.join(config.track)}, needs each once")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A ValueError of the code inside begins with the setting's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _check_data(config: Any) -> None:
     if config.model is None and config.data is not None:
         raise ValueError("data: the embedded demo has its own; set model to train on a file")
     if config.model is not None and config.data is None:
-        raise ValueError("data: training a model of your own needs a JSONL file")
-    if config.model is None and config.eval_data is not None:
-        raise ValueError("eval_data: the embedded demo has its own; set model to train on a file")
+        raise ValueError("data: training a model of your own needs a JSONL or Parquet file, or hub:OWNER/NAME")
+    for name in ("eval_data", "columns", "data_format"):
+        if config.model is None and is_set(config, name):
+            raise ValueError(f"{name}: the embedded demo has its own data; set model to train on a file")
+    if config.data_format is not None and config.columns is not None:
+        raise ValueError(
+            f"columns: got {' '.join(config.columns)} with data_format {config.data_format}, which says what they are; "
+            "needs one of the two"
+        )
+    check_sources(config)
     if config.eval_data is not None and not config.eval_problems:
         raise ValueError("eval_data: eval_problems is 0, which evaluates nothing")
     if config.model is not None and config.warm_start_steps:
         raise ValueError(f"warm_start_steps: got {config.warm_start_steps}, only the embedded demo has a warm start")
+
+
+def check_sources(config: Any) -> None:
+    """Raises a ValueError for a data set of the hub, or columns, that are no such names."""
+    for name in ("data", "eval_data"):
+        with _named(name):
+            hub_of(getattr(config, name) or "")
+    with _named("columns"):
+        names_of(config.columns, None)
 
 
 def _check_rewards(config: Any) -> None:

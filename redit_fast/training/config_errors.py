@@ -30,7 +30,7 @@ NEEDS = {  # those that a setting can have once `config_values.check_as_meant` h
 MISSING = {  # of a field without a default
     "rewards": "training a model of your own needs at least one reward function",
     "model": "a reward model is made of a model, a causal LM or an older reward model: give one",
-    "data": "a reward model is trained on pairs: give a JSONL file with prompt, chosen and rejected",
+    "data": "a reward model is trained on pairs: give a file with prompt, chosen and rejected",
 }
 
 

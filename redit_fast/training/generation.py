@@ -48,7 +48,10 @@ OF_A_RUN = (
     "rewards", "reward_weights", *OF_A_JUDGE, "system_prompt", "max_completion_length", "max_prompt_length",
     "temperature", "top_p", "dtype", "device",
 )  # fmt: skip
-SETTINGS = (*OF_A_RUN, "data", "seed", "long_prompts", "rollout", "rollout_timeout", "rollout_retries")  # the flags
+SETTINGS = (  # the flags
+    *OF_A_RUN, "data", "columns", "data_format", "seed", "long_prompts", "rollout", "rollout_timeout",
+    "rollout_retries",
+)  # fmt: skip
 STEP = 2**32 - 3  # of the random numbers: no training step has it
 TOGETHER = {LOCAL: 256}  # completions that are sampled in one call, and written when it is over
 TOGETHER_ELSEWHERE = 1024
@@ -171,7 +174,7 @@ def settings_of(
     if "rewards" in needs and "rewards" not in values:
         raise ValueError(f"rewards: {source} is no checkpoint of a run, whose rewards would be taken: give --rewards")
     if "data" in needs and "data" not in values:
-        raise ValueError("data: needs a JSONL file with the prompts: give --data")
+        raise ValueError("data: needs a JSONL or Parquet file, or hub:OWNER/NAME, with the prompts: give --data")
     # Its log-probs are of no use here, so that top_p is free.
     values |= {"model": source, "eval_problems": 0, "correction": "none"}
     return folder, config_file.load(None, {"data": UNSET, "rewards": [UNSET], **values})

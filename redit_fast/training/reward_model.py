@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from redit_fast.training import (
     reward_model_setup,
     runs,
     setup,
+    trackers,
 )
 from redit_fast.training.distributed import Ranks, launched
 from redit_fast.training.report.reward_model import closing_rows
@@ -86,7 +86,8 @@ def _train(config: RewardModelConfig, resume: bool, accept_changed_inputs: bool,
         with clock("checkpoint"):
             written = draft() if save else None
         check_folder()
-        runs.append(run / "metrics.jsonl", [metrics | clock.times()])
+        runs.append(run / "metrics.jsonl", [line := metrics | clock.times()])
+        track(line)
         if written is not None:
             publish(written)
 
@@ -107,15 +108,19 @@ def _train(config: RewardModelConfig, resume: bool, accept_changed_inputs: bool,
     unwritten = False  # whether a step is done whose line is not written
     with progress.shown(console) as shown:
         try:
-            bar: Any = shown.add_task("steps", total=config.steps, completed=done, numbers="")
+            evaluations = -(-config.steps // config.eval_every) - done // config.eval_every
+            bar = shown.add_task("steps", total=config.steps, completed=done, evaluations=evaluations)
             lines = report.rows(run / "metrics.jsonl")
+            completed: dict | None = None  # the line of what is done, where an evaluation was missing
             if not lines or (evaluates(done) and pairs.held_out and "accuracy/held_out" not in lines[-1]):
                 clock = runs.Clock()
                 with clock("eval"):
                     metrics: dict[str, float] = held_out_metrics(model, pairs.held_out, config, packed=packed)
                 check_folder()
-                runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
-                shown.update(bar, advance=0, numbers="", held_out=metrics.get("accuracy/held_out"))
+                completed = runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
+                held_out, took = metrics.get("accuracy/held_out"), clock.seconds["eval"]
+                shown.update(bar, advance=0, numbers="", held_out=held_out, evaluation=took)
+            track = held.enter_context(trackers.opened(config, run, done, completed, Ranks()))
             tokens = lines[-1].get("num_tokens", 0) if lines else 0
 
             for step in range(done, config.steps):
@@ -157,7 +162,8 @@ def _train(config: RewardModelConfig, resume: bool, accept_changed_inputs: bool,
                     record(save=done == config.steps or done % config.checkpoint_every == 0)
                     unwritten = False
                 numbers = f"loss {metrics['loss/train']:.3f}, accuracy {metrics['accuracy/train']:.0%}"
-                shown.update(bar, advance=1, numbers=numbers, held_out=metrics.get("accuracy/held_out"))
+                held_out, took = metrics.get("accuracy/held_out"), clock.seconds.get("eval")
+                shown.update(bar, advance=1, numbers=numbers, held_out=held_out, evaluation=took)
         except KeyboardInterrupt as stop:
             with runs.uninterrupted(last=True):
                 optimizer.restore()

@@ -36,11 +36,16 @@ class RewardModelConfig(Settings):
         "folder or hub name."
     )
     data: str = Field(
-        description="JSONL file with the columns `prompt`, `chosen` and `rejected`, all texts or all chat messages, "
-        "and, if wanted, a number `margin`."
+        description="JSONL or Parquet file, or a data set of the hub, hub:OWNER/NAME/CONFIG@SPLIT, with the columns "
+        "`prompt`, `chosen` and `rejected`, all texts or all chat messages, and, if wanted, a number `margin`."
     )
     eval_data: str | None = Field(
-        None, description="JSONL file of the held-out pairs, with these columns; none holds out some of data."
+        None, description="The same of the held-out pairs, with the columns of data; none holds out some of data."
+    )
+    columns: list[str] | None = of_train(
+        "columns",
+        description="The columns of data that are read, each NAME or NAME=COLUMN where the data calls it COLUMN, such "
+        "as prompt chosen=better rejected=worse; none is all, by their own names.",
     )
     dtype: config_values.DType = of_train("dtype")
     device: config_values.Device = Field(
@@ -50,6 +55,7 @@ class RewardModelConfig(Settings):
         None, description="Folder of the run inside out_dir; none takes the first free one after the model."
     )
     out_dir: str = of_train("out_dir")
+    track: list[config_values.Tracker] | None = of_train("track")
     seed: int = of_train("seed", description="Seed of the score layer, data order, dropout and rounding.")
     steps: int = of_train("steps", default=500, description="Optimizer steps.")
     eval_pairs: int = Field(500, ge=0, description="Held-out pairs, at most a fifth of data; of eval_data at most so many.")
@@ -97,6 +103,8 @@ class RewardModelConfig(Settings):
     def _consistent(self) -> RewardModelConfig:
         if self.eval_data is not None and not self.eval_pairs:
             raise ValueError("eval_data: eval_pairs is 0, which evaluates nothing")
+        config_checks.check_sources(self)
+        config_checks.check_tracking(self)
         config_checks.check_schedule(self)
         config_checks.check_gr(self)
         return self

@@ -86,7 +86,7 @@ def _that_fit(
     limits = [limit for limit in (config.max_length, context_of(model)) if limit is not None]
     rows = model.get_input_embeddings().weight.shape[0]
     kept, skipped = [], 0
-    for line, record in data.read(path):
+    for line, record in data.read(path, config.columns):
         place = f"{path}:{line}"
         _check(place, record)
         part = "tokenizer" if isinstance(record["prompt"], str) else "chat template"
@@ -123,7 +123,7 @@ def _check(place: str, record: dict[str, Any]) -> None:
             raise ValueError(f"{place}: no column {name!r}, found {', '.join(map(repr, record))}")
         answer = record[name]
         if isinstance(record["prompt"], str) != isinstance(answer, str) or not (
-            isinstance(answer, str) or (isinstance(answer, list) and answer and all(map(data._is_message, answer)))
+            isinstance(answer, str) or (isinstance(answer, list) and answer and all(map(data.is_message, answer)))
         ):
             needs = "text" if isinstance(record["prompt"], str) else "a list of chat messages"
             raise ValueError(f"{place}: {name!r} needs {needs}, as the prompt is, got {json.dumps(answer)[:60]}")

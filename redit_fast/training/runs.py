@@ -137,14 +137,16 @@ def keep_lines_until(run: Path, step: int, files: Sequence[str] = ("metrics.json
         replace(run / name, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def complete(path: Path, step: int, metrics: dict, times: dict[str, float]) -> None:
-    """Puts what an evaluation gave into the line of `step`, the last one, which is made where there is none."""
+def complete(path: Path, step: int, metrics: dict, times: dict[str, float]) -> dict:
+    """Puts what an evaluation gave into the line of `step`, the last one, which is made where there is none, and
+    returns it."""
     lines = report.rows(path)
     there = lines and lines[-1]["step"] == step
     line = report.in_todays_names(lines.pop()) if there else {"step": step}
     line = {"schema": SCHEMA} | line
     line |= metrics | {name: line.get(name, 0.0) + seconds for name, seconds in times.items()}
     replace(path, "".join(json.dumps(without_nan(line)) + "\n" for line in [*lines, line]))
+    return line
 
 
 def replace(path: Path, text: str) -> None:

@@ -24,6 +24,7 @@ from redit_fast.training import (
     config_checks,
     config_file,
     data,
+    data_files,
     flops,
     lora,
     policy,
@@ -55,6 +56,7 @@ MAY_CHANGE = {
     "keep_checkpoints",
     "name",
     "out_dir",
+    "track",
 }
 TRAIN_PROBLEMS = 4000  # of the demo
 
@@ -192,6 +194,10 @@ def parts(config: TrainConfig, saved: Path | None) -> Parts:
     Raises:
         ValueError, NotImplementedError, FloatingPointError: one sentence that names what does not fit.
     """
+    for tracker in config.track or ():
+        extras.need(tracker, f"track {tracker}")
+    for source in filter(None, (config.data, config.eval_data)):
+        data_files.check(source)
     device: Any = device_of(config)
     base = None
     if config.lora_rank is not None:

@@ -224,7 +224,9 @@ USES = {  # part of the package -> what it imports beside torch, which is all th
     "redit_fast.kernels": {"triton"},
     "redit_fast.packing": {"transformers", "flash_attn", "flash_attn_interface"},  # the latter where a GPU has rows
     "redit_fast.integrations": {"transformers", "trl", "verl", "tensordict"},  # which verl brings
-    "redit_fast.training": {*MODULES["train"], *MODULES["lora"], *MODULES["math"], *MODULES["data"]},
+    "redit_fast.training": {
+        name for extra in ("train", "lora", "math", "data", "wandb", "trackio") for name in MODULES[extra]
+    },
     "redit_fast.commands": {"transformers"},
     "redit_fast.benchmarks": {*MODULES["bench"], "trl", "verl", "prefix_grouper", *TRL_BRINGS},
 }

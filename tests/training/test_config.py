@@ -117,7 +117,7 @@ def test_a_value_is_taken_as_it_is_written():
         ("rewards: [a, 3]", "c.yaml:1: rewards[1]: got 3, needs text"),
         ("data: x.jsonl", "c.yaml:1: data: the embedded demo has its own"),
         ("model: gpt2", "rewards: training a model of your own needs at least one reward function"),
-        ("model: gpt2\nrewards: [a]", "data: training a model of your own needs a JSONL file"),
+        ("model: gpt2\nrewards: [a]", "data: training a model of your own needs a JSONL or Parquet file, or hub:"),
         (OWN + "warm_start_steps: 3", "c.yaml:4: warm_start_steps: got 3, only the embedded demo has a warm start"),
         (OWN + "reward_weights: [1, 2]", "c.yaml:4: reward_weights: got 2 for 1 reward functions"),
         ("seed: 1\nloss_type: dro", "c.yaml:2: loss_type: dro needs a dro_beta"),
