@@ -21,12 +21,14 @@ from redit_fast.training.reward_model_data import Pair
 from redit_fast.training.rewards.model import scores, scores_of
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:
+def bradley_terry(rewards: Tensor, margin: Tensor, center: float) -> Tensor:
     """(P,): -log sigmoid(c - r - m) + center (c + r)^2 of each pair, as TRL 1.16's RewardTrainer.
 
     Args:
-        chosen, rejected, margin: (P,), floating point.
+        rewards: (P, 2), floating point, chosen and rejected.
+        margin: (P,).
     """
+    chosen, rejected = rewards.unbind(1)
     return -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected).square()
 
 
@@ -91,7 +93,7 @@ class PairBatch:
         with attending(model) if self.packed else nullcontext():
             for pairs, micro in self.parts:
                 both = scores_of(model, texts, micro).view(-1, 2)
-                loss = bradley_terry(*both.unbind(1), self.margins[pairs].to(both.device), self.center)
+                loss = bradley_terry(both, self.margins[pairs].to(both.device), self.center)
                 (loss.sum() / len(self.pairs)).backward()
                 rewards[pairs], losses[pairs] = both.detach().cpu(), loss.detach().cpu()
         return rewards, losses
@@ -148,5 +150,5 @@ def held_out_metrics(
     if not pairs:
         return {}
     rewards = scores(model, texts_of(pairs), config.tokens_per_micro_batch, packed).view(-1, 2)
-    losses = bradley_terry(*rewards.unbind(1), margins_of(pairs), config.center_coefficient)
+    losses = bradley_terry(rewards, margins_of(pairs), config.center_coefficient)
     return metrics_of(rewards, losses, "held_out")

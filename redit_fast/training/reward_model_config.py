@@ -58,14 +58,16 @@ class RewardModelConfig(Settings):
     track: list[config_values.Tracker] | None = of_train("track")
     seed: int = of_train("seed", description="Seed of the score layer, data order, dropout and rounding.")
     steps: int = of_train("steps", default=500, description="Optimizer steps.")
-    eval_pairs: int = Field(500, ge=0, description="Held-out pairs, at most a fifth of data; of eval_data at most so many.")
+    eval_pairs: int = Field(
+        500, ge=0, description="Held-out pairs, a fifth of data at most; of eval_data so many at most."
+    )
     eval_every: int = of_train("eval_every", default=50)
     pairs_per_step: int = Field(32, ge=1, description="Pairs in a step.")
     center_coefficient: float = Field(
         0.0,
         ge=0,
         le=1e6,
-        description="Weight of the mean of (chosen + rejected)^2, both rewards of a pair, which keeps rewards around 0.",
+        description="Weight of the mean of (chosen + rejected)^2, of the rewards of a pair, which keeps them around 0.",
     )
     checkpoint_activations: bool = of_train("checkpoint_activations")
     tokens_per_micro_batch: int = of_train(

@@ -1,7 +1,7 @@
 """Pairs of a better and a worse answer to a prompt, from a file: checked, as tokens, with a part held out.
 
-A record is a dict with `prompt`, `chosen` and `rejected`, all texts or all lists of chat messages, and in all records or
-in none a number `margin`, by which the chosen one is to be ahead. Further columns are not read.
+A record is a dict with `prompt`, `chosen` and `rejected`, all texts or all lists of chat messages, and in all records
+or in none a number `margin`, by which the chosen one is to be ahead. Other columns have no part.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def load(config: RewardModelConfig, model: PreTrainedModel, tokenizer: Tokenizer
             long, an empty file.
     """
     kept, skipped = _that_fit(config.data, config, model, tokenizer)
-    apart, skipped_apart = [], 0
+    apart: list[tuple[dict, Pair]] = []
+    skipped_apart = 0
     if config.eval_data is not None:
         apart, skipped_apart = _that_fit(config.eval_data, config, model, tokenizer)
     records = [record for record, _ in kept + apart]
@@ -67,8 +68,10 @@ def load(config: RewardModelConfig, model: PreTrainedModel, tokenizer: Tokenizer
         held_out = [apart[i][1] for i in sorted(chosen)]
         return Pairs([pair for _, pair in kept], held_out, skipped + skipped_apart)
     pair_of = {id(record): pair for record, pair in kept}
-    train, held_out = ([pair_of[id(record)] for record in part]
-                       for part in data.split([record for record, _ in kept], config.eval_pairs, config.seed))  # fmt: skip
+    train, held_out = (
+        [pair_of[id(record)] for record in part]
+        for part in data.split([record for record, _ in kept], config.eval_pairs, config.seed)
+    )
     if config.eval_pairs and not held_out:
         warnings.warn(
             f"{config.data}: none of its {len(kept)} pairs is held out, since at most a fifth is and pairs of one "

@@ -1,4 +1,4 @@
-"""What the settings of the commands that make a run have in common: how they are read, named and written as a command."""
+"""What the settings of the commands that make a run have in common: how they are read, named, written as a command."""
 
 from __future__ import annotations
 

@@ -143,7 +143,8 @@ def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, P
 
     A run of version 0.1 kept all checkpoints, and does so still unless it is told otherwise.
     """
-    before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
+    before: dict[str, Any] = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}
+    # Older runs lack some.
     before |= (stored := under_new_names(config_file.read(run / "config.json")[0]))
     for name, value in config:
         check_same(name, before[name], value, run)

@@ -1,9 +1,9 @@
 """The learned reward, `model:PATH`: the score that a sequence-classification model with one label gives prompt and
 completion.
 
-The score is the model's linear layer `score` on the last hidden state of the last token, so nothing is computed over the
-vocabulary. Rows are packed where the model can: what sequences share at their beginning, such as the prompt of a group's
-completions, is computed once. `redit-fast reward-model` trains such a model on the same tokens.
+The score is the model's linear layer `score` on the last hidden state of the last token, so nothing is computed over
+the vocabulary. Rows are packed where the model can: what sequences share at their beginning, such as the prompt of a
+group's completions, is computed once. `redit-fast reward-model` trains such a model on the same tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ from redit_fast.training.config_values import Device, DType, Packing
 from redit_fast.training.data import Prompt
 
 WEIGHT = "score.weight"
-ONE_LABEL: dict[str, Any] = {"num_labels": 1, "id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # in a config.json
+ONE_LABEL: dict[str, Any] = {
+    "num_labels": 1,
+    "id2label": {0: "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+}  # in a config.json
 SHARED, OWN = 16, (8, 7)  # tokens of the two sequences of `check`, so alike that padded they are one pass
 # Distance of two passes' scores, over 1 + |score|: float32 rounds to 1e-6, and bfloat16 to 0.02.
 FLOAT32, ROUNDED = 1e-3, 0.1
@@ -145,9 +149,9 @@ def context_of(model: PreTrainedModel) -> int | None:
 def tokens_of(tokenizer: Tokenizer, model: PreTrainedModel, prompt: Prompt, completion: Prompt) -> list[int]:
     """What is scored, in training and in a run: text and text, or the messages of both in the chat template.
 
-    A tokenizer without a chat template gets the messages' texts with blank lines between them. An assistant message that
-    the prompt ends with is one with the completion. There is no token behind the end: padding tokens there are left out,
-    as transformers does when it looks for the last token.
+    A tokenizer without a chat template gets the messages' texts with blank lines between them. An assistant message
+    that the prompt ends with is one with the completion. No end token is added, and padding tokens at the end are left
+    out, as transformers does when it looks for the last token.
 
     Raises:
         whatever a chat template may, jinja2.TemplateError where it refuses the messages.
