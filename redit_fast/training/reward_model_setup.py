@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from redit_fast import extras
 from redit_fast.foreign import Foreign
 from redit_fast.training import checkpoint, config_file, policy, reward_model_data, runs, setup
 from redit_fast.training.reward_model_batch import PairBatch
@@ -30,8 +31,10 @@ def parts(config: RewardModelConfig, saved: Path | None) -> Parts:
     """Loaded, from the checkpoint `saved` where there is one, checked, and tried on a pair.
 
     Raises:
-        ValueError: one sentence that names what does not fit.
+        ValueError, MissingExtra: one sentence that names what does not fit.
     """
+    for tracker in config.track or ():
+        extras.need(tracker, f"track {tracker}")
     source, seed = (config.model, config.seed) if saved is None else (str(saved), None)
     model, tokenizer = reward_models.load(source, config.device, config.dtype, seed=seed)
     pairs = reward_model_data.load(config, model, tokenizer)

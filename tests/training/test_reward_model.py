@@ -25,8 +25,10 @@ from redit_fast.training.rewards.model import load
 from tests import ROOT
 from tests.training import preferences
 from tests.training.jobs import flags, lines_of
+from tests.training.test_config import HOSTILE
 from tests.training.test_reward_model_scores import scorer
 from tests.training.test_stops import assert_equal_checkpoints, timeless
+from tests.training.test_trackers import numbers_of, of_tensorboard
 
 PAGE = (ROOT / "docs" / "reward_model.md").read_text()
 
@@ -328,6 +330,46 @@ def test_bad_input_is_one_sentence_and_writes_nothing(job, tmp_path, capsys):
     for missing in ("model", "data"):
         check(flags({name: value for name, value in job.items() if name != missing}), f"{missing}: a reward model is ")
     check(["--resume"], "--resume needs --name")
+
+
+def test_every_hostile_value_is_one_sentence_with_the_name(job):
+    for field in RewardModelConfig.model_fields.keys() - {"columns"}:  # of which test_data.py tells
+        for value in HOSTILE:
+            try:
+                RewardModelConfig(**{"model": "m", "data": "d", field: value})
+                continue
+            except ValueError:
+                pass
+            with pytest.raises(ValueError, match=field) as error:
+                config_of(job, **{field: value})
+            assert "another value" not in str(error.value) and len(str(error.value).splitlines()) == 1
+            assert len(str(error.value)) < 500
+
+
+def test_parquet_with_columns_of_other_names_gives_the_same_pairs(job, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    from pyarrow import Table
+
+    lines = preferences.records(8)
+    names = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    renamed = [{"id": i, **{names[key]: text for key, text in line.items()}} for i, line in enumerate(lines)]
+    parquet.write_table(Table.from_pylist(renamed), tmp_path / "pairs.parquet")
+    file = preferences.write(tmp_path / "pairs.jsonl", lines)
+    columns = [f"{ours}={theirs}" for ours, theirs in names.items()]
+    one, other = (
+        parts(config_of(job, eval_pairs=0, **more), None).pairs
+        for more in ({"data": str(file)}, {"data": str(tmp_path / "pairs.parquet"), "columns": columns})
+    )
+    assert one == other and len(one.train) == 8
+
+
+def test_a_tracker_has_the_numbers_of_metrics_jsonl(job, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    train(config_of(job, name="run", track=["tensorboard"]))
+    found = dict(of_tensorboard(tmp_path / "run"))
+    expected = numbers_of(tmp_path / "run")
+    assert found.keys() == expected.keys() and found == pytest.approx(expected, rel=1e-6)
+    assert (0, "accuracy/held_out") in found and (2, "margin/train") in found
 
 
 def test_a_run_of_another_command_is_named(job, settings, tmp_path, capsys):
