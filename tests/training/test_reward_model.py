@@ -372,6 +372,31 @@ def test_a_tracker_has_the_numbers_of_metrics_jsonl(job, tmp_path):
     assert (0, "accuracy/held_out") in found and (2, "margin/train") in found
 
 
+LIVE = [
+    {"center_coefficient": 0.5}, {"pairs_per_step": 5}, {"packing": "off"}, {"seed": 1}, {"eval_pairs": 3},
+    {"learning_rate": 0.1}, {"weight_decay": 5.0}, {"max_grad_norm": 1e-3}, {"gr_gamma": 0.1},
+    {"lr_scheduler_type": "linear"}, {"dtype": "bfloat16"}, {"max_length": 60, "long_pairs": "skip"},
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:the applied perturbation has cosine")
+def test_every_setting_changes_what_happens(job, tmp_path):
+    """Of two steps the lines without times, and where they are equal the weights. Those of files and times of
+    evaluations and checkpoints have tests of their own."""
+    lines = preferences.records(40)
+    long = [{**line, "chosen": line["chosen"] + " cards" * 40} for line in lines[20:]]
+    file = preferences.write(tmp_path / "mixed.jsonl", lines[:20] + long)
+    found = []
+    for number, change in enumerate(({}, {}, *LIVE)):
+        train(config_of(job, data=str(file), name=f"{number}", **change, checkpoint_every=2))
+        run = tmp_path / f"{number}"
+        found.append((timeless(run / "metrics.jsonl"), load_file(run / "checkpoints/step-000002/model.safetensors")))
+    (base, weights), (again, same), *others = found
+    assert base == again and all(torch.equal(weights[name], same[name]) for name in weights)
+    for change, (other, moved) in zip(LIVE, others):
+        assert other != base or any(not torch.equal(weights[name], moved[name]) for name in weights), change
+
+
 def test_a_run_of_another_command_is_named(job, settings, tmp_path, capsys):
     train(config_of(job))
     assert main(["train", "--resume", "--name", "judge", "--out-dir", str(tmp_path)]) == 2
