@@ -115,4 +115,4 @@ class RewardModelConfig(Settings):
 def describe(name: str) -> str:
     """A field's description, choices and default, for --help."""
     field = RewardModelConfig.model_fields[name]
-    return description_of(field, "none, needed" if field.is_required() else word(field.default))
+    return description_of(field, "none, it must be given" if field.is_required() else word(field.default))

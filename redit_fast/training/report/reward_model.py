@@ -24,7 +24,7 @@ def _pairs(metrics: Sequence[dict]) -> list[Panel]:
         return curve_of(metrics, f"{name}/train", "training", "blue") + held_out
 
     return [
-        Panel("Accuracy", "share whose chosen text is ahead", both("accuracy"), bottom=0, top=1),
+        Panel("Accuracy", "share; chosen ahead", both("accuracy"), bottom=0, top=1),
         Panel("Loss", "Bradley-Terry", both("loss"), bottom=0),
         Panel("Margin", "chosen less rejected", both("margin")),
         Panel("Mean reward", "of both texts", both("mean_reward")),
