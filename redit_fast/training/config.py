@@ -74,8 +74,8 @@ class TrainConfig(Settings):
     rewards: list[str] = Field(
         min_length=1,
         description="Reward functions: shipped names, package.module:function looked up in the current folder, the "
-        "config's folder and sys.path, model:PATH for a reward model, judge:PATH or judge:URL for a language model as a "
-        "judge. Accuracy is the share of completions whose first reward is above 0.",
+        "config's folder and sys.path, model:PATH for a reward model, judge:PATH or judge:URL for a language model as "
+        "a judge. Accuracy is the share of completions whose first reward is above 0.",
     )
     reward_weights: list[float] | None = Field(None, description="One weight for each reward function; none is 1 each.")
     reward_scales: list[float] | None = Field(

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from redit_fast.checks import described
 from redit_fast.gr.config import GR
 from redit_fast.losses.config import CLIPPED
 from redit_fast.training.config_values import JUDGE_KEY, is_url, loaded_reward
@@ -90,10 +91,12 @@ def _check_rewards(config: Any) -> None:
     judges = [loaded[1] for loaded in map(loaded_reward, config.rewards) if loaded and loaded[0] == "judge"]
     for name in ("judge_template", "judge_temperature", "judge_top_p", "judge_max_tokens"):
         if is_set(config, name) and not judges:
-            raise ValueError(f"{name}: got {getattr(config, name)!r}, only a reward judge:PATH or judge:URL has one")
+            raise ValueError(
+                f"{name}: got {described(getattr(config, name))}, only a reward judge:PATH or judge:URL has one"
+            )
     for name in ("judge_model", "judge_failures"):
         if is_set(config, name) and not any(map(is_url, judges)):
-            raise ValueError(f"{name}: got {getattr(config, name)!r}, only a reward judge:URL has one")
+            raise ValueError(f"{name}: got {described(getattr(config, name))}, only a reward judge:URL has one")
 
 
 def check_places(rewards: Iterable[str]) -> None:

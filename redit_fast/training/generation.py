@@ -39,11 +39,11 @@ from redit_fast.training.config_values import LOCAL
 from redit_fast.training.distributed import Ranks, launched
 from redit_fast.training.rollout import Engine, Rollout
 
-# What a run's config.json gives where no flag does. Not its rollout: the server of a run that is still at work has that
-# run's weights, and would get others.
 OF_A_JUDGE = (
     "judge_template", "judge_model", "judge_temperature", "judge_top_p", "judge_max_tokens", "judge_failures",
 )  # fmt: skip
+# What a run's config.json gives where no flag does. Not its rollout: the server of a run that is still at work has that
+# run's weights, and would get others.
 OF_A_RUN = (
     "rewards", "reward_weights", *OF_A_JUDGE, "system_prompt", "max_completion_length", "max_prompt_length",
     "temperature", "top_p", "dtype", "device",
@@ -168,8 +168,8 @@ def settings_of(
     values: dict[str, object] = {}
     if own := checkpoint.run_config(folder):
         stored = under_new_names(config_file.read(own)[0])
-        taken = set(OF_A_RUN).difference(OF_A_JUDGE if "rewards" in given else ())  # which the given ones may not have
-        values = {name: stored[name] for name in OF_A_RUN if name in stored and name in taken}
+        left = OF_A_JUDGE if "rewards" in given else ()  # other rewards may have no judge
+        values = {name: stored[name] for name in OF_A_RUN if name in stored and name not in left}
     values |= given
     if "rewards" in needs and "rewards" not in values:
         raise ValueError(f"rewards: {source} is no checkpoint of a run, whose rewards would be taken: give --rewards")

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -109,7 +110,7 @@ def _sources(reward: str) -> dict[str, Path]:
     if file is None:
         return {}
     if ":" not in reward:
-        helper = math_child if reward == "math" else answers
+        helper: Any = math_child if reward == "math" else answers
         return {reward: file, helper.__name__: Path(helper.__file__)}
     path = reward.rpartition(":")[0].removesuffix(".py")
     module = path.rpartition("/")[2]

@@ -134,7 +134,7 @@ def check_same(name: str, before: object, value: object, run: Path) -> None:
 
 
 def _without_hosts(names: Any) -> list[str]:
-    """Rewards, of judges at a URL that alone."""
+    """Rewards, where a judge at one URL is a judge at any."""
     return ["judge:URL" if (loaded := loaded_reward(name)) and is_url(loaded[1]) else name for name in names]
 
 

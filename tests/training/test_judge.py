@@ -98,7 +98,10 @@ def test_a_template_of_ones_own_is_filled_once(chat, tmp_path):
     judge(prompts=[prompt], completions=[[{"role": "assistant", "content": hostile}]], **columns)
     ((_, body),) = chat.seen
     shown = hostile.replace("\ud800", "?")
-    assert body["messages"][0]["content"] == f'{{answer}}?|{shown}|{{level}}|{{"hard": null}}|{{completion}} {{}} {{ x }}\n'
+    assert (
+        body["messages"][0]["content"]
+        == f'{{answer}}?|{shown}|{{level}}|{{"hard": null}}|{{completion}} {{}} {{ x }}\n'
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,9 @@ def test_a_template_that_cannot_be_used_is_named(tmp_path, text, sentence):
 
 
 def test_a_column_that_the_data_lacks_is_named(chat):
-    with pytest.raises(RewardError, match=r"^judge_template: it names \{answer\}, which is none of level, prompt, comp"):
+    with pytest.raises(
+        RewardError, match=r"^judge_template: it names \{answer\}, which is none of level, prompt, comp"
+    ):
         judged(Judge(chat.url, config(chat.url)), ["c"], level=[1])
     assert not chat.seen
 
@@ -145,7 +150,10 @@ FAULTS = {
     "deep JSON": (of(b"[" * 100_000), "no answer of a chat's shape"),
     "other JSON": (of([1]), "no answer of a chat's shape"),
     "no choice": (of({"choices": []}), "no answer of a chat's shape: choices: "),
-    "a number": (of({"choices": [{"message": {"content": 5}}]}), "choices.0.message.content: "),
+    "a number": (
+        of({"choices": [{"message": {"content": 5}}]}),
+        "no answer of a chat's shape: choices.0.message.content: ",
+    ),
     "not UTF-8": (of(b'{"choices": [{"message": {"content": "\xff"}}]}'), "no answer of a chat's shape"),
     "too long": (of(b" " * (2 << 20)), "an answer of more than"),
 }
@@ -199,7 +207,7 @@ COMPLETIONS = [f"so {n}" for n in range(40)]
 
 
 def test_a_local_judge_answers_by_seed_and_question(grader):
-    local = config(grader, judge_max_tokens=1)
+    local = config(grader, judge_max_tokens=1, judge_top_p=1.0)
     found = judged(Judge(str(grader), local), COMPLETIONS)
     assert set(found) == {0.0, 0.5, 1.0, 1.5, 2.0}
     judge = Judge(str(grader), local)

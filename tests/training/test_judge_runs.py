@@ -61,7 +61,9 @@ def test_paths_of_a_configuration_are_looked_up_as_those_of_the_model(tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub" / "grader").mkdir(parents=True)
     write(tmp_path / "sub" / "t.txt", "{completion}")
-    text = "model: m\ndata: d\njudge_template: t.txt\nrewards: [judge:grader, model:grader, model:o/n, judge:http://h:1]"
+    text = (
+        "model: m\ndata: d\njudge_template: t.txt\nrewards: [judge:grader, model:grader, model:o/n, judge:http://h:1]"
+    )
     write(tmp_path / "sub" / "c.yaml", text)
     found = config_file.load("sub/c.yaml")
     assert found.rewards == ["judge:sub/grader", "model:sub/grader", "model:o/n", "judge:http://h:1"]
@@ -134,11 +136,11 @@ def test_a_judge_that_falls_silent_stops_a_run_after_a_checkpoint_and_it_goes_on
     settings, tmp_path, chat, monkeypatch, capsys
 ):
     monkeypatch.setattr(connection, "AT_ONCE", 8)
-    chat.grades, chat.fault = [1 + i % 5 for i in range(1000)], of({}, 500)
+    chat.grades, chat.fault = [1 + i % 5 for i in range(1000)], of({"error": "down"}, 500)
     chat.good = 2 + 3 * 4 + 2  # of the trial, of a step, and a few of the next
     job = rewarded(settings, f"judge:{chat.url}", judge_failures=4, rollout_retries=0)
     assert main(["train", *flags(job)]) == 2
-    assert "status 500; the last" in capsys.readouterr().err
+    assert "status 500, down; the last" in capsys.readouterr().err
     run = tmp_path / "run"
     assert [line["step"] for line in lines_of(run / "metrics.jsonl")][-1] == 1
     with running(FakeChat()) as another:

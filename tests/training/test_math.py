@@ -1,4 +1,4 @@
-r"""The reward `math`: what equals what, and that hostile text, a hang and a kill of its process cost an answer at most."""
+r"""The reward `math`: what equals what; hostile text, a hang and a kill of its process cost an answer at most."""
 
 import os
 import signal
@@ -88,8 +88,10 @@ PAIRS = [
     ("x > 3", r"\boxed{x > 3}", 1),
     ("x > 3", r"\boxed{x < 3}", 0),
     # where the answer is
-    (r"We get \boxed{42}.", r"First \boxed{41}, no: \boxed{42}", 1),
-    (r"We get \boxed{42}.", r"First \boxed{42}, no: \boxed{41}", 0),
+    (r"We get \boxed{42}.", r"First $\boxed{41}$, no: $\boxed{42}$", 1),
+    (r"We get \boxed{42}.", r"First $\boxed{42}$, no: $\boxed{41}$", 0),
+    (r"\boxed{42}", r"Either \boxed{41} or \boxed{42}", 0),
+    ("4, 10", r"The boat makes \boxed{10} and the river \boxed{4}", 1),
     ("7", "<think>7</think><answer>8</answer>", 0),
     ("7", "<think>8</think><answer>The answer is 7</answer>", 1),
     ("7", "I do not know.", 0),
@@ -241,7 +243,9 @@ def test_a_process_that_does_not_start_is_an_error_of_one_sentence(tmp_path, mon
 
 def test_without_math_verify_the_command_that_installs_it_is_named(monkeypatch):
     monkeypatch.setitem(extras.MODULES, "math", ("not_there",))
-    with pytest.raises(extras.MissingExtra, match=r"^the reward math needs not_there, .*pip install .redit-fast\[math\]"):
+    with pytest.raises(
+        extras.MissingExtra, match=r"^the reward math needs not_there, .*pip install .redit-fast\[math\]"
+    ):
         resolve(["math"], ["answer"])
 
 

@@ -82,9 +82,10 @@ def math(prompts, completions, answer, **columns) -> list[float | None]:
     r"""1.0 where the completion's answer equals the column `answer` as mathematics, by math-verify: 1/2, 0.5 and
     \frac{1}{2}, sets, intervals, matrices, equations.
 
-    The answer is what is between answer tags, else what math-verify finds, the last \boxed{} first. `answer` may be
-    LaTeX, with \boxed{} or bare. None where `answer` cannot be read as mathematics, and where reading the completion
-    has not come to an end (`math_answer.DEADLINE`).
+    The answer is what is between answer tags, else what math-verify finds: the last formula with \boxed{}, several of
+    these without dollar signs as a set, else the last formula or number. `answer` may be LaTeX, boxed or bare.
+    None where `answer` cannot be read as mathematics, and where the comparison has not come to an end
+    (`math_answer.DEADLINE`).
     """
     texts = [text_of(completion) for completion in completions]
     return [
