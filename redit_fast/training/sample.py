@@ -39,7 +39,7 @@ def sample(
     Raises:
         ValueError: one sentence.
     """
-    needs, left_out = ["data"] if prompt is None else [], []
+    needs, left_out = ["data"] if prompt is None else [], list[str]()
     folder, settings = generation.settings_of("sample", source, given, samples=samples, greedy=greedy, needs=needs)
     with ExitStack() as held:
         model, tokenizer = generation.loaded("sample", folder, settings)

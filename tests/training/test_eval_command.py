@@ -19,6 +19,7 @@ from redit_fast.training.plain_text import visible
 from redit_fast.training.trainer import train
 from tests.training.jobs import lines_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:reward function 'even' left")
 REWARD = """
 def even(prompts, completions, **columns):
     return [None if len(text) % 5 == 0 else float(len(text) % 2 == 0) for text in completions]
