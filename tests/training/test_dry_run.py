@@ -11,12 +11,15 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from redit_fast.cli import main
-from redit_fast.training import config_file, dry_run, memory, report, sampling, setup
+from redit_fast.packing.plan import Budget
+from redit_fast.training import config_file, dry_run, memory, policy, report, sampling, setup
 from redit_fast.training.batch import Batch
 from redit_fast.training.distributed import Ranks
 from redit_fast.training.plain_text import visible
 from redit_fast.training.runs import Clock
 from redit_fast.training.trainer import train
+from tests.counting import Peak
+from tests.packing.models import FAMILIES, WHOLE, batch_of, model_of
 from tests.training import processes
 from tests.training.jobs import flags, lines_of
 
@@ -135,6 +138,22 @@ def test_adapters_alone_have_gradients_and_state(settings):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (found.gradients, found.optimizer, found.copies) == (4 * trained, 8 * trained, 4 * trained)
     assert trained < 0.1 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "llama, padded", "llama, checkpointed", "llama, two micro-batches"])
+def test_a_training_pass_takes_the_tensors_that_are_predicted(kind):
+    """Counted one by one, in a pass of 15 samples. A checkpointed layer's own share is that of an average layer."""
+    settings = {"model": "-", "data": "-", "rewards": ["exact_answer"], "group_size": 3, "prompts_per_step": 5}
+    config = config_file.load(overrides={**settings, "checkpoint_activations": "checkpointed" in kind, "gr_gamma": 0.0})
+    model = model_of(kind.partition(",")[0])
+    if config.checkpoint_activations:
+        policy.checkpoint_activations(model)
+    budget = Budget(samples=9) if "micro-batches" in kind else WHOLE
+    batch = batch_of(model=model, packed="padded" not in kind, budget=budget)
+    found = memory.predicted(model, setup.optimizer(config, model), batch, config)
+    with Peak() as peak:
+        batch.backward(model)
+    assert found.passes == pytest.approx(peak.bytes, rel=0.2 if config.checkpoint_activations else 0.15)
 
 
 def a_large_vocabulary(folder, tokenizer_of):

@@ -153,7 +153,7 @@ def test_what_is_not_known_is_null(run):
 
 
 BAD = [
-    (["eval", "RUN"], "data: needs a JSONL file with the prompts: give --data"),
+    (["eval", "RUN"], "with the prompts: give --data"),
     (["eval", "RUN", "--data", "DATA", "--samples", "0"], "--samples is 0, needs a whole number from 1 to 4294967296"),
     (["eval", "RUN", "--data", "DATA", "--samples", "x"], "--samples is 'x', needs a whole number from 1 to"),
     (["eval", "RUN", "--data", "DATA", "--out", "DATA"], "prompts.jsonl is there already and stays as it is"),
