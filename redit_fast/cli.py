@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """That of the command line and those of the commands, some without what `FLAGS` adds to them."""
     parser = _Parser(prog="redit-fast", description="GRPO with dithered rewards and gradient regularisation.")
     parser.add_argument("--version", action="store_true", help="print the version")
@@ -173,7 +173,9 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     merge = add("merge", commands.merge, "a plain model of a checkpoint with LoRA")
     merge.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500")
     merge.add_argument("out", metavar="OUT", nargs="?", help="a new folder; CHECKPOINT-merged by default")
-    info = add("info", commands.info, "versions, what each backend runs here or why not, what to type then", "", "doctor")
+    info = add(
+        "info", commands.info, "versions, what each backend runs here or why not, what to type then", "", "doctor"
+    )
     info.add_argument("--json", action="store_true", help="the same as JSON")
     add("selftest", commands.selftest, "check every backend against float64")
     add("bench", commands.bench, "measure every op beside what it replaces")

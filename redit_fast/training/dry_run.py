@@ -1,5 +1,5 @@
-"""`redit-fast train --dry-run`: all that a run loads, its first step tried, and the plan of the rest. Nothing is written,
-and the weights end with the process."""
+"""`redit-fast train --dry-run`: all that a run loads, its first step tried, and the plan of the rest. Nothing is
+written, and the weights end with the process."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def _of_steps(config: TrainConfig, parts: setup.Parts, optimizer: rf.Regularized
     rows = [("steps", f"{config.steps:,} of {config.prompts_per_step} x {config.group_size} completions, "
                       f"{epochs:.2g} times through the data")]  # fmt: skip
     if config.warm_start_steps:
-        before = f"{config.warm_start_steps:,} steps before them, not tried here: completions are of the model before it"
+        before = (
+            f"{config.warm_start_steps:,} steps before them, not tried here: completions are of the model before it"
+        )
         rows.append(("warm start", before))
     written = times(config.steps, config.checkpoint_every)
     kept = written if config.keep_checkpoints is None else min(written, config.keep_checkpoints + 2)
@@ -132,7 +134,10 @@ def _of_steps(config: TrainConfig, parts: setup.Parts, optimizer: rf.Regularized
     return [
         *rows,
         ("evaluations", str(times(config.steps, config.eval_every) if parts.dataset.held_out else 0)),
-        ("checkpoints", f"{written:,}, of which {kept:,} at most stay: {_size(size)} each, {_size(kept * size)} in all"),
+        (
+            "checkpoints",
+            f"{written:,}, of which {kept:,} at most stay: {_size(size)} each, {_size(kept * size)} in all",
+        ),
     ]
 
 
@@ -183,9 +188,12 @@ def _of_batch(batch: Batch, drawn: sampling.Samples, found: dict[str, float]) ->
 def _of_memory(found: memory.Memory) -> list[Row]:
     parts = ", ".join(f"{words} {_size(size)}" for name, words in MEMORY.items() if (size := getattr(found, name)))
     where = "training passes" if found.passes >= found.rollout else "rollout"
+    kept = (
+        f"{_size(found.tensors)} of tensors, and what the C library keeps of freed ones" if found.on_cpu else "tensors"
+    )
     return [
         ("memory, predicted", parts),
-        ("memory at once", f"{_size(found.peak)} above the loaded weights, in the {where}"),
+        ("memory at once", f"{_size(found.peak)} above the loaded weights, in the {where}: {kept}"),
     ]
 
 

@@ -46,7 +46,9 @@ def evaluate(source: str, given: Mapping[str, object], *, samples: int = 1, out:
     folder, settings = generation.settings_of("eval", source, given, samples=samples, greedy=greedy)
     if out is not None:
         generation.refuse_taken(out)
-    scores, lengths, cut_off = [], [], 0
+    scores: list[Tensor] = []
+    lengths: list[int] = []
+    cut_off = 0
     with ExitStack() as held:
         job = generation.opened("eval", folder, settings, samples, held)
         file = None if out is None else held.enter_context(generation.new_file(out))
@@ -144,7 +146,11 @@ def _known(value: float) -> float | None:
 def table(found: Mapping) -> str:
     """What `evaluate` returns, for a terminal."""
     samples, problems = found["samples"], found["problems"]
-    how = f"{samples} answers each at temperature {found['temperature']:g}" if found["temperature"] else "greedy"
+    how = (
+        f"{samples} answer{'s' if samples > 1 else ''} each at temperature {found['temperature']:g}"
+        if found["temperature"]
+        else "greedy"
+    )
     rows = [("", "mean", f"{SHARE:.0%} interval", "")]
     for k, numbers in found["pass@k"].items():
         rows.append((f"pass@{k}", *_words(numbers), ""))

@@ -39,13 +39,13 @@ def sample(
     Raises:
         ValueError: one sentence.
     """
-    needs = ["data"] if prompt is None else []
+    needs, left_out = ["data"] if prompt is None else [], list[str]()
     folder, settings = generation.settings_of("sample", source, given, samples=samples, greedy=greedy, needs=needs)
     with ExitStack() as held:
         model, tokenizer = generation.loaded("sample", folder, settings)
         if prompt is None:
             place, record = _of_row(row or 0, settings, model, tokenizer)
-            left_out, functions = [], rewards.resolve(_named(settings), data.columns_of([record]), settings)
+            functions = rewards.resolve(_named(settings), data.columns_of([record]), settings)
         else:
             place, record = "prompt", {"prompt": [{"role": "user", "content": prompt}] if chat else prompt}
             functions, left_out = _without_columns(settings)
@@ -85,9 +85,7 @@ def _without_columns(settings: TrainConfig) -> tuple[list[rewards.RewardFunction
     return functions, left_out
 
 
-def _ids(
-    place: str, record: dict, settings: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer
-) -> list[int]:
+def _ids(place: str, record: dict, settings: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """The prompt's tokens, after the checks that `data.load` makes of a file's."""
     text = data.text_of(record["prompt"])
     if not text.strip():

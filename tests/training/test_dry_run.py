@@ -1,6 +1,8 @@
 """`redit-fast train --dry-run`: the plan is the run's, nothing is written, and the memory that it predicts is taken."""
 
-import os
+import ctypes
+import gc
+import platform
 import re
 from contextlib import ExitStack
 
@@ -9,11 +11,15 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from redit_fast.cli import main
-from redit_fast.training import config_file, dry_run, memory, report, sampling, setup
+from redit_fast.packing.plan import Budget
+from redit_fast.training import config_file, dry_run, memory, policy, report, sampling, setup
 from redit_fast.training.batch import Batch
 from redit_fast.training.distributed import Ranks
+from redit_fast.training.plain_text import visible
 from redit_fast.training.runs import Clock
 from redit_fast.training.trainer import train
+from tests.counting import Peak
+from tests.packing.models import FAMILIES, WHOLE, batch_of, model_of
 from tests.training import processes
 from tests.training.jobs import flags, lines_of
 
@@ -38,7 +44,7 @@ def test_the_plan_is_what_the_run_then_does_and_nothing_is_written(settings, tmp
     lines = lines_of(tmp_path / "run/metrics.jsonl")
     first = [line for line in lines_of(tmp_path / "run/completions.jsonl") if line["step"] == 1]
     for sample in (0, 6, 11):
-        assert first[sample]["completion"].strip() in said
+        assert visible(first[sample]["completion"]) in said
     assert plan["reward"] == f"{lines[1]['reward']:.3f} on average, deviation in a group {lines[1]['reward_std']:.3f}"
     assert plan["dead groups"] == f"{round(3 * lines[1]['frac_reward_zero_std'])} of 3"
     for name in ("correct_answer", "right_steps", "answer_format"):
@@ -134,6 +140,22 @@ def test_adapters_alone_have_gradients_and_state(settings):
     assert trained < 0.1 * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [*FAMILIES, "llama, padded", "llama, checkpointed", "llama, two micro-batches"])
+def test_a_training_pass_takes_the_tensors_that_are_predicted(kind):
+    """Counted one by one, in a pass of 15 samples. A checkpointed layer's own share is that of an average layer."""
+    settings = {"model": "-", "data": "-", "rewards": ["exact_answer"], "group_size": 3, "prompts_per_step": 5}
+    config = config_file.load(overrides={**settings, "checkpoint_activations": "checkpointed" in kind, "gr_gamma": 0.0})
+    model = model_of(kind.partition(",")[0])
+    if config.checkpoint_activations:
+        policy.checkpoint_activations(model)
+    budget = Budget(samples=9) if "micro-batches" in kind else WHOLE
+    batch = batch_of(model=model, packed="padded" not in kind, budget=budget)
+    found = memory.predicted(model, setup.optimizer(config, model), batch, config)
+    with Peak() as peak:
+        batch.backward(model)
+    assert found.passes == pytest.approx(peak.bytes, rel=0.2 if config.checkpoint_activations else 0.15)
+
+
 def a_large_vocabulary(folder, tokenizer_of):
     """A tiny model whose head has 50257 rows, with a tokenizer that knows some of them."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
@@ -147,17 +169,25 @@ def a_large_vocabulary(folder, tokenizer_of):
     return folder
 
 
-def took(words, file):
-    """Writes the bytes that a run has at most above those after its parts are loaded."""
+def took(words, file, gives_back):
+    """Writes the bytes that a run has at most above those after its parts are loaded.
+
+    With `gives_back` what the C library's allocator frees is the system's at once: tensors alone are left.
+    """
     parts, base = setup.parts, []
 
     def loaded(*args):
         found = parts(*args)
+        gc.collect()
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")  # VmHWM is what there is now
         base.append(status("VmRSS"))
         return found
 
+    if gives_back:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16) == 1
+        assert ctypes.CDLL(None).mallopt(m_trim_threshold, 1 << 17) == 1
     setup.parts, report.write = loaded, lambda run: None
     code = processes.train(words)
     with open(file, "w") as out:
@@ -170,19 +200,29 @@ def status(name):
         return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", file.read())[1])
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of a process is Linux's")
+def measured(job, file, gives_back):
+    process = processes.context.Process(target=took, args=(flags(job), str(file), gives_back))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    return float(file.read_text())
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="mallopt and the peak of a process are glibc's and Linux's"
+)
 @pytest.mark.parametrize("case", ["the demo", "a vocabulary of 50257"])
 def test_the_predicted_memory_is_what_two_steps_take(case, settings, tmp_path, capsys):
-    """Of the second step the optimizer's state is part. Without the demo's warm start, which has no rollout."""
+    """Of the second step the optimizer's state is part. Without the demo's warm start, which has no rollout. What the
+    allocator keeps varies from run to run for the large vocabulary (docs/train.md)."""
     job = {"out_dir": str(tmp_path / "runs"), "name": "run", "steps": 2, "eval_problems": 16, "warm_start_steps": 0}
     if case != "the demo":
         model = a_large_vocabulary(tmp_path / "large", settings["model"])
         job = {**settings, **job, "model": str(model), "prompts_per_step": 8, "group_size": 8,
                "max_completion_length": 16}  # fmt: skip
     plan, _ = planned(job, capsys)
-    predicted = float(re.match(r"(\S+) MB above", plan["memory at once"])[1]) * 1e6
-    process = processes.context.Process(target=took, args=(flags(job), str(tmp_path / "took")))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    assert predicted == pytest.approx(float((tmp_path / "took").read_text()), rel=0.15)
+    told = re.match(r"(\S+) MB above the loaded weights, .*: (\S+) MB of tensors", plan["memory at once"])
+    whole, tensors = (float(size) * 1e6 for size in told.groups())
+    assert tensors == pytest.approx(measured(job, tmp_path / "took", True), rel=0.15)
+    if case == "the demo":
+        assert whole == pytest.approx(measured({**job, "name": "again"}, tmp_path / "took", False), rel=0.15)

@@ -4,6 +4,7 @@ completions; one prompt on the terminal; and what bad input gets."""
 import io
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 from redit_fast.cli import main
-from redit_fast.training import builtin, config_file, evaluation, report
+from redit_fast.training import builtin, config_file, evaluation, generation, report
+from redit_fast.training.plain_text import visible
 from redit_fast.training.trainer import train
 from tests.training.jobs import lines_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:reward function 'even' left")
 REWARD = """
 def even(prompts, completions, **columns):
     return [None if len(text) % 5 == 0 else float(len(text) % 2 == 0) for text in completions]
@@ -119,7 +122,7 @@ def test_one_answer_is_greedy_unless_a_temperature_is_given(run, prompts, tmp_pa
         lines = same_completions(run, prompts, tmp_path / f"{temperature}.jsonl", *same)
         right = sum((line["rewards"]["even"] or 0) > 0 for line in lines)
         assert found["temperature"] == temperature and found["pass@k"]["1"]["mean"] == pytest.approx(right / 6)
-        assert ("greedy" in capsys.readouterr().out) == (temperature == 0)
+        assert ("6 problems, greedy; " in capsys.readouterr().out) == (temperature == 0)
     assert not list(run.parent.glob("*.json"))
 
 
@@ -150,7 +153,7 @@ def test_what_is_not_known_is_null(run):
 
 
 BAD = [
-    (["eval", "RUN"], "data: needs a JSONL file with the prompts: give --data"),
+    (["eval", "RUN"], "with the prompts: give --data"),
     (["eval", "RUN", "--data", "DATA", "--samples", "0"], "--samples is 0, needs a whole number from 1 to 4294967296"),
     (["eval", "RUN", "--data", "DATA", "--samples", "x"], "--samples is 'x', needs a whole number from 1 to"),
     (["eval", "RUN", "--data", "DATA", "--out", "DATA"], "prompts.jsonl is there already and stays as it is"),
@@ -206,18 +209,26 @@ def shown(said):
     return head, [part.partition("\n")[::2] for part in parts]
 
 
-def test_a_row_is_sampled_with_its_rewards(run, prompts, capsys):
+def test_a_row_is_sampled_with_its_rewards(run, prompts, capsys, monkeypatch):
+    score, seen = generation.rewards.score_texts, []
+
+    def recorded(functions, records, texts):
+        seen.append((records, texts, score(functions, records, texts)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(generation.rewards, "score_texts", recorded)
     words = ["sample", str(run), "--data", str(prompts[0]), "--row", "3", "--samples", "2", "--seed", "4"]
     assert main(words) == 0
     said = capsys.readouterr().out
     head, parts = shown(said)
     assert head.startswith(f"{prompts[0]}:3, ") and prompts[1][2]["prompt"].strip() in head
     assert len(parts) == 2 and "left out" not in said
-    for told, text in parts:
-        even = "unscored" if len(text.removesuffix("\n")) % 5 == 0 else str(int(len(text.removesuffix("\n")) % 2 == 0))
-        assert re.fullmatch(r"\d+ tokens(, cut off)?, even \w+, xml_format \S+", told)
-        if not text.strip("\n").count("\n"):
-            assert f"even {even}" in told
+    ((records, texts, scores),) = seen
+    assert records == [prompts[1][2]] * 2
+    for (told, shown_text), text, (even, xml) in zip(parts, texts, scores.tolist()):
+        even = "unscored" if math.isnan(even) else f"{even:g}"
+        assert re.fullmatch(rf"\d+ tokens(, cut off)?, even {even}, xml_format {xml:g}", told)
+        assert shown_text == f"{visible(text)}\n"
     assert main(words) == 0 and capsys.readouterr().out == said
     assert main([*words[:-1], "5"]) == 0 and capsys.readouterr().out != said
 
@@ -247,7 +258,9 @@ def test_a_terminal_as_stdin_is_not_waited_for(run, capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "stdin", Terminal("never"))
     assert main(["sample", str(run)]) == 2
-    assert "a prompt is missing: needs one behind CHECKPOINT, on stdin, or --data FILE --row N" in capsys.readouterr().err
+    assert (
+        "a prompt is missing: needs one behind CHECKPOINT, on stdin, or --data FILE --row N" in capsys.readouterr().err
+    )
 
 
 def test_what_a_model_writes_does_not_move_the_cursor(run, capsys, monkeypatch):

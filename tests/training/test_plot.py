@@ -90,7 +90,10 @@ def test_labels_are_what_differs_or_names(tmp_path):
         runs = [a_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", **each) for each in settings]
         return [group.label for group in overlay._groups([overlay._read(run) for run in runs])]
 
-    assert labels({"gr_gamma": 0.0}, {"gr_gamma": 0.1, "beta": 0.2}) == ["gr_gamma 0.0, beta 0.0", "gr_gamma 0.1, beta 0.2"]
+    assert labels({"gr_gamma": 0.0}, {"gr_gamma": 0.1, "beta": 0.2}) == [
+        "gr_gamma 0.0, beta 0.0",
+        "gr_gamma 0.1, beta 0.2",
+    ]
     assert labels({}) == ["2"]
     many = {"gr_gamma": 0.1, "beta": 0.2, "learning_rate": 1.0, "top_p": 0.5}
     assert labels({}, many) == ["3", "4"]
@@ -115,7 +118,9 @@ def test_the_picture_is_written_and_drawn_again(runs, tmp_path, capsys, name):
 
 def test_a_run_given_twice_counts_once(runs, tmp_path, monkeypatch):
     figure, seen = overlay._figure, []
-    monkeypatch.setattr(overlay, "_figure", lambda panels, groups, unit: seen.append(groups) or figure(panels, groups, unit))
+    monkeypatch.setattr(
+        overlay, "_figure", lambda panels, groups, unit: seen.append(groups) or figure(panels, groups, unit)
+    )
     overlay.write([runs[0], f"{runs[0]}/", runs[1]], tmp_path / "once.svg")
     assert [[run.folder.name for run in group.runs] for (group,) in seen] == [["dither-0", "dither-1"]]
 

@@ -1,5 +1,5 @@
-"""`redit-fast plot`: several runs in one picture. Runs that differ in their seed and name alone are one curve, the mean,
-in a band from the least to the greatest of them."""
+"""`redit-fast plot`: several runs in one picture. Runs that differ in their seed and name alone are one curve, the
+mean, in a band from the least to the greatest of them."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ class Group:
     runs: list[Run]
 
 
-def write(
-    folders: Sequence[str | Path], out: Path, metrics: Sequence[str] = (), across: Across = "steps"
-) -> Path:
+def write(folders: Sequence[str | Path], out: Path, metrics: Sequence[str] = (), across: Across = "steps") -> Path:
     """Draws a panel for each metric, and returns `out`, which is replaced where it is there.
 
     Args:
@@ -198,7 +196,7 @@ def _curves(group: Group, metric: str, across: Across, size: float) -> list[Curv
 
     def curve(points: Points, low: list[float], high: list[float], thin: bool) -> Curve:
         places, values = ([part[i] for part in points] for i in (0, 1))
-        dots = len(points) <= FEW and not thin
+        dots = across == "steps" and len(points) <= FEW and not thin
         return Curve("", group.colour, places, values, low, high, dots=dots, dashed=group.dashed, thin=thin)
 
     if len(each) == 1:
@@ -245,16 +243,14 @@ def _figure(panels: list[Panel], groups: list[Group], unit: str) -> Figure:
     foot = 0.55 + (0.2 if banded else 0.0)
     height = head + HEIGHT * rows + foot
     figure = Figure(figsize=(width, height))
-    figure.subplots_adjust(
-        0.62 / width, foot / height, 1 - 0.15 / width, 1 - head / height, wspace=0.22, hspace=0.45
-    )
+    figure.subplots_adjust(0.62 / width, foot / height, 1 - 0.2 / width, 1 - head / height, wspace=0.22, hspace=0.34)
     handles = [
         Line2D([], [], color=COLOURS[group.colour], linestyle=curves.DASHES if group.dashed else "-")
         for group in groups
     ]
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.45 / width, 1), ncols=beside, columnspacing=1.6)
     if banded:
-        words = "line: the mean of the runs; band: from the least to the greatest; thin: each run"
+        words = "mean of the runs, in a band from the least to the greatest"
         figure.text(0.62 / width, 0.07 / height, words, color=GREY, fontsize=8)
     most = max(curve.steps[-1] for panel in panels for curve in panel.curves)
     for place, panel in enumerate(panels, 1):
