@@ -19,6 +19,7 @@ from redit_fast.training.data_names import Hub, hub_of
 
 Rows = Iterator[tuple[int, dict]]
 BATCH = 1000  # rows that are Arrow's and Python's at a time
+JSON = "extension<arrow.json>"  # Arrow's type of texts that are JSON
 PLAIN = (OSError, ValueError)  # of pyarrow and datasets: their words are for a user
 
 
@@ -136,7 +137,9 @@ def _of_arrow(
                 f"{source}: column {name!r} has the type {schema.field(name).type}, needs what JSON has: text, "
                 "numbers, true and false, lists, objects; to leave it out, name the others in columns"
             )
-    chats = [name for name in names if _is_chat(schema.field(name).type)]
+    kinds = {name: schema.field(name).type for name in names}
+    as_json = {name: kind for name, kind in kinds.items() if JSON in str(kind)}
+    chats = [name for name, kind in kinds.items() if _is_chat(kind)]
     number = 0
     with Foreign(f"{source}: cannot be read", plain=PLAIN):
         of_names = batches(names)
@@ -148,6 +151,8 @@ def _of_arrow(
             return
         for row in found:
             number += 1
+            for name, kind in as_json.items():
+                row[name] = _loaded_json(row[name], kind)
             for name in chats:
                 row[name] = _without_nulls(row[name])
             yield number, row
@@ -162,7 +167,18 @@ def _is_json(kind: Any) -> bool:
         return all(_is_json(kind.field(i).type) for i in range(kind.num_fields))
     plain = (types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_string,
              types.is_large_string)  # fmt: skip
-    return any(of(kind) for of in plain)
+    return str(kind) == JSON or any(of(kind) for of in plain)
+
+
+def _loaded_json(value: Any, kind: Any) -> Any:
+    """What datasets keeps as JSON, since the rows have other keys or types each, anywhere in a column's values."""
+    if value is None:
+        return None
+    if _is_list(kind):
+        return [_loaded_json(item, kind.value_type) for item in value]
+    if isinstance(value, dict):
+        return {key: _loaded_json(item, kind.field(key).type) for key, item in value.items()}
+    return json.loads(value) if str(kind) == JSON else value
 
 
 def _is_list(kind: Any) -> bool:

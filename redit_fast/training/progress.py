@@ -164,7 +164,8 @@ class Bar(Shown):
         tasks, now, width = list(self.tasks), time.monotonic(), options.max_width
         longest = max((len(task.name) for task in tasks), default=0)
         for task in tasks:
-            name, beside, below = f"{task.name:{longest}}", [f"{task.done}/{task.total}"], []
+            name, beside = f"{task.name:{longest}}", [f"{task.done}/{task.total}"]
+            below: list[str] = []
             times = f"elapsed {task.elapsed(now)}, left {task.left(now) or '-:--:--'}"
             for text in filter(None, (times, task.numbers)):
                 fits = not below and longest + LEAST + sum(1 + len(part) for part in (*beside, text)) < width
@@ -172,7 +173,8 @@ class Bar(Shown):
             room = width - longest - 1 - sum(1 + len(part) for part in beside)
             line = Table.grid(padding=(0, 1))
             line.add_row(Text(name), ProgressBar(task.total, task.done, width=max(1, room)), *map(Text, beside))
-            yield from (line, *map(Text, below))
+            yield line
+            yield from map(Text, below)
 
 
 def shown(console: Console) -> Shown:

@@ -117,7 +117,8 @@ def _wandb(config: TrainConfig | RewardModelConfig, run: Path, first: int) -> tu
         resume="allow",
         dir=str(run),
         config=config.model_dump(),
-        settings=wandb.Settings(console="off"),  # it would take over stdout, where the bar is
+        # It would take over stdout, where the bar is, and wait for a network at the end of the process.
+        settings=wandb.Settings(console="off", quiet=True, finish_timeout=CLOSING * 2 / 3),
     )
     there.define_metric("*", step_metric="step")  # its own step would drop those that a killed run takes again
     return lambda step, numbers: there.log({"step": step, **numbers}), there.finish

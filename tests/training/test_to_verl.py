@@ -260,7 +260,8 @@ def test_the_command_writes_a_folder_that_bash_runs_and_overwrites_none(settings
     assert command("nowhere.yaml", "--out", "x") == 2 and "nowhere.yaml" in capsys.readouterr().err
     monkeypatch.setattr("redit_fast.extras.find_spec", lambda name: None)
     assert command("c.yaml", "--out", "x") == 2
-    assert 'to-verl needs pyarrow, datasets, not installed here; run `pip install "redit-fast[data]"`' in capsys.readouterr().err
+    said = 'to-verl needs pyarrow, datasets, not installed here; run `pip install "redit-fast[data]"`'
+    assert said in capsys.readouterr().err
     assert not Path("x").exists()
 
 
