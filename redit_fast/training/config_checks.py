@@ -42,7 +42,8 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        words = str(error).encode("utf-8", "backslashreplace").decode()  # pydantic takes no half of a surrogate pair
+        raise ValueError(f"{name}: {words}") from None
 
 
 def _check_data(config: Any) -> None:

@@ -333,7 +333,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(job, tmp_path, capsys):
 
 
 def test_every_hostile_value_is_one_sentence_with_the_name(job):
-    for field in RewardModelConfig.model_fields.keys() - {"columns"}:  # of which test_data.py tells
+    for field in RewardModelConfig.model_fields:
         for value in HOSTILE:
             try:
                 RewardModelConfig(**{"model": "m", "data": "d", field: value})
@@ -422,8 +422,11 @@ def test_what_may_not_change_on_resume_is_named(job, tmp_path, capsys):
     shutil.copy(job["data"], data)
     train(config_of(job, data=str(data), name="changed"))
     data.write_text(data.read_text().replace("cards", "coins", 1))
-    assert main(["reward-model", "--resume", "--name", "changed", "--out-dir", str(tmp_path), "--steps", "3"]) == 2
+    words = ["reward-model", "--resume", "--name", "changed", "--out-dir", str(tmp_path), "--steps", "3"]
+    assert main(words) == 2
     assert f"data {data} has changed since" in capsys.readouterr().err
+    assert main([*words, "--accept-changed-inputs"]) == 0
+    assert lines_of(tmp_path / "changed" / "metrics.jsonl")[-1]["step"] == 3
 
 
 def test_several_processes_are_refused(job, monkeypatch):
@@ -456,6 +459,21 @@ def test_the_command_of_a_run_gives_it_back(job):
     assert config_file.load_as(RewardModelConfig, None, given) == original
 
 
+def test_a_configuration_file_is_read_with_its_places(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    preferences.write(tmp_path / "sub" / "pairs.jsonl", preferences.records(2))
+    file = tmp_path / "sub" / "judge.yaml"
+    file.write_text("model: m\ndata: pairs.jsonl\ncenter_coefficient: 0.1\n")
+    found = config_file.load_as(RewardModelConfig, "sub/judge.yaml", {"steps": "7"})
+    assert (found.data, found.center_coefficient, found.steps) == ("sub/pairs.jsonl", 0.1, 7)
+    file.write_text("model: m\ndata: d\npairs_per_stepp: 1\n")
+    with pytest.raises(
+        ValueError, match="judge.yaml:3: unknown key 'pairs_per_stepp', the closest valid one is 'pairs_"
+    ):
+        config_file.load_as(RewardModelConfig, file)
+
+
 def test_activations_are_computed_again_with_the_same_gradient(job):
     found = []
     for again in (False, True):
@@ -470,13 +488,13 @@ def test_from_pairs_to_a_reward_model_to_grpo_with_gr_to_the_report(settings, jo
     """The RLHF path: GRPO is paid by what was learned from pairs, and the reward rises."""
     monkeypatch.chdir(tmp_path)
     file = preferences.write(tmp_path / "pairs.jsonl", preferences.records(300))
-    judging = {**job, "data": "pairs.jsonl", "out_dir": "runs", "name": "judge", "steps": 40, "pairs_per_step": 16}
-    assert main(["reward-model", *flags({**judging, "checkpoint_every": 40, "learning_rate": 2e-3})]) == 0
+    judging = {**job, "data": "pairs.jsonl", "out_dir": "runs", "name": "judge", "steps": 24, "pairs_per_step": 16}
+    assert main(["reward-model", *flags({**judging, "checkpoint_every": 24, "learning_rate": 2e-3})]) == 0
     assert file.exists()
-    rlhf = {**settings, "rewards": ["model:runs/judge/checkpoints/step-000040"], "out_dir": "runs", "name": "policy"}
+    rlhf = {**settings, "rewards": ["model:runs/judge/checkpoints/step-000024"], "out_dir": "runs", "name": "policy"}
     rlhf |= {"steps": 8, "prompts_per_step": 4, "group_size": 8, "checkpoint_every": 8, "eval_every": 8}
     assert main(["train", *flags({**rlhf, "gr_gamma": 1e-3, "gr_epsilon": 1e-3, "learning_rate": 3e-3})]) == 0
     metrics = lines_of(tmp_path / "runs" / "policy" / "metrics.jsonl")
-    paid = [line["rewards/step-000040/mean"] for line in metrics[1:]]
+    paid = [line["rewards/step-000024/mean"] for line in metrics[1:]]
     assert sum(paid[-3:]) > sum(paid[:3]) and metrics[-1]["gr/step_cos"] > 0.99
-    assert "step-000040" in (tmp_path / "runs" / "policy" / "report.html").read_text()
+    assert "step-000024" in (tmp_path / "runs" / "policy" / "report.html").read_text()
