@@ -206,9 +206,11 @@ def scores_of(model: PreTrainedModel, sequences: Sequence[Tensor], micro: MicroB
     if micro.segments:
         hidden = scored_hidden(model.get_decoder(), sequences, [1] * len(sequences), micro, model.device)
     else:
-        # Padding is on the right, where causal attention keeps it from all that is scored: no mask is needed.
+        # Padding is on the right, where causal attention keeps it from all that is scored: no mask is needed. It is not
+        # the padding token, of which transformers warns then: no sequence ends with that.
         own = [sequences[i] for i in micro.samples]
-        states = model.get_decoder()(pad_sequence(own, batch_first=True).to(model.device), use_cache=False)
+        rows = pad_sequence(own, batch_first=True, padding_value=own[0][-1].item())
+        states = model.get_decoder()(rows.to(model.device), use_cache=False)
         ends = torch.tensor([len(ids) - 1 for ids in own], device="cpu").to(model.device)
         hidden = states.last_hidden_state[torch.arange(len(own), device=model.device), ends]
     return model.score(hidden)[:, 0].float()
