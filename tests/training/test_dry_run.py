@@ -140,12 +140,15 @@ def test_adapters_alone_have_gradients_and_state(settings):
     assert trained < 0.1 * sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, "llama, padded", "llama, checkpointed", "llama, two micro-batches"])
+@pytest.mark.parametrize(
+    "kind", [*FAMILIES, "llama, padded", "llama, checkpointed", "llama, two micro-batches", "llama, wide"]
+)
 def test_a_training_pass_takes_the_tensors_that_are_predicted(kind):
     """Counted one by one, in a pass of 15 samples. A checkpointed layer's own share is that of an average layer."""
     settings = {"model": "-", "data": "-", "rewards": ["exact_answer"], "group_size": 3, "prompts_per_step": 5}
     config = config_file.load(overrides={**settings, "checkpoint_activations": "checkpointed" in kind, "gr_gamma": 0.0})
-    model = model_of(kind.partition(",")[0])
+    wide = {"intermediate_size": 2000, "num_hidden_layers": 1} if "wide" in kind else {}
+    model = model_of(kind.partition(",")[0], **wide)
     if config.checkpoint_activations:
         policy.checkpoint_activations(model)
     budget = Budget(samples=9) if "micro-batches" in kind else WHOLE

@@ -81,7 +81,15 @@ def write(folders: Sequence[str | Path], out: Path, metrics: Sequence[str] = (),
     runs = [_read(Path(folder)) for folder in {os.path.realpath(folder): folder for folder in folders}.values()]
     names = _metrics(runs, metrics)
     groups, (unit, size) = _groups(runs), _unit(runs, across)
-    panels = [Panel(name, "", [c for group in groups for c in _curves(group, name, across, size)]) for name in names]
+    panels = [
+        Panel(
+            name,
+            "",
+            [curve for group in groups for curve in _curves(group, name, across, size)],
+            bottom=0 if name.startswith("accuracy/") else None,
+        )
+        for name in names
+    ]
     picture = io.BytesIO()
     with rc_context(STYLE):
         _figure(panels, groups, unit).savefig(picture, format=out.suffix.lower()[1:], dpi=150)
