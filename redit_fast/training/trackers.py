@@ -69,6 +69,7 @@ def _close(at_work: list[_Tracker]) -> None:
     for tracker in at_work:
         tracker.thread.join(max(0.0, end - time.monotonic()))
         if tracker.thread.is_alive():
+            tracker.left = True
             warnings.warn(
                 f"track {tracker.name}: it has not taken the run's last numbers in {CLOSING:g} s and is left; "
                 "metrics.jsonl has all of them",
@@ -78,7 +79,7 @@ def _close(at_work: list[_Tracker]) -> None:
 
 class _Tracker:
     def __init__(self, name: str, config: TrainConfig | RewardModelConfig, run: Path, first: int):
-        self.name = name
+        self.name, self.left = name, False
         self.steps: SimpleQueue[tuple[int, dict[str, float]] | None] = SimpleQueue()  # None: there are no more
         self.thread = threading.Thread(target=self._work, args=(config, run, first), daemon=True)
         self.thread.start()
@@ -91,7 +92,9 @@ class _Tracker:
                     log(*of_step)
                 close()
         except ValueError as error:
-            warnings.warn(f"{error}; it gets no more numbers, the run goes on and metrics.jsonl has all", stacklevel=2)
+            if not self.left:
+                more = "it gets no more numbers, the run goes on and metrics.jsonl has all"
+                warnings.warn(f"{error}; {more}", stacklevel=2)
 
 
 def _tensorboard(config: TrainConfig | RewardModelConfig, run: Path, first: int) -> tuple[Log, Close]:

@@ -7,6 +7,7 @@ import sqlite3
 import struct
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -209,7 +210,10 @@ def test_wandb_offline_has_the_numbers_and_a_resume_its_run(settings, tmp_path, 
     job, run = {**settings, "track": ["wandb"]}, tmp_path / "run"
     train(config_file.load(overrides={**job, "steps": 1}))
     assert resume(job, 2) == 0
-    records = [record for file in sorted((run / "wandb").glob("offline-*/*.wandb")) for record in of_wandb(file)]
+    records, end = [], time.monotonic() + 60
+    while sum(record.HasField("history") for record in records) < 3 and time.monotonic() < end:  # its process writes
+        files = sorted((run / "wandb").glob("offline-*/*.wandb"))
+        records = [record for file in files for record in of_wandb(file)]
     started = [record.run for record in records if record.HasField("run")]
     assert {(of.run_id, of.display_name, of.project) for of in started} == {
         ((run / ".wandb-id").read_text(), "run", "redit-fast")
