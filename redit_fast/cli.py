@@ -1,26 +1,22 @@
-"""The command `redit-fast`: train, generate, example, report, to-verl, merge, info (also named doctor), selftest,
-bench. Bad input gets one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143.
+"""The command line of `redit-fast`: its parser, and what it answers. What a command does is in `commands`.
 
-Heavy imports are inside the functions, so that --help and --version answer at once.
+Bad input gets one line on stderr and exit code 2, Ctrl-C 130, SIGTERM 143. Heavy imports are inside the functions, so
+that --help and --version answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
-import shlex
-import shutil
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
+from redit_fast import commands
 from redit_fast.extras import MissingExtra
 from redit_fast.signals import in_this_process
 
@@ -78,105 +74,30 @@ def _terminable() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 1 where the self-test fails, 2 for bad input, 130 after Ctrl-C, 143
-    after SIGTERM. argparse exits by itself."""
+    """Run one command; returns its exit code: 0, 1 where the self-test fails, 2 for bad input, 130 after Ctrl-C, 141
+    where whoever read the output has gone, 143 after SIGTERM. argparse exits by itself."""
     _limit_spinning()
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog="redit-fast", description="GRPO with dithered rewards and gradient regularisation.")
-    parser.add_argument("--version", action="store_true", help="print the version")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    train = commands.add_parser(
-        "train",
-        help="train the embedded demo, or a model of your own",
-        usage="redit-fast train [--config FILE] [--resume [--accept-changed-inputs]] [--print-config] [SETTINGS]",
-        allow_abbrev=False,
-    )
-    generate = commands.add_parser(
-        "generate",
-        help="completions of a file of prompts by a checkpoint, with rewards",
-        usage="redit-fast generate CHECKPOINT --data FILE [--samples K | --greedy] [--out FILE] [SETTINGS]",
-        allow_abbrev=False,
-    )
-    example = commands.add_parser("example", help="write a configuration and its data here", allow_abbrev=False)
-    example.add_argument("name", metavar="NAME", help="word_problems")
-    report = commands.add_parser("report", help="redraw curves.png and report.html of a run", allow_abbrev=False)
-    report.add_argument("run", type=_path, metavar="RUN", help="a run's folder, such as runs/demo")
-    to_verl = commands.add_parser(
-        "to-verl",
-        help="a configuration as data, rewards and a command for verl",
-        usage="redit-fast to-verl CONFIG [--out DIR] [SETTINGS]",
-        allow_abbrev=False,
-    )
-    merge = commands.add_parser("merge", help="a plain model of a checkpoint with LoRA", allow_abbrev=False)
-    merge.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500")
-    merge.add_argument("out", metavar="OUT", nargs="?", help="a new folder; CHECKPOINT-merged by default")
-    info = commands.add_parser(
-        "info",
-        aliases=["doctor"],
-        help="versions, what each backend runs here or why not, what to type then",
-        allow_abbrev=False,
-    )
-    info.add_argument("--json", action="store_true", help="the same as JSON")
-    commands.add_parser("selftest", help="check every backend against float64", allow_abbrev=False)
-    bench = commands.add_parser("bench", help="measure every op beside what it replaces", allow_abbrev=False)
+    parser, known = _parsers()
     format_of_a_library, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        if argv[:1] == ["train"]:
-            _add_train_flags(train)
-        if argv[:1] == ["to-verl"]:
-            text = "YAML or JSON file with settings; flags override it"
-            to_verl.add_argument("config", type=_path, metavar="CONFIG", help=text)
-            to_verl.add_argument("--out", metavar="DIR", help="a new folder; CONFIG-verl here by default")
-            _add_settings(to_verl)
-        if argv[:1] == ["generate"]:
-            _add_generate_flags(generate)
-        if argv[:1] == ["bench"]:
-            from redit_fast.benchmarks import command
-
-            command.add_flags(bench)
+        if argv and argv[0] in FLAGS:
+            FLAGS[argv[0]](known[argv[0]])
         args, unknown = parser.parse_known_args(argv)
         if unknown:
-            raise ValueError(_unknown(unknown[0], commands.choices.get(args.command, parser)))
+            raise ValueError(_unknown(unknown[0], known.get(args.command, parser)))
         if args.version:
             from redit_fast import __version__
 
             print(f"redit-fast {__version__}")
-        elif args.command == "train":
-            with _terminable():
-                _train(args)
-        elif args.command == "generate":
-            with _terminable():
-                _generate(args)
-        elif args.command == "example":
-            _example(args.name)
-        elif args.command == "report":
-            from redit_fast.training import report as run_report
-
-            run_report.write(args.run)
-            print(Path(args.run, "report.html"))
-        elif args.command == "to-verl":
-            from redit_fast.training import config_file
-            from redit_fast.training import to_verl as verl
-
-            _without_bars()
-            stem = Path(args.config).stem
-            folder = verl.to_verl(config_file.load(args.config, settings(args)), _out(args.out) or f"{stem}-verl", stem)
-            print(f"bash {shlex.quote(str(folder / 'run.sh'))}")
-        elif args.command == "merge":
-            from redit_fast.training.merge import merge as merged
-
-            _without_bars()
-            print(merged(Path(args.checkpoint), _out(args.out, "OUT")))
-        elif args.command in ("info", "doctor"):
-            _info(args.json)
-        elif args.command == "selftest":
-            return _selftest()
-        elif args.command == "bench":
-            from redit_fast.benchmarks import command
-
-            return command.bench(args)
-        else:
+        elif args.command is None:
             parser.print_help()
+        else:
+            with _terminable():
+                return args.handler(args) or 0
+    except BrokenPipeError:  # of stdout: `redit-fast sample ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes to it once more at its end
+        return 141
     except (ValueError, OSError, NotImplementedError, FloatingPointError, MissingExtra) as error:
         _complain(
             ": ".join([*getattr(error, "__notes__", ()), str(error)]), of_all_ranks=not hasattr(error, "__notes__")
@@ -189,6 +110,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = format_of_a_library
     return 0
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """That of the command line and those of the commands, some without what `FLAGS` adds to them."""
+    parser = _Parser(prog="redit-fast", description="GRPO with dithered rewards and gradient regularisation.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    known = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def add(
+        name: str, handler: Callable[[argparse.Namespace], int | None], text: str, usage: str = "", *aliases: str
+    ) -> argparse.ArgumentParser:
+        words = f"redit-fast {name} {usage}" if usage else None
+        command = known.add_parser(name, help=text, usage=words, aliases=aliases, allow_abbrev=False)
+        command.set_defaults(handler=handler)
+        return command
+
+    add(
+        "train",
+        commands.train,
+        "train the embedded demo, or a model of your own",
+        "[--config FILE] [--resume [--accept-changed-inputs] | --dry-run] [--print-config] [SETTINGS]",
+    )
+    add(
+        "reward-model",
+        commands.reward_model,
+        "train a reward model on pairs of answers",
+        "--model MODEL --data FILE [--config FILE] [--resume [--accept-changed-inputs]] [SETTINGS]",
+    )
+    add(
+        "generate",
+        commands.generate,
+        "completions of a file of prompts by a checkpoint, with rewards",
+        "CHECKPOINT --data FILE [--samples K | --greedy] [--out FILE] [SETTINGS]",
+    )
+    add(
+        "eval",
+        commands.evaluate,
+        "pass@k and mean rewards of a checkpoint on a file of prompts",
+        "CHECKPOINT --data FILE [--samples K] [--out FILE] [SETTINGS]",
+    )
+    add(
+        "sample",
+        commands.sample,
+        "completions of one prompt by a checkpoint, with rewards",
+        "CHECKPOINT [PROMPT | --data FILE --row N] [--chat] [--samples K | --greedy] [SETTINGS]",
+    )
+    example = add("example", commands.example, "write a configuration and its data here")
+    example.add_argument("name", metavar="NAME", help="word_problems")
+    report = add("report", commands.report, "redraw curves.png and report.html of a run")
+    report.add_argument("run", type=_path, metavar="RUN", help="a run's folder, such as runs/demo")
+    plot = add(
+        "plot", commands.plot, "several runs in one picture", "RUN ... [--out FILE] [--metric NAME ...] [--x WHAT]"
+    )
+    _add_plot_flags(plot)
+    add(
+        "to-verl",
+        commands.to_verl,
+        "a configuration as data, rewards and a command for verl",
+        "CONFIG [--out DIR] [SETTINGS]",
+    )
+    merge = add("merge", commands.merge, "a plain model of a checkpoint with LoRA")
+    merge.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500")
+    merge.add_argument("out", metavar="OUT", nargs="?", help="a new folder; CHECKPOINT-merged by default")
+    info = add(
+        "info", commands.info, "versions, what each backend runs here or why not, what to type then", "", "doctor"
+    )
+    info.add_argument("--json", action="store_true", help="the same as JSON")
+    add("selftest", commands.selftest, "check every backend against float64")
+    add("bench", commands.bench, "measure every op beside what it replaces")
+    return parser, known.choices
 
 
 def _limit_spinning() -> None:
@@ -230,41 +221,49 @@ def _unknown(word: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _add_train_flags(parser: argparse.ArgumentParser) -> None:
-    text = "YAML or JSON file with settings; flags override it"
-    parser.add_argument("--config", type=_path, metavar="FILE", help=text)
-    parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
-    parser.add_argument(
-        "--accept-changed-inputs",
-        action="store_true",
-        help="with --resume: go on although the data, a reward module or the start model is another than before",
-    )
+    _add_run_flags(parser, "the data, a reward module or the start model")
+    parser.add_argument("--dry-run", action="store_true", help="load all, try one step, print the plan, write nothing")
     parser.add_argument("--print-config", action="store_true", help="print the settings as commented YAML and stop")
     _add_settings(parser)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """Every field of TrainConfig as a flag. Values stay text here: config_file.load reads them and words complaints."""
-    from redit_fast.known_names import RENAMED, flag
-    from redit_fast.training.config import TrainConfig
+def _add_reward_model_flags(parser: argparse.ArgumentParser) -> None:
+    from redit_fast.training.reward_model_config import RewardModelConfig, describe
 
-    _add_fields(parser, TrainConfig.model_fields)
-    for old in RENAMED:
+    _add_run_flags(parser, "the data or the start model")
+    _add_fields(parser, RewardModelConfig.model_fields, describe)
+
+
+def _add_run_flags(parser: argparse.ArgumentParser, inputs: str) -> None:
+    text = "YAML or JSON file with settings; flags override it"
+    parser.add_argument("--config", type=_path, metavar="FILE", help=text)
+    parser.add_argument("--resume", action="store_true", help="go on with the run --name from its newest checkpoint")
+    text = f"with --resume: go on although {inputs} is another than before"
+    parser.add_argument("--accept-changed-inputs", action="store_true", help=text)
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Fields of TrainConfig, all of them unless there are `names`, as flags. Values stay text here: config_file.load
+    reads them and words complaints."""
+    from redit_fast.known_names import RENAMED, flag
+    from redit_fast.training.config import TrainConfig, describe
+
+    fields = TrainConfig.model_fields
+    _add_fields(parser, fields if names is None else {n: f for n, f in fields.items() if n in names}, describe)
+    for old in RENAMED if names is None else ():
         parser.add_argument(flag(old), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def _add_fields(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+def _add_fields(parser: argparse.ArgumentParser, fields: Mapping[str, Any], describe: Callable[[str], str]) -> None:
     from redit_fast.known_names import flag
-    from redit_fast.training.config import TrainConfig, describe
 
     group = parser.add_argument_group("settings, of which the word none clears one")
-    for name, field in TrainConfig.model_fields.items():
-        if name not in names:
-            continue
+    for name, field in fields.items():
         text = describe(name).replace("%", "%%")
         if bool in (field.annotation, *get_args(field.annotation)):
             group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            listed = name in ("rewards", "reward_weights", "reward_scales", "lora_targets")
+            listed = any(get_origin(kind) is list for kind in (field.annotation, *get_args(field.annotation)))
             many: dict = {"nargs": "+", "action": _Once} if listed else {}
             kinds = get_args(field.annotation) or (field.annotation,)  # of int | None, list[str] and the like
             many_numbers = name in ("reward_weights", "reward_scales")
@@ -273,122 +272,76 @@ def _add_fields(parser: argparse.ArgumentParser, names: Collection[str]) -> None
 
 
 def _add_generate_flags(parser: argparse.ArgumentParser) -> None:
-    from redit_fast.training.generation import SETTINGS
+    _add_checkpoint(parser)
+    _add_samples(parser, "1", greedy=True)
+    parser.add_argument("--out", metavar="FILE", help="a new file; CHECKPOINT-completions.jsonl by default")
+    _add_settings_of_generate(parser)
 
+
+def _add_eval_flags(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    _add_samples(parser, "1, the most likely tokens unless --temperature is given")
+    parser.add_argument("--out", metavar="FILE", help="a new file for the results as JSON; none by default")
+    _add_settings_of_generate(parser)
+
+
+def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="taken as it is; stdin by default")
+    parser.add_argument("--row", metavar="N", help="take the prompt number N of --data, counted from 1")
+    parser.add_argument("--chat", action="store_true", help="the prompt is what a user says, in the chat template")
+    _add_samples(parser, "4, or 1 with --greedy", greedy=True)
+    _add_settings_of_generate(parser)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=_path, metavar="CHECKPOINT", help="such as runs/NAME/checkpoints/step-000500, or a model"
     )
-    parser.add_argument("--samples", metavar="K", default="1", help="completions of each prompt; 1 by default")
-    parser.add_argument("--greedy", action="store_true", help="the most likely tokens instead of sampled ones")
-    parser.add_argument("--out", metavar="FILE", help="a new file; CHECKPOINT-completions.jsonl by default")
-    _add_fields(parser, SETTINGS)
 
 
-def _generate(args: argparse.Namespace) -> None:
-    from redit_fast.training.generation import MOST, generate
-
-    if not re.fullmatch("[0-9]{1,20}", args.samples):
-        raise ValueError(f"--samples is {args.samples!r}, needs a whole number from 1 to {MOST}")
-    _without_bars()
-    out, told = generate(
-        args.checkpoint,
-        settings(args),
-        samples=int(args.samples),
-        greedy=args.greedy,
-        out=_out(args.out),
-    )
-    print(told)
-    print(out)
+def _add_samples(parser: argparse.ArgumentParser, default: str, *, greedy: bool = False) -> None:
+    text = f"completions of each prompt; {default} by default"
+    parser.add_argument("--samples", metavar="K", help=text)
+    if greedy:
+        parser.add_argument("--greedy", action="store_true", help="the most likely tokens instead of sampled ones")
 
 
-def _out(given: str | None, name: str = "--out") -> Path | None:
-    """None where it is not given: an empty one, such as of a variable that is not set, is no name."""
-    if given == "":
-        raise ValueError(f"{name} is empty, needs a name")
-    return None if given is None else Path(given)
+def _add_settings_of_generate(parser: argparse.ArgumentParser) -> None:
+    from redit_fast.training.generation import SETTINGS
+
+    _add_settings(parser, SETTINGS)
 
 
-def _without_bars() -> None:
-    """Of transformers: the trainer has its own."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-
-def _train(args: argparse.Namespace) -> None:
-    from redit_fast.training import config_file
-
-    _without_bars()
-    given = settings(args)
-    own = None
-    if args.resume and args.config is None and given.get("name"):  # a run goes on with its own settings
-        own = Path(str(given.get("out_dir", "runs")), str(given["name"]), "config.json")
-        own = own if own.is_file() else None
-    file = args.config or own
-    if args.print_config:
-        print(config_file.printed(file, given), end="")
-        return
-    try:
-        loaded = config_file.load(file, given)
-    except ValueError:
-        if own is not None:
-            from redit_fast.training import setup
-
-            setup.check_given(given, own.parent)  # that a setting may not change is said first
-        raise
-    if args.resume and loaded.name is None:
-        raise ValueError("--resume needs --name, the run to go on with")
-    if args.accept_changed_inputs and not args.resume:
-        raise ValueError("--accept-changed-inputs needs --resume, a new run has no inputs to change from")
-    from redit_fast.training.trainer import train
-
-    train(loaded, resume=args.resume, accept_changed_inputs=args.accept_changed_inputs)
+def _add_to_verl_flags(parser: argparse.ArgumentParser) -> None:
+    text = "YAML or JSON file with settings; flags override it"
+    parser.add_argument("config", type=_path, metavar="CONFIG", help=text)
+    parser.add_argument("--out", metavar="DIR", help="a new folder; CONFIG-verl here by default")
+    _add_settings(parser)
 
 
-def settings(args: argparse.Namespace) -> dict[str, object]:
-    """The fields of TrainConfig that the command line gives; the word none clears one that does not take that word."""
-    from redit_fast.known_names import RENAMED
-    from redit_fast.training.config import TrainConfig, choices
-
-    given = {name: value for name, value in vars(args).items() if name in {*TrainConfig.model_fields, *RENAMED}}
-    return {
-        name: None if value in ("none", ["none"]) and "none" not in choices(RENAMED.get(name, name)) else value
-        for name, value in given.items()
-    }
+def _add_plot_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=_path, metavar="RUN", nargs="+", help="runs' folders, such as runs/demo")
+    parser.add_argument("--out", metavar="FILE", help="a .png, .svg or .pdf file; plot.png by default")
+    text = "keys of metrics.jsonl, a panel each; reward and accuracy/held_out by default, as far as all runs have them"
+    parser.add_argument("--metric", nargs="+", action=_Once, default=argparse.SUPPRESS, metavar="NAME", help=text)
+    text = "across: steps, the default, tokens trained on, or time"
+    parser.add_argument("--x", choices=("steps", "tokens", "time"), default="steps", help=text)
 
 
-def _example(name: str) -> None:
-    """The configuration `name` and what it needs, from the package into the current folder."""
-    shipped = Path(__file__).parent / "examples"
-    names = sorted(path.stem for path in shipped.glob("*.yaml"))
-    if name not in names:
-        raise ValueError(f"no example is named {name!r}; there is {', '.join(names)}")
-    sources = sorted(shipped.glob(f"{name}.*"))
-    for source in sources:
-        if Path(source.name).exists():
-            raise ValueError(f"{source.name} is there already and stays as it is")
-    for source in sources:
-        shutil.copyfile(source, source.name)
-        print(source.name)
+def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    from redit_fast.benchmarks import command
+
+    command.add_flags(parser)
 
 
-def _info(as_json: bool) -> None:
-    from redit_fast import info
-
-    print(json.dumps(info.found(), indent=1) if as_json else info.text(info.found()))
-
-
-def _selftest() -> int:
-    """The largest error of each op, backend, device and dtype; 1 where one exceeds its limit."""
-    from redit_fast import selftest
-
-    results = list(selftest.run())
-    rows: list[tuple[str, ...]] = [("op", "backend", "device", "dtype", "error", "limit", "s", "")]
-    for result in results:
-        *words, error, limit, seconds = result
-        verdict = "ok" if result.passed else "WRONG"
-        rows.append((*words, f"{error:.1e}", f"{limit:.1e}", f"{seconds:.1f}", verdict))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print(" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0 if all(result.passed for result in results) else 1
+# Of the commands whose flags take an import of a second.
+FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "train": _add_train_flags,
+    "reward-model": _add_reward_model_flags,
+    "generate": _add_generate_flags,
+    "eval": _add_eval_flags,
+    "sample": _add_sample_flags,
+    "to-verl": _add_to_verl_flags,
+    "bench": _add_bench_flags,
+}

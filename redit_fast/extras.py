@@ -8,9 +8,12 @@ MODULES = {  # extra of pyproject.toml -> what the code under it imports
     "train": (
         "transformers", "huggingface_hub", "httpx2", "safetensors", "yaml", "pydantic", "jinja2", "rich", "matplotlib",
     ),
-    "data": ("pyarrow",),
+    "data": ("pyarrow", "datasets"),
     "lora": ("peft",),
     "math": ("math_verify",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
     "transformers": ("transformers",),
     "trl": ("trl", "transformers"),
     "verl": ("verl",),

@@ -83,10 +83,12 @@ def found() -> dict[str, Any]:
         states[device] = {name: {} for name in backends.NAMES}
         for op, backend, state in backends.report(device):
             states[device][backend][op] = state
+    sets = cpu.instruction_sets()
     return {
         "versions": {"redit-fast": redit_fast.__version__, "python": platform.python_version(), **_versions(PACKAGES)},
         "threads": torch.get_num_threads(),
-        "instruction_sets": list(cpu.instruction_sets()),
+        "instruction_sets": list(sets),
+        "instruction_set": sets[-1] if sets else None,
         "gpus": gpus,
         "torch_cuda": torch.version.cuda,
         "cuda_module": _cuda_module(),
@@ -125,7 +127,8 @@ def _there(packages: dict[str, str | None]) -> str:
 def _head(info: dict[str, Any]) -> Iterator[str]:
     cuda_of_torch = f"of CUDA {info['torch_cuda']}" if info["torch_cuda"] else "without CUDA"
     yield _there(info["versions"])
-    yield f"C++ module: {', '.join(info['instruction_sets']) or 'none'}; {info['threads']} threads"
+    runs = f"runs {info['instruction_set']}, has {', '.join(info['instruction_sets'])}"
+    yield f"C++ module: {runs if info['instruction_sets'] else 'none'}; {info['threads']} threads"
     for device, gpu in info["gpus"].items():
         yield f"{device}: {gpu['name']}, {gpu['architecture']}"
     if not info["gpus"]:

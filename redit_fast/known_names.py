@@ -18,7 +18,7 @@ _RANKS = "torchrun starts a process for each GPU, and how they share the model i
 _SERVER = "completions come from {rollout}, a vLLM server by its URL"
 _FILES = "the server of {rollout} gets weights as files, nccl and ipc are not used until a run on a GPU has tested them"
 _CORRECTION = "what the sampler's log-probs do is {correction}, within {correction_floor} and {correction_cap}"
-_TRACKERS = "there are no trackers yet, a run writes metrics.jsonl and report.html"
+_PROJECT = "what a run logs goes to {track}, whose projects are the variables WANDB_PROJECT and TRACKIO_PROJECT"
 _FOLDER = "a run's folder is {name} inside {out_dir}"
 _MEANT = {
     "epsilon": f"GR's step is {{gr_epsilon}}, {_CLIP}",
@@ -55,7 +55,9 @@ _MEANT = {
     "num_generations_eval n_samples_per_eval_prompt": "{eval_samples}",
     "model_name_or_path model_name model_path pretrain": "{model}",
     "dataset dataset_name train_file train_files prompt_data data_path": "{data}",
-    "dataset_config dataset_train_split": "{data} is a JSONL file",
+    "dataset_config dataset_train_split": "{data} hub:OWNER/NAME/CONFIG@SPLIT is a data set of the hub",
+    "prompt_key input_key label_key answer_key dataset_text_field column_mapping": "{columns}",
+    "streaming dataset_streaming": "{data} is read whole, there is no streaming",
     "reward_funcs reward_functions reward_function reward_fn reward": "{rewards}",
     "reward_model reward_model_path reward_model_name": "{rewards} has model:PATH",
     "scale_rewards norm_adv_by_std_in_grpo": "{advantage_scale}",
@@ -87,12 +89,13 @@ _MEANT = {
         "{correction_cap}",
     "vllm_importance_sampling_clip_min": "{correction_floor}",
     "importance_sampling_correction use_tis tis icepop": _CORRECTION,
-    "report_to wandb use_wandb wandb_project tensorboard logger": _TRACKERS,
+    "report_to log_with logger loggers tensorboard use_tensorboard wandb use_wandb trackio": "{track}",
+    "wandb_project trackio_project project_name": _PROJECT,
     "push_to_hub hub_model_id": "checkpoints stay in the run's folder, where from_pretrained loads them",
     "trust_remote_code": "Python code that a model brings is not run",
     "no_cuda use_cpu": "{device}",
     "data_seed": "{seed}",
-    "dry_run": "there is no dry run yet",
+    "dry_run": "it is a flag of redit-fast train",
 }  # fmt: skip
 MEANT = {name: meant for names, meant in _MEANT.items() for name in names.split()}
 

@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections.abc import Collection, Mapping
-from types import NoneType
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from redit_fast.dither import DeadGroups, Schedule
 from redit_fast.gr.config import Pass2Ratio, Rounding
-from redit_fast.known_names import flag
 from redit_fast.losses.config import Correction, LossType
 from redit_fast.noise import Distribution
 from redit_fast.ops.advantages import Scale
 from redit_fast.training import config_checks, config_values
-from redit_fast.training.config_values import check_as_meant, flag_words, free_name, is_component, kinds_of, of_gr
+from redit_fast.training.config_values import of_gr
 from redit_fast.training.presets import Preset, defaults_of
+from redit_fast.training.settings import Settings, choices_of, description_of, word
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """Every setting of `redit-fast train`. Fields without a default here have one in `presets`.
 
     Raises:
         pydantic.ValidationError (a ValueError): a field of the wrong type or outside its range, or an unknown one.
     """
 
-    # Without inputs in pydantic's own messages: that of rollout may have a password.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+    COMMAND = "train"
 
     model: str | None = Field(
         None, description="Hugging Face causal LM, a folder or hub name; none trains the embedded demo."
     )
     data: str | None = Field(
-        None, description="JSONL file with a column `prompt` (text or chat messages) and others; the demo has its own."
+        None,
+        description="JSONL or Parquet file, or a data set of the hub, hub:OWNER/NAME/CONFIG@SPLIT, with a column "
+        "`prompt` (text or chat messages) and others; the demo has its own.",
     )
     eval_data: str | None = Field(
-        None, description="JSONL file of the held-out problems, with the columns of data; none holds out some of data."
+        None, description="The same of the held-out problems, with the columns of data; none holds out some of data."
+    )
+    columns: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="The columns of data that are read, each NAME or NAME=COLUMN where the data calls it COLUMN, such "
+        "as prompt=question answer=solution; none is all, by their own names.",
+    )
+    data_format: config_values.DataFormat | None = Field(
+        None,
+        description="Reads prompt and answer as a known set has them: gsm8k in question and behind #### in answer, "
+        "math in problem and in the last \\boxed{} of solution.",
     )
     dtype: config_values.DType = Field(
         "auto", description="Of the weights: auto is float32 on the CPU, the checkpoint's on a GPU."
@@ -91,6 +101,12 @@ class TrainConfig(BaseModel):
         None, description="Folder of the run inside out_dir; none takes the first free of demo, demo-2, ..."
     )
     out_dir: str = Field("runs", min_length=1, description="Folder of all runs.")
+    track: list[config_values.Tracker] | None = Field(
+        None,
+        min_length=1,
+        description="What gets the numbers of metrics.jsonl too: tensorboard, wandb, trackio. One that fails is left, "
+        "with a warning.",
+    )
     seed: int = Field(
         0, ge=0, lt=2**64, description="Seed of initialisation, data order, sampling, dither and rounding."
     )
@@ -241,19 +257,6 @@ class TrainConfig(BaseModel):
     def _defaults(cls, values: Mapping) -> dict:
         return {**defaults_of(values.get("model") is None, values.get("preset")), **values}
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _as_meant(cls, value: object, info) -> object:
-        check_as_meant(value, kinds_of(cls.model_fields[info.field_name].annotation))
-        return value
-
-    @field_validator("name")
-    @classmethod
-    def _one_component(cls, name: str | None) -> str | None:
-        if name is not None and not is_component(name):
-            raise ValueError("needs one printable path component of at most 200 bytes, without slashes or outer spaces")
-        return name
-
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         config_checks.check_consistent(self)
@@ -271,37 +274,15 @@ class TrainConfig(BaseModel):
             return self.correction
         return "none" if self.rollout == config_values.LOCAL else "token_truncate"
 
-    def with_name(self) -> TrainConfig:
-        """This config with a run name: its own, else the first free one of demo, demo-2, ... (or after the model).
+    @property
+    def defaults(self) -> dict[str, object]:
+        """Of each field, for this model and preset; None where there is none."""
+        return {name: default_of(name, self.model is None, self.preset) for name in type(self).model_fields}
 
-        Raises:
-            ValueError: the model's folder has a name that no run can have.
-        """
-        if self.name is not None:
-            return self
-        name = free_name(self.model, self.out_dir)
-        if not is_component(name):
-            raise ValueError(f"name: {name!r}, after model {self.model}, is none that a run can have: give a --name")
-        return self.model_copy(update={"name": name})
-
-    def command(self, **changes: object) -> str:
-        """The shell command that trains with this config, `changes` applied; settings at their default are left out."""
-        config = self.model_copy(update=changes)
-        defaults = {name: default_of(name, config.model is None, config.preset) for name in TrainConfig.model_fields}
-        words = ["redit-fast", "train"]
-        for name, value in config:
-            if value == defaults[name]:
-                continue
-            if isinstance(value, bool):
-                words.append(flag(name) if value else flag(f"no_{name}"))
-            else:
-                words += flag_words(name, value)
-        return shlex.join(words)
-
-    def resume_command(self) -> str:
-        """The shell command that goes on with the run of this config's name."""
-        place = [*flag_words("name", self.name), *flag_words("out_dir", self.out_dir)]
-        return shlex.join(["redit-fast", "train", "--resume", *place])
+    @property
+    def wanted_device(self) -> config_values.Device:
+        """`device`, with the demo's own auto."""
+        return "cpu" if self.model is None and self.device == "auto" else self.device
 
     def to_yaml(self, unset: Collection[str] = ()) -> str:
         """A commented YAML file that loads back to this config; the settings `unset` are comments to fill in."""
@@ -320,26 +301,17 @@ def default_of(name: str, demo: bool, preset: str | None = None) -> object:
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The words that a field takes, of Literal[...] and of Literal[...] | None; none where it takes others."""
-    annotation = TrainConfig.model_fields[name].annotation
-    kinds = [annotation] if get_origin(annotation) is Literal else list(get_args(annotation))
-    kinds = [kind for kind in kinds if kind is not NoneType]
-    return get_args(kinds[0]) if len(kinds) == 1 and get_origin(kinds[0]) is Literal else ()
+    """The words that a field takes; none where it takes others."""
+    return choices_of(TrainConfig.model_fields[name].annotation)
 
 
 def describe(name: str) -> str:
     """A field's description, choices and defaults, for --help and --print-config."""
-    field = TrainConfig.model_fields[name]
     demo, own = default_of(name, True), default_of(name, False)
     if name == "rewards":
         default = "the demo's own"
     elif demo == own:
-        default = _word(demo)
+        default = word(demo)
     else:
-        default = f"{_word(demo)} in the demo, {_word(own)} with --model"
-    listed = f" One of {', '.join(choices(name))}." if choices(name) else ""
-    return f"{field.description}{listed} Default: {default}."
-
-
-def _word(value: object) -> str:
-    return "none" if value is None else str(value)
+        default = f"{word(demo)} in the demo, {word(own)} with --model"
+    return description_of(TrainConfig.model_fields[name], default)

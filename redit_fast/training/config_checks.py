@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -12,6 +13,7 @@ from redit_fast.checks import described
 from redit_fast.gr.config import GR
 from redit_fast.losses.config import CLIPPED
 from redit_fast.training.config_values import JUDGE_KEY, is_url, loaded_reward
+from redit_fast.training.data_names import hub_of, names_of
 
 LEAST, LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # that float32 has
 HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?|[0-9a-f.]*:[0-9a-f:.]+")  # a name, or an IPv6 address
@@ -25,19 +27,52 @@ def check_consistent(config: Any) -> None:
     _check_lora(config)
     _check_rollout(config)
     _check_correction(config)
+    check_tracking(config)
+
+
+def check_tracking(config: Any) -> None:
+    """Raises a ValueError where a tracker is there twice."""
+    if config.track is not None and len(set(config.track)) < len(config.track):
+        raise ValueError(f"track: got {' '.join(config.track)}, needs each once")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A ValueError of the code inside begins with the setting's name."""
+    try:
+        yield
+    except ValueError as error:
+        words = str(error).encode("utf-8", "backslashreplace").decode()  # pydantic takes no half of a surrogate pair
+        raise ValueError(f"{name}: {words}") from None
 
 
 def _check_data(config: Any) -> None:
     if config.model is None and config.data is not None:
         raise ValueError("data: the embedded demo has its own; set model to train on a file")
     if config.model is not None and config.data is None:
-        raise ValueError("data: training a model of your own needs a JSONL file")
-    if config.model is None and config.eval_data is not None:
-        raise ValueError("eval_data: the embedded demo has its own; set model to train on a file")
+        raise ValueError("data: training a model of your own needs a JSONL or Parquet file, or hub:OWNER/NAME")
+    for name in ("eval_data", "columns", "data_format"):
+        if config.model is None and is_set(config, name):
+            raise ValueError(f"{name}: the embedded demo has its own data; set model to train on a file")
+    if config.data_format is not None and config.columns is not None:
+        raise ValueError(
+            f"columns: got {' '.join(config.columns)} with data_format {config.data_format}, which says what they are; "
+            "needs one of the two"
+        )
+    check_sources(config)
     if config.eval_data is not None and not config.eval_problems:
         raise ValueError("eval_data: eval_problems is 0, which evaluates nothing")
     if config.model is not None and config.warm_start_steps:
         raise ValueError(f"warm_start_steps: got {config.warm_start_steps}, only the embedded demo has a warm start")
+
+
+def check_sources(config: Any) -> None:
+    """Raises a ValueError for a data set of the hub, or columns, that are no such names."""
+    for name in ("data", "eval_data"):
+        with _named(name):
+            hub_of(getattr(config, name) or "")
+    with _named("columns"):
+        names_of(config.columns, None)
 
 
 def _check_rewards(config: Any) -> None:
@@ -79,23 +114,33 @@ def _check_loss(config: Any) -> None:
         raise ValueError("loss_type: dro needs a dro_beta, which has no default")
     if config.loss_type != "dro" and config.dro_beta is not None:
         raise ValueError(f"dro_beta: got {config.dro_beta}, only loss_type dro uses it")
+    check_schedule(config)
+    for name in ("clip_low", "clip_high"):
+        if is_set(config, name) and config.loss_type not in CLIPPED:
+            raise ValueError(f"{name}: got {getattr(config, name)}, loss_type {config.loss_type} has no clip range")
+    check_gr(config)
+    if config.reference_reset_every and not config.beta:
+        raise ValueError(
+            f"reference_reset_every: got {config.reference_reset_every} without a KL term, needs a beta above 0"
+        )
+
+
+def check_schedule(config: Any) -> None:
+    """Raises a ValueError for a warm-up that the learning rate's schedule does not have."""
     if config.warmup_steps and config.lr_scheduler_type == "constant":
         raise ValueError(
             f"warmup_steps: got {config.warmup_steps}, lr_scheduler_type constant has none, constant_with_warmup has"
         )
-    for name in ("clip_low", "clip_high"):
-        if is_set(config, name) and config.loss_type not in CLIPPED:
-            raise ValueError(f"{name}: got {getattr(config, name)}, loss_type {config.loss_type} has no clip range")
+
+
+def check_gr(config: Any) -> None:
+    """Raises a ValueError for settings of GR that contradict each other, by the name of one."""
     try:
         flat: dict[str, Any] = {f.name: getattr(config, f"gr_{f.name}", f.default) for f in fields(GR)}
         GR(**flat)
     except ValueError as error:  # of numbers that are not there in float32
         name, _, rest = str(error).partition(" ")
         raise ValueError(f"gr_{name}: {rest}") from None
-    if config.reference_reset_every and not config.beta:
-        raise ValueError(
-            f"reference_reset_every: got {config.reference_reset_every} without a KL term, needs a beta above 0"
-        )
 
 
 def _check_lora(config: Any) -> None:

@@ -27,6 +27,11 @@ NEEDS = {  # those that a setting can have once `config_values.check_as_meant` h
     "too_short": "at least {min_length} item",
     "literal_error": "{expected}",
 }
+MISSING = {  # of a field without a default
+    "rewards": "training a model of your own needs at least one reward function",
+    "model": "a reward model is made of a model, a causal LM or an older reward model: give one",
+    "data": "a reward model is trained on pairs: give a file with prompt, chosen and rejected",
+}
 
 
 def first(error: ValidationError) -> tuple[str, str]:
@@ -37,7 +42,7 @@ def first(error: ValidationError) -> tuple[str, str]:
         return sentence.partition(":")[0], sentence
     field, *items = place = _place(problem)
     if problem["type"] == "missing":
-        return field, f"{field}: training a model of your own needs at least one reward function"
+        return field, f"{field}: {MISSING[field]}"
     if problem["type"] == "value_error":  # of the config's own validators
         words = str(problem["ctx"]["error"])
     else:

@@ -1,4 +1,4 @@
-"""Configuration files: their keys and values, each with its place, and the `TrainConfig` that they make.
+"""Configuration files: their keys and values, each with its place, and the settings that they make.
 
 Every problem is a ValueError of one sentence that names the field, its place in the file, and for an unknown key the
 closest valid one.
@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -20,6 +21,10 @@ from redit_fast.known_names import RENAMED, hint, under_new_names
 from redit_fast.training import config_errors
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_values import is_url, loaded_reward
+from redit_fast.training.reward_model_config import RewardModelConfig
+from redit_fast.training.settings import Settings
+
+Kind = TypeVar("Kind", bound=Settings)
 
 
 def load(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> TrainConfig:
@@ -31,7 +36,22 @@ def load(path: str | Path | None = None, overrides: Mapping[str, object] | None 
     Raises:
         ValueError: one sentence that names the field and, where the problem is in the file, file and line.
     """
-    return _checked(*_gathered(path, overrides or {}))
+    return load_as(TrainConfig, path, overrides)
+
+
+def load_as(kind: type[Kind], path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> Kind:
+    """The same for the settings of another command."""
+    return _checked(kind, *_gathered(kind, path, overrides or {}))
+
+
+def of_run(run: Path) -> TrainConfig | RewardModelConfig:
+    """The settings in a run's config.json, whichever command made it."""
+    file = run / "config.json"
+    return load_as(_kind_of(read(file)[0]), file)
+
+
+def _kind_of(values: Mapping[str, object]) -> type[TrainConfig] | type[RewardModelConfig]:
+    return RewardModelConfig if "pairs_per_step" in values else TrainConfig
 
 
 def printed(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> str:
@@ -40,17 +60,21 @@ def printed(path: str | Path | None = None, overrides: Mapping[str, object] | No
     Raises:
         ValueError: as `load`, of what is there.
     """
-    values, where, notes = _gathered(path, overrides or {})
+    values, where, notes = _gathered(TrainConfig, path, overrides or {})
     sized = values.get("reward_weights") or values.get("reward_scales")
     stand_ins = {"data": "-", "rewards": ["-"] * (len(sized) if sized and isinstance(sized, list) else 1)}
     unset = [name for name in stand_ins if values.get("model") is not None and values.get(name) is None]
-    return _checked(values | {name: stand_ins[name] for name in unset}, where, notes).to_yaml(unset)
+    return _checked(TrainConfig, values | {name: stand_ins[name] for name in unset}, where, notes).to_yaml(unset)
 
 
-def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple[dict, Callable, list[str]]:
+def _gathered(
+    kind: type[Settings], path: str | Path | None, overrides: Mapping[str, object]
+) -> tuple[dict, Callable, list[str]]:
     """The file's values with the overrides in their place, where each is in the file, and what to say of old names."""
     values, places = ({}, {}) if path is None else read(Path(path))
     if path is not None and Path(path).name == "config.json" and Path(path).with_name("metrics.jsonl").is_file():
+        if (made := _kind_of(values)) is not kind:
+            raise ValueError(f"{Path(path).parent} holds a run of `redit-fast {made.COMMAND}`")
         values, places = under_new_names(values), under_new_names(places)  # a run's own
     said = [*_old_names(values, places), *_old_names(overrides, {})]
     values, overrides = ({RENAMED.get(name, name): v for name, v in given.items()} for given in (values, overrides))
@@ -60,8 +84,8 @@ def _gathered(path: str | Path | None, overrides: Mapping[str, object]) -> tuple
         return "" if field in overrides else places.get(field, "")
 
     for key in [*values, *overrides]:
-        if key not in TrainConfig.model_fields:
-            raise ValueError(f"{where(key)}unknown key {key!r}{hint(key, TrainConfig.model_fields, repr)}")
+        if key not in kind.model_fields:
+            raise ValueError(f"{where(key)}unknown key {key!r}{hint(key, kind.model_fields, repr)}")
     folder = Path() if path is None else Path(path).parent
     for field in ("model", "data", "eval_data", "judge_template"):
         if isinstance(values.get(field), str):
@@ -80,11 +104,11 @@ def _old_names(settings: Mapping[str, object], places: Mapping[str, str]) -> Ite
         yield f"{place}{old} is called {new} now"
 
 
-def _checked(values: dict, where: Callable[[str], str], said: list[str]) -> TrainConfig:
+def _checked(kind: type[Kind], values: dict, where: Callable[[str], str], said: list[str]) -> Kind:
     try:
-        config = TrainConfig.model_validate(values)
+        config = kind.model_validate(values)
         for sentence in said:
-            warnings.warn(sentence, stacklevel=3)
+            warnings.warn(sentence, stacklevel=4)
         return config
     except ValidationError as error:
         field, sentence = config_errors.first(error)

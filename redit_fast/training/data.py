@@ -1,4 +1,4 @@
-"""Prompts from a JSONL file: reading, rendering, the held-out split and the batches.
+"""Prompts from a file or the hub: reading, rendering, the held-out split and the batches.
 
 A record is a dict: `prompt`, text or a list of chat messages {"role", "content"}, and any further columns, the same in
 every record, which the reward functions receive as lists under their names.
@@ -10,26 +10,29 @@ import copy
 import json
 import random
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from redit_fast.foreign import Foreign
+from redit_fast.training import data_files
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.config_file import distinct
+from redit_fast.training.data_names import FORMATS, RESERVED, Format, names_of
 
 Prompt = str | list[dict[str, str]]
-RESERVED = ("prompts", "completions")  # what reward functions call their other two arguments
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Records to train on and to evaluate on; `skipped` counts those left out because their prompt was too long.
 
-    `numbered` has all of them in the files' order, each with FILE:LINE; it is empty where there is no file.
+    `numbered` has all of them in the files' order, each with FILE:LINE or FILE:ROW; it is empty where there is no file.
     """
 
     train: list[dict]
@@ -95,10 +98,10 @@ def load(
 def _that_fit(
     path: str, config: TrainConfig, tokenizer: Tokenizer, limit: int | None, vocabulary: int | None
 ) -> tuple[list[tuple[str, dict]], int]:
-    """(FILE:LINE, record) for each of a file, and how many `long_prompts` has left out."""
+    """(FILE:LINE or FILE:ROW, record) for each of a file, and how many `long_prompts` has left out."""
     kept, skipped = [], 0
-    for line, record in read(path):
-        place = f"{path}:{line}"
+    for number, record in read(path, config.columns, config.data_format):
+        place = f"{path}:{number}"
         part = "tokenizer" if isinstance(record["prompt"], str) else "chat template"
         with Foreign(f"{place}: the {part} refuses this prompt", plain=jinja2.TemplateError):
             ids = render(tokenizer, record, config.system_prompt)
@@ -124,50 +127,62 @@ def _that_fit(
     return kept, skipped
 
 
-def read(path: str | Path) -> list[tuple[int, dict]]:
-    """(line number, record) for every line of a JSONL file that is not blank.
+def read(
+    source: str | Path, columns: Sequence[str] | None = None, data_format: str | None = None
+) -> list[tuple[int, dict]]:
+    """(line or row number, record) for all of a file or a data set of the hub: `data_files.rows`.
+
+    Args:
+        columns: those to read, as NAME or NAME=COLUMN; None: all.
+        data_format: the known set whose columns and answers it has, in place of `columns`.
 
     Raises:
-        ValueError: one sentence with file, line and, in malformed JSON, column.
+        ValueError: one sentence with the source and, where there are such, line or row and column.
     """
-    if Path(path).suffix != ".jsonl":
-        raise ValueError(f"data {path}: needs a .jsonl file; Parquet files and hub data are not supported yet")
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"data {path}: {error.strerror}") from None
-    records, first = [], None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            record = _record(f"{path}:{number}", line)
-            first = first or (number, record)
-            for column in first[1].keys() ^ record.keys():
-                has, lacks = (number, first[0]) if column in record else (first[0], number)
-                raise ValueError(f"{path}:{lacks}: column {column!r} is missing, line {has} has it")
-            records.append((number, record))
+    source, names = str(source), names_of(columns, data_format)
+    records: list[tuple[int, dict]] = []
+    for number, row in data_files.rows(source, None if names is None else set(names.values())):
+        place = f"{source}:{number}"
+        record = row if names is None else _renamed(place, row, names)
+        if data_format is not None:
+            record["answer"] = _answer(place, record["answer"], FORMATS[data_format])
+        _check(place, record)
+        first, before = records[0] if records else (number, record)
+        for column in before.keys() ^ record.keys():
+            has, lacks = (number, first) if column in record else (first, number)
+            raise ValueError(f"{source}:{lacks}: column {column!r} is missing, line {has} has it")
+        records.append((number, record))
     if not records:
-        raise ValueError(f"{path}: the file is empty, it needs a JSON object with a prompt in each line")
+        needs = "a JSON object with a prompt in each line" if source.endswith(".jsonl") else "rows with a prompt"
+        raise ValueError(f"{source}: the file is empty, it needs {needs}")
     return records
 
 
-def _record(place: str, line: bytes) -> dict:
-    try:
-        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=distinct)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}:{error.start + 1}: malformed line: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}:{error.colno}: malformed line: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a key twice, a number of over 4300 digits, brackets 1000 deep
-        raise ValueError(f"{place}: malformed line: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: malformed line: needs a JSON object, got {type(record).__name__}")
+def _renamed(place: str, row: dict, names: Mapping[str, str]) -> dict:
+    for column in names.values():
+        if column not in row:
+            raise ValueError(f"{place}: no column {column!r}, found {', '.join(map(repr, row)) or 'none'}")
+    return {name: row[column] for name, column in names.items()}
+
+
+def _answer(place: str, text: object, of: Format) -> str:
+    column, answer = of.columns["answer"], of.answer(text) if isinstance(text, str) else None
+    if answer is None:
+        raise ValueError(f"{place}: column {column!r} needs text with {of.needs}, got {text!r:.80}")
+    return answer
+
+
+def _check(place: str, record: dict) -> None:
     for column in RESERVED:
         if column in record:
             raise ValueError(f"{place}: column {column!r} is a reserved name, reward functions have an argument of it")
     if "prompt" not in record:
-        raise ValueError(f"{place}: no column 'prompt', found {', '.join(map(repr, record)) or 'none'}")
+        raise ValueError(
+            f"{place}: no column 'prompt', found {', '.join(map(repr, record)) or 'none'}; where it has another name, "
+            "columns says which: prompt=question"
+        )
     prompt = record["prompt"]
-    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(is_message, prompt))):
         raise ValueError(
             f"{place}: the prompt needs text or a list of chat messages with text 'role' and 'content', "
             f"got {json.dumps(prompt)[:60]}"
@@ -176,10 +191,9 @@ def _record(place: str, line: bytes) -> dict:
         raise ValueError(f"{place}: the prompt is empty")
     if any("\ud800" <= character <= "\udfff" for character in text_of(prompt)):
         raise ValueError(f"{place}: the prompt has half of a surrogate pair, which is no character")
-    return record
 
 
-def _is_message(message: object) -> bool:
+def is_message(message: object) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
@@ -253,7 +267,7 @@ def _key(record: dict) -> str:
     return json.dumps(record["prompt"], sort_keys=True)
 
 
-def batch(records: list[dict], seed: int, position: int, n: int) -> list[dict]:
+def batch(records: list[T], seed: int, position: int, n: int) -> list[T]:
     """The `n` records from `position` on of one endless list, epoch after epoch, each epoch a permutation of its own: a
     pure function of its arguments, so that a resumed run needs the position alone."""
     chosen = []

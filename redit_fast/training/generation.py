@@ -1,15 +1,17 @@
-"""`redit-fast generate`: completions of a file of prompts by a checkpoint, with rewards, by any engine."""
+"""`redit-fast generate`: completions of a file of prompts by a checkpoint, with rewards, by any engine. And what it has
+in common with `eval` and `sample`: a checkpoint's settings, model and engine, and its completions, call by call."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -35,7 +37,7 @@ from redit_fast.training import (
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_values import LOCAL
 from redit_fast.training.distributed import Ranks, launched
-from redit_fast.training.rollout import Rollout
+from redit_fast.training.rollout import Engine, Rollout
 
 OF_A_JUDGE = (
     "judge_template", "judge_model", "judge_temperature", "judge_top_p", "judge_max_tokens", "judge_failures",
@@ -46,11 +48,60 @@ OF_A_RUN = (
     "rewards", "reward_weights", *OF_A_JUDGE, "system_prompt", "max_completion_length", "max_prompt_length",
     "temperature", "top_p", "dtype", "device",
 )  # fmt: skip
-SETTINGS = (*OF_A_RUN, "data", "seed", "long_prompts", "rollout", "rollout_timeout", "rollout_retries")  # the flags
+SETTINGS = (  # the flags
+    *OF_A_RUN, "data", "columns", "data_format", "seed", "long_prompts", "rollout", "rollout_timeout",
+    "rollout_retries",
+)  # fmt: skip
 STEP = 2**32 - 3  # of the random numbers: no training step has it
 TOGETHER = {LOCAL: 256}  # completions that are sampled in one call, and written when it is over
 TOGETHER_ELSEWHERE = 1024
 MOST = 2**32  # completions: as many numbers of samples there are
+UNSET = "-"  # data or rewards that are not given and not needed
+
+
+class Sampled(NamedTuple):
+    """The completions of one call, prompt after prompt."""
+
+    places: list[tuple[int, int]]  # of each its prompt's place in the data, and its number among those of the prompt
+    rollout: Rollout
+    texts: list[str]
+    scores: Tensor  # (N, K)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint with its prompts, rewards and engine, ready to sample."""
+
+    settings: TrainConfig
+    parts: setup.Parts
+    engine: Engine
+    shown: Any  # the progress
+
+    def sampled(self, samples: int, *, greedy: bool) -> Iterator[Sampled]:
+        """`samples` completions of each prompt, in calls of bounded size.
+
+        Raises:
+            RewardError, EngineError: one sentence.
+        """
+        settings, tokenizer, records = self.settings, self.parts.tokenizer, self.parts.dataset.train
+        bar = self.shown.add_task("samples", total=len(records) * samples, numbers="")
+        together = TOGETHER.get(settings.rollout, TOGETHER_ELSEWHERE)
+        for prompts, numbers in _calls(len(records), samples, together):
+            places = [(prompt, j) for prompt in prompts for j in numbers]
+            rollout = self.engine.generate(
+                [data.render(tokenizer, records[prompt], settings.system_prompt) for prompt in prompts],
+                group_size=len(numbers),
+                max_new_tokens=settings.max_completion_length,
+                temperature=0.0 if greedy else settings.temperature,
+                top_p=settings.top_p,
+                seed=settings.seed,
+                step=STEP,
+                sample_ids=torch.tensor([prompt * samples + j for prompt, j in places], device="cpu"),
+            )
+            texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
+            each = [records[prompt] for prompt, _ in places]
+            yield Sampled(places, rollout, texts, rewards.score_texts(self.parts.functions, each, texts))
+            self.shown.update(bar, advance=len(places), numbers="")
 
 
 def generate(
@@ -72,82 +123,99 @@ def generate(
         ValueError: one sentence, before anything is written, but RewardError and EngineError.
         OSError: the disk is full; it names the file.
     """
-    if launched():
-        raise ValueError("redit-fast generate is one process: start it without torchrun")
-    if not 1 <= samples <= (1 if greedy else MOST):
-        needs = "1 with --greedy" if greedy else f"a whole number from 1 to {MOST}"
-        raise ValueError(f"--samples is {samples}, needs {needs}")
-    folder = Path(source).expanduser()
-    local = folder.is_dir()
-    folder = Path(os.path.abspath(folder)) if local else folder  # `.` has a name too
-    settings = _settings(str(folder) if local else source, given)
+    folder, settings = settings_of("generate", source, given, samples=samples, greedy=greedy)
     if out is None:
         name = f"{folder.name}-completions.jsonl"
-        out = folder.with_name(name) if local else Path(name)
-    if os.path.lexists(out):
-        raise ValueError(f"{out} is there already and stays as it is: give another --out")
+        out = folder.with_name(name) if folder.is_dir() else Path(name)
+    refuse_taken(out)
     with ExitStack() as held:
-        model, tokenizer = _loaded(folder, settings)
-        parts = _parts(settings, model, tokenizer)
-        records, scores = parts.dataset.train, []
-        if len(records) * samples > MOST:
-            raise ValueError(f"--samples is {samples}, needs at most {MOST // len(records)} for {len(records)} prompts")
-        engine = setup.engine(settings, parts, held, Ranks())
-        file = held.enter_context(_new(out))
-        shown: Any = held.enter_context(progress.shown(Console()))
-        bar = shown.add_task("samples", total=len(records) * samples, numbers="")
-        together = TOGETHER.get(settings.rollout, TOGETHER_ELSEWHERE)
-        for prompts, numbers in _calls(len(records), samples, together):
-            rollout = engine.generate(
-                [data.render(tokenizer, records[prompt], settings.system_prompt) for prompt in prompts],
-                group_size=len(numbers),
-                max_new_tokens=settings.max_completion_length,
-                temperature=0.0 if greedy else settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed,
-                step=STEP,
-                sample_ids=torch.tensor([prompt * samples + j for prompt in prompts for j in numbers], device="cpu"),
-            )
-            each = [records[prompt] for prompt in prompts for _ in numbers]
-            texts = tokenizer.batch_decode(rollout.completions, skip_special_tokens=True)
-            scores.append(rewards.score_texts(parts.functions, each, texts))
-            places = [(parts.dataset.numbered[prompt][0], j) for prompt in prompts for j in numbers]
-            lines = _lines(places, each, rollout, texts, parts.functions, scores[-1])
+        job = opened("generate", folder, settings, samples, held)
+        file, scores = held.enter_context(new_file(out)), []
+        for call in job.sampled(samples, greedy=greedy):
+            lines = _lines(job.parts, call)
+            scores.append(call.scores)
             with runs.naming(out), runs.uninterrupted():
-                _append(file, "".join(json.dumps(runs.without_nan(line)) + "\n" for line in lines))
-            shown.update(bar, advance=len(lines), numbers="")
-    return out, _told(parts.functions, torch.cat(scores), samples)
+                append(file, "".join(json.dumps(runs.without_nan(line)) + "\n" for line in lines))
+    return out, _told(job.parts.functions, torch.cat(scores), samples)
 
 
-def _calls(prompts: int, samples: int, together: int) -> Iterator[tuple[range, range]]:
-    """The prompts, and the numbers of their samples, of each call: at most `together` samples."""
-    many = max(1, together // samples)
-    for start in range(0, prompts, many):
-        for first in range(0, samples, together):
-            yield range(start, min(start + many, prompts)), range(first, min(first + together, samples))
+def settings_of(
+    command: str,
+    source: str,
+    given: Mapping[str, object],
+    *,
+    samples: int,
+    greedy: bool,
+    needs: Sequence[str] = ("data", "rewards"),
+) -> tuple[Path, TrainConfig]:
+    """The folder of a checkpoint, or the name of a model that is none, and the settings for its completions.
 
+    Args:
+        needs: of data and rewards what must be known; the other is UNSET where it is not.
 
-def _settings(source: str, given: Mapping[str, object]) -> TrainConfig:
-    values = {}
-    if own := checkpoint.run_config(Path(source)):
+    Raises:
+        ValueError: one sentence.
+    """
+    if launched():
+        raise ValueError(f"redit-fast {command} is one process: start it without torchrun")
+    if not 1 <= samples <= (1 if greedy else MOST):
+        wanted = "1 with --greedy" if greedy else f"a whole number from 1 to {MOST}"
+        raise ValueError(f"--samples is {samples}, needs {wanted}")
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        folder = Path(os.path.abspath(folder))  # `.` has a name too
+        source = str(folder)
+    values: dict[str, object] = {}
+    if own := checkpoint.run_config(folder):
         stored = under_new_names(config_file.read(own)[0])
         left = OF_A_JUDGE if "rewards" in given else ()  # other rewards may have no judge
         values = {name: stored[name] for name in OF_A_RUN if name in stored and name not in left}
-    elif "rewards" not in given:
+    values |= given
+    if "rewards" in needs and "rewards" not in values:
         raise ValueError(f"rewards: {source} is no checkpoint of a run, whose rewards would be taken: give --rewards")
-    if "data" not in given:
-        raise ValueError("data: needs a JSONL file with the prompts: give --data")
+    if "data" in needs and "data" not in values:
+        raise ValueError("data: needs a JSONL or Parquet file, or hub:OWNER/NAME, with the prompts: give --data")
     # Its log-probs are of no use here, so that top_p is free.
-    return config_file.load(None, {**values, **given, "model": source, "eval_problems": 0, "correction": "none"})
+    values |= {"model": source, "eval_problems": 0, "correction": "none"}
+    return folder, config_file.load(None, {"data": UNSET, "rewards": [UNSET], **values})
 
 
-def _loaded(folder: Path, settings: TrainConfig) -> tuple[PreTrainedModel, Tokenizer]:
+def opened(command: str, folder: Path, settings: TrainConfig, samples: int, held: ExitStack) -> Job:
+    """Everything that `samples` completions of each prompt of the data take, until `held` ends.
+
+    Raises:
+        ValueError: one sentence that names what cannot be loaded or does not fit.
+    """
+    model, tokenizer = loaded(command, folder, settings)
+    dataset = setup.dataset(settings, model, tokenizer)
+    functions = rewards.resolve(settings.rewards, data.columns_of(dataset.train[:1]), settings)
+    if len(dataset.train) * samples > MOST:
+        most = MOST // len(dataset.train)
+        raise ValueError(f"--samples is {samples}, needs at most {most} for {len(dataset.train)} prompts")
+    return ready(settings, model, tokenizer, dataset, functions, held, Console())
+
+
+def ready(
+    settings: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer, dataset: data.Dataset,
+    functions: list[rewards.RewardFunction], held: ExitStack, console: Console,
+) -> Job:  # fmt: skip
+    """The job of what is loaded, its columns checked and its engine tried; a quiet `console` has no progress."""
+    trial.check_columns(dataset, functions)
+    ends, loss = policy.end_tokens(model, tokenizer), setup.loss_config(settings, model)
+    parts = setup.Parts(
+        model.eval(), tokenizer, dataset, functions, loss, ends, why_padded=None, base=None, shape=None, peak=None
+    )
+    engine = setup.engine(settings, parts, held, Ranks())
+    return Job(settings, parts, engine, held.enter_context(progress.shown(console)))
+
+
+def loaded(command: str, folder: Path, settings: TrainConfig) -> tuple[PreTrainedModel, Tokenizer]:
     """The model; of a checkpoint with LoRA the base with its adapters merged, in the dtype that it is loaded in."""
     device: Any = setup.device_of(settings)
     checkpoint.check(folder)
     if not (folder / lora.WEIGHTS).is_file():
         return policy.load(str(settings.model), device, settings.dtype)
-    extras.need("lora", "redit-fast generate of a checkpoint with adapters")
+    extras.need("lora", f"redit-fast {command} of a checkpoint with adapters")
     from peft import PeftModel
 
     name = lora.read_base(folder).model
@@ -159,18 +227,21 @@ def _loaded(folder: Path, settings: TrainConfig) -> tuple[PreTrainedModel, Token
     return merged, tokenizer
 
 
-def _parts(settings: TrainConfig, model: PreTrainedModel, tokenizer: Tokenizer) -> setup.Parts:
-    dataset = setup.dataset(settings, model, tokenizer)
-    functions = rewards.resolve(settings.rewards, data.columns_of(dataset.train[:1]), settings)
-    trial.check_columns(dataset, functions)
-    ends, loss = policy.end_tokens(model, tokenizer), setup.loss_config(settings, model)
-    return setup.Parts(
-        model.eval(), tokenizer, dataset, functions, loss, ends, why_padded=None, base=None, shape=None, peak=None
-    )  # fmt: skip
+def _calls(prompts: int, samples: int, together: int) -> Iterator[tuple[range, range]]:
+    """The prompts, and the numbers of their samples, of each call: at most `together` samples."""
+    many = max(1, together // samples)
+    for start in range(0, prompts, many):
+        for first in range(0, samples, together):
+            yield range(start, min(start + many, prompts)), range(first, min(first + together, samples))
+
+
+def refuse_taken(out: Path) -> None:
+    if os.path.lexists(out):
+        raise ValueError(f"{out} is there already and stays as it is: give another --out")
 
 
 @contextmanager
-def _new(out: Path) -> Iterator[FileIO]:
+def new_file(out: Path) -> Iterator[FileIO]:
     """Made at once, so that a folder that cannot be written to is known before the work; gone if it stays empty."""
     try:
         file = FileIO(out, "x")
@@ -185,7 +256,7 @@ def _new(out: Path) -> Iterator[FileIO]:
             file.close()
 
 
-def _append(file: FileIO, text: str) -> None:
+def append(file: FileIO, text: str) -> None:
     """Where not all of it can be written, the whole lines that can."""
     content, done, start = text.encode(), 0, file.tell()
     try:
@@ -196,24 +267,23 @@ def _append(file: FileIO, text: str) -> None:
         raise
 
 
-def _lines(
-    places: list[tuple[str, int]], records: list[dict], rollout: Rollout, texts: list[str],
-    functions: list[rewards.RewardFunction], scores: Tensor,
-) -> list[dict]:  # fmt: skip
-    return [
-        {
-            "data": place,
-            "sample": sample,
-            "prompt": data.text_of(record["prompt"]),
-            "completion": text,
-            "tokens": len(rollout.completions[i]),
-            "finished": rollout.finished[i],
-            "rewards": {function.name: value for function, value in zip(functions, row, strict=True)},
-        }
-        for i, ((place, sample), record, text, row) in enumerate(
-            zip(places, records, texts, scores.tolist(), strict=True)
+def _lines(parts: setup.Parts, call: Sampled) -> list[dict]:
+    """The objects of a call's completions."""
+    found = []
+    for i, (prompt, number) in enumerate(call.places):
+        place, record = parts.dataset.numbered[prompt]
+        found.append(
+            {
+                "data": place,
+                "sample": number,
+                "prompt": data.text_of(record["prompt"]),
+                "completion": call.texts[i],
+                "tokens": len(call.rollout.completions[i]),
+                "finished": call.rollout.finished[i],
+                "rewards": {f.name: v for f, v in zip(parts.functions, call.scores[i].tolist(), strict=True)},
+            }
         )
-    ]
+    return found
 
 
 def _told(functions: list[rewards.RewardFunction], scores: Tensor, samples: int) -> str:

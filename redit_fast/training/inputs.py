@@ -16,10 +16,12 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from redit_fast.training import builtin
+from redit_fast.training import builtin, data_files
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import module_file
 from redit_fast.training.config_values import is_url, loaded_reward
+from redit_fast.training.data_names import hub_of
+from redit_fast.training.reward_model_config import RewardModelConfig
 from redit_fast.training.rewards import answers, math_child
 from redit_fast.training.rewards.user_code import INSTALLED, source_of
 
@@ -50,8 +52,16 @@ def of(config: TrainConfig) -> Inputs:
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
         return found | {"the demo": {builtin.__name__: demo}}
-    data = {file: _digest(Path(file), f"data {file}") for file in (config.data, config.eval_data) if file is not None}
-    return found | {"data": data, "model": _model(config.model)}
+    return found | {"data": _data_of(config), "model": _model(config.model)}
+
+
+def of_pairs(config: RewardModelConfig) -> Inputs:
+    """The same of a reward model's training."""
+    return {"data": _data_of(config), "model": _model(config.model)}
+
+
+def _data_of(config: TrainConfig | RewardModelConfig) -> dict[str, str]:
+    return {source: _data(source) for source in (config.data, config.eval_data) if source is not None}
 
 
 def checked(now: Inputs, run: Path, *, accept_changed: bool, adapters: bool = False) -> Inputs:
@@ -160,6 +170,12 @@ def _model(name: str) -> dict[str, str]:
     except HFValidationError:  # the path of a folder that is gone
         return {}
     return {name: f"commit {Path(cached).parent.name}"} if isinstance(cached, str) else {}
+
+
+def _data(source: str) -> str:
+    if (hub := hub_of(source)) is not None:
+        return f"commit {data_files.commit_of(source, hub)}"
+    return _digest(Path(source), f"data {source}")
 
 
 def _weights(file: Path) -> str:

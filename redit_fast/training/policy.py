@@ -41,10 +41,26 @@ def load(source: str | Path, device: Device = "auto", dtype: DType = "auto") -> 
     """
     folder, tokenizer = tokenizer_of(source)
     place = device_of(device)
+    model, report = read_weights(AutoModelForCausalLM, source, folder, place, dtype)
+    check_weights(report, f"model {source}")
+    check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
+    return model.to(place), tokenizer
+
+
+def read_weights(
+    kind: Any, source: str | Path, folder: Path, place: str, dtype: DType, **changes: Any
+) -> tuple[PreTrainedModel, dict]:
+    """A model on the CPU of a folder that `tokenizer_of` has checked, in the dtype that it has at `place`, and what of
+    the weights fits it: `check_weights`.
+
+    Args:
+        kind: transformers' class, such as AutoModelForCausalLM.
+        changes: of its config.json.
+    """
     if dtype == "auto" and place == "cpu":
         dtype = "float32"
-    with _one_sentence(f"model {source}"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+    with one_sentence(f"model {source}"):
+        return kind.from_pretrained(
             str(folder),
             dtype=dtype,
             use_safetensors=True,
@@ -52,10 +68,8 @@ def load(source: str | Path, device: Device = "auto", dtype: DType = "auto") -> 
             local_files_only=True,
             ignore_mismatched_sizes=True,  # for the report, which names them
             output_loading_info=True,
+            **changes,
         )
-    _check_weights(report, f"model {source}")
-    _check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
-    return model.to(place), tokenizer
 
 
 def tokenizer_of(source: str | Path) -> tuple[Path, Tokenizer]:
@@ -66,7 +80,7 @@ def tokenizer_of(source: str | Path) -> tuple[Path, Tokenizer]:
     """
     folder = folder_of(str(source))
     _check_files(folder, f"model {source}")
-    with _one_sentence(f"the tokenizer of model {source}"):
+    with one_sentence(f"the tokenizer of model {source}"):
         return folder, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 
 
@@ -76,10 +90,10 @@ def skeleton(source: str | Path, folder: Path, tokenizer: Tokenizer) -> PreTrain
     Raises:
         ValueError: as `load`, but for what only the weights tell.
     """
-    with _one_sentence(f"model {source}"), torch.device("meta"):
+    with one_sentence(f"model {source}"), torch.device("meta"):
         described = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
-    _check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
+    check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
     return model
 
 
@@ -139,7 +153,7 @@ def _read(file: Path) -> object:
         raise ValueError(f"{file}: malformed JSON: {error}") from None
 
 
-def _check_weights(report: dict, model: str) -> None:
+def check_weights(report: dict, model: str) -> None:
     """Against config.json: what it lacks would start at random."""
     for name, found, needed in sorted(report["mismatched_keys"], key=str):
         raise ValueError(
@@ -153,7 +167,7 @@ def _check_weights(report: dict, model: str) -> None:
         warnings.warn(f"{model}: {len(extra)} of its tensors are not used, such as {extra[0]}", stacklevel=3)
 
 
-def _check_tokenizer(tokenizer: Tokenizer, rows: int, model: str) -> None:
+def check_tokenizer(tokenizer: Tokenizer, rows: int, model: str) -> None:
     """Special tokens may lie beyond the embedding, as Gemma 3's image token does: the prompts' own are checked."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     tokens = {number: token for token, number in tokenizer.get_vocab().items() if number not in special}
@@ -167,7 +181,7 @@ def _check_tokenizer(tokenizer: Tokenizer, rows: int, model: str) -> None:
 
 
 @contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
+def one_sentence(what: str) -> Iterator[None]:
     """What transformers raises about damaged files as one sentence, without the lines that it logs beside it."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)

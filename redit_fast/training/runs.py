@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -130,21 +130,23 @@ def without_nan(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def keep_lines_until(run: Path, step: int) -> None:
+def keep_lines_until(run: Path, step: int, files: Sequence[str] = ("metrics.jsonl", "completions.jsonl")) -> None:
     """Drops the lines past the checkpoint that a run resumes from, a cut-off one too."""
-    for name in ("metrics.jsonl", "completions.jsonl"):
+    for name in files:
         kept = [line for line in report.rows(run / name) if line["step"] <= step]
         replace(run / name, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def complete(path: Path, step: int, metrics: dict, times: dict[str, float]) -> None:
-    """Puts what an evaluation gave into the line of `step`, the last one, which is made where there is none."""
+def complete(path: Path, step: int, metrics: dict, times: dict[str, float]) -> dict:
+    """Puts what an evaluation gave into the line of `step`, the last one, which is made where there is none, and
+    returns it."""
     lines = report.rows(path)
     there = lines and lines[-1]["step"] == step
     line = report.in_todays_names(lines.pop()) if there else {"step": step}
     line = {"schema": SCHEMA} | line
     line |= metrics | {name: line.get(name, 0.0) + seconds for name, seconds in times.items()}
     replace(path, "".join(json.dumps(without_nan(line)) + "\n" for line in [*lines, line]))
+    return line
 
 
 def replace(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -24,6 +24,7 @@ from redit_fast.training import (
     config_checks,
     config_file,
     data,
+    data_files,
     flops,
     lora,
     policy,
@@ -34,11 +35,14 @@ from redit_fast.training import (
 from redit_fast.training.config import TrainConfig, default_of
 from redit_fast.training.config_values import LOCAL, PAGED, is_url, loaded_reward
 from redit_fast.training.distributed import Ranks
+from redit_fast.training.reward_model_config import RewardModelConfig
 from redit_fast.training.rollout import Engine
 from redit_fast.training.rollout.local import LocalEngine
 from redit_fast.training.rollout.paged import PagedEngine
 from redit_fast.training.rollout.server import Server
+from redit_fast.training.settings import Settings
 
+Kind = TypeVar("Kind", bound=Settings)
 MAY_CHANGE = {
     "strategy",
     "rollout_timeout",
@@ -52,16 +56,17 @@ MAY_CHANGE = {
     "keep_checkpoints",
     "name",
     "out_dir",
+    "track",
 }
 TRAIN_PROBLEMS = 4000  # of the demo
 
 
-def claim(config: TrainConfig, held: ExitStack, ranks: Ranks) -> tuple[TrainConfig, Callable[[], None]]:
+def claim(config: Kind, held: ExitStack, ranks: Ranks) -> tuple[Kind, Callable[[], None]]:
     """The config with a name and, where the first rank then holds its folder, the check that it still does; where the
     config has no name, with the first that no other start takes."""
     checks = [_writes_nothing]
 
-    def named() -> TrainConfig:
+    def named() -> Kind:
         while True:
             new = config.with_name()
             try:
@@ -88,7 +93,7 @@ def resumed(config: TrainConfig, held: ExitStack, ranks: Ranks) -> tuple[TrainCo
     return config, saved, checks[-1]
 
 
-def folder_of(config: TrainConfig) -> Path:
+def folder_of(config: Settings) -> Path:
     return Path(config.out_dir) / str(config.with_name().name)
 
 
@@ -116,10 +121,11 @@ def check_given(given: Mapping[str, object], run: Path) -> None:
         if name == "rewards":
             config_checks.check_places(value)
             value = [config_file.placed_reward(reward, run) for reward in value]
-        _check_same(name, getattr(before, name), value, run)
+        check_same(name, getattr(before, name), value, run)
 
 
-def _check_same(name: str, before: object, value: object, run: Path) -> None:
+def check_same(name: str, before: object, value: object, run: Path) -> None:
+    """Raises a ValueError where a setting is another than the run's and is none of those that may change."""
     # A server to another address.
     moved = name == "rollout" and not {value, before} & {LOCAL, PAGED}
     moved |= name == "rewards" and _without_hosts(value) == _without_hosts(before)
@@ -137,28 +143,34 @@ def checkpoint_to_resume(config: TrainConfig, run: Path) -> tuple[TrainConfig, P
 
     A run of version 0.1 kept all checkpoints, and does so still unless it is told otherwise.
     """
-    before = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}  # older runs lack some
+    before: dict[str, Any] = {name: default_of(name, config.model is None) for name in TrainConfig.model_fields}
+    # Older runs lack some.
     before |= (stored := under_new_names(config_file.read(run / "config.json")[0]))
     for name, value in config:
-        _check_same(name, before[name], value, run)
+        check_same(name, before[name], value, run)
     if config.steps != before["steps"] and config.dither_schedule.endswith("_reverse"):
         raise ValueError(
             f"steps was {before['steps']} in {run} and cannot become {config.steps} on --resume: dither_schedule "
             f"{config.dither_schedule} counts back from the last step"
         )
-    if config.steps != before["steps"] and config.lr_scheduler_type in ("linear", "cosine"):
-        raise ValueError(
-            f"steps was {before['steps']} in {run} and cannot become {config.steps} on --resume: lr_scheduler_type "
-            f"{config.lr_scheduler_type} ends at the last step"
-        )
+    check_schedule(config, before["steps"], run)
     if not {"keep_checkpoints"} & (stored.keys() | config.model_fields_set):
         config = config.model_copy(update={"keep_checkpoints": None})
     folder = run / "checkpoints"
     return config, checkpoint.newest(folder) if checkpoint.in_order(folder) else None
 
 
+def check_schedule(config: TrainConfig | RewardModelConfig, steps: int, run: Path) -> None:
+    """Raises a ValueError where the run's last step, which was `steps`, has moved and the learning rate ends there."""
+    if config.steps != steps and config.lr_scheduler_type in ("linear", "cosine"):
+        raise ValueError(
+            f"steps was {steps} in {run} and cannot become {config.steps} on --resume: lr_scheduler_type "
+            f"{config.lr_scheduler_type} ends at the last step"
+        )
+
+
 def device_of(config: TrainConfig) -> str:
-    return policy.device_of("cpu" if config.model is None and config.device == "auto" else config.device)
+    return policy.device_of(config.wanted_device)
 
 
 @dataclass
@@ -183,6 +195,10 @@ def parts(config: TrainConfig, saved: Path | None) -> Parts:
     Raises:
         ValueError, NotImplementedError, FloatingPointError: one sentence that names what does not fit.
     """
+    for tracker in config.track or ():
+        extras.need(tracker, f"track {tracker}")
+    for source in filter(None, (config.data, config.eval_data)):
+        data_files.check(source)
     device: Any = device_of(config)
     base = None
     if config.model is not None and saved is None:
@@ -265,10 +281,10 @@ def _opened(config: TrainConfig, parts: Parts, ranks: Ranks) -> Engine:
     )
 
 
-def optimizer(config: TrainConfig, model: PreTrainedModel) -> rf.RegularizedAdamW:
+def optimizer(config: TrainConfig | RewardModelConfig, model: PreTrainedModel) -> rf.RegularizedAdamW:
     """AdamW whose second pass perturbs the decoder layers. The trainer itself sees to gr_pass2_ratio."""
     gr = {name.removeprefix("gr_"): value for name, value in config if name.startswith("gr_")}
-    del gr["pass2_ratio"]
+    gr.pop("pass2_ratio", None)
     return rf.RegularizedAdamW(
         rf.parameter_groups(model, perturb="decoder_layers"),
         lr=config.learning_rate,
@@ -279,9 +295,9 @@ def optimizer(config: TrainConfig, model: PreTrainedModel) -> rf.RegularizedAdam
     )
 
 
-def learning_rate(config: TrainConfig) -> Callable[[int], float]:
+def learning_rate(config: TrainConfig | RewardModelConfig) -> Callable[[int], float]:
     """That of each optimizer step, from 0 on, by transformers."""
-    total = config.steps * config.updates_per_rollout
+    total = config.steps * (config.updates_per_rollout if isinstance(config, TrainConfig) else 1)
     unused = torch.optim.SGD([torch.zeros(1, dtype=torch.float32, device="cpu")], lr=config.learning_rate)
     schedule = get_scheduler(config.lr_scheduler_type, unused, config.warmup_steps, total)
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)

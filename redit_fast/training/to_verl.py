@@ -24,6 +24,7 @@ from redit_fast.training import data, lora, policy, rewards, verl_options
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import module_file
 from redit_fast.training.config_values import is_component
+from redit_fast.training.data_names import hub_of
 from redit_fast.training.new_folder import new_folder
 from redit_fast.training.verl_options import Facts
 
@@ -134,7 +135,8 @@ def to_verl(config: TrainConfig, folder: str | Path, name: str) -> Path:
         columns=list(columns),
     )
     messages = {id(record): prompt.messages for (_, record), prompt in zip(records.numbered, prompts, strict=True)}
-    label = Path(str(config.data)).stem.encode("utf-8", "replace").decode()
+    hub = hub_of(str(config.data))
+    label = hub.name if hub else Path(str(config.data)).stem.encode("utf-8", "replace").decode()
     splits = {"train": records.train, "test": records.held_out}
     tables = {
         f"{split}.parquet": list(_lines(chosen, messages, split, label)) for split, chosen in splits.items() if chosen

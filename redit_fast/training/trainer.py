@@ -35,6 +35,7 @@ from redit_fast.training import (
     sampling,
     setup,
     sharpness,
+    trackers,
 )
 from redit_fast.training.batch import Batch
 from redit_fast.training.config import TrainConfig
@@ -49,6 +50,7 @@ from redit_fast.training.metrics import (
     warn_of_another_sampler,
     work_metrics,
 )
+from redit_fast.training.report.summary import closing_rows
 from redit_fast.training.rewards.user_code import RewardError
 from redit_fast.training.rollout import EngineError
 
@@ -121,7 +123,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         def lines() -> None:
             check_folder()
             runs.append(run / "completions.jsonl", samples)
-            runs.append(run / "metrics.jsonl", [metrics | clock.times()])
+            runs.append(run / "metrics.jsonl", [line := metrics | clock.times()])
+            track(line)
             if written is not None:
                 publish(written)
 
@@ -168,18 +171,22 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                     done = 0
                     written = draft()
                     ranks.by_first(lambda: publish(written))
-            bar: Any = shown.add_task("GRPO", total=config.steps, completed=done, numbers="")
+            evaluations = -(-config.steps // config.eval_every) - done // config.eval_every
+            bar = shown.add_task("GRPO", total=config.steps, completed=done, evaluations=evaluations)
             lines = ranks.by_first(lambda: report.rows(run / "metrics.jsonl"))
+            completed: dict | None = None  # the line of what is done, where an evaluation was missing
             if not lines or (evaluates(done) and dataset.held_out and "accuracy/held_out" not in lines[-1]):
                 with clock("eval"):
                     metrics = evaluate()
 
-                def complete() -> None:
+                def complete() -> dict:
                     check_folder()
-                    runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
+                    return runs.complete(run / "metrics.jsonl", done, metrics, clock.times())
 
-                ranks.by_first(complete)
-                shown.update(bar, advance=0, numbers="", held_out=metrics.get("accuracy/held_out"))
+                completed = ranks.by_first(complete)
+                held_out, took = metrics.get("accuracy/held_out"), clock.seconds["eval"]
+                shown.update(bar, advance=0, numbers="", held_out=held_out, evaluation=took)
+            track = held.enter_context(trackers.opened(config, run, done, completed, ranks))
             tokens = lines[-1].get("num_tokens", 0) if lines else 0
 
             for step in range(done, config.steps):
@@ -254,8 +261,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                 with runs.uninterrupted():
                     record(save=done == config.steps or done % config.checkpoint_every == 0)
                     samples = []
-                held_out = metrics.get("accuracy/held_out")
-                shown.update(bar, advance=1, numbers=progress.numbers(metrics), held_out=held_out)
+                held_out, took = metrics.get("accuracy/held_out"), clock.seconds.get("eval")
+                shown.update(bar, advance=1, numbers=progress.numbers(metrics), held_out=held_out, evaluation=took)
         except (KeyboardInterrupt, RewardError, EngineError) as stop:
             with runs.uninterrupted(last=True):
                 if samples:
@@ -292,14 +299,14 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
 
     with runs.uninterrupted():
         summary = ranks.by_first(finish)
-    progress.print_table(console, run, summary)
+    progress.print_table(console, run, closing_rows(summary), summary["time"])
     return summary
 
 
 def _warm_start(model: PreTrainedModel, tokenizer: Tokenizer, config: TrainConfig, shown) -> None:
     if not config.warm_start_steps:
         return
-    bar = shown.add_task("warm start", total=config.warm_start_steps, numbers="")
+    bar = shown.add_task("warm start", total=config.warm_start_steps)
 
     def advance(_: int, loss: float) -> None:
         shown.update(bar, advance=1, numbers=f"loss {loss:.3f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_values import LOCAL, PAGED
 from redit_fast.training.distributed import launched
 from redit_fast.training.rewards.functions import SHIPPED
+from redit_fast.training.rewards.model import RewardModel
 from redit_fast.training.rollout import Engine, EngineError
 from redit_fast.training.rollout.local import CHECK_EVERY, generate
 
@@ -123,16 +124,26 @@ def check_engine(
 
 
 def check_columns(dataset: data.Dataset, functions: list[rewards.RewardFunction]) -> None:
-    """The column `answer` of every record, by the shipped functions that read it: their `check_column(value)` raises a
-    ValueError of the reason."""
+    """Every record, by the functions that can tell before a run what they could not score: `_check_of`."""
     for function in functions:
-        if function.fn not in SHIPPED.values() or not hasattr(function.fn, "check_column"):
+        if (check := _check_of(function)) is None:
             continue
         for place, record in dataset.numbered:
             try:
-                function.fn.check_column(record["answer"])
+                check(record)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
+
+
+def _check_of(function: rewards.RewardFunction) -> Callable[[dict], object] | None:
+    """What raises a ValueError of the reason: of a shipped function its `check_column` of the column `answer`, of a
+    reward model its `check_prompt`."""
+    fn: Any = function.fn
+    if isinstance(fn, RewardModel):
+        return lambda record: fn.check_prompt(record["prompt"])
+    if fn in SHIPPED.values() and hasattr(fn, "check_column"):
+        return lambda record: fn.check_column(record["answer"])
+    return None
 
 
 def _check_passes(

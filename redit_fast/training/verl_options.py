@@ -340,7 +340,7 @@ def _trainer(config: TrainConfig, facts: Facts) -> Options:
     return {
         "trainer.project_name": "redit-fast",
         "trainer.experiment_name": facts.name,
-        "trainer.logger": ["console"],
+        "trainer.logger": ["console", *(config.track or ())],
         "trainer.total_training_steps": config.steps,
         "trainer.total_epochs": -(-config.steps // (facts.prompts // config.prompts_per_step)),
         "trainer.val_before_train": facts.held_out > 0,

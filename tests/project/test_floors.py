@@ -13,8 +13,9 @@ from tests import ROOT
 
 # Module or package -> floor; an import must reach a smaller number, or a sibling in the same package of PACKAGES.
 FLOORS = {
-    "redit_fast.__main__": 8,
-    "redit_fast.cli": 7,
+    "redit_fast.__main__": 9,
+    "redit_fast.cli": 8,
+    "redit_fast.commands": 7,
     "redit_fast.benchmarks": 6,
     "redit_fast.selftest": 5,
     "redit_fast.info": 5,
@@ -223,8 +224,10 @@ USES = {  # part of the package -> what it imports beside torch, which is all th
     "redit_fast.kernels": {"triton"},
     "redit_fast.packing": {"transformers", "flash_attn", "flash_attn_interface"},  # the latter where a GPU has rows
     "redit_fast.integrations": {"transformers", "trl", "verl", "tensordict"},  # which verl brings
-    "redit_fast.training": {*MODULES["train"], *MODULES["lora"], *MODULES["math"], *MODULES["data"]},
-    "redit_fast.cli": {"transformers"},
+    "redit_fast.training": {
+        name for extra in ("train", "lora", "math", "data", "wandb", "trackio") for name in MODULES[extra]
+    },
+    "redit_fast.commands": {"transformers"},
     "redit_fast.benchmarks": {*MODULES["bench"], "trl", "verl", "prefix_grouper", *TRL_BRINGS},
 }
 

@@ -10,6 +10,7 @@ import torch
 
 import redit_fast
 from redit_fast import backends, cli, info
+from redit_fast.backends import cpu
 from redit_fast.backends.cuda import module as cuda
 from redit_fast.packing import varlen
 
@@ -82,6 +83,8 @@ def test_versions_are_those_of_the_libraries(capsys):
     for number in (redit_fast.__version__, torch.__version__, transformers.__version__):
         assert number in head
     assert f"{torch.get_num_threads()} threads" in head
+    sets = cpu.instruction_sets()
+    assert f"C++ module: runs {sets[-1]}, has {', '.join(sets)};" in head if sets else "C++ module: none;" in head
 
 
 def test_the_doctor_is_info(capsys):
@@ -95,6 +98,16 @@ def test_json_has_the_same(capsys):
         assert said["backends"]["cpu"][backend][op] == state
     assert said["versions"]["torch"] == torch.__version__ and said["gpus"].keys() == set(info._gpus())
     assert info.text(said) + "\n" == printed(capsys, "info")
+
+
+def test_the_instruction_set_that_runs_is_the_one_that_the_ops_take(monkeypatch):
+    """The widest, as csrc/cpu counts them; without the module there is none."""
+    if cpu.missing:
+        pytest.skip(cpu.missing)
+    assert cpu.module.processor().level == -1 and info.found()["instruction_set"] == cpu.instruction_sets()[-1]
+    monkeypatch.setattr(cpu.module, "compiled", None)
+    said = info.found()
+    assert said["instruction_set"] is None and "C++ module: none; " in info.text(said)
 
 
 def test_without_the_cuda_module_it_says_what_to_type(capsys, monkeypatch):

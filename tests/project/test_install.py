@@ -366,7 +366,7 @@ for module in pkgutil.walk_packages(redit_fast.__path__, "redit_fast.", onerror=
         except extras.MissingExtra as error:
             said[module.name] = str(error)
 commands = "selftest", "info", "info --jsn", "train --config none.yaml", "train --help", "report none", "merge none"
-commands += ("generate none", "generate --help", "to-verl none.yaml")
+commands += ("generate none", "generate --help", "to-verl none.yaml", "eval none", "sample none a", "plot none")
 for words in commands:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -424,6 +424,9 @@ def test_with_torch_alone_the_self_test_runs_and_what_needs_more_says_so_in_one_
         "generate none",
         "generate --help",
         "to-verl none.yaml",
+        "eval none",
+        "sample none a",
+        "plot none",
     ):
         assert said[words] == [2, f"redit-fast: {sentence('redit_fast.training', 'train', missing)}\n", 0]
     assert said["redit_fast.training"] == sentence("redit_fast.training", "train", missing)

@@ -91,7 +91,8 @@ def test_commands_and_snippets_of_a_page_can_be_typed(page):
     commands = "\n".join([*fenced("bash", text), *re.findall(r"`([^`\n]+)`", text)])
     assert set(re.findall(r"^make ([\w-]+)", commands, re.M)) <= set(goals)
     typed = set(re.findall(r"^redit-fast (\w[\w-]*)", commands, re.M))
-    ours = {"train", "generate", "to-verl", "example", "report", "info", "doctor", "selftest", "plot", "bench", "merge"}
+    ours = {"train", "generate", "eval", "sample", "to-verl", "example", "report", "plot", "info", "doctor", "selftest"}
+    ours |= {"bench", "merge", "reward-model"}
     assert typed <= ours
     for module in re.findall(r"python -m ((?:examples|benchmarks|tools)\.\w+)", commands):
         assert find_spec(module) is not None, module

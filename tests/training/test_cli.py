@@ -43,7 +43,7 @@ def test_help_lists_every_pinned_flag_and_every_field(capsys):
     flags = set(out.replace(",", " ").split())
     assert flags >= set(PINNED)
     assert flags >= {"--" + name.replace("_", "-") for name in config.TrainConfig.model_fields}
-    assert {"--no-gr-normalized"} <= flags and "--dry-run" not in flags
+    assert {"--no-gr-normalized"} <= flags and "--dry-run" in flags
 
 
 def test_flags_override_the_file_and_print_config_shows_the_result(capsys, tmp_path):
@@ -138,6 +138,8 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
         (["train", "--model", "m"], "rewards: training a model of your own needs at least one reward function"),
         (["train", "--resume"], "--resume needs --name"),
         (["train", "--accept-changed-inputs"], "--accept-changed-inputs needs --resume"),
+        (["train", "--resume", "--name", "x", "--dry-run"], "--dry-run is of a run that begins, --resume goes on"),
+        (["generate", "m", "--dry-run"], "unknown flag --dry-run: it is a flag of redit-fast train"),
         (["train", "--keep-checkpoints", "1"], "keep_checkpoints: got '1', needs a number greater than or equal to 2"),
         (["train", "now"], "unexpected argument 'now'"),
         (["trian"], "invalid choice: 'trian'"),
@@ -147,6 +149,9 @@ def test_the_old_name_of_a_flag_is_taken_and_answered_with_the_new_one(capsys, t
         (["report", ""], "argument RUN: is empty, needs a path"),
         (["merge", ""], "argument CHECKPOINT: is empty, needs a path"),
         (["generate", ""], "argument CHECKPOINT: is empty, needs a path"),
+        (["eval", ""], "argument CHECKPOINT: is empty, needs a path"),
+        (["sample", ""], "argument CHECKPOINT: is empty, needs a path"),
+        (["plot", ""], "argument RUN: is empty, needs a path"),
         (["to-verl", ""], "argument CONFIG: is empty, needs a path"),
         (["train", "--config", ""], "argument --config: is empty, needs a path"),
         (["info", "--all"], "unknown flag --all, the closest valid one is"),
@@ -270,10 +275,10 @@ def test_help_and_version_answer_without_loading_torch(word):
 def test_ctrl_c_ends_with_130_and_the_trainers_words():
     program = """
     import sys
-    from redit_fast import cli
+    from redit_fast import cli, commands
     def interrupted(args):
         raise KeyboardInterrupt("saved; go on with ...")
-    cli._train = interrupted
+    commands.train = interrupted
     sys.exit(cli.main(["train"]))
     """
     done = command("-c", textwrap.dedent(program))
@@ -283,10 +288,10 @@ def test_ctrl_c_ends_with_130_and_the_trainers_words():
 def test_a_warning_is_one_line_without_file_and_source():
     program = """
     import sys, warnings
-    from redit_fast import cli
+    from redit_fast import cli, commands
     def warns(args):
         warnings.warn("a reward\\nwas None", stacklevel=1)
-    cli._train = warns
+    commands.train = warns
     sys.exit(cli.main(["train"]))
     """
     done = command("-c", textwrap.dedent(program))
@@ -296,10 +301,10 @@ def test_a_warning_is_one_line_without_file_and_source():
 def test_ctrl_c_before_the_training_leaves_no_empty_line():
     program = """
     import sys
-    from redit_fast import cli
+    from redit_fast import cli, commands
     def interrupted(args):
         raise KeyboardInterrupt
-    cli._train = interrupted
+    commands.train = interrupted
     sys.exit(cli.main(["train"]))
     """
     done = command("-c", textwrap.dedent(program))

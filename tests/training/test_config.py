@@ -117,7 +117,7 @@ def test_a_value_is_taken_as_it_is_written():
         ("rewards: [a, 3]", "c.yaml:1: rewards[1]: got 3, needs text"),
         ("data: x.jsonl", "c.yaml:1: data: the embedded demo has its own"),
         ("model: gpt2", "rewards: training a model of your own needs at least one reward function"),
-        ("model: gpt2\nrewards: [a]", "data: training a model of your own needs a JSONL file"),
+        ("model: gpt2\nrewards: [a]", "data: training a model of your own needs a JSONL or Parquet file, or hub:"),
         (OWN + "warm_start_steps: 3", "c.yaml:4: warm_start_steps: got 3, only the embedded demo has a warm start"),
         (OWN + "reward_weights: [1, 2]", "c.yaml:4: reward_weights: got 2 for 1 reward functions"),
         ("seed: 1\nloss_type: dro", "c.yaml:2: loss_type: dro needs a dro_beta"),
@@ -383,7 +383,7 @@ def test_every_name_of_another_trainer_leads_to_settings_that_exist():
 
 
 def test_the_command_of_a_config_gives_it_back(tmp_path):
-    from redit_fast import cli
+    from redit_fast import cli, commands
 
     own = {"model": "gpt2", "data": "my data.jsonl", "rewards": ["exact_answer", "xml_format", "gsm8k_int"]}
     for settings in ({}, {**HARD, "reward_weights": None, "reward_scales": None}, {**own, "steps": 3}, {**own, **HARD},
@@ -397,7 +397,7 @@ def test_the_command_of_a_config_gives_it_back(tmp_path):
         assert words[:2] == ["redit-fast", "train"]
         parser = cli._Parser()
         cli._add_train_flags(parser)
-        assert load(None, cli.settings(parser.parse_args(words[2:]))) == original
+        assert load(None, commands.settings(parser.parse_args(words[2:]))) == original
     assert load().command() == "redit-fast train"
     assert load(None, {"steps": 3}).command(name="x") == "redit-fast train --name x --steps 3"
 

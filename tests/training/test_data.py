@@ -98,8 +98,8 @@ def test_files_that_cannot_be_read_at_all(tmp_path):
             data.read(tmp_path / "d.jsonl")
     with pytest.raises(ValueError, match="data nowhere.jsonl: No such file"):
         data.read("nowhere.jsonl")
-    for name in ("train.parquet", "openai/gsm8k"):
-        with pytest.raises(ValueError, match=rf"data {name}: needs a .jsonl file; Parquet .* not supported yet"):
+    for name in ("train.csv", "openai/gsm8k"):
+        with pytest.raises(ValueError, match=rf"^data {name}: needs a .jsonl or .parquet file, or hub:OWNER/NAME for"):
             data.read(name)
 
 

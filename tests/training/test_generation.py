@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_named(run, prompts, tmp_path, capsys):
 
 
 BAD = [
-    ([], "data: needs a JSONL file with the prompts: give --data"),
+    ([], "data: needs a JSONL or Parquet file, or hub:OWNER/NAME, with the prompts: give --data"),
     (["--samples", "0"], "--samples is 0, needs a whole number from 1 to 4294967296"),
     (["--samples", "many"], "--samples is 'many', needs a whole number from 1 to 4294967296"),
     (["--samples", "\N{FULLWIDTH DIGIT FOUR}"], "needs a whole number from 1 to 4294967296"),

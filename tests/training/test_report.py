@@ -153,12 +153,12 @@ def test_a_finished_run_has_a_picture_and_a_page_that_stands_alone(run):
 def test_the_rerun_command_gives_the_same_config(run):
     import shlex
 
-    from redit_fast import cli
+    from redit_fast import cli, commands
 
     command = re.search(r"redit-fast train .*", page_of(run).text)[0]
     parser = cli._Parser()
     cli._add_train_flags(parser)
-    again = config_file.load(None, cli.settings(parser.parse_args(shlex.split(command)[2:])))
+    again = config_file.load(None, commands.settings(parser.parse_args(shlex.split(command)[2:])))
     assert again == config_file.load(run / "config.json").model_copy(update={"name": "my run-again"})
 
 
@@ -389,7 +389,7 @@ def test_null_is_a_gap_in_a_curve():
     assert [line.line.count("M") for line in drawn] == [1, 2] and drawn[0].band.count("z") == 1
     assert clean.last() == 1.5 and dithered.last() == 1.51
     lone = svg.drawing(
-        panels.Panel("", "", panels._curve([{"step": i, "x": [1, None][i % 2]} for i in range(4)], "x")), 3
+        panels.Panel("", "", panels.curve_of([{"step": i, "x": [1, None][i % 2]} for i in range(4)], "x")), 3
     )
     assert len(lone.lines[0].dots) == 2  # a path through one point draws nothing
 
@@ -412,13 +412,13 @@ def test_no_value_stops_a_report(run, value):
 def test_a_long_curve_has_the_means_of_its_stretches_and_what_is_around_them():
     rows = [{"step": i, "x": float(i % 2)} for i in range(400)]
     rows[100]["x"] = None
-    (curve,) = panels._curve(rows, "x")
+    (curve,) = panels.curve_of(rows, "x")
     assert len(curve.values) == 100 and curve.steps[:2] == [1.5, 5.5]
     assert [value for i, value in enumerate(curve.values) if i != 25] == [0.5] * 99 and curve.values[25] == 2 / 3
     assert set(curve.low) == {0.0} and set(curve.high) == {1.0}
-    (short,) = panels._curve(rows[:50], "x")
+    (short,) = panels.curve_of(rows[:50], "x")
     assert short.values == [row["x"] for row in rows[:50]] and short.low == []
-    (around,) = panels._curve([row | {"d": 0.25} for row in rows], "x", around="d")
+    (around,) = panels.curve_of([row | {"d": 0.25} for row in rows], "x", around="d")
     assert around.low[0] == 0.25 and around.high[0] == 0.75
 
 

@@ -26,6 +26,7 @@ JUDGED = {"rewards": ["judge:http://localhost:1"]}
 # field -> another value, and what it needs beside itself to mean something
 CHANGED = {
     "model": (None, {}), "data": ("other.jsonl", {}), "eval_data": ("other.jsonl", {}),
+    "columns": (["prompt", "answer"], {}), "data_format": ("gsm8k", {"data": "known.jsonl"}), "track": (["wandb"], {}),
     "dtype": ("float16", {"gr_gamma": 0}),
     "device": ("cpu", {}), "strategy": ("fsdp2", {}), "lora_rank": (8, LORA), "lora_alpha": (3, LORA),
     "lora_targets": (["q_proj"], LORA), "rewards": (["xml_format"], {}), "reward_weights": ([2.0, 1.0], SHIPPED),
@@ -62,6 +63,9 @@ def settings(model_folder, problems, tmp_path, monkeypatch):
     lines = problems.read_text().splitlines()
     (tmp_path / "own.jsonl").write_text("\n".join(lines[:12]))
     (tmp_path / "other.jsonl").write_text("\n".join(lines[20:40]))
+    known = [json.loads(line) for line in lines[:12]]
+    known = [{**row, "question": row["prompt"], "answer": f"#### {row['answer']}"} for row in known]
+    (tmp_path / "known.jsonl").write_text("\n".join(map(json.dumps, known)))
     return {
         "model": str(model_folder), "data": "own.jsonl", "rewards": ["numeric_answer"], "steps": 5,
         "prompts_per_step": 3, "group_size": 4, "max_completion_length": 12, "gr_pass2_ratio": "pass1",
@@ -256,7 +260,8 @@ def test_the_command_writes_a_folder_that_bash_runs_and_overwrites_none(settings
     assert command("nowhere.yaml", "--out", "x") == 2 and "nowhere.yaml" in capsys.readouterr().err
     monkeypatch.setattr("redit_fast.extras.find_spec", lambda name: None)
     assert command("c.yaml", "--out", "x") == 2
-    assert 'to-verl needs pyarrow, not installed here; run `pip install "redit-fast[data]"`' in capsys.readouterr().err
+    said = 'to-verl needs pyarrow, datasets, not installed here; run `pip install "redit-fast[data]"`'
+    assert said in capsys.readouterr().err
     assert not Path("x").exists()
 
 

@@ -16,7 +16,8 @@ from matplotlib import rc_context
 
 from redit_fast.pictures import STYLE
 from redit_fast.training import config_file
-from redit_fast.training.report import curves, findings, page, panels, samples
+from redit_fast.training.config import TrainConfig
+from redit_fast.training.report import curves, findings, page, panels, reward_model, samples
 from redit_fast.training.report.summary import totals
 
 OF_SCHEMA_1 = {
@@ -53,22 +54,30 @@ def read(run_dir: str | Path) -> page.Run:
     folder = Path(run_dir)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no run: it has no config.json")
-    config, metrics, summary = config_file.load(folder / "config.json"), metrics_of(folder), _summary(folder)
-    weights, completions = config.reward_weights or [1.0] * len(config.rewards), folder / "completions.jsonl"
-    try:
-        shown = samples.chosen(each_row(completions), weights)
-    except samples.SampleError as error:
-        raise ValueError(f"{completions}: malformed: {error}") from None
+    config, metrics, summary = config_file.of_run(folder), metrics_of(folder), _summary(folder)
+    if isinstance(config, TrainConfig):
+        sections, shown = panels.of_run(config, metrics), _samples(folder, config)
+        warned = findings.of_run(config, metrics, summary.get("eval_problems") or config.eval_problems)
+    else:
+        sections, shown, warned = reward_model.sections(config, metrics), [], []
     return page.Run(
         name=folder.resolve().name,
         config=config,
         metrics=metrics,
-        sections=panels.of_run(config, metrics),
-        findings=findings.of_run(config, metrics, summary.get("eval_problems") or config.eval_problems),
+        sections=sections,
+        findings=warned,
         samples=shown,
         summary=totals(metrics) | summary,
         ended=bool(summary),
     )
+
+
+def _samples(run: Path, config: TrainConfig) -> list[samples.Step]:
+    weights, completions = config.reward_weights or [1.0] * len(config.rewards), run / "completions.jsonl"
+    try:
+        return samples.chosen(each_row(completions), weights)
+    except samples.SampleError as error:
+        raise ValueError(f"{completions}: malformed: {error}") from None
 
 
 def _summary(run: Path) -> dict:

@@ -13,6 +13,7 @@ from redit_fast.pictures import COLOURS, GREY
 from redit_fast.training.report.panels import Panel, Section
 
 COLUMNS, ROW = 3, 2.75  # inches
+DASHES = (0, (2, 1.5))  # of a dashed line
 
 
 def draw(sections: Sequence[Section], steps: int) -> Figure:
@@ -25,7 +26,7 @@ def draw(sections: Sequence[Section], steps: int) -> Figure:
     figure.subplots_adjust(0.07, 0.45 * margin, 0.985, 1 - 0.3 * margin, wspace=0.28, hspace=0.28)
     for place, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, COLUMNS, place)
-        _draw(axes, panel)
+        draw_panel(axes, panel)
         axes.set_xlim(0, max(1, steps) * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -36,7 +37,8 @@ def draw(sections: Sequence[Section], steps: int) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """A panel's title, curves, mark, legend and limits, but for those across."""
     axes.set_title(panel.title)
     axes.set_ylabel(panel.unit)
     for curve in panel.curves:
@@ -48,7 +50,9 @@ def _draw(axes: Axes, panel: Panel) -> None:
             curve.values,
             color=colour,
             label=curve.label.replace("_", " _", 1) if curve.label.startswith("_") else curve.label,  # else no legend
-            linestyle=(0, (2, 1.5)) if curve.dashed else "-",
+            linestyle=DASHES if curve.dashed else "-",
+            linewidth=0.6 if curve.thin else None,
+            alpha=0.5 if curve.thin else None,
             marker="o" if curve.dots or len(curve.values) == 1 else None,
             markersize=4,
             clip_on=False,

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.report.panels import COSINE, drawable
+from redit_fast.training.report.panels import COSINE, as_number
 
 FEWEST = 10  # steps; of fewer a fifth is one, which is no trend
 CUT_OFF, DEAD = 0.1, 0.5  # shares
@@ -77,4 +77,4 @@ def _mean(rows: Sequence[dict], key: str) -> float:
 
 
 def _numbers(rows: Sequence[dict], key: str) -> list[float]:
-    return [value for row in rows if math.isfinite(value := drawable(row.get(key)))]
+    return [value for row in rows if math.isfinite(value := as_number(row.get(key)))]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from redit_fast.training import config as train_config
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.report import svg
+from redit_fast.training.report import reward_model, svg
 from redit_fast.training.report.findings import Finding
 from redit_fast.training.report.panels import POINTS, Section
 from redit_fast.training.report.samples import Step
 from redit_fast.training.report.summary import closing_rows, duration, environment
+from redit_fast.training.reward_model_config import RewardModelConfig
 
 # Characters that show nothing, end the text or turn its direction around, as Python spells them.
 UNSEEN = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)}
@@ -26,7 +26,7 @@ class Run:
     """What a page is of."""
 
     name: str
-    config: TrainConfig
+    config: TrainConfig | RewardModelConfig
     metrics: list[dict]
     sections: list[Section]  # of its curves
     findings: list[Finding]
@@ -53,7 +53,8 @@ def render(run: Run) -> str:
     return templates.get_template("page.html.j2").render(
         run=run,
         config=run.config,
-        closing=closing_rows(run.summary, "after RL" if run.ended else "so far"),
+        closing=_closing(run),
+        of_a_step=_of_a_step(run.config),
         sections=[
             (section.title, [svg.drawing(panel, run.done) for panel in section.panels]) for section in run.sections
         ],
@@ -72,6 +73,19 @@ def render(run: Run) -> str:
     )
 
 
+def _closing(run: Run) -> list[tuple[str, str]]:
+    if isinstance(run.config, TrainConfig):
+        return closing_rows(run.summary, "after RL" if run.ended else "so far")
+    return reward_model.closing_rows(run.summary, "after training" if run.ended else "so far")
+
+
+def _of_a_step(config: TrainConfig | RewardModelConfig) -> str:
+    if isinstance(config, TrainConfig):
+        samples = f"{config.prompts_per_step} prompts with {config.group_size} completions each"
+        return f"{samples}, dither level {config.dither_level:g}"
+    return f"{config.pairs_per_step} pairs, center_coefficient {config.center_coefficient:g}"
+
+
 def _visible(value: object) -> object:
     """What every `{{ ... }}` writes: a value's text, without a character that a reader would not see."""
     if hasattr(value, "__html__"):  # a macro's text, which has been here
@@ -79,9 +93,9 @@ def _visible(value: object) -> object:
     return str(value).translate(SPELLED)
 
 
-def _settings(config: TrainConfig) -> list[tuple[str, list, bool]]:
+def _settings(config: TrainConfig | RewardModelConfig) -> list[tuple[str, list, bool]]:
     """Name, value or values, and whether that is not the default; such first."""
-    defaults = {name: train_config.default_of(name, config.model is None, config.preset) for name, _ in config}
+    defaults = config.defaults
     listed = [
         (name, value if isinstance(value, list) else ["none" if value is None else value], value != defaults[name])
         for name, value in config

@@ -34,6 +34,7 @@ class Curve:
     high: list[float]
     dots: bool = False  # a few values, each with its dot
     dashed: bool = False
+    thin: bool = False  # one of several that another curve is the mean of
 
     def last(self) -> float:
         return next((value for value in reversed(self.values) if math.isfinite(value)), math.nan)
@@ -89,7 +90,7 @@ def of_run(config: TrainConfig, metrics: Sequence[dict]) -> list[Section]:
 
 
 def _rewards(config: TrainConfig, metrics: Sequence[dict]) -> list[Panel]:
-    curve = partial(_curve, metrics)
+    curve = partial(curve_of, metrics)
     reward = curve("reward", "clean", "blue", around="reward_std")
     deviation = curve("reward_std", "clean", "blue")
     if config.dither_level:
@@ -118,7 +119,7 @@ def _rewards(config: TrainConfig, metrics: Sequence[dict]) -> list[Panel]:
 
 
 def _policy(config: TrainConfig, metrics: Sequence[dict]) -> list[Panel]:
-    curve = partial(_curve, metrics)
+    curve = partial(curve_of, metrics)
     several = config.updates_per_rollout > 1
     scheduled = config.lr_scheduler_type != "constant"
     norm, most = curve("grad_norm"), config.max_grad_norm or math.inf
@@ -141,7 +142,7 @@ def _policy(config: TrainConfig, metrics: Sequence[dict]) -> list[Panel]:
 
 
 def _work(metrics: Sequence[dict]) -> list[Panel]:
-    curve = partial(_curve, metrics)
+    curve = partial(curve_of, metrics)
     length = curve("completions/mean_length", "mean", "blue") + curve("completions/max_length", "longest", "grey")
     tokens = [
         *curve("tokens/generated", "generated", "green"),
@@ -159,11 +160,11 @@ def _work(metrics: Sequence[dict]) -> list[Panel]:
         Panel("Tokens of a step", "", tokens, bottom=0),
         Panel("Tokens a second", "", rates, bottom=0),
         Panel("Share of the device's peak", "model FLOPs", curve("flops/share_of_peak"), bottom=0),
-        Panel("Time of a step", "seconds", _curve(after_start, "step_time"), bottom=0),
+        Panel("Time of a step", "seconds", curve_of(after_start, "step_time"), bottom=0),
     ]
 
 
-def _curve(
+def curve_of(
     metrics: Sequence[dict],
     key: str,
     label: str = "",
@@ -179,10 +180,10 @@ def _curve(
     greatest in it.
     """
     rows = [row for row in metrics if key in row]
-    values = [drawable(row[key]) for row in rows]
+    values = [as_number(row[key]) for row in rows]
     if not any(map(math.isfinite, values)):
         return []
-    reach = [drawable(row.get(around)) for row in rows] if around else [0.0] * len(rows)
+    reach = [as_number(row.get(around)) for row in rows] if around else [0.0] * len(rows)
     size = math.ceil(len(rows) / POINTS)
     steps, means, lows, highs = [], [], [], []
     for start in range(0, len(rows), size):
@@ -197,7 +198,7 @@ def _curve(
     return [Curve(label, colour, steps, means, lows if banded else [], highs if banded else [], dots, dashed)]
 
 
-def drawable(value: object) -> float:
+def as_number(value: object) -> float:
     """NaN for null, and for what no axis has room for."""
     number = as_float(value) if isinstance(value, int | float) else math.nan
     return number if abs(number) < LARGEST else math.nan
