@@ -78,18 +78,18 @@ def predicted(
     busiest = [_of_pass(model, batch, micro.tokens, micro.samples, a_token) for micro, on in batch.micro_batches if on]
     activations, head, together = (max(part) for part in zip(*busiest or [(0, 0, 0)], strict=True))  # none: all masked
     kept, aside = _held_gradients(trained, config, len(busiest))
-    embedding = bytes_of(model.get_input_embeddings().weight)
-    at_end = gradients + (2 if kept else 1) * embedding  # whose gradient is as large, and added to the head's
+    embedding = model.get_input_embeddings().weight
+    added = (2 if kept else 1) * bytes_of(embedding) if embedding.requires_grad else 0  # its own to the head's
     return Memory(
-        weights,
-        sum(state_of(p) for p in trained),
-        copies,
-        weights if config.beta and config.lora_rank is None else 0,
-        gradients,
-        activations,
-        head,
-        _of_rollout(model, batch, config, held_out),
-        gradients * aside + max(gradients * kept + together, at_end),
+        weights=weights,
+        optimizer=sum(map(state_of, trained)),
+        copies=copies,
+        reference=weights if config.beta and config.lora_rank is None else 0,
+        gradients=gradients,
+        activations=activations,
+        head=head,
+        rollout=_of_rollout(model, batch, config, held_out),
+        passes=gradients * aside + max(gradients * kept + together, gradients + added),
         on_cpu=model.device.type == "cpu",
     )
 
