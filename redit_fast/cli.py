@@ -228,7 +228,7 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reward_model_flags(parser: argparse.ArgumentParser) -> None:
-    from redit_fast.training.reward_model_config import RewardModelConfig, describe
+    from redit_fast.training.reward_model.config import RewardModelConfig, describe
 
     _add_run_flags(parser, "the data or the start model")
     _add_fields(parser, RewardModelConfig.model_fields, describe)

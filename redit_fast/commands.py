@@ -49,7 +49,7 @@ def train(args: argparse.Namespace) -> None:
 
 def reward_model(args: argparse.Namespace) -> None:
     from redit_fast.training import config_file
-    from redit_fast.training.reward_model_config import RewardModelConfig
+    from redit_fast.training.reward_model.config import RewardModelConfig
 
     _without_bars()
     given = settings(args, RewardModelConfig.model_fields)
@@ -59,7 +59,7 @@ def reward_model(args: argparse.Namespace) -> None:
         raise ValueError(f"{Path(str(given.get('out_dir', 'runs')), str(given['name']))} holds no run to resume")
     loaded = config_file.load_as(RewardModelConfig, file, given)
     _check_run_flags(args, loaded.name)
-    from redit_fast.training.reward_model import train
+    from redit_fast.training.reward_model.trainer import train
 
     train(loaded, resume=args.resume, accept_changed_inputs=args.accept_changed_inputs)
 

@@ -21,7 +21,7 @@ from redit_fast.known_names import RENAMED, hint, under_new_names
 from redit_fast.training import config_errors
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_values import is_url, loaded_reward
-from redit_fast.training.reward_model_config import RewardModelConfig
+from redit_fast.training.reward_model.config import RewardModelConfig
 from redit_fast.training.settings import Settings
 
 Kind = TypeVar("Kind", bound=Settings)

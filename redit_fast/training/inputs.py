@@ -21,7 +21,7 @@ from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import module_file
 from redit_fast.training.config_values import is_url, loaded_reward
 from redit_fast.training.data_names import hub_of
-from redit_fast.training.reward_model_config import RewardModelConfig
+from redit_fast.training.reward_model.config import RewardModelConfig
 from redit_fast.training.rewards import answers, math_child
 from redit_fast.training.rewards.user_code import INSTALLED, source_of
 

@@ -35,7 +35,7 @@ from redit_fast.training import (
 from redit_fast.training.config import TrainConfig, default_of
 from redit_fast.training.config_values import LOCAL, PAGED, is_url, loaded_reward
 from redit_fast.training.distributed import Ranks
-from redit_fast.training.reward_model_config import RewardModelConfig
+from redit_fast.training.reward_model.config import RewardModelConfig
 from redit_fast.training.rollout import Engine
 from redit_fast.training.rollout.local import LocalEngine
 from redit_fast.training.rollout.paged import PagedEngine

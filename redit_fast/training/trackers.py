@@ -20,7 +20,7 @@ from redit_fast.foreign import Foreign
 from redit_fast.training import runs
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.distributed import Ranks
-from redit_fast.training.reward_model_config import RewardModelConfig
+from redit_fast.training.reward_model.config import RewardModelConfig
 
 PROJECT = "redit-fast"
 CLOSING = 30.0  # seconds that all have, when the run is over, to send what they still have

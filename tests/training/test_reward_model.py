@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from redit_fast.cli import main
-from redit_fast.training import config_file, reward_model, runs
+from redit_fast.training import config_file, runs
 from redit_fast.training.config import TrainConfig
-from redit_fast.training.reward_model import train
-from redit_fast.training.reward_model_batch import PairBatch, bradley_terry, held_out_metrics
-from redit_fast.training.reward_model_config import RewardModelConfig, describe
-from redit_fast.training.reward_model_data import Pair
-from redit_fast.training.reward_model_setup import parts
+from redit_fast.training.reward_model import trainer
+from redit_fast.training.reward_model.batch import PairBatch, bradley_terry, held_out_metrics
+from redit_fast.training.reward_model.config import RewardModelConfig, describe
+from redit_fast.training.reward_model.data import Pair
+from redit_fast.training.reward_model.setup import parts
+from redit_fast.training.reward_model.trainer import train
 from redit_fast.training.rewards.model import load
 from tests import ROOT
 from tests.training import preferences
@@ -234,7 +235,7 @@ def test_a_stop_saves_and_its_command_goes_on(job, tmp_path, monkeypatch, capsys
 
 
 def test_a_stop_in_an_evaluation_keeps_the_step(job, tmp_path, monkeypatch, capsys):
-    whole, stops = reward_model.held_out_metrics, [2]
+    whole, stops = trainer.held_out_metrics, [2]
 
     def pressed(model, pairs, config, *, packed):
         if stops and lines_of(tmp_path / "judge" / "metrics.jsonl"):
@@ -242,7 +243,7 @@ def test_a_stop_in_an_evaluation_keeps_the_step(job, tmp_path, monkeypatch, caps
             signal.raise_signal(signal.SIGINT)
         return whole(model, pairs, config, packed=packed)
 
-    monkeypatch.setattr(reward_model, "held_out_metrics", pressed)
+    monkeypatch.setattr(trainer, "held_out_metrics", pressed)
     assert main(["reward-model", *flags({**job, "steps": 3})]) == 130 and stops == []
     assert "stopped after step 2 of 3" in capsys.readouterr().err
     metrics = tmp_path / "judge" / "metrics.jsonl"

@@ -14,7 +14,7 @@ from redit_fast.training.report.findings import Finding
 from redit_fast.training.report.panels import POINTS, Section
 from redit_fast.training.report.samples import Step
 from redit_fast.training.report.summary import closing_rows, duration, environment
-from redit_fast.training.reward_model_config import RewardModelConfig
+from redit_fast.training.reward_model.config import RewardModelConfig
 
 # Characters that show nothing, end the text or turn its direction around, as Python spells them.
 UNSEEN = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)}

@@ -8,7 +8,7 @@ from functools import partial
 
 from redit_fast.training.report.panels import COSINE, Panel, Section, curve_of
 from redit_fast.training.report.summary import duration
-from redit_fast.training.reward_model_config import RewardModelConfig
+from redit_fast.training.reward_model.config import RewardModelConfig
 
 
 def sections(config: RewardModelConfig, metrics: Sequence[dict]) -> list[Section]:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from redit_fast.packing import plan
 from redit_fast.packing.attention import attending
 from redit_fast.packing.plan import Budget, MicroBatch
-from redit_fast.training.reward_model_config import RewardModelConfig
-from redit_fast.training.reward_model_data import Pair
+from redit_fast.training.reward_model.config import RewardModelConfig
+from redit_fast.training.reward_model.data import Pair
 from redit_fast.training.rewards.model import scores, scores_of
 
 

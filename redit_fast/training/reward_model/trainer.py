@@ -3,7 +3,7 @@
     pairs -> pass 1 -> perturb -> pass 2 -> step -> log -> save
 
 The loss is Bradley and Terry's with margin and centring, the optimizer that of `redit-fast train`, GR included. A run's
-folder is that of `trainer.py`, and each of its checkpoints is a folder that `model:PATH` takes as a reward.
+folder is that of `redit-fast train`, and each of its checkpoints is a folder that `model:PATH` takes as a reward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from redit_fast.training import (
     inputs,
     progress,
     report,
-    reward_model_setup,
     runs,
     setup,
     trackers,
@@ -28,8 +27,9 @@ from redit_fast.training import (
 from redit_fast.training.distributed import Ranks, launched
 from redit_fast.training.report.reward_model import closing_rows
 from redit_fast.training.report.summary import environment, totals
-from redit_fast.training.reward_model_batch import PairBatch, held_out_metrics, metrics_of
-from redit_fast.training.reward_model_config import RewardModelConfig
+from redit_fast.training.reward_model import setup as reward_model_setup
+from redit_fast.training.reward_model.batch import PairBatch, held_out_metrics, metrics_of
+from redit_fast.training.reward_model.config import RewardModelConfig
 
 
 def train(config: RewardModelConfig, resume: bool = False, accept_changed_inputs: bool = False) -> dict:

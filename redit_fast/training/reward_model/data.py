@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from redit_fast.checks import as_float
 from redit_fast.foreign import Foreign
 from redit_fast.training import data
-from redit_fast.training.reward_model_config import RewardModelConfig
+from redit_fast.training.reward_model.config import RewardModelConfig
 from redit_fast.training.rewards.model import context_of, tokens_of
 
 ANSWERS = ("chosen", "rejected")

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from redit_fast import extras
 from redit_fast.foreign import Foreign
-from redit_fast.training import checkpoint, config_file, policy, reward_model_data, runs, setup
-from redit_fast.training.reward_model_batch import PairBatch
-from redit_fast.training.reward_model_config import RewardModelConfig
-from redit_fast.training.reward_model_data import Pairs
+from redit_fast.training import checkpoint, config_file, policy, runs, setup
+from redit_fast.training.reward_model import data as reward_model_data
+from redit_fast.training.reward_model.batch import PairBatch
+from redit_fast.training.reward_model.config import RewardModelConfig
+from redit_fast.training.reward_model.data import Pairs
 from redit_fast.training.rewards import model as reward_models
 
 

@@ -1,0 +1,1 @@
+"""`redit-fast reward-model`: trainer.py is the page to begin with."""
