@@ -40,24 +40,36 @@ def of(config: TrainConfig) -> Inputs:
     """Of every file that the run reads; a model that is not at hand has none."""
     found: Inputs = {"reward module": {}}
     for name in config.rewards:
-        if loaded := loaded_reward(name):
-            if not is_url(loaded[1]):
-                found.setdefault("reward model", {}).update(_model(loaded[1]))
-            continue
-        for module, file in _sources(name).items():
-            found["reward module"][module] = _digest(file, f"reward module {file}")
+        if loaded_reward(name) is None:
+            for module, file in _sources(name).items():
+                found["reward module"][module] = _digest(file, f"reward module {file}")
     if config.judge_template is not None:
         template = config.judge_template
         found["judge_template"] = {template: _digest(Path(template), f"judge_template {template}")}
     if config.model is None:  # builtin.py makes the demo's model and data
         demo = _digest(Path(builtin.__file__), "the demo")
-        return found | {"the demo": {builtin.__name__: demo}}
-    return found | {"data": _data_of(config), "model": _model(config.model)}
+        return found | {"the demo": {builtin.__name__: demo}} | _models(config)
+    return found | {"data": _data_of(config)} | _models(config)
 
 
 def of_pairs(config: RewardModelConfig) -> Inputs:
     """The same of a reward model's training."""
-    return {"data": _data_of(config), "model": _model(config.model)}
+    return {"data": _data_of(config)} | _models(config)
+
+
+def completed(found: Inputs, config: TrainConfig | RewardModelConfig) -> Inputs:
+    """With the models of the hub that were not at hand before they were loaded, which has brought them."""
+    return found | {kind: files | found[kind] for kind, files in _models(config).items()}
+
+
+def _models(config: TrainConfig | RewardModelConfig) -> Inputs:
+    found: Inputs = {}
+    for name in config.rewards if isinstance(config, TrainConfig) else ():
+        if (loaded := loaded_reward(name)) and not is_url(loaded[1]):
+            found.setdefault("reward model", {}).update(_model(loaded[1]))
+    if config.model is not None:
+        found["model"] = _model(config.model)
+    return found
 
 
 def _data_of(config: TrainConfig | RewardModelConfig) -> dict[str, str]:

@@ -197,4 +197,4 @@ def print_table(console: Console, run: Path, rows: Sequence[tuple[str, str]], ti
     for phase, seconds in times.items():
         table.add_row(f"time in {phase}", f"{seconds:.1f} s ({seconds / total:.0%})")
     console.print(table)
-    console.print(f"pictures and samples: {run / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"the report: {run / 'report.html'}", highlight=False, soft_wrap=True)

@@ -104,7 +104,7 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
     def begin() -> None:
         checkpoint.remove_drafts(run / "checkpoints")
         (run / "summary.json").unlink(missing_ok=True)  # of the steps before
-        runs.replace(run / "inputs.json", json.dumps(read, indent=1) + "\n")
+        runs.replace(run / "inputs.json", json.dumps(inputs.completed(read, config), indent=1) + "\n")
         runs.replace(run / "config.json", json.dumps(dict(config), indent=1) + "\n")
         runs.keep_lines_until(run, done)
 

@@ -139,7 +139,7 @@ def test_torchrun(job, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "redit_fast", "train"]
     done = subprocess.run([*command, *flags(job | {"steps": 1})], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pictures and samples") == 1
+    assert done.stdout.count("the report: ") == 1
     assert [line["step"] for line in lines_of(tmp_path / "out" / "run" / "metrics.jsonl")] == [0, 1]
 
 

@@ -270,14 +270,19 @@ def test_weights_are_known_by_their_size_header_and_ends_without_being_read(tmp_
 
 def test_a_hub_model_is_known_by_its_commit_and_no_network_is_asked(own, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    job = config_file.load(overrides={**own, "model": "someone/tiny"})
-    assert inputs.of(job)["model"] == {}
+    job = config_file.load(overrides={**own, "model": "someone/tiny", "rewards": ["model:someone/tiny"]})
+    before = inputs.of(job)
+    assert before["model"] == before["reward model"] == {}
     repository = tmp_path / "hub" / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
     for commit in ("a" * 40, "b" * 40):
         shutil.copytree(model_folder, repository / "snapshots" / commit)
         (repository / "refs" / "main").write_text(commit)
         assert inputs.of(job)["model"] == {"someone/tiny": f"commit {commit}"}
+    loaded = inputs.completed(before, job)  # which has brought it
+    assert loaded == before | {kind: {"someone/tiny": f"commit {'b' * 40}"} for kind in ("model", "reward model")}
+    known = before | {"model": {"someone/tiny": "commit then"}}
+    assert inputs.completed(known, job)["model"] == known["model"]
     with runs.claimed(tmp_path / "run", new=True):
         then = inputs.of(job) | {"model": {"someone/tiny": f"commit {'a' * 40}"}}
         (tmp_path / "run" / "inputs.json").write_text(json.dumps(then))

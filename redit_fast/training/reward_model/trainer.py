@@ -97,7 +97,7 @@ def _train(config: RewardModelConfig, resume: bool, accept_changed_inputs: bool,
     check_folder()
     checkpoint.remove_drafts(run / "checkpoints")
     (run / "summary.json").unlink(missing_ok=True)  # of the steps before
-    runs.replace(run / "inputs.json", json.dumps(read, indent=1) + "\n")
+    runs.replace(run / "inputs.json", json.dumps(inputs.completed(read, config), indent=1) + "\n")
     runs.replace(run / "config.json", json.dumps(dict(config), indent=1) + "\n")
     runs.keep_lines_until(run, done, ("metrics.jsonl",))
     console = Console()
