@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from redit_fast.extras import MissingExtra, need
+
 from . import NAMES, claim
 
 OUT = "benchmarks/results/reproduction"
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return _command(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingExtra) as error:
         print(f"redit-fast: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(args: argparse.Namespace) -> int:
     if not getattr(args, "out", OUT):
         raise ValueError("--out is empty, needs a name")
+    need("train", "redit_fast.benchmarks.reproduction")
     if args.command == "page":
         from . import page as pages
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from itertools import groupby
@@ -191,7 +192,8 @@ def _trained(task: Task, experiment: Experiment, arm: Arm, settings: dict[str, A
     rewards = [function.name for function in task.functions]
     config = TrainConfig(**settings, rewards=rewards, out_dir=place, name="run")
     began = time.process_time()
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the applied perturbation has cosine")  # what G4 asks about
         train(config, task=task, advantages_hook=None if arm.hook is None else arm.hook(config))
     took = time.process_time() - began
     lines = report.metrics_of(Path(place, "run"))
