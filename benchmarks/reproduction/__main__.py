@@ -79,6 +79,7 @@ def _command(args: argparse.Namespace) -> int:
             for key in picked:
                 print(f"{'DIFFERS' if key in other else 'the same'}: {key}")
             return 1 if other else 0
+        runner.check_time(Path(args.out))
         if args.command == "tune":
             runner.run(chosen, list(trials.gates(chosen)), store, jobs)
             runner.run(chosen, list(trials.tuning(chosen, store.runs)), store, jobs)

@@ -35,6 +35,7 @@ from redit_fast.training.report.summary import environment
 from redit_fast.training.task import Task
 from redit_fast.training.trainer import train
 
+from . import NAMES
 from . import claim as claim_of
 from .claims import Arm, Claim, Experiment, check
 from .curves import thinned
@@ -42,6 +43,7 @@ from .tasks import TASKS
 from .trials import Runs, Trial, seconds, undone
 
 SCHEMA = 1
+HOURS = 12  # of CPU time, that the protocol gives all claims together
 
 
 class Store:
@@ -106,6 +108,16 @@ def run(claim: Claim, trials: Sequence[Trial], store: Store, jobs: int) -> None:
         store.add(key, found | made_with)
         passed = time.monotonic() - began
         print(f"[{passed:6.0f} s] {number} of {len(left)}: {key}, {found['seconds']:.1f} s", flush=True)
+
+
+def check_time(folder: Path) -> None:
+    """Says what is used of the protocol's time; raises a ValueError where all of it is."""
+    used = sum(run["seconds"] for name in NAMES for run in Store(folder, name).runs.values()) / 3600
+    if used >= HOURS:
+        raise ValueError(
+            f"--out {folder}: {used:.1f} of the protocol's {HOURS} hours of CPU time are used: no run is left"
+        )
+    print(f"{used:.2f} of {HOURS} hours of CPU time are used", flush=True)
 
 
 def repeat(claim: Claim, keys: Sequence[str], store: Store, jobs: int) -> list[str]:

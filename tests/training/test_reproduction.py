@@ -473,6 +473,16 @@ def test_bad_input_gets_one_sentence(words, sentence, tmp_path, monkeypatch, cap
     assert error.startswith("redit-fast: ") and sentence in error and error.count("\n") == 1
 
 
+def test_no_run_begins_when_the_protocols_time_is_used(tmp_path, capsys):
+    runs = {key: {**run, "seconds": 7000.0} for key, run in list(tuned(r1.CLAIM).items())[:6]}
+    (tmp_path / "R1.json").write_text(json.dumps({"schema": 1, "claim": "R1", "runs": runs}))
+    runner.check_time(tmp_path)
+    assert "11.67 of 12 hours" in capsys.readouterr().out
+    (tmp_path / "G3.json").write_text(json.dumps({"schema": 1, "claim": "G3", "runs": {"another": {"seconds": 1300}}}))
+    with pytest.raises(ValueError, match="12.0 of the protocol's 12 hours of CPU time are used: no run is left"):
+        runner.check_time(tmp_path)
+
+
 def test_two_runners_do_not_write_into_one_folder_and_a_malformed_file_is_named(tmp_path):
     with runner.alone(tmp_path / "out"), pytest.raises(ValueError, match="another runner is at work there"):
         with runner.alone(tmp_path / "out"):
