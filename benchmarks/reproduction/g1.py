@@ -6,9 +6,8 @@ from dataclasses import replace
 from itertools import product
 
 from .claims import Claim, Comparison
-from .g3 import HACKED, judged
+from .g3 import END, HACKED, judged
 
-END = "right at the end"
 FORMAT = replace(
     judged("FORMAT"),
     objective=END,

@@ -9,7 +9,7 @@ from .claims import Arm, Claim, Comparison, Experiment, Gate
 from .methods import RATE, methods
 
 LOW, HIGH = (f"right at proxy {level:g}" for level in curves.LEVELS)
-HACKED = "progress to half hacked"
+HACKED, END = "progress to half hacked", "right at the end"
 GAMMAS = (0.003, 0.01, 0.03, 0.1)  # times a curvature of about 10
 PLANTED = Arm("KL .3, 3e-4", {"learning_rate": RATE, "steps": 160, "beta": 0.3})
 COMPARISONS = (
@@ -18,6 +18,7 @@ COMPARISONS = (
         for gr, other, measure in product(("GR, fresh", "GR, pass1"), ("none", "KL"), (LOW, HIGH, HACKED))
     ),
     *(Comparison(method, "none", HIGH) for method in ("KL", "resets", "SAM")),
+    *(Comparison(gr, other, END) for gr, other in product(("GR, fresh", "GR, pass1"), ("none", "KL"))),
     Comparison("none again", "none", HIGH, role="null"),
     Comparison("KL .3, 3e-4", "none, 3e-4", HACKED, "sign", role="effect", expected=1),
 )
