@@ -24,7 +24,7 @@ PAGE = "reproduction.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 HEAD = "| claim | question | the paper | here | runs | CPU hours |\n|---|---|---|---|---|---|"
 DETAIL = (
-    "| task | arm, against | measure | pairs | means | difference [95 %] or above/below/level | p | verdict |\n"
+    "| task | arm, against | measure | pairs | means, medians | difference [95 %] or above/below/level | p | verdict |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 HUES = (BLUE, *(hue for hue in COLOURS.values() if hue != BLUE))
@@ -111,7 +111,8 @@ def _curvatures(claim: Claim, runs: Runs) -> str:
 def _row(row: Row) -> str:
     compared, found = row.comparison, row.found
     left_out = f", {row.left_out} left out" if row.left_out else ""
-    means = " and ".join("-" if mean is None else f"{mean:.3g}" for mean in row.means)
+    nothing = "never" if compared.statistic == "sign" and row.pairs else "-"
+    middles = " and ".join(nothing if middle is None else f"{middle:.3g}" for middle in row.middles)
     if found is None:
         told = f"fewer than {verdicts.LEAST} pairs"
     elif isinstance(found, Paired):
@@ -122,7 +123,7 @@ def _row(row: Row) -> str:
     kind = "" if compared.role in ("claim", "other") else f" ({'no' if compared.role == 'null' else 'planted'} effect)"
     return (
         f"| {row.task} | {compared.arm}, {compared.against}{kind} | {compared.measure} | {row.pairs}{left_out} "
-        f"| {means} | {told} | {p} | {row.verdict} |"
+        f"| {middles} | {told} | {p} | {row.verdict} |"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import median
 from typing import NamedTuple
 
 from . import statistics
@@ -22,7 +24,7 @@ class Row(NamedTuple):
     comparison: Comparison
     pairs: int  # of all seeds that have both runs
     left_out: int  # of them, because one of the two never reached what is measured
-    means: tuple[float | None, float | None]  # of both arms, over the runs that have the measure
+    middles: tuple[float | None, float | None]  # means of both arms; of times that some runs never reach, medians
     found: Paired | Signs | None  # None: fewer than LEAST pairs
     p: float | None  # Holm's, for a comparison of the claim; of a planted check as it is
     verdict: str
@@ -43,7 +45,8 @@ def rows(claim: Claim, runs: Runs) -> list[Row]:
         ps[place] = None if found[place] is None else p
     return [
         Row(
-            experiment.task, comparison, len(pairs) + left_out, left_out, _means(experiment, comparison, runs), each, p,
+            experiment.task, comparison, len(pairs) + left_out, left_out,
+            _middles(experiment, comparison, runs), each, p,
             _verdict(experiment, comparison, each, p, len(pairs), left_out),
         )
         for (experiment, comparison, pairs, left_out), each, p in zip(compared, found, ps, strict=True)
@@ -96,12 +99,16 @@ def _found(comparison: Comparison, pairs: list[tuple[float | None, float | None]
     return statistics.paired([first - second for first, second in pairs if first is not None and second is not None])
 
 
-def _means(experiment: Experiment, comparison: Comparison, runs: Runs) -> tuple[float | None, float | None]:
-    def mean(arm: str) -> float | None:
-        known = [v for v in values(experiment, arm, comparison.measure, runs).values() if v is not None]
+def _middles(experiment: Experiment, comparison: Comparison, runs: Runs) -> tuple[float | None, float | None]:
+    def middle(arm: str) -> float | None:
+        found = list(values(experiment, arm, comparison.measure, runs).values())
+        known = [value for value in found if value is not None]
+        if comparison.statistic == "sign" and len(known) < len(found):
+            found_at = median(math.inf if value is None else value for value in found)
+            return found_at if found_at < math.inf else None
         return sum(known) / len(known) if known else None
 
-    return mean(comparison.arm), mean(comparison.against)
+    return middle(comparison.arm), middle(comparison.against)
 
 
 def _verdict(
