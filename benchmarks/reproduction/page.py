@@ -24,7 +24,7 @@ PAGE = "reproduction.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 HEAD = "| claim | question | the paper | here | runs | CPU hours |\n|---|---|---|---|---|---|"
 DETAIL = (
-    "| task | arm, against | measure | pairs | means, medians | difference [95 %] or above/below/level | p | verdict |\n"
+    "| task | arm, against | measure | pairs | middles | difference [95 %], or above/below/level | p | verdict |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 HUES = (BLUE, *(hue for hue in COLOURS.values() if hue != BLUE))
