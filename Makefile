@@ -21,7 +21,7 @@ TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check verl-extra test-newest lock lint docs wheels sanitize kernel-gates packing-gates rank-gates budgets gpu-check
+.PHONY: demo reproduce-quick test check verl-extra test-newest lock lint docs wheels sanitize kernel-gates packing-gates rank-gates budgets gpu-check
 
 demo: $(READY)
 	$(VENV)/bin/redit-fast train
@@ -43,6 +43,11 @@ check: lint
 		tests/losses/test_losses.py::test_every_loss_and_its_gradient_is_its_formula \
 		$(addprefix tests/project/test_,floors.py links.py public_names.py) || \
 		{ echo "One of them in full: $(VENV)/bin/python -m pytest 'FILE::NAME'"; exit 1; }
+
+# Every claim of docs/reproduction.md with two methods, one seed and few steps, in about a minute. The claims themselves take
+# hours: python -m redit_fast.benchmarks.reproduction.
+reproduce-quick: $(TESTS)
+	$(VENV)/bin/python -m redit_fast.benchmarks.reproduction quick
 
 # verl with what its extra brings and nothing of the tests' releases: verl bounds transformers below them.
 verl-extra:

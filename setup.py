@@ -28,7 +28,11 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off",
 # the process has one (see redit_fast/backends/cpu/). Apple's clang has no -fopenmp; there the ops run on one thread.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 
-LINKED = {"redit_fast.kernels": "kernels", "redit_fast.benchmarks": "benchmarks"}  # package -> folder
+LINKED = {  # package -> folder
+    "redit_fast.kernels": "kernels",
+    "redit_fast.benchmarks": "benchmarks",
+    "redit_fast.benchmarks.reproduction": "benchmarks/reproduction",
+}
 
 cpu = Extension(
     "redit_fast._cpu",

@@ -310,6 +310,6 @@ class GradientRegularizer(torch.optim.Optimizer):
         grad_norm: of the combined gradient, before clipping. gr/g1_norm, gr/g2_norm: of each pass, over all parameters
         (g2 NaN where it is folded). gr/step_gain = <applied, intended> / |intended|^2, gr/step_cos, gr/step_norm_ratio,
         gr/frac_moved: the perturbation as the forward pass saw it against epsilon g1. gr/penalty_ratio =
-        gamma |g2 - g1| / (epsilon |g1|), NaN unless g1 was kept. gr/epsilon, gr/skipped_steps.
+        gamma |g2 - g1| / (epsilon |g1|), 0 where g1 is, NaN unless it was kept. gr/epsilon, gr/skipped_steps.
         """
         return self._passes.metrics()

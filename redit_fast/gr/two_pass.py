@@ -26,6 +26,8 @@ from redit_fast.gr.grad_scaler import leave_a_mark
 from redit_fast.gr.perturbation import LOW_PRECISION, Perturbation
 from redit_fast.gr.shards import local
 
+TINY = torch.finfo(torch.float64).tiny
+
 
 class Store(Protocol):
     """Where theta is kept while the parameters are at theta + delta."""
@@ -294,7 +296,7 @@ class TwoPass:
             g2_norm, penalty = norm if before.ratio == 1 else nan, nan
         else:
             g2_norm, gap, norm = norms
-            penalty = before.ratio * gap / before.norm
+            penalty = before.ratio * gap / before.norm.clamp(min=TINY)  # 0 where g1 is: all groups are dead
         self._metrics |= {"gr/g2_norm": g2_norm, "gr/penalty_ratio": penalty, "grad_norm": norm}
         factor = torch.ones_like(norm) * (before.ratio if before.first is None else 1.0)
         return Combined(params, self._moved, factor, norm, torch.isfinite(norm) & before.finite)

@@ -174,7 +174,7 @@ def warm_start(
         tokens = sum(len(ids) - start for ids, start in batch)
         total = 0.0
         for half in batch[: WARM_BATCH // 2], batch[WARM_BATCH // 2 :]:  # like lengths together: a quarter less time
-            loss = _completion_loss(model, half) / tokens
+            loss = completion_loss(model, half) / tokens
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,7 +185,7 @@ def warm_start(
     model.train(was_training)
 
 
-def _completion_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], int]]) -> torch.Tensor:
+def completion_loss(model: Qwen2ForCausalLM, rows: list[tuple[list[int], int]]) -> torch.Tensor:
     """Summed cross-entropy of ids[start:] over the rows (ids, start)."""
     # The padding is on the right, behind all that is scored: causal attention never sees it, and no mask is needed.
     ids = torch.zeros(len(rows), max(len(row) for row, _ in rows), dtype=torch.int64, device="cpu")

@@ -26,6 +26,7 @@ from redit_fast.training.rewards import answers, math_child
 from redit_fast.training.rewards.user_code import INSTALLED, source_of
 
 Inputs = dict[str, dict[str, str]]  # {kind: {file: its content in short}}
+PYTHON = "from Python"  # a kind: what `train` was given beside its config
 END = 2**20  # bytes at either end of a weights file
 MOST_HEADER = 100_000_000  # bytes that safetensors allows; what a file that is none claims may be all of it
 # What transformers reads of a model's folder besides the weights.
@@ -36,9 +37,14 @@ DESCRIPTIONS = (
 )  # fmt: skip
 
 
-def of(config: TrainConfig) -> Inputs:
-    """Of every file that the run reads; a model that is not at hand has none."""
-    found: Inputs = {"reward module": {}}
+def of(config: TrainConfig, task: str | None = None, hook: bool = False) -> Inputs:
+    """Of every file that the run reads; a model that is not at hand has none. Of a task and a hook from Python that
+    they were there: what they are made of their code knows."""
+    names = ([] if task is None else [f"task {task}"]) + ["advantages_hook"] * hook
+    given = {PYTHON: dict.fromkeys(names, "not known")} if names else {}
+    if task is not None:
+        return given
+    found: Inputs = {"reward module": {}} | given
     for name in config.rewards:
         if loaded_reward(name) is None:
             for module, file in _sources(name).items():
@@ -94,6 +100,11 @@ def checked(now: Inputs, run: Path, *, accept_changed: bool, adapters: bool = Fa
         raise ValueError(f"{run / 'inputs.json'}: malformed: {error}") from None
     if not isinstance(before, dict) or not all(isinstance(files, dict) for files in before.values()):
         raise ValueError(f"{run / 'inputs.json'}: malformed: needs objects of files in an object")
+    if before.get(PYTHON, {}).keys() != now.get(PYTHON, {}).keys():
+        told = " and ".join(before.get(PYTHON, ["no task and no advantages_hook"]))
+        raise ValueError(
+            f"{run} began with {told} from Python, and goes on with the same in train(config, resume=True)"
+        )
     if before.keys() != now.keys():
         raise ValueError(f"{run / 'inputs.json'}: malformed: needs the kinds of input {', '.join(now)}")
     if before.get("model") and not now["model"]:

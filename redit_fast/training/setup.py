@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ from redit_fast.training.rollout.local import LocalEngine
 from redit_fast.training.rollout.paged import PagedEngine
 from redit_fast.training.rollout.server import Server
 from redit_fast.training.settings import Settings
+from redit_fast.training.task import Task
 
 Kind = TypeVar("Kind", bound=Settings)
 MAY_CHANGE = {
@@ -189,8 +190,9 @@ class Parts:
     peak: float | None  # FLOPs a second of the device
 
 
-def parts(config: TrainConfig, saved: Path | None) -> Parts:
-    """Loaded, from the checkpoint `saved` where there is one, checked, and tried on a few tokens.
+def parts(config: TrainConfig, saved: Path | None, task: Task | None = None) -> Parts:
+    """Loaded, from the checkpoint `saved` where there is one, checked, and tried on a few tokens. Of `task`, which has
+    been checked, where there is one.
 
     Raises:
         ValueError, NotImplementedError, FloatingPointError: one sentence that names what does not fit.
@@ -211,12 +213,15 @@ def parts(config: TrainConfig, saved: Path | None) -> Parts:
         if saved is not None:
             lora.load(saved, model, base)
     elif saved is None and config.model is None:
-        model, tokenizer = builtin.build(config.seed)
+        model, tokenizer = builtin.build(config.seed) if task is None else task.build()
         model.to(device=device, dtype=getattr(torch, config.dtype, None))  # type: ignore[call-overload]
     else:
         model, tokenizer = policy.load(saved or str(config.model), device, config.dtype)
-    records = dataset(config, model, tokenizer)
-    functions = rewards.resolve(config.rewards, data.columns_of(records.train[:1]), config)
+    if task is None:
+        records = dataset(config, model, tokenizer)
+        functions = rewards.resolve(config.rewards, data.columns_of(records.train[:1]), config)
+    else:
+        records, functions = task.dataset, [replace(function) for function in task.functions]
     settings = loss_config(config, model)
     ends = policy.end_tokens(model, tokenizer)
     policy.check_head(model, tokenizer, settings)

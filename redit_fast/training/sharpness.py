@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -22,13 +23,19 @@ def probe(model: PreTrainedModel, batch: Batch, first: Pass, optimizer: rf.Regul
 
     sharpness/curvature: |g - g1| / r, with the Hessian H of the loss about |H g1| / |g1|, at most H's largest absolute
     eigenvalue. sharpness/loss_rise: the loss there less the first pass's. Both for the step's rollouts with the first
-    pass's log-probs as the old ones. Parameters and gradients end as they were, bit by bit; a copy of the perturbed
-    parameters and another gradient are held meanwhile.
+    pass's log-probs as the old ones, and of the loss without its KL term, which has a curvature of its own; where there
+    is one, g1 takes a pass of its own too. Parameters and gradients end as they were, bit by bit; a copy of the
+    perturbed parameters and another gradient, or two, are held meanwhile.
     """
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"] if p.grad is not None]
     moved = [p for group in groups if group.get("perturb", True) for p in group["params"] if p.grad is not None]
-    before = {p: p.grad for p in params}
+    kept = before = {p: p.grad for p in params}
+    if batch.settings.beta:
+        batch = dataclasses.replace(batch, settings=dataclasses.replace(batch.settings, beta=0.0), ref_logp=None)
+        model.zero_grad()
+        first = batch.backward(model)
+        before = {p: p.grad for p in params}
     radius = RADIUS * _norm(moved, local)
     passes = TwoPass(groups, rf.GR(gamma=radius, epsilon=radius, normalized=True), Copies())
     try:
@@ -38,7 +45,7 @@ def probe(model: PreTrainedModel, batch: Batch, first: Pass, optimizer: rf.Regul
     finally:
         passes.restore()
     for p in params:
-        p.grad = before[p]
+        p.grad = kept[p]
     loss = batch.ranks.summed(torch.tensor(second.loss, dtype=torch.float64, device="cpu")).item()
     return {"sharpness/curvature": gap / radius, "sharpness/loss_rise": loss - first.loss}
 

@@ -53,13 +53,24 @@ from redit_fast.training.metrics import (
 from redit_fast.training.report.summary import closing_rows
 from redit_fast.training.rewards.user_code import RewardError
 from redit_fast.training.rollout import EngineError
+from redit_fast.training.task import AdvantagesHook, Task, hooked
 
 
-def train(config: TrainConfig, resume: bool = False, accept_changed_inputs: bool = False) -> dict:
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    accept_changed_inputs: bool = False,
+    *,
+    task: Task | None = None,
+    advantages_hook: AdvantagesHook | None = None,
+) -> dict:
     """Runs or resumes a run and returns its summary; everything it leaves is in out_dir/name.
 
     Args:
         accept_changed_inputs: to go on with a run whose data, reward modules or start model have changed since.
+        task: what is trained in the place of the embedded demo.
+        advantages_hook: a step trains on what it makes of the advantages, the same on every rank. A run that goes on
+            needs both again.
 
     Raises:
         ValueError: bad input, or a run that another process is at work on, before anything is written; RewardError
@@ -67,12 +78,22 @@ def train(config: TrainConfig, resume: bool = False, accept_changed_inputs: bool
         KeyboardInterrupt: Ctrl-C, after a checkpoint, of which the warm start has none; its message is the command that
             goes on. A subclass of it that a handler of SIGTERM raises is answered alike.
     """
+    if task is not None:
+        task.check(config)
     device = setup.device_of(config)
     with distributed.started(config.strategy, device) as ranks, ExitStack() as held:  # the run's folder, until it ends
-        return _train(config, resume, accept_changed_inputs, held, ranks)
+        return _train(config, resume, accept_changed_inputs, task, advantages_hook, held, ranks)
 
 
-def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held: ExitStack, ranks: Ranks) -> dict:
+def _train(
+    config: TrainConfig,
+    resume: bool,
+    accept_changed_inputs: bool,
+    task: Task | None,
+    advantages_hook: AdvantagesHook | None,
+    held: ExitStack,
+    ranks: Ranks,
+) -> dict:
     saved: Path | None = None
     if resume:
         config, saved, check_folder = setup.resumed(config, held, ranks)
@@ -80,14 +101,14 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         ranks.by_first(lambda: runs.refuse_taken(setup.folder_of(config)))  # before the model is loaded; claim decides
 
     def inputs_now() -> inputs.Inputs:
-        now = inputs.of(config)
+        now = inputs.of(config, task.name if task else None, hook=advantages_hook is not None)
         if not resume:
             return now
         adapters = config.lora_rank is not None
         return inputs.checked(now, setup.folder_of(config), accept_changed=accept_changed_inputs, adapters=adapters)
 
     read = ranks.by_first(inputs_now, stoppable=True)  # before they are: what changes meanwhile --resume will notice
-    parts = ranks.alone(lambda: setup.parts(config, saved), stoppable=True)
+    parts = ranks.alone(lambda: setup.parts(config, saved, task), stoppable=True)
     model, tokenizer, dataset, functions = parts.model, parts.tokenizer, parts.dataset, parts.functions
     engine = setup.engine(config, parts, held, ranks)
     source = sampling.Source(engine, model, tokenizer, dataset.train, functions, config, ranks)
@@ -202,6 +223,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
                         sample_ids=drawn.ids,
                         scale=config.advantage_scale,
                     )
+                    if advantages_hook is not None:
+                        advantages = hooked(advantages_hook, advantages, drawn, step)
                 values, packed = advantages.values, parts.why_padded is None
                 batch = Batch.of(
                     drawn.prompts, drawn.rollout, values, parts.loss_config, config, step, packed=packed, ranks=ranks
@@ -283,10 +306,12 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
             if not isinstance(stop, KeyboardInterrupt):
                 raise
             if done < 0:
-                words = f"stopped in the warm start, nothing is saved; to start again: {config.command()}"
+                again = config.command() if task is None else "the same call"
+                words = f"stopped in the warm start, nothing is saved; to start again: {again}"
             else:
                 left = f"stopped after step {done} of {config.steps}, saved in {run}"
-                words = f"{left}; to go on: {config.resume_command()}"
+                again = config.resume_command() if task is None else "the same call with resume=True"
+                words = f"{left}; to go on: {again}"
             stop.args = (words,)
             raise
 
@@ -294,7 +319,8 @@ def _train(config: TrainConfig, resume: bool, accept_changed_inputs: bool, held:
         check_folder()
         summary = summary_of(run, dataset, config)
         runs.replace(run / "summary.json", json.dumps(summary, indent=1) + "\n")
-        report.write(run)
+        if task is None:
+            report.write(run)
         return summary
 
     with runs.uninterrupted():

@@ -87,6 +87,16 @@ def test_a_quadratic_gives_the_closed_form(backend, dtype, keep, gamma, epsilon)
         assert math.isnan(metrics["gr/penalty_ratio"])
 
 
+def test_a_gradient_of_zero_has_a_penalty_of_zero(backend):
+    """Of a step all of whose groups are dead."""
+    model = Quadratic(dtype=torch.float32)
+    with torch.no_grad():
+        model.x.zero_()
+    opt = sgd([model.x], gamma=0.1, epsilon=0.01, keep_first_grad=True)
+    one_step(opt, model)
+    assert opt.metrics()["gr/penalty_ratio"] == 0 and not model.x.any()
+
+
 def test_normalized_is_the_unsquared_norm(backend):
     skip_float64(backend)
     model = Quadratic()

@@ -214,6 +214,26 @@ def test_the_sharpness_probe_is_the_hessian_times_the_gradient(model_folder, mon
     assert found["sharpness/loss_rise"] == pytest.approx((radius * norm).item(), rel=0.05)
 
 
+def test_the_probe_leaves_the_kl_term_out_and_the_gradients_as_they_were(model_folder):
+    """Its curvature is that of a batch without one, though the gradient that it finds there has one."""
+    reference, _ = batch_of(model_folder, MIXED, rf.LossConfig())
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    found = []
+    for settings in (rf.LossConfig(), rf.LossConfig(beta=3.0)):
+        model, batch = batch_of(model_folder, MIXED, settings)
+        if settings.beta:
+            batch.score_reference(reference)
+        optimizer = rf.RegularizedAdamW(rf.parameter_groups(model), gamma=0.0)
+        first = batch.backward(model)
+        before = gradient(model).clone()
+        found.append((sharpness.probe(model, batch, first, optimizer), before))
+        assert torch.equal(gradient(model), before)
+    (without, g1), (with_kl, g2) = found
+    assert without == with_kl and (g1 - g2).norm() > 0.1 * g1.norm()
+
+
 def test_a_probed_run_is_the_same_run(resets, tmp_path):
     job = {**resets, "beta": 0.0, "reference_reset_every": 0, "gr_gamma": 0.1, "steps": 4}
     for name, every in (("plain", 0), ("probed", 2)):

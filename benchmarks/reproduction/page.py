@@ -1,0 +1,179 @@
+"""The results in docs/reproduction.md, between its markers, and a picture a claim. Nothing is run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from redit_fast.pictures import BLUE, COLOURS, STYLE
+
+from . import NAMES, claim, statistics, verdicts
+from .claims import Claim, Curve, Experiment
+from .runner import Store
+from .statistics import Paired
+from .trials import Runs, Trial, chosen, closed, tuning
+from .verdicts import Row
+
+PAGE = "reproduction.md"
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+HEAD = "| claim | question | the paper | here | runs | CPU hours |\n|---|---|---|---|---|---|"
+DETAIL = (
+    "| task | arm, against | measure | pairs | middles | difference [95 %], or above/below/level | p | verdict |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+HUES = (BLUE, *(hue for hue in COLOURS.values() if hue != BLUE))
+DASHES = ("-", "--", ":")
+
+
+def write(results: Path, docs: Path) -> None:
+    """Puts what the results say into the page, and draws.
+
+    Raises:
+        ValueError: a file of results is malformed, the page is not there or has no place for them.
+    """
+    page = docs / PAGE
+    if not page.is_file():
+        raise ValueError(f"--docs {docs}: has no {PAGE}: needs the folder docs of a checkout")
+    before = page.read_text("utf-8")
+    if before.count(BEGIN) != 1 or before.count(END) != 1:
+        raise ValueError(f"{page}: needs {BEGIN} and {END} once")
+    stores = {name: Store(results, name).runs for name in NAMES}
+    text = before.partition(BEGIN)[0] + block(stores) + before.partition(END)[2]
+    for name, runs in stores.items():
+        if _has_finals(runs):
+            (docs / picture(name)).write_bytes(drawn(claim(name), runs))
+    page.write_text(text, "utf-8")
+
+
+def picture(name: str) -> str:
+    return f"reproduction-{name.lower()}.png"
+
+
+def block(stores: Mapping[str, Runs]) -> str:
+    """The table of all claims and, of those with final runs, that of their comparisons."""
+    lines = [BEGIN, HEAD, *(_summary(claim(name), runs) for name, runs in stores.items())]
+    for name, runs in stores.items():
+        if tuned := _tuned(claim(name), runs):
+            lines += ["", f"**{name}, what tuning chose**: {tuned}"]
+        if curvatures := _curvatures(claim(name), runs):
+            lines += ["", f"**{name}, curvature where half of the samples hack, over that at the start**: {curvatures}"]
+        if _has_finals(runs):
+            lines += ["", f"![{name}: the curves of every seed, and their means]({picture(name)})", "", DETAIL]
+            lines += map(_row, verdicts.rows(claim(name), runs))
+    return "\n".join([*lines, END])
+
+
+def _has_finals(runs: Runs) -> bool:
+    return any(run["trial"] is None for run in runs.values())
+
+
+def _summary(claim: Claim, runs: Runs) -> str:
+    hours = sum(run["seconds"] for run in runs.values()) / 3600
+    said = verdicts.verdict(claim, runs)
+    return f"| {claim.name} | {claim.question} | {claim.paper} | {said} | {len(runs)} | {hours:.2f} |"
+
+
+def _tuned(claim: Claim, runs: Runs) -> str:
+    """The settings of the final runs, once all tuning runs are there."""
+    if not any(arm.trials for experiment in claim.experiments for arm in experiment.arms):
+        return ""
+    if any(trial.key not in runs for trial in tuning(claim, runs)):
+        return ""
+    told = []
+    for experiment in claim.experiments:
+        if shut := closed(experiment, runs):
+            told.append(f"{experiment.task} {shut}")
+            continue
+        for arm in experiment.arms:
+            if arm.trials:
+                settings = ", ".join(f"{name} {value}" for name, value in chosen(experiment, arm, runs).items())
+                told.append(f"{experiment.task} {arm.name}: {settings}")
+    return "; ".join(told)
+
+
+def _curvatures(claim: Claim, runs: Runs) -> str:
+    """Which of two tasks is sharp, by the medians over the tuning runs of plain training."""
+    told = []
+    for experiment in claim.experiments:
+        found = [run["measures"].get("curvature of the hack") for run in runs.values()
+                 if run["task"] == experiment.task and run["arm"] == "none" and run["trial"] is not None]  # fmt: skip
+        if known := [value for value in found if value is not None]:
+            told.append(f"{experiment.task} {median(known):.2g} ({len(known)} of {len(found)} tuning runs of none)")
+    return "; ".join(told)
+
+
+def _row(row: Row) -> str:
+    compared, found = row.comparison, row.found
+    left_out = f", {row.left_out} left out" if row.left_out else ""
+    nothing = "never" if compared.statistic == "sign" and row.pairs else "-"
+    middles = " and ".join(nothing if middle is None else f"{middle:.3g}" for middle in row.middles)
+    if found is None:
+        told = f"fewer than {verdicts.LEAST} pairs"
+    elif isinstance(found, Paired):
+        told = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    else:
+        told = f"{found.above}/{found.below}/{found.level}"
+    p = "-" if row.p is None else f"{row.p:.2g}"
+    kind = "" if compared.role in ("claim", "other") else f" ({'no' if compared.role == 'null' else 'planted'} effect)"
+    return (
+        f"| {row.task} | {compared.arm}, {compared.against}{kind} | {compared.measure} | {row.pairs}{left_out} "
+        f"| {middles} | {told} | {p} | {row.verdict} |"
+    )
+
+
+def drawn(claim: Claim, runs: Runs) -> bytes:
+    """A panel for each experiment: every seed of every compared arm, thin, and their mean with its 95 % interval."""
+    shown = [experiment for experiment in claim.experiments if _curves(experiment, runs)]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.4 * len(shown)), layout="constrained")
+        for experiment, axes in zip(shown, figure.subplots(len(shown), squeeze=False)[:, 0], strict=True):
+            _panel(axes, f"{claim.name}, {experiment.task}", _curves(experiment, runs))
+        found = io.BytesIO()
+        figure.savefig(found, format="png", dpi=130)
+    return found.getvalue()
+
+
+def _curves(experiment: Experiment, runs: Runs) -> dict[str, list[Curve]]:
+    """Of each arm that a claim's comparison has, its final runs."""
+    named = {name for compared in experiment.comparisons if compared.role in ("claim", "other")
+             for name in (compared.arm, compared.against)}  # fmt: skip
+    found = {}
+    for arm in experiment.arms:
+        keys = [Trial(experiment.task, arm.name, None, seed, {}).key for seed in range(experiment.seeds)]
+        if arm.name in named and (curves := [runs[key]["curve"] for key in keys if key in runs]):
+            found[arm.name] = curves
+    return found
+
+
+def _panel(axes: Axes, title: str, arms: Mapping[str, Sequence[Curve]]) -> None:
+    over, value = list(next(iter(arms.values()))[0])[:2]
+    for number, (name, curves) in enumerate(arms.items()):
+        hue, dash = HUES[number % len(HUES)], DASHES[number // len(HUES)]
+        for curve in curves:
+            axes.plot(curve[over], curve[value], color=hue, linestyle=dash, linewidth=0.4, alpha=0.35)
+        grid = [end * k / 40 for end in [min(curve[over][-1] for curve in curves)] for k in range(41)]
+        columns = [[_at(curve[over], curve[value], x) for curve in curves] for x in grid]
+        means = [sum(column) / len(column) for column in columns]
+        axes.plot(grid, means, color=hue, linestyle=dash, label=f"{name} ({len(curves)})")
+        if len(curves) >= verdicts.LEAST:
+            bands = [statistics.paired(column) for column in columns]
+            axes.fill_between(grid, [b.low for b in bands], [b.high for b in bands], color=hue, alpha=0.15, linewidth=0)
+    axes.set_title(title)
+    axes.set_xlabel("steps' worth of generated tokens" if over == "generated" else "steps times rate / 3e-4")
+    axes.set_ylabel(value)
+    axes.legend(fontsize=6.5, ncols=2)
+
+
+def _at(over: Sequence[float], values: Sequence[float], x: float) -> float:
+    """On the straight line between the two points around x."""
+    points = list(zip(over, values, strict=True))
+    for (a, left), (b, right) in zip(points, points[1:], strict=False):
+        if x <= b:
+            return left if b == a else left + (right - left) * (max(x, a) - a) / (b - a)
+    return values[-1]
