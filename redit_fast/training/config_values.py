@@ -89,12 +89,15 @@ def is_url(place: str) -> bool:
     return "://" in place or place.startswith(("http:", "https:"))
 
 
+def name_after(model: str) -> str:
+    """The last part of a model's path, with the run's name in front of a checkpoint's."""
+    folder = Path(os.path.abspath(model))  # `..` and `.` have a name too
+    run = folder.parent.parent.name if folder.parent.name == "checkpoints" else ""
+    return "-".join(filter(None, (run, folder.name)))
+
+
 def free_name(model: str | None, out_dir: str) -> str:
     """The first of demo, demo-2, ..., or of the same after the model, that nothing in `out_dir` has."""
-    stem = "demo"
-    if model is not None:
-        folder = Path(os.path.abspath(model))  # `..` and `.` have a name too
-        run = folder.parent.parent.name if folder.parent.name == "checkpoints" else ""
-        stem = "-".join(filter(None, (run, folder.name))) or "run"
+    stem = "demo" if model is None else name_after(model) or "run"
     names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
     return next(name for name in names if not os.path.lexists(Path(out_dir, name)))

@@ -46,10 +46,10 @@ OF_A_JUDGE = (
 # run's weights, and would get others.
 OF_A_RUN = (
     "rewards", "reward_weights", *OF_A_JUDGE, "system_prompt", "max_completion_length", "max_prompt_length",
-    "temperature", "top_p", "dtype", "device",
+    "temperature", "top_p", "dtype", "device", "columns", "data_format",
 )  # fmt: skip
 SETTINGS = (  # the flags
-    *OF_A_RUN, "data", "columns", "data_format", "seed", "long_prompts", "rollout", "rollout_timeout",
+    *OF_A_RUN, "data", "seed", "long_prompts", "rollout", "rollout_timeout",
     "rollout_retries",
 )  # fmt: skip
 STEP = 2**32 - 3  # of the random numbers: no training step has it
@@ -168,7 +168,8 @@ def settings_of(
     values: dict[str, object] = {}
     if own := checkpoint.run_config(folder):
         stored = under_new_names(config_file.read(own)[0])
-        left = OF_A_JUDGE if "rewards" in given else ()  # other rewards may have no judge
+        left = list(OF_A_JUDGE) if "rewards" in given else []  # other rewards may have no judge
+        left += ["columns", "data_format"] if {"columns", "data_format"} & given.keys() else []  # one stands for both
         values = {name: stored[name] for name in OF_A_RUN if name in stored and name not in left}
     values |= given
     if "rewards" in needs and "rewards" not in values:

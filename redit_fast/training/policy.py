@@ -42,6 +42,8 @@ def load(source: str | Path, device: Device = "auto", dtype: DType = "auto") -> 
     folder, tokenizer = tokenizer_of(source)
     place = device_of(device)
     model, report = read_weights(AutoModelForCausalLM, source, folder, place, dtype)
+    if "score.weight" in report["unexpected_keys"]:
+        raise ValueError(f"model {source} is a reward model, no language model; as a reward it is model:{source}")
     check_weights(report, f"model {source}")
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], f"model {source}")
     return model.to(place), tokenizer
@@ -123,6 +125,8 @@ def folder_of(source: str) -> Path:
 def _check_files(folder: Path, model: str) -> None:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{model} is an adapter, not a model; `redit-fast merge` makes one of a checkpoint with LoRA")
+    if not list(folder.glob("*.safetensors")) and (folder / "checkpoints").is_dir():
+        raise ValueError(f"{model} is a run's folder: give one of {folder / 'checkpoints'}/step-...")
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"{model} holds no .safetensors weights; pickled weights (.bin, .pt) are refused")
     if not (folder / "config.json").is_file():

@@ -84,6 +84,16 @@ NUMBERS = [
 ]
 
 
+@pytest.mark.parametrize("end", ["", ".", ",", ";", ". Done", " apples."])
+@pytest.mark.parametrize(
+    "text",
+    [r"$\boxed{7}$", r"$$\boxed{7}$$", r"$x = \boxed{7}$", r"(\boxed{7})", "$ 7 $", "$7 $", r"$\boxed{\frac{14}{2}}$"],
+)
+def test_a_full_stop_behind_a_formula_hides_no_number(text, end):
+    """The commonest last sentence of models that were trained on mathematics."""
+    assert last_number(f"The answer is {text}{end}") == (7, False)
+
+
 @pytest.mark.parametrize(("text", "value"), NUMBERS)
 def test_what_is_one_number_is_read_the_same_as_an_answer_and_as_a_completion(text, value):
     assert the_number(text) == last_number(text) == last_number(f"So it is\n{text}") == (value, False)

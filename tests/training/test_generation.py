@@ -92,6 +92,23 @@ def test_a_checkpoint_with_adapters_is_the_merged_model(settings, prompts, tmp_p
     check_damaged(folder, f"{lora.WEIGHTS} is missing", [*words, "--out", str(tmp_path / "none.jsonl")], capsys)
 
 
+def test_the_data_is_read_as_the_run_read_it(settings, prompts, tmp_path, capsys):
+    """Unless a flag says otherwise."""
+    file, records = prompts
+    renamed = tmp_path / "renamed.jsonl"
+    rows = [{"question": record["prompt"], **{k: v for k, v in record.items() if k != "prompt"}} for record in records]
+    renamed.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    columns = ["prompt=question", *(name for name in records[0] if name != "prompt")]
+    job = {**settings, "data": str(renamed), "columns": columns, "steps": 1, "eval_problems": 0}
+    train(config_file.load(overrides=job))
+    folder = str(tmp_path / "run/checkpoints/step-000001")
+    words = ["generate", folder, "--greedy", "--max-completion-length", "2", "--data"]
+    assert main([*words, str(renamed), "--out", str(tmp_path / "as-the-run.jsonl")]) == 0
+    assert main([*words, str(file), "--columns", "none", "--out", str(tmp_path / "other.jsonl")]) == 0
+    assert main([*words, str(file), "--out", str(tmp_path / "refused.jsonl")]) == 2
+    assert "no column 'question'" in capsys.readouterr().err and not (tmp_path / "refused.jsonl").exists()
+
+
 def check_damaged(folder, why, words, capsys):
     before = sorted(folder.parent.iterdir())
     own = ["--data", words[1], "--rewards", "redit_fast.training.builtin:right_steps", "--out-dir", str(folder.parent)]

@@ -496,6 +496,6 @@ def test_from_pairs_to_a_reward_model_to_grpo_with_gr_to_the_report(settings, jo
     rlhf |= {"steps": 8, "prompts_per_step": 4, "group_size": 8, "checkpoint_every": 8, "eval_every": 8}
     assert main(["train", *flags({**rlhf, "gr_gamma": 1e-3, "gr_epsilon": 1e-3, "learning_rate": 3e-3})]) == 0
     metrics = lines_of(tmp_path / "runs" / "policy" / "metrics.jsonl")
-    paid = [line["rewards/step-000024/mean"] for line in metrics[1:]]
+    paid = [line["rewards/judge-step-000024/mean"] for line in metrics[1:]]
     assert sum(paid[-3:]) > sum(paid[:3]) and metrics[-1]["gr/step_cos"] > 0.99
-    assert "step-000024" in (tmp_path / "runs" / "policy" / "report.html").read_text()
+    assert "judge-step-000024" in (tmp_path / "runs" / "policy" / "report.html").read_text()

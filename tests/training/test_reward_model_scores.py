@@ -238,6 +238,21 @@ def test_a_language_model_is_no_reward_model(settings, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_reward_model_and_a_runs_folder_are_no_language_models(settings, reward_folder, tmp_path, capsys, command):
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    own = ["--data", settings["data"], "--rewards", *settings["rewards"]]
+    for folder, said in (
+        (reward_folder, "is a reward model, no language"),
+        (tmp_path / "old", "is a run's folder: give"),
+    ):
+        place = ["--model", str(folder), "--out-dir", str(tmp_path)] if command == "train" else [str(folder)]
+        assert main([command, *place, *own]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
+
+
 def test_a_fresh_score_layer_is_the_seeds_and_all_else_the_models(model_folder):
     (one, _), (same, _), (other, _) = (load(str(model_folder), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.score.weight, same.score.weight) and not torch.equal(one.score.weight, other.score.weight)

@@ -12,13 +12,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -30,7 +28,7 @@ from redit_fast.signals import remembered
 from redit_fast.training import data
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_file import clash, is_function_name
-from redit_fast.training.config_values import loaded_reward
+from redit_fast.training.config_values import loaded_reward, name_after
 from redit_fast.training.data import Prompt
 from redit_fast.training.rewards.functions import SHIPPED
 from redit_fast.training.rewards.user_code import RewardError, UserCode, source_of, user_function
@@ -76,7 +74,9 @@ def resolve(names: Sequence[str], columns: Iterable[str], config: TrainConfig | 
         try:
             inspect.signature(fn).bind(prompts=[], completions=[], **dict.fromkeys(columns, []))
         except TypeError as error:
-            raise RewardError(f"rewards: {name!r}: {error}; the data has the columns {', '.join(columns)}") from None
+            raise RewardError(
+                f"rewards: {name!r}: {error}; the data has the columns {', '.join(columns) or 'none'}"
+            ) from None
         except ValueError:  # of builtins
             raise RewardError(f"rewards: {name!r} does not say which arguments it takes, needs a function") from None
         functions.append(RewardFunction(shown[k], fn, float(scale if scales is None else scales[k])))
@@ -110,12 +110,12 @@ def _found(name: str, config: TrainConfig | None) -> Callable:
 
 
 def _short(name: str) -> str:
-    """In the metrics: a function's own name, the last of a reward model's path, and of a judge that word."""
+    """In the metrics: a function's own name, that after a reward model, and of a judge that word."""
     loaded = loaded_reward(name)
     if loaded is None:
         return name.rpartition(":")[2]
     kind, place = loaded
-    return Path(os.path.abspath(place)).name if kind == "model" else kind
+    return name_after(place) if kind == "model" else kind
 
 
 def score(
