@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -103,7 +104,9 @@ def _check_rewards(config: Any) -> None:
 def check_places(rewards: Iterable[str]) -> None:
     """Raises a ValueError for a reward model or a judge without a place, or whose URL no sentence and file may have."""
     for kind, place in filter(None, map(loaded_reward, rewards)):
-        if kind == "judge" and is_url(place):
+        # A URL whose scheme was left out may have a password too.
+        meant = place.startswith("//") or ("@" in place and not Path(place).exists())
+        if kind == "judge" and (is_url(place) or meant):
             check_url("rewards: judge", place, "the path of a model or the URL of a server", JUDGE_KEY)
         elif not place or is_url(place):
             raise ValueError(f"rewards: {kind}: needs the path of a model behind the colon")

@@ -45,6 +45,23 @@ def test_the_grade_in_an_answer(answer, grade):
     assert grade_in(answer) == grade
 
 
+@pytest.mark.parametrize("filling", ["\n", " ", "*", "=", "Score", "Score ", "1", "1.", "Score: (", "is "])
+def test_no_answer_takes_long_to_read(filling):
+    """A small judge may go on with one token for ever."""
+    start = time.process_time()
+    assert grade_in("Score" + filling * (2**20 // len(filling))) in (None, 1)
+    assert grade_in(f"Score:{' ' * 10**6}4") == 4
+    assert time.process_time() - start < 2
+
+
+def test_a_key_that_the_server_sends_back_is_not_shown(chat, monkeypatch):
+    monkeypatch.setenv(JUDGE_KEY, "secret")
+    chat.grades = ["Bearer secret" + "x" * 190]
+    with pytest.warns(UserWarning, match="no grade from 1 to 5") as warned:
+        assert judged(Judge(chat.url, config(chat.url)), ["so 7"]) == [None]
+    assert "secret" not in str(warned[0].message) and "cret" not in str(warned[0].message)
+
+
 def test_grades_are_scaled_to_two_and_what_has_none_is_unscored(chat):
     chat.grades = [1, 2, 3, "no grade", 5]
     (function,) = resolve([f"judge:{chat.url}/v1"], ["answer"], config(chat.url))

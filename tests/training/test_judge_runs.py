@@ -75,6 +75,8 @@ BAD = [
     ({"rewards": ["model:"]}, "rewards: model: needs the path of a model behind the colon"),
     ({"rewards": ["model:http://u:secret@h"]}, "rewards: model: needs the path of a model behind the colon"),
     ({"rewards": ["judge:http://u:secret@h"]}, f"a key goes into the variable {JUDGE_KEY}"),
+    ({"rewards": ["judge:u:secret@127.0.0.1:8000"]}, "needs the path of a model or the URL of a server, http://HOST"),
+    ({"rewards": ["judge://u:secret@h"]}, "needs the path of a model or the URL of a server, http://HOST:PORT"),
     ({"rewards": ["judge:http:u:secret@h"]}, "needs the path of a model or the URL of a server, http://HOST:PORT"),
     ({"rewards": ["judge:ftp://h"]}, "rewards: judge: needs the path of a model or the URL of a server"),
     ({"rewards": ["judge:http://h?key=secret"]}, "the URL has a part after ? or #"),
@@ -135,7 +137,7 @@ def rewarded(settings, reward, **more):
 def test_a_judge_that_falls_silent_stops_a_run_after_a_checkpoint_and_it_goes_on_with_another(
     settings, tmp_path, chat, monkeypatch, capsys
 ):
-    monkeypatch.setattr(connection, "AT_ONCE", 8)
+    monkeypatch.setattr(connection, "AT_ONCE", 1)  # the last ones in a row are those that come last
     chat.grades, chat.fault = [1 + i % 5 for i in range(1000)], of({"error": "down"}, 500)
     chat.good = 2 + 3 * 4 + 2  # of the trial, of a step, and a few of the next
     job = rewarded(settings, f"judge:{chat.url}", judge_failures=4, rollout_retries=0)
@@ -152,9 +154,11 @@ def test_a_judge_that_falls_silent_stops_a_run_after_a_checkpoint_and_it_goes_on
     assert [line["step"] for line in lines][-1] == 3 and all("rewards/judge/mean" in line for line in lines[1:])
     assert "127.0.0.1" in (run / "config.json").read_text()
 
-    taken = generation._settings(str(run / "checkpoints" / "step-000003"), {"data": "d.jsonl"})
+    asked = {"samples": 1, "greedy": True}
+    source = str(run / "checkpoints" / "step-000003")
+    _, taken = generation.settings_of("generate", source, {"data": "d.jsonl"}, **asked)
     assert taken.rewards == job["rewards"] and taken.judge_failures == 4
-    taken = generation._settings(str(run / "checkpoints" / "step-000003"), {"data": "d.jsonl", "rewards": ["math"]})
+    _, taken = generation.settings_of("generate", source, {"data": "d.jsonl", "rewards": ["math"]}, **asked)
     assert taken.rewards == ["math"] and taken.judge_failures == 16
 
 

@@ -35,6 +35,7 @@ the response. End with one line of this form, where N is a whole number from 1 t
 Score: N
 """
 LEAST, MOST = 1.0, 5.0  # grades
+END = 2000  # characters of an answer in which its grade is; a megabyte would take the patterns hours
 SCALE = 2.0  # reward of the highest; the lowest has 0
 _PLACE = re.compile(r"\{\{|\}\}|\{(\w+)\}")  # {name}; {{ and }} are braces, as in Python's format
 _NUMBER = (
@@ -100,7 +101,8 @@ class Judge:
 
 def grade_in(answer: str) -> float | None:
     """The N of its last "Score: N", or of an answer that is a number alone; None where it is not from 1 to 5."""
-    found, alone = _GRADE.findall(answer), _ALONE.fullmatch(answer)
+    answer = re.sub(r"\s{2,}", lambda space: "\n" if "\n" in space[0] else " ", answer)
+    found, alone = _GRADE.findall(answer[-END:]), _ALONE.fullmatch(answer) if len(answer) <= END else None
     if not found and alone is None:
         return None
     grade = float(found[-1] if found else alone[1])  # type: ignore[index]

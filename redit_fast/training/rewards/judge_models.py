@@ -176,11 +176,12 @@ class Served:
         if isinstance(outcome, EngineError):
             raise outcome
         try:
-            return _Answer.model_validate_json(outcome).choices[0].message.content or ""
+            content = _Answer.model_validate_json(outcome).choices[0].message.content or ""
         except ValidationError as wrong:
             raise EngineError(
                 f"judge {self.connection.url}{PATH}: no answer of a chat's shape: {words_of(wrong)}"
             ) from None
+        return self.connection.without_key(content)  # a warning may show its end
 
 
 def _digest(question: str) -> bytes:

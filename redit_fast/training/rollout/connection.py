@@ -171,11 +171,12 @@ class Connection:
     def _error(self, request: Request, why: str) -> EngineError:
         return EngineError(f"{self.what} {self.url}{request.path}: {why}")
 
+    def without_key(self, text: str) -> str:
+        return text.replace(self.key, "***") if self.key else text
+
     def _words(self, text: str, before: str = "") -> str:
         """What a server or a library says, on one line, in short and without the key."""
-        text = " ".join(text.split())
-        if self.key:
-            text = text.replace(self.key, "***")
+        text = self.without_key(" ".join(text.split()))
         shown = "".join(c if c.isprintable() else "?" for c in text[:200]) + ("..." if len(text) > 200 else "")
         return f"{before}{shown}" if shown else ""
 
