@@ -289,7 +289,8 @@ def _lines(parts: setup.Parts, call: Sampled) -> list[dict]:
 
 def _told(functions: list[rewards.RewardFunction], scores: Tensor, samples: int) -> str:
     means = [f"{f.name} {column.nanmean().item():.3f}" for f, column in zip(functions, scores.T, strict=True)]
+    told = f"{len(scores)} completions: {', '.join(means)}"
     if samples > 1:
         passed = (scores[:, 0] > 0).view(-1, samples).any(1).double().mean().item()
-        means.append(f"{functions[0].name} above 0 in one of {samples} {passed:.1%}")
-    return f"{len(scores)} completions: {', '.join(means)}"
+        told += f"; {passed:.1%} of the prompts have a completion with {functions[0].name} above 0"
+    return told

@@ -56,6 +56,7 @@ def test_completions_are_sampled_and_scored_as_in_the_run(run, prompts, capsys, 
     assert torch.tensor([list(row["rewards"].values()) for row in rows]).double().equal(scores)
     assert [*rows[0]["rewards"]] == [function.name for function in functions]
     assert "15 completions: correct_answer 0.000" in said and said.splitlines()[-1] == str(out)
+    assert "; 0.0% of the prompts have a completion with correct_answer above 0" in said
     monkeypatch.chdir(run)
     for together in (4, 2):  # a prompt in a call, a prompt in two
         monkeypatch.setitem(generation.TOGETHER, "local", together)

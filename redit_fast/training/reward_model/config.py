@@ -99,7 +99,10 @@ class RewardModelConfig(Settings):
     gr_gamma_warmup_steps: int = of_train("gr_gamma_warmup_steps")
     gr_every_k_steps: int = of_train("gr_every_k_steps")
     checkpoint_every: int = of_train("checkpoint_every", default=50)
-    keep_checkpoints: int | None = of_train("keep_checkpoints")
+    keep_checkpoints: int | None = of_train(
+        "keep_checkpoints",
+        description="Newest checkpoints to keep, besides the best by held-out accuracy; none keeps all.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardModelConfig:
