@@ -43,7 +43,7 @@ RARE = Experiment(
     settings={**SHARED, "steps": 800, "max_completion_length": 5},
     tuning={"steps": 400},
     arms=(
-        *arms(tuple(METHODS), (2e-4, 4e-4, 8e-4)),
+        *arms(tuple(METHODS), (2e-4, 4e-4, 8e-4, 1e-4)),
         AGAIN,
         Arm("rate 1e-4", {"learning_rate": 1e-4}),
         Arm("rate 2e-4", {"learning_rate": 2e-4}),
@@ -59,7 +59,7 @@ UNDER = Experiment(
     task="UNDER",
     settings={**SHARED, "steps": 800, "max_completion_length": 6},
     tuning={"steps": 400},
-    arms=(*arms(tuple(METHODS), (3e-4, 6e-4, 1.2e-3)), AGAIN),
+    arms=(*arms(tuple(METHODS), (3e-4, 6e-4, 1.2e-3, 1.5e-4, 7.5e-5)), AGAIN),
     comparisons=SOONER,
     objective="mean success",
     seeds=10,
@@ -70,7 +70,7 @@ UNDER = Experiment(
 NEEDLE = Experiment(
     task="NEEDLE",
     settings={**SHARED, "steps": 500, "max_completion_length": 5},
-    arms=arms(("none", "gaussian", "center_only"), (1e-4, 3e-4, 1e-3)),
+    arms=arms(("none", "gaussian", "center_only"), (1e-4, 3e-4, 1e-3, 3e-5)),
     comparisons=(
         Comparison("gaussian", "none", "takes off", "sign", role="claim", expected=1),
         Comparison("center_only", "none", "takes off", "sign"),

@@ -16,7 +16,7 @@ SCHEDULES = ("cosine_reverse",)
 ON: Settings = {"dither_level": hooks.LEVEL}
 NOISE = {place: f"gaussian {place}".strip() for place in PLACES}
 PLAIN = {place: f"none {place}".strip() for place in PLACES}
-TRIALS = tuple({"learning_rate": rate} for rate in (3e-4, 6e-4, 1.2e-3))
+TRIALS = tuple({"learning_rate": rate} for rate in (7.5e-5, 1.5e-4, 3e-4, 6e-4))
 
 UNDER = Experiment(
     task="UNDER",

@@ -334,7 +334,7 @@ def test_a_stored_run_of_other_settings_is_refused_by_name(tmp_path):
 def test_uneven_tuning_budgets_are_refused():
     arms = tuple(dataclasses.replace(arm, trials=arm.trials[:2]) if arm.name == "none" else arm for arm in r1.RARE.arms)
     uneven = dataclasses.replace(r1.CLAIM, experiments=(dataclasses.replace(r1.RARE, arms=arms),))
-    with pytest.raises(ValueError, match="R1, RARE: tuning budgets are uneven.*none 2, gaussian 3"):
+    with pytest.raises(ValueError, match="R1, RARE: tuning budgets are uneven.*none 2, gaussian 4"):
         claims.check(uneven)
     with pytest.raises(ValueError, match="R1, RARE: tuning budgets are uneven"):
         runner.run(uneven, [], None, 1)
@@ -465,7 +465,7 @@ def test_the_committed_page_is_what_the_committed_results_say():
         (["run", "R9"], "unknown claim 'R9': needs one of R1, G3, G2, R2, R3, G4, R4, G1"),
         (["run", "R1", "--seeds", "9-0"], "--seeds: got '9-0', needs A or A-B"),
         (["run", "R1", "--jobs", "0"], "--jobs: got '0', needs a whole number from 1 on"),
-        (["run", "R1"], "R1: 153 tuning runs are missing"),
+        (["run", "R1"], "R1: 225 tuning runs are missing"),
         (["tune", "R1", "--out", ""], "--out is empty"),
     ],
 )
