@@ -216,7 +216,7 @@ def damage(path: Path) -> str | None:
     """What is not as it was written; None: nothing."""
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         manifest = None
     if not isinstance(manifest, dict):
         return f"{MANIFEST} is missing or unreadable"

@@ -64,8 +64,19 @@ def commit_of(source: str, hub: Hub) -> str:
     return " ".join(sorted({file.parent.name for file in files}))  # OWNER___NAME/CONFIG/VERSION/COMMIT/NAME-SPLIT.arrow
 
 
+def check_regular(file: Path, what: str, error: type[ValueError] = ValueError) -> None:
+    """Refuses what may be waited for for ever when it is opened, or never ends; a file that is not there passes.
+
+    Raises:
+        ValueError: of the type `error`, one sentence that begins with `what`.
+    """
+    if file.is_fifo() or file.is_char_device() or file.is_socket():
+        raise error(f"{what}: needs a regular file, since it is read more than once")
+
+
 def _opened(path: str) -> IO[bytes]:
     try:
+        check_regular(Path(path), f"data {path}")
         return open(path, "rb")
     except OSError as error:
         raise ValueError(f"data {path}: {error.strerror}") from None
@@ -152,7 +163,10 @@ def _of_arrow(
         for row in found:
             number += 1
             for name, kind in as_json.items():
-                row[name] = _loaded_json(row[name], kind)
+                try:
+                    row[name] = _loaded_json(row[name], kind)
+                except (ValueError, RecursionError) as error:  # as in `_object`
+                    raise ValueError(f"{source}:{number}: column {name!r}: malformed: {error}") from None
             for name in chats:
                 row[name] = _without_nulls(row[name])
             yield number, row
@@ -178,7 +192,7 @@ def _loaded_json(value: Any, kind: Any) -> Any:
         return [_loaded_json(item, kind.value_type) for item in value]
     if isinstance(value, dict):
         return {key: _loaded_json(item, kind.field(key).type) for key, item in value.items()}
-    return json.loads(value) if str(kind) == JSON else value
+    return json.loads(value, object_pairs_hook=distinct) if str(kind) == JSON else value
 
 
 def _is_list(kind: Any) -> bool:

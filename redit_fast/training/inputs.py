@@ -96,7 +96,7 @@ def checked(now: Inputs, run: Path, *, accept_changed: bool, adapters: bool = Fa
     except FileNotFoundError:
         warnings.warn(f"{run} has no inputs.json: its data, rewards and model are taken as unchanged", stacklevel=2)
         return now
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{run / 'inputs.json'}: malformed: {error}") from None
     if not isinstance(before, dict) or not all(isinstance(files, dict) for files in before.values()):
         raise ValueError(f"{run / 'inputs.json'}: malformed: needs objects of files in an object")
@@ -214,9 +214,8 @@ def _weights(file: Path) -> str:
 
 
 def _digest(file: Path, what: str) -> str:
-    if file.is_fifo() or file.is_char_device() or file.is_socket():  # to open one may wait for ever
-        raise ValueError(f"{what}: needs a regular file, since it is read more than once")
     try:
+        data_files.check_regular(file, what)
         with file.open("rb") as read:
             return f"sha256 {hashlib.file_digest(read, 'sha256').hexdigest()}"
     except OSError as error:

@@ -161,5 +161,5 @@ def read_base(folder: Path) -> Base:
     try:
         found = json.loads((folder / BASE).read_text("utf-8"))
         return Base(str(found["model"]), dict(found["content"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         raise ValueError(f"{folder / BASE} is missing or malformed: needs the model of the adapters") from None

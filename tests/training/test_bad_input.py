@@ -43,6 +43,14 @@ def test_data_that_can_be_read_only_once_is_refused_and_not_waited_for(settings,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_pipe_of_data_is_refused_by_the_commands_that_read_it_once(settings, tmp_path, capsys, command):
+    data = tmp_path / "data.jsonl"
+    os.mkfifo(data)
+    assert main([command, settings["model"], "--data", str(data), "--rewards", *settings["rewards"]]) == 2
+    assert f"data {data}: needs a regular file, since it is read more than once\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("under", ["file", "file/deeper", "/proc/none"])
 def test_an_out_dir_that_cannot_be_made_is_named(settings, tmp_path, capsys, under):
     (tmp_path / "file").write_text("")

@@ -96,6 +96,8 @@ def test_files_that_cannot_be_read_at_all(tmp_path):
         (tmp_path / "d.jsonl").write_text(text)
         with pytest.raises(ValueError, match=r"d.jsonl: the file is empty"):
             data.read(tmp_path / "d.jsonl")
+    with pytest.raises(ValueError, match=r"data n+.jsonl: File name too long"):
+        data.read("n" * 300 + ".jsonl")
     with pytest.raises(ValueError, match="data nowhere.jsonl: No such file"):
         data.read("nowhere.jsonl")
     for name in ("train.csv", "openai/gsm8k"):

@@ -93,6 +93,14 @@ def twice(path):
     parquet.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["prompt", "prompt"]), path)
 
 
+def json_column(*texts):
+    def write(path):
+        more = pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts))
+        parquet.write_table(pa.table({"prompt": pa.array(["a"] * len(texts)), "more": more}), path)
+
+    return write
+
+
 BAD = {
     "no such column": (lambda path: written(path, RECORDS), "d.parquet: no column 'question', found 'prompt', 'answer'",
                        ["prompt=question"]),
@@ -114,6 +122,10 @@ BAD = {
                     "d.parquet:2: the prompt needs text or a list of chat messages"),
     "other messages": (lambda path: written(path, [{"prompt": [{"from": "a"}]}]), "d.parquet:1: the prompt needs text"),
     "a reserved name": (bad_value("completions", "x"), "d.parquet:1: column 'completions' is a reserved name"),
+    "no JSON": (json_column('{"x": 1}', "{"), "d.parquet:2: column 'more': malformed: Expecting property name"),
+    "JSON too deep": (json_column("[" * 200000), "d.parquet:1: column 'more': malformed: maximum recursion depth"),
+    "a JSON key twice": (json_column('{"x": 1, "x": 2}'),
+                         "d.parquet:1: column 'more': malformed: key 'x' is there twice"),
     "a name twice": (twice, "d.parquet: column 'prompt' is there twice"),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The reward `judge:PATH_OR_URL`: what it asks, what it makes of answers, and what servers that fail come to."""
 
+import os
 import time
 
 import pytest
@@ -137,6 +138,12 @@ def test_a_template_that_cannot_be_used_is_named(tmp_path, text, sentence):
     with pytest.raises(RewardError) as error:
         Judge("http://127.0.0.1:1", config(judge_template=str(file)))
     assert str(error.value).startswith(f"judge_template {file}: ") and sentence in str(error.value)
+
+
+def test_a_template_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "t.txt")
+    with pytest.raises(RewardError, match=r"^judge_template .*t.txt: needs a regular file, since it is read more than"):
+        Judge("http://127.0.0.1:1", config(judge_template=str(tmp_path / "t.txt")))
 
 
 def test_a_column_that_the_data_lacks_is_named(chat):

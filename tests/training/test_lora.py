@@ -171,6 +171,13 @@ def test_what_cannot_be_merged_is_one_sentence(checkpoint, tmp_path, capsys, dam
     assert {path.name for path in tmp_path.iterdir()} <= {"step-000002", "step-000002-merged"}
 
 
+def test_a_base_that_is_nested_too_deep_is_malformed(tmp_path):
+    (tmp_path / lora.WEIGHTS).touch()
+    (tmp_path / lora.BASE).write_text("[" * 100000)
+    with pytest.raises(ValueError, match="base.json is missing or malformed"):
+        lora.read_base(tmp_path)
+
+
 def test_a_merged_model_that_cannot_be_written_is_named_and_leaves_nothing(checkpoint, tmp_path, capsys):
     for out in (tmp_path / "new" / ("a" * 300), checkpoint / "base.json/x"):
         assert main(["merge", str(checkpoint), str(out)]) == 2

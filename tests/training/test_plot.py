@@ -125,6 +125,15 @@ def test_a_run_given_twice_counts_once(runs, tmp_path, monkeypatch):
     assert [[run.folder.name for run in group.runs] for (group,) in seen] == [["dither-0", "dither-1"]]
 
 
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_half_a_surrogate_pair_in_a_label_is_drawn_as_an_escape(tmp_path, ending):
+    runs = [a_run(tmp_path / name) for name in "ab"]
+    settings = json.loads((runs[0] / "config.json").read_text())
+    (runs[0] / "config.json").write_text(json.dumps({**settings, "model": "\ud800"}))
+    assert [group.label for group, _ in drawn(runs)] == ["model \\ud800", "model gpt2"]
+    assert overlay.write(runs, tmp_path / f"plot.{ending}").stat().st_size > 0
+
+
 def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
     empty = a_run(tmp_path / "empty", steps=0)
     (empty / "metrics.jsonl").write_text('{"schema": 2, "st')
@@ -132,6 +141,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
     without = a_run(tmp_path / "without", steps=0)
     (without / "metrics.jsonl").write_text('{"schema": 2, "step": 0, "loss": 1.0, "reward": null}\n')
     broken = a_run(tmp_path / "broken", more="{\n")
+    deep = a_run(tmp_path / "deep", more="[" * 100000 + "\n")
+    huge = a_run(tmp_path / "huge", more=f'{{"step": {"9" * 400}}}\n')
     many = [a_run(tmp_path / f"many-{i}", dither_level=i / 20) for i in range(11)]
     before = sorted(path.name for path in tmp_path.iterdir())
     one = str(runs[0])
@@ -141,6 +152,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
         ([one, str(tmp_path / "other")], "other holds no run: it has no config.json"),
         ([one, str(empty)], "empty has no whole line in metrics.jsonl yet"),
         ([str(broken)], "metrics.jsonl:6: malformed line"),
+        ([str(deep)], "metrics.jsonl:6: malformed line: maximum recursion depth"),
+        ([str(huge)], "metrics.jsonl:6: malformed line: a whole number of 400 characters is beyond"),
         ([one, str(without)], "not all runs have reward or accuracy/held_out; in common they have none"),
         ([str(without)], "not all runs have reward or accuracy/held_out; in common they have loss"),
         ([one, str(without), "--metric", "reward"], "--metric reward: "),

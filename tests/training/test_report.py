@@ -274,7 +274,7 @@ def test_a_damaged_line_in_the_middle_is_named(run):
         report.read(run)
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", "null", '{"step": "1"}', '{"step": true}'])
+@pytest.mark.parametrize("line", ["[]", "{}", "null", '{"step": "1"}', '{"step": true}', '{"step": 10000000000000000}'])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
 def test_a_line_that_is_of_no_step_is_named(run, name, line):
     (run / name).write_text(line + "\n")
@@ -282,7 +282,30 @@ def test_a_line_that_is_of_no_step_is_named(run, name, line):
         report.read(run)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
+def test_a_line_that_is_nested_too_deep_is_named(run, name):
+    (run / name).write_text("[" * 100000 + "\n")
+    with pytest.raises(ValueError, match=rf"{name}:1: malformed line: maximum recursion depth"):
+        report.read(run)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl:1: malformed line", "completions.jsonl:1: malformed line", "summary.json: malformed"]
+)
+def test_a_whole_number_that_no_float_has_room_for_is_named(run, name):
+    (run / name.partition(":")[0]).write_text('{"step": 1, "time/rollout": -' + "9" * 400 + "}\n")
+    with pytest.raises(ValueError, match=f"{name}: a whole number of 401 characters is beyond the largest float"):
+        report.read(run)
+
+
+def test_half_a_surrogate_pair_in_a_setting_is_written_as_an_escape(run):
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**settings, "model": "a\ud800", "data": "d.jsonl"}))
+    report.write(run)
+    assert "a\\ud800" in page_of(run).text
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 100000])
 def test_a_damaged_summary_is_named(run, text):
     (run / "summary.json").write_text(text)
     with pytest.raises(ValueError, match=r"summary.json: malformed"):

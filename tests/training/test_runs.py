@@ -222,7 +222,7 @@ def test_a_run_without_inputs_or_without_its_start_model_goes_on_with_a_warning(
         train(config_file.load(overrides=own), resume=True)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "3", "{", "{}", '{"model": []}', '{"the demo": {}}'])
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{", "[" * 100000, "{}", '{"model": []}', '{"the demo": {}}'])
 def test_damaged_inputs_are_named(tmp_path, text):
     (tmp_path / "inputs.json").write_text(text)
     now = {"reward module": {}, "data": {}, "model": {}}

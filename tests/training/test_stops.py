@@ -245,6 +245,11 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(settings, 
     assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
+def test_a_manifest_that_is_nested_too_deep_is_damaged(tmp_path):
+    (tmp_path / checkpoint.MANIFEST).write_text("[" * 100000)
+    assert checkpoint.damage(tmp_path) == f"{checkpoint.MANIFEST} is missing or unreadable"
+
+
 def run_with_reward(settings, tmp_path, body, capsys):
     (tmp_path / "mine.py").write_text(f"import math, os\ndef judge(prompts, completions, **columns):\n    {body}\n")
     job = {**settings, "rewards": [f"{tmp_path}/mine:judge"]}

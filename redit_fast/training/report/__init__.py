@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib import rc_context
 
+from redit_fast.checks import as_float
 from redit_fast.pictures import STYLE
 from redit_fast.training import config_file
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.report import curves, findings, page, panels, reward_model, samples
 from redit_fast.training.report.summary import totals
 
+MOST_STEPS = 2**53  # up to which a float has every step
 OF_SCHEMA_1 = {
     "reward/raw_mean": "reward",
     "reward/raw_std": "reward_std",
@@ -39,7 +42,10 @@ def write(run_dir: str | Path) -> None:
     picture = io.BytesIO()
     with rc_context(STYLE):
         curves.draw(run.sections, run.done).savefig(picture, format="png", dpi=150)
-    for name, content in (("curves.png", picture.getvalue()), ("report.html", page.render(run).encode())):
+    for name, content in (
+        ("curves.png", picture.getvalue()),
+        ("report.html", page.render(run).encode(errors="backslashreplace")),
+    ):
         draft = Path(run_dir, f".{name}.{os.getpid()}")  # a run that ends may draw its own meanwhile
         draft.write_bytes(content)
         os.replace(draft, Path(run_dir, name))
@@ -83,14 +89,21 @@ def _samples(run: Path, config: TrainConfig) -> list[samples.Step]:
 def _summary(run: Path) -> dict:
     """Empty while the run has not ended."""
     try:
-        summary = json.loads((run / "summary.json").read_text("utf-8"))
+        summary = json.loads((run / "summary.json").read_text("utf-8"), parse_int=_whole)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{run / 'summary.json'}: malformed: {error}") from None
     if not isinstance(summary, dict):
         raise ValueError(f"{run / 'summary.json'}: malformed: needs an object")
     return summary
+
+
+def _whole(digits: str) -> int:
+    number = int(digits)
+    if math.isnan(as_float(number)):
+        raise ValueError(f"a whole number of {len(digits)} characters is beyond the largest float")
+    return number
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -120,9 +133,9 @@ def each_row(path: Path) -> Iterator[dict]:
             if not line.endswith(b"\n"):
                 break
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line, parse_int=_whole)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: malformed line: {error}") from None
-            if not isinstance(row, dict) or type(row.get("step")) is not int:
+            if not isinstance(row, dict) or type(row.get("step")) is not int or abs(row["step"]) > MOST_STEPS:
                 raise ValueError(f"{path}:{number}: malformed line: needs an object with the number of its step")
             yield row

@@ -155,7 +155,8 @@ def _labels(firsts: list[Run]) -> list[str]:
         labels = [", ".join(f"{name} {_word(run.settings.get(name))}" for name in differ) for run in firsts]
     else:
         labels = [run.folder.resolve().name for run in firsts]
-    return labels if len(set(labels)) == len(labels) else [str(run.folder) for run in firsts]
+    labels = labels if len(set(labels)) == len(labels) else [str(run.folder) for run in firsts]
+    return [label.encode(errors="backslashreplace").decode() for label in labels]  # no font has half a surrogate pair
 
 
 def _word(value: object) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from redit_fast.training import data
+from redit_fast.training import data, data_files
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.config_values import is_url
 from redit_fast.training.rewards.judge_models import Local, Served
@@ -113,6 +113,7 @@ def _template(path: str | None) -> str:
     if path is None:
         return TEMPLATE
     try:
+        data_files.check_regular(Path(path), f"judge_template {path}", RewardError)
         text = Path(path).read_text("utf-8-sig")
     except OSError as error:
         raise RewardError(f"judge_template {path}: {error.strerror}") from None
