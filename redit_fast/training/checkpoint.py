@@ -16,6 +16,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -62,30 +63,34 @@ def write(
 
     def own_files() -> optimizer_files.Pieces:
         try:
-            pieces = optimizer_files.write(draft, tensors, ranks)
-            if ranks.first:
-                if base is None:
-                    model.save_pretrained(draft, state_dict=weights)
-                else:
-                    lora.save(draft, model, weights, base)
-                if reference is not None:
-                    named = dict(reference.named_parameters())
-                    save_file({name: kept[name] for name in named} if kept else named, draft / REFERENCE)
+            with runs.naming(target):
+                pieces = optimizer_files.write(draft, tensors, ranks)
+                if ranks.first:
+                    if base is None:
+                        model.save_pretrained(draft, state_dict=weights)
+                    else:
+                        lora.save(draft, model, weights, base)
+                    if reference is not None:
+                        named = dict(reference.named_parameters())
+                        save_file({name: kept[name] for name in named} if kept else named, draft / REFERENCE)
         except SafetensorError as error:
             raise OSError(f"checkpoint {target} could not be written: {error}") from None
         return pieces
 
-    of_ranks = ranks.gathered(own_files)
-
     def others() -> None:
-        optimizer_files.write_index(draft, of_ranks)
-        tokenizer.save_pretrained(draft)
-        _write_json(draft / "state.json", {"step": step, "position": position, "optimizer": state})
-        _write_json(draft / MANIFEST, {path.name: _digest(path) for path in sorted(draft.iterdir())})
-        for path in [*draft.iterdir(), draft]:
-            _flush(path)
+        with runs.naming(target):
+            optimizer_files.write_index(draft, of_ranks)
+            tokenizer.save_pretrained(draft)
+            _write_json(draft / "state.json", {"step": step, "position": position, "optimizer": state})
+            _write_json(draft / MANIFEST, {path.name: _digest(path) for path in sorted(draft.iterdir())})
+            for path in [*draft.iterdir(), draft]:
+                _flush(path)
 
-    ranks.by_first(others)
+    with ExitStack() as undo:  # a full disk is not left fuller
+        undo.callback(shutil.rmtree, draft, ignore_errors=True)
+        of_ranks = ranks.gathered(own_files)
+        ranks.by_first(others)
+        undo.pop_all()
     return draft
 
 

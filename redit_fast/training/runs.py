@@ -81,8 +81,9 @@ def claimed(run: Path, *, new: bool) -> Iterator[Callable[[], None]]:
 
         if not is_here():
             raise TakenError(f"{run} was removed by the process that made it: start again")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+        with naming(run / LOCK):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
         # A process that a reward function has forked may outlive this one, and must not hold the folder then.
         os.register_at_fork(after_in_child=lock.close)
         yield check

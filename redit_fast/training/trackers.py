@@ -91,10 +91,14 @@ class _Tracker:
                 while (of_step := self.steps.get()) is not None:
                     log(*of_step)
                 close()
-        except ValueError as error:
+        except (
+            ValueError,
+            KeyboardInterrupt,
+        ) as error:  # a Ctrl-C is the main thread's
             if not self.left:
+                said = error if isinstance(error, ValueError) else f"track {self.name}: KeyboardInterrupt"
                 more = "it gets no more numbers, the run goes on and metrics.jsonl has all"
-                warnings.warn(f"{error}; {more}", stacklevel=2)
+                warnings.warn(f"{said}; {more}", stacklevel=2)
 
 
 def _tensorboard(config: TrainConfig | RewardModelConfig, run: Path, first: int) -> tuple[Log, Close]:
@@ -121,7 +125,9 @@ def _wandb(config: TrainConfig | RewardModelConfig, run: Path, first: int) -> tu
         dir=str(run),
         config=config.model_dump(),
         # It would take over stdout, where the bar is, and wait for a network at the end of the process.
-        settings=wandb.Settings(console="off", quiet=True, finish_timeout=CLOSING * 2 / 3),
+        settings=wandb.Settings(
+            console="off", quiet=True, init_timeout=CLOSING * 2 / 3, finish_timeout=CLOSING * 2 / 3
+        ),
     )
     there.define_metric("*", step_metric="step")  # its own step would drop those that a killed run takes again
     return lambda step, numbers: there.log({"step": step, **numbers}), there.finish

@@ -1,11 +1,13 @@
 """`redit-fast reward-model`: its loss and gradient, what it learns, its run's folder, and the whole path to GRPO."""
 
 import copy
+import errno
 import json
 import math
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,6 +268,30 @@ def test_eval_data_max_length_and_margins_are_read(job, pairs_file, tmp_path):
     assert nothing == {}
 
 
+def test_a_loss_that_is_not_finite_is_said_once(job, tmp_path):
+    with pytest.warns(UserWarning, match="the loss is not finite") as said:
+        train(config_of(job, learning_rate=1e30, steps=4, eval_every=4))
+    (words,) = [str(each.message) for each in said if "not finite" in str(each.message)]
+    assert words.startswith("step 2: the loss is not finite; the run goes on, without the steps whose gradient is not")
+    last = lines_of(tmp_path / "judge" / "metrics.jsonl")[-1]
+    assert last["loss/train"] is None and last["gr/skipped_steps"] > 0
+
+
+def test_a_disk_that_is_full_is_named_and_no_draft_is_left(job, tmp_path, monkeypatch, capsys):
+    def full(path, text, encoding=None):
+        if path.name == "state.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(path, text, encoding)
+
+    whole = Path.write_text
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["reward-model", *flags(job)]) == 2
+    checkpoints = tmp_path / "judge" / "checkpoints"
+    named = f"{checkpoints}/.draft-000001/state.json"
+    assert capsys.readouterr().err == f"redit-fast: {named}: No space left on device\n"
+    assert list(checkpoints.iterdir()) == []
+
+
 def test_what_teaches_nothing_is_said(job, tmp_path):
     lines = [{"prompt": f"{i}", "chosen": "a", "rejected": "a"} for i in range(3)]
     file = preferences.write(tmp_path / "same.jsonl", lines)
@@ -287,10 +313,11 @@ BAD_LINES = [
     ({**LINE, "prompt": CHAT}, "'chosen' needs a list of chat messages, as the prompt is, got \"7\""),
     ({"prompt": CHAT, **ANSWERS, "rejected": []}, "'rejected' needs a list of chat messages, as the prompt is, got []"),
     ({"prompt": CHAT, **ANSWERS, "rejected": [{"role": "user"}]}, "'rejected' needs a list of chat messages"),
-    ({**LINE, "margin": "wide"}, "'margin' needs a finite number, got \"wide\""),
-    ({**LINE, "margin": True}, "'margin' needs a finite number, got true"),
-    ({**LINE, "margin": 10**400}, "'margin' needs a finite number, got 1000"),
-    ({**LINE, "margin": math.inf}, "'margin' needs a finite number, got Infinity"),
+    ({**LINE, "margin": "wide"}, "'margin' needs a number that float32 has, up to 3.4e+38, got \"wide\""),
+    ({**LINE, "margin": True}, "'margin' needs a number that float32 has, up to 3.4e+38, got true"),
+    ({**LINE, "margin": 10**400}, "'margin' needs a number that float32 has, up to 3.4e+38, got 1000"),
+    ({**LINE, "margin": -1e308}, "'margin' needs a number that float32 has, up to 3.4e+38, got -1e+308"),
+    ({**LINE, "margin": math.inf}, "'margin' needs a number that float32 has, up to 3.4e+38, got Infinity"),
     ({**LINE, "chosen": "\ud800"}, "'chosen' has half of a surrogate pair"),
     ({**LINE, "rejected": "cards " * 1100}, "prompt and 'rejected' have "),
     ({**LINE, "prompt": " "}, "the prompt is empty"),

@@ -211,7 +211,17 @@ def encoder(folder):
     builtin.build(0)[1].save_pretrained(folder)
 
 
+def described_with(**more):
+    def damage(folder):
+        described = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**described, **more}))
+
+    return damage
+
+
 BAD = {
+    "another hidden size": (described_with(hidden_size=32), "config.json does not fit the weights: "),
+    "no context": (described_with(max_position_embeddings=1), "max_position_embeddings 1, a reward model needs 2"),
     "two labels": (two_labels, "has 2 labels, a reward model needs one"),
     "pickled": (pickled, "holds no .safetensors weights; pickled weights (.bin, .pt) are refused"),
     "no tokenizer": (without_tokenizer, "has no tokenizer, or one without tokens"),

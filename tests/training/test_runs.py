@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import sys
 import time
@@ -421,3 +422,13 @@ def test_a_run_that_goes_on_has_no_summary_until_it_ends(settings, tmp_path):
             train(job, resume=True)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert train(job, resume=True)["steps"] == 2
+
+
+def test_a_disk_without_room_at_the_start_is_named_with_the_lock(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="/run/.lock: File too large$"), runs.claimed(tmp_path / "run", new=True):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -116,6 +116,33 @@ def test_one_that_raises_is_left_with_one_warning_and_the_others_and_the_run_go_
     assert summary["steps"] == 2 and dict(of_tensorboard(run)).keys() == numbers_of(run).keys()
 
 
+def test_a_tracker_that_stops_itself_is_one_warning(tmp_path, monkeypatch):
+    def start(config, run, first):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(trackers.OPEN, "wandb", start)
+    uncaught = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+    with pytest.warns(UserWarning, match="^track wandb: KeyboardInterrupt; it gets no more numbers"):
+        with trackers.opened(config_file.load(overrides={"track": ["wandb"]}), tmp_path, 0, None, Ranks()):
+            pass
+    assert uncaught == []
+
+
+def test_wandb_has_less_time_to_start_than_the_end_of_a_run_waits(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    given = {}
+
+    def init(**settings):
+        given.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(KeyboardInterrupt):
+        trackers.OPEN["wandb"](config_file.load(overrides={"name": "run"}), tmp_path, 0)
+    assert 0 < given["settings"].init_timeout < trackers.CLOSING
+
+
 @pytest.mark.parametrize("when", ["start", "step"])
 def test_one_that_hangs_holds_up_no_step_and_is_left_at_the_end(settings, tmp_path, monkeypatch, when):
     hang = threading.Event()

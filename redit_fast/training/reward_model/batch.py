@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -152,3 +154,15 @@ def held_out_metrics(
     rewards = scores(model, texts_of(pairs), config.tokens_per_micro_batch, packed).view(-1, 2)
     losses = bradley_terry(rewards, margins_of(pairs), config.center_coefficient)
     return metrics_of(rewards, losses, "held_out")
+
+
+def warn_of_no_number(metrics: dict[str, float]) -> bool:
+    """Whether a loss of the step is not finite, which this warns of."""
+    if all(math.isfinite(metrics.get(f"loss/{of}", 0.0)) for of in ("train", "held_out")):
+        return False
+    warnings.warn(
+        f"step {metrics['step']}: the loss is not finite; the run goes on, without the steps whose gradient is not "
+        "finite (gr/skipped_steps), and its model may be of no use; the usual cause is too high a learning_rate",
+        stacklevel=2,
+    )
+    return True

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from redit_fast.checks import as_float
 from redit_fast.foreign import Foreign
 from redit_fast.training import data
+from redit_fast.training.config_checks import LARGEST
 from redit_fast.training.reward_model.config import RewardModelConfig
 from redit_fast.training.rewards.model import context_of, tokens_of
 
@@ -133,5 +134,7 @@ def _check(place: str, record: dict[str, Any]) -> None:
         if any("\ud800" <= character <= "\udfff" for character in data.text_of(answer)):
             raise ValueError(f"{place}: {name!r} has half of a surrogate pair, which is no character")
     margin = record.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(as_float(margin)):
-        raise ValueError(f"{place}: 'margin' needs a finite number, got {json.dumps(margin)[:60]}")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(as_float(margin)) <= LARGEST:
+        raise ValueError(
+            f"{place}: 'margin' needs a number that float32 has, up to {LARGEST:.1e}, got {json.dumps(margin)[:60]}"
+        )

@@ -28,7 +28,7 @@ from redit_fast.training.distributed import Ranks, launched
 from redit_fast.training.report.reward_model import closing_rows
 from redit_fast.training.report.summary import environment, totals
 from redit_fast.training.reward_model import setup as reward_model_setup
-from redit_fast.training.reward_model.batch import PairBatch, held_out_metrics, metrics_of
+from redit_fast.training.reward_model.batch import PairBatch, held_out_metrics, metrics_of, warn_of_no_number
 from redit_fast.training.reward_model.config import RewardModelConfig
 
 
@@ -105,6 +105,7 @@ def _train(config: RewardModelConfig, resume: bool, accept_changed_inputs: bool,
         console.print(f"{pairs.skipped} pairs have a text that is too long and are left out")
     if parts.why_padded is not None and config.packing == "auto":
         console.print(f"rows are padded, not packed: {parts.why_padded}", soft_wrap=True)
+    warned = False  # of a loss that is not finite
     unwritten = False  # whether a step is done whose line is not written
     with progress.shown(console) as shown:
         try:
@@ -158,6 +159,7 @@ def _train(config: RewardModelConfig, resume: bool, accept_changed_inputs: bool,
                 if evaluates(done):
                     with clock("eval"):  # a stop cuts it short, and --resume makes up for it
                         metrics |= held_out_metrics(model, pairs.held_out, config, packed=packed)
+                warned = warned or warn_of_no_number(metrics)
                 with runs.uninterrupted():
                     record(save=done == config.steps or done % config.checkpoint_every == 0)
                     unwritten = False

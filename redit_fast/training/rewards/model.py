@@ -114,8 +114,11 @@ def load(
             "redit-fast scores by"
         )
     for name, found, _ in report["mismatched_keys"]:
-        if name == WEIGHT:
+        if name == WEIGHT and found[0] != 1:
             raise ValueError(f"{what} has {found[0]} labels, a reward model needs one")
+    most = context_of(model)
+    if most is not None and most < 2:
+        raise ValueError(f"{what}: its config.json has max_position_embeddings {most}, a reward model needs 2 or more")
     if WEIGHT in report["missing_keys"]:
         if seed is None:
             raise ValueError(
