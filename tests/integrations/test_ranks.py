@@ -105,7 +105,9 @@ def test_gradients_weights_and_epsilon_of_two_ranks_are_those_of_one(ranks, one,
     for rank in ranks:
         found, ended, logged = rank[name]
         assert found[0].keys() == steps[0].keys() and ended.keys() == weights.keys()
-        assert distance(found[0], steps[0]) < 1e-6
+        # 1e-6 of each pass: GR's gradient is (1 - r) of the first and r = gamma / epsilon of the second.
+        ratio = 0.6 if alone == "loss" else trl_rank.AUTO["gr_gamma"] / logs[0]["gr/epsilon"]
+        assert distance(found[0], steps[0]) < 1e-6 * (abs(1 - ratio) + ratio)
         for key, value in weights.items():
             torch.testing.assert_close(ended[key], value, rtol=1e-5, atol=1e-6)
         for mine, theirs in zip(logged, logs, strict=True):
