@@ -91,10 +91,7 @@ class _Tracker:
                 while (of_step := self.steps.get()) is not None:
                     log(*of_step)
                 close()
-        except (
-            ValueError,
-            KeyboardInterrupt,
-        ) as error:  # a Ctrl-C is the main thread's
+        except (ValueError, KeyboardInterrupt) as error:  # a Ctrl-C is the main thread's
             if not self.left:
                 said = error if isinstance(error, ValueError) else f"track {self.name}: KeyboardInterrupt"
                 more = "it gets no more numbers, the run goes on and metrics.jsonl has all"
