@@ -4,9 +4,7 @@ a user would bring them, and the settings of a small run.
 """
 
 import contextlib
-import functools
 import gc
-import inspect
 import json
 import signal
 import sys
@@ -30,7 +28,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 REWARDS = [f"redit_fast.training.builtin:{name}" for name in ("correct_answer", "right_steps", "answer_format")]
 
 if INTERPRETED:
-    import triton.language as tl
+    import tests.quick_interpreter  # noqa: F401
 if CUDA_INTERPRETED:
     module.run_launches = cuda_without_a_gpu.interpret
 
@@ -54,27 +52,6 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     """What is frozen nobody frees at the end, where libraries warn of it."""
     gc.unfreeze()
-
-
-@functools.cache
-def a_builtin(package):
-    return next(name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member))
-
-
-@pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch):
-    """Triton's interpreter patches the language at every call of a function in a kernel: most of its time. Here it does
-    not patch what is patched."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    def patch(package, builder, scope):
-        if tl.core.is_builtin(getattr(package, a_builtin(package))):
-            patch_builtin(package, builder, scope)
-
-    patch_builtin = interpreter._patch_builtin
-    monkeypatch.setattr(interpreter, "_patch_builtin", patch)
 
 
 @pytest.fixture
