@@ -3,6 +3,7 @@ and puts what the test makes on its device; a skip prints the refusal. For the t
 a user would bring them, and the settings of a small run.
 """
 
+import atexit
 import contextlib
 import gc
 import json
@@ -40,6 +41,7 @@ def pytest_collection_modifyitems(items):
 
 
 gc.disable()  # while the tests are collected: of those many objects none is garbage
+atexit.register(gc.unfreeze)  # else nobody frees them at the end, where libraries warn of it
 
 
 def pytest_collection_finish():
@@ -47,11 +49,6 @@ def pytest_collection_finish():
     it leaves those out, and takes 0.01 s. Trainers collect at every run, and Python whenever much is new."""
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure():
-    """What is frozen nobody frees at the end, where libraries warn of it."""
-    gc.unfreeze()
 
 
 @pytest.fixture
@@ -117,7 +114,10 @@ def without_pictures(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    torch.manual_seed(0)
+    """As torch.manual_seed, which without a GPU keeps the caller's stack as text, for a GPU to come: 1 ms a test."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(scope="session")
