@@ -1,9 +1,10 @@
 """What two ranks of gloo compute for tests/gr/test_distributed.py: every case, in one pair of processes.
 
-python -m tests.gr.distributed_cases RANK FOLDER      # writes FOLDER/RANK.pt
+python -m tests.gr.distributed_cases FOLDER      # writes FOLDER/0.pt and FOLDER/1.pt
 """
 
 import copy
+import os
 import sys
 import warnings
 from contextlib import nullcontext
@@ -343,8 +344,10 @@ CASES = [ddp_steps, fsdp_steps, collectives, one_rank_is_not_finite, grad_scaler
          mixed_precision, checkpoint, reference_reset, swapped_heads, refusals]  # fmt: skip
 
 if __name__ == "__main__":
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    folder = Path(sys.argv[1])
+    other = os.fork()  # after the imports, which take seconds, and before any thread
+    rank = 0 if other else 1
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.save({case.__name__: case(rank) for case in CASES}, folder / f"{rank}.pt")
-    meet_and_end()
+    meet_and_end(other)

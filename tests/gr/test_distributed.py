@@ -2,6 +2,8 @@
 processes computes all cases (tests/gr/distributed_cases.py); the tests compare what it wrote with one process.
 """
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -22,19 +24,16 @@ pytestmark = pytest.mark.skipif(
 def ranks(tmp_path_factory):
     """What each of the two ranks wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.gr.distributed_cases", str(rank), str(folder)],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.gr.distributed_cases", folder],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = process.communicate(timeout=120)[1]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the other rank too
+    assert process.returncode == 0, errors
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

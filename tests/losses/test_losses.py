@@ -1,6 +1,7 @@
 """`policy_loss` is its formulas, written out a second time in `loss_oracle`, whatever the layout and the batching."""
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from redit_fast.losses.config import LossType
 from redit_fast.losses.rows import Rows
 from tests import ROOT
 from tests.losses.loss_oracle import loss_by_hand
+from tests.ranks import meet_and_end
 
 CONFIGS = {
     "grpo": rf.LossConfig("grpo"),
@@ -383,8 +385,10 @@ def test_micro_batches_add_up_whatever_their_size_and_order(name):
         torch.testing.assert_close(other_grad, grad, rtol=1e-5, atol=1e-9)
 
 
-def two_ranks(rank, store):
-    """One rank's half of every loss; run by the test below."""
+def two_ranks(store):
+    """Half of every loss on each; run by the test below."""
+    other = os.fork()  # after the imports, which take seconds, and before any thread
+    rank = 0 if other else 1
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mine = slice(8 * rank, 8 * rank + 8)
     for name in ADDITIVE:
@@ -403,15 +407,14 @@ def two_ranks(rank, store):
             torch.distributed.all_reduce(part)
             assert total.abs().max() > 1e-3
             torch.testing.assert_close(part, total, rtol=1e-5, atol=1e-6 * total.abs().max().item())
-    torch.distributed.barrier()  # a rank that leaves first can abort the other
-    torch.distributed.destroy_process_group()
+    meet_and_end(other)
 
 
 def test_two_ranks_sum_to_the_single_process_gradient(tmp_path):
-    script = "import sys; from tests.losses.test_losses import two_ranks; two_ranks(int(sys.argv[1]), sys.argv[2])"
-    command = [sys.executable, "-c", "import torch; torch.manual_seed(0); " + script]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT) for rank in (0, 1)]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    script = "import sys; from tests.losses.test_losses import two_ranks; two_ranks(sys.argv[1])"
+    command = [sys.executable, "-c", "import torch; torch.manual_seed(0); " + script, tmp_path / "store"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -11,6 +11,7 @@ import torch
 import redit_fast as rf
 from redit_fast.dither import per_reward
 from redit_fast.noise import noise
+from tests import ROOT
 from tests.conftest import few
 
 OPS = ("group_advantages",)
@@ -322,8 +323,10 @@ def test_rewards_themselves_are_checked():
 
 def test_two_ranks_need_sample_ids(tmp_path):
     script = f"""
-import sys, torch, redit_fast as rf
-rank = int(sys.argv[1])
+import os, torch, redit_fast as rf
+from tests.ranks import meet_and_end
+other = os.fork()  # after the imports, which take seconds, and before any thread
+rank = 0 if other else 1
 torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
 rewards = torch.zeros(8)
 rf.group_advantages(rewards, group_size=4)
@@ -334,15 +337,11 @@ except ValueError as error:
 else:
     raise SystemExit("no error without sample_ids")
 ids = torch.arange(8) + 8 * rank
-print(rf.group_advantages(rewards, group_size=4, dither=rf.Dither(), sample_ids=ids).values.tolist())
-torch.distributed.barrier()  # a rank that leaves first can abort the other
-torch.distributed.destroy_process_group()
+values = rf.group_advantages(rewards, group_size=4, dither=rf.Dither(), sample_ids=ids).values
+torch.save(values, f"{tmp_path}/{{rank}}.pt")
+meet_and_end(other)
 """
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks)
-    single = rf.group_advantages(torch.zeros(16), group_size=4, dither=rf.Dither()).values.tolist()
-    assert [float(x) for out in outputs for x in out.strip()[1:-1].split(",")] == single
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    values = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)])
+    assert torch.equal(values, rf.group_advantages(torch.zeros(16), group_size=4, dither=rf.Dither()).values)
