@@ -17,6 +17,7 @@ LOCK := $(if $(NVIDIA),build/lock.txt,tests/lock.txt)
 
 # Triton has wheels for Linux only.
 TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
+SANITIZED := build/sanitize/.ready
 # Two processes share the cores, so a thread that waits must sleep. Spinning, OpenMP's default, took 102 CPU seconds for
 # tests/ops/test_linear_loss.py beside other work on two cores, and this 13.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
@@ -120,23 +121,28 @@ wheels:
 # a second build of them, with the shipped flags and checks of every access and overflow. No kernel is interpreted.
 # CXXFLAGS takes the place of Python's own flags, so without their -fwrapv. libasan must come first in the process, and
 # libstdc++ with it: else it finds no __cxa_throw. Python itself leaks. Fifty repeats and float16, which is as wide as
-# bfloat16, touch no further memory. The tests of Triton would load its LLVM, those of other trainers all of them. This
-# folder comes before site-packages, where verl has a package tests too.
+# bfloat16, touch no further memory. The tests of Triton would load its LLVM, those of other trainers all of them; none of
+# training's and packing's is asked for, and reading them was a quarter of the collection. This folder comes before
+# site-packages, where verl has a package tests too.
 HOST_OF_CUDA := cuda and (bindings or the_plan or the_grid_is or a_launch_has or product_does_not_take or by_name)
+UNREAD := tests/integrations/% tests/packing/% tests/training/% tests/backends/test_triton%
 CHECKS := -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: $(TESTS)
+$(SANITIZED): $(READY)
 	rm -rf build/sanitize
 	CXXFLAGS="$(CHECKS) -D_GLIBCXX_ASSERTIONS" LDFLAGS="$(CHECKS)" $(VENV)/bin/python setup.py -q build \
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	touch $@
+
+sanitize: $(TESTS) $(SANITIZED)
 	PYTHONPATH=build/sanitize/lib:$(CURDIR) ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	OMP_WAIT_POLICY=passive $(VENV)/bin/pytest -x -n 2 --dist worksteal --import-mode=append --capture=sys \
-		-k "(cpu or $(HOST_OF_CUDA)) and not fifty and not 151936 and not dtype2" tests/project/sanitize.py $(filter-out tests/integrations/% tests/backends/test_triton%,$(wildcard tests/*/test_*.py))
+		-k "(cpu or $(HOST_OF_CUDA)) and not fifty and not 151936 and not dtype2" tests/project/sanitize.py $(filter-out $(UNREAD),$(wildcard tests/*/test_*.py))
 
 # Without a GPU the CUDA module is here for its host code: the other architectures would be 55 of 190 CPU seconds. Both
 # builds share what nvcc compiles.
 ifeq ($(NVIDIA),)
-$(READY) sanitize verl-extra: export TORCH_CUDA_ARCH_LIST ?= 9.0a
+$(READY) $(SANITIZED) verl-extra: export TORCH_CUDA_ARCH_LIST ?= 9.0a
 endif
 # A torch that is already in .venv stays.
 PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)
