@@ -11,7 +11,7 @@ import textwrap
 import pytest
 
 import redit_fast
-from redit_fast import cli
+from redit_fast import cli, commands
 from redit_fast.training import config, config_file
 from tests import ROOT
 
@@ -272,17 +272,13 @@ def test_help_and_version_answer_without_loading_torch(word):
     assert command("-c", textwrap.dedent(program)).stderr == "0 []\n"
 
 
-def test_ctrl_c_ends_with_130_and_the_trainers_words():
-    program = """
-    import sys
-    from redit_fast import cli, commands
+@pytest.mark.parametrize(("words", "line"), [(["saved; go on with ..."], "saved; go on with ...\n"), ([], "stopped\n")])
+def test_ctrl_c_ends_with_130_and_the_trainers_words_or_one_of_our_own(capsys, monkeypatch, words, line):
     def interrupted(args):
-        raise KeyboardInterrupt("saved; go on with ...")
-    commands.train = interrupted
-    sys.exit(cli.main(["train"]))
-    """
-    done = command("-c", textwrap.dedent(program))
-    assert (done.returncode, done.stderr) == (130, "saved; go on with ...\n")
+        raise KeyboardInterrupt(*words)
+
+    monkeypatch.setattr(commands, "train", interrupted)
+    assert run(capsys, "train") == (130, "", line)
 
 
 def test_a_warning_is_one_line_without_file_and_source():
@@ -296,16 +292,3 @@ def test_a_warning_is_one_line_without_file_and_source():
     """
     done = command("-c", textwrap.dedent(program))
     assert (done.returncode, done.stderr) == (0, "warning: a reward was None\n")
-
-
-def test_ctrl_c_before_the_training_leaves_no_empty_line():
-    program = """
-    import sys
-    from redit_fast import cli, commands
-    def interrupted(args):
-        raise KeyboardInterrupt
-    commands.train = interrupted
-    sys.exit(cli.main(["train"]))
-    """
-    done = command("-c", textwrap.dedent(program))
-    assert (done.returncode, done.stderr) == (130, "stopped\n")
