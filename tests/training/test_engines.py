@@ -2,6 +2,7 @@
 by another engine than the local one, and with samples ahead."""
 
 import copy
+import gc
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ import torch
 from redit_fast.cli import main
 from redit_fast.training import builtin, checkpoint, config_file, policy, report, setup
 from redit_fast.training.distributed import Ranks
-from redit_fast.training.rollout import EngineError
+from redit_fast.training.rollout import EngineError, paged
 from redit_fast.training.rollout.ahead import Ahead
 from redit_fast.training.rollout.local import LocalEngine
 from redit_fast.training.rollout.paged import PagedEngine
@@ -169,6 +170,21 @@ def test_ctrl_c_ends_pageds_thread_and_puts_the_model_back(loaded):
     pressed.join()
     assert threading.enumerate() == threads and model.training and model.config._attn_implementation == attention
     assert time.monotonic() - begun < 10
+
+
+def test_paged_leaves_what_was_there_out_of_its_collections_unless_somebody_has_done_so(loaded, monkeypatch):
+    """As conftest.py has."""
+    model, _, prompts = loaded
+    seen, switch = [], paged._switch_attention
+    monkeypatch.setattr(paged, "_switch_attention", lambda *args: seen.append(gc.get_freeze_count()) or switch(*args))
+    sampled(PagedEngine(model, []), prompts)
+    assert seen[0] > 0 and gc.get_freeze_count() > 0
+    gc.unfreeze()
+    try:
+        sampled(PagedEngine(model, []), prompts)
+        assert seen[1] > 0 and gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
 
 
 def test_a_run_by_paged_goes_on_bit_by_bit(settings, tmp_path):
