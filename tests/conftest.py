@@ -40,15 +40,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem != "test_install")
 
 
-gc.disable()  # while the tests are collected: of those many objects none is garbage
-atexit.register(gc.unfreeze)  # else nobody frees them at the end, where libraries warn of it
-
-
-def pytest_collection_finish():
-    """A full collection looks at all objects, which takes 0.3 s beside 13,000 tests and what they import: from here on
-    it leaves those out, and takes 0.01 s. Trainers collect at every run, and Python whenever much is new."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """A full garbage collection looks at all objects: 0.3 s beside 13,000 tests and what they import. From here on it
+    leaves those out, and takes 0.01 s: trainers make several a run, and Python one whenever much is new."""
+    gc.disable()  # of those many objects none is garbage
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # else nobody frees them at the end, where libraries warn of it
 
 
 @pytest.fixture
