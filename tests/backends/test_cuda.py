@@ -13,15 +13,14 @@ from redit_fast import backends
 from redit_fast.backends import cuda as backend
 from redit_fast.backends import reference
 from redit_fast.backends.cuda import module
-from tests import ROOT
+from tests import NO_PLUGINS, ROOT
 from tests.cuda import NVCC
 
 HEAD = ["linear_loss", "linear_rows", "linear_whole", "heads"]
 # A process each, which takes 4 CPU seconds to begin.
 SUITES = {
     "the head": HEAD,
-    "logits": ["token_loss", "hostile_logits", "primitives", "no_grad"],
-    "the rest": ["params", "regularize", "advantages"],
+    "the rest": ["token_loss", "hostile_logits", "primitives", "no_grad", "params", "regularize", "advantages"],
 }
 # `make test` interprets one case a regime. Of the head: of three dtypes float32, whose products are torch's, and in the
 # cases that are named bfloat16, whose product is our own and takes 2 s a launch; of the rows with a coefficient some.
@@ -61,7 +60,7 @@ def test_the_kernels_pass_the_test_bodies_of_every_backend(suites):
     """In a process of its own, since the grid of backends is made when tests are collected."""
     files = [file for suite in suites for file in (ROOT / "tests").glob(f"*/test_{suite}.py")]
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", cases(suites), *files]
-    environment = os.environ | {"REDIT_FAST_CUDA_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"REDIT_FAST_CUDA_INTERPRET": "1", "OMP_NUM_THREADS": "1", **NO_PLUGINS}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     ran = set(re.findall(r"test_(\w+)\.py::.*cuda.* PASSED", done.stdout))
     assert done.returncode == 0 and ran == set(suites), done.stdout + done.stderr

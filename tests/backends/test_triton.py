@@ -17,7 +17,7 @@ from redit_fast import backends
 from redit_fast.backends import cuda, reference
 from redit_fast.backends import triton as backend
 from redit_fast.losses.transforms import LogitTransform
-from tests import ROOT
+from tests import NO_PLUGINS, ROOT
 from tests.backends.test_params import adamw_state, scalar, tensors
 from tests.ops.test_token_loss import LOSSES
 
@@ -29,7 +29,7 @@ JITFunction = pytest.importorskip("triton.runtime.jit").JITFunction
 
 FUSED = [config for name, config in LOSSES.items() if name not in ("gspo", "entropy")]
 
-# A process each, which takes 6 CPU seconds to begin; the longest first.
+# The longest first.
 SUITES = {
     "the head": ["linear_loss", "linear_rows", "linear_whole", "heads"],
     "logits": ["token_loss", "primitives", "triton_traffic"],
@@ -45,6 +45,7 @@ SUITES = {
 # modes without gradients and of a process's defaults nothing.
 ALL = "KERNEL_ARCHS" in os.environ
 SUITES |= {"modes": ["no_grad", "default_device"]} if ALL else {}  # which are about the ops, not about their kernels
+SUITES = SUITES if ALL else {"all": sum(SUITES.values(), [])}  # a process takes 5 CPU seconds to begin
 REPEATED = (
     "dtype0", "dtype2", "triton-0.0-0-", "changes_nothing[triton-float64]", "changes_nothing[triton-bfloat16]",
     "(linear_grpo_loss_is_policy_loss and not grpo-kl and not entropy)",
@@ -72,7 +73,7 @@ def test_the_interpreter_passes_the_test_bodies_of_every_backend(suites):
     """In a process of its own, since kernels are decorated when they are imported."""
     files = [file for suite in suites for file in (ROOT / "tests").glob(f"*/test_{suite}.py")]
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", CASES, *files]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **NO_PLUGINS}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     ran = set(re.findall(r"test_(\w+)\.py::.* PASSED", done.stdout))
     assert done.returncode == 0 and ran == set(suites), done.stdout + done.stderr
