@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +83,20 @@ class Batch:
             prompts, rollout.completions, advantages, settings, budget, packed, step, config.seed, masked,
             sampling_logp, ranks=ranks or Ranks(),
         )  # fmt: skip
+
+    def part(self, samples: range) -> Batch:
+        """Consecutive samples, as a batch of their own, without a reference's log-probs."""
+        own = slice(samples.start, samples.stop)
+        each = None if self.sampling_logp is None else torch.cat(self.sampling_logp.split(self.lengths)[own])
+        return replace(
+            self,
+            prompts=self.prompts[own],
+            completions=self.completions[own],
+            advantages=self.advantages[own],
+            masked=frozenset(i - samples.start for i in self.masked if i in samples),
+            sampling_logp=each,
+            ref_logp=None,
+        )
 
     @cached_property
     def sequences(self) -> list[Tensor]:

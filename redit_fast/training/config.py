@@ -198,6 +198,8 @@ class TrainConfig(Settings):
         0, ge=0, description="Optimizer steps in which it rises linearly from 0, which the first one has."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the gradient's running mean.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW decay of the squared gradient's running mean.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are clipped to this norm; none is off.")
     loss_type: LossType = Field("dapo", description="Policy loss.")
     clip_low: float = Field(
@@ -237,7 +239,7 @@ class TrainConfig(Settings):
         0, ge=0, description="Steps between Reference Resets, which make the policy the reference; 0 is never."
     )
     sharpness_every: int = Field(
-        0, ge=0, description="Steps between sharpness probes, each of which takes one pass more; 0 is off."
+        0, ge=0, description="Steps between sharpness probes, each of which takes two passes more; 0 is off."
     )
     checkpoint_every: int = Field(ge=1, description="Steps between checkpoints, besides the last.")
     keep_checkpoints: int | None = Field(

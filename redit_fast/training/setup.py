@@ -293,6 +293,7 @@ def optimizer(config: TrainConfig | RewardModelConfig, model: PreTrainedModel) -
     return rf.RegularizedAdamW(
         rf.parameter_groups(model, perturb="decoder_layers"),
         lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
         max_norm=config.max_grad_norm,
         seed=config.seed,

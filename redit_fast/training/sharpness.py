@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,24 +19,32 @@ from redit_fast.training.batch import Batch, Pass
 RADIUS = 0.01  # of the perturbed weights' norm: in bfloat16 two to three units in the last place, so not lost
 
 
-def probe(model: PreTrainedModel, batch: Batch, first: Pass, optimizer: rf.RegularizedAdamW) -> dict[str, float]:
-    """One more pass at theta + r g1 / |g1|, r = 0.01 |theta| over the perturbed set, whose gradient is in .grad.
+def probe(
+    model: PreTrainedModel, batch: Batch, first: Pass, optimizer: rf.RegularizedAdamW, group_size: int
+) -> dict[str, float]:
+    """Two passes more for a step whose gradient is in .grad, of its loss without the KL term, which has a gradient and
+    a curvature of its own; where there is one, the gradient of the rest, g1, takes a pass of its own too.
 
-    sharpness/curvature: |g - g1| / r, with the Hessian H of the loss about |H g1| / |g1|, at most H's largest absolute
-    eigenvalue. sharpness/loss_rise: the loss there less the first pass's. Both for the step's rollouts with the first
-    pass's log-probs as the old ones, and of the loss without its KL term, which has a curvature of its own; where there
-    is one, g1 takes a pass of its own too. Parameters and gradients end as they were, bit by bit; a copy of the
-    perturbed parameters and another gradient, or two, are held meanwhile.
+    One is at theta + r g1 / |g1|, r = 0.01 |theta| over the perturbed set. sharpness/curvature: |g - g1| / r, with the
+    Hessian H of the loss about |H g1| / |g1|, at most H's largest absolute eigenvalue. sharpness/loss_rise: the loss
+    there less the first pass's. Both for the step's rollouts with the first pass's log-probs as the old ones.
+    The other is `signal`. Parameters and gradients end as they were, bit by bit; a copy of the perturbed parameters and
+    another gradient, or two, are held meanwhile.
     """
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"] if p.grad is not None]
     moved = [p for group in groups if group.get("perturb", True) for p in group["params"] if p.grad is not None]
     kept = before = {p: p.grad for p in params}
-    if batch.settings.beta:
+    has_kl = batch.settings.beta > 0
+    if has_kl:
         batch = dataclasses.replace(batch, settings=dataclasses.replace(batch.settings, beta=0.0), ref_logp=None)
+    found = signal(model, batch, params, group_size)
+    if has_kl:
         model.zero_grad()
         first = batch.backward(model)
         before = {p: p.grad for p in params}
+    for p in params:
+        p.grad = before[p]
     radius = RADIUS * _norm(moved, local)
     passes = TwoPass(groups, rf.GR(gamma=radius, epsilon=radius, normalized=True), Copies())
     try:
@@ -47,7 +56,31 @@ def probe(model: PreTrainedModel, batch: Batch, first: Pass, optimizer: rf.Regul
     for p in params:
         p.grad = kept[p]
     loss = batch.ranks.summed(torch.tensor(second.loss, dtype=torch.float64, device="cpu")).item()
-    return {"sharpness/curvature": gap / radius, "sharpness/loss_rise": loss - first.loss}
+    return {
+        "sharpness/curvature": gap / radius,
+        "sharpness/loss_rise": loss - first.loss,
+        "sharpness/signal": found,
+    }
+
+
+def signal(model: PreTrainedModel, batch: Batch, params: list[Tensor], group_size: int) -> float:
+    """The inner product of the gradients of both halves of a batch's groups, each half's loss by its own normalizer,
+    over the mean square of the advantages. Noise of sampling is independent in the two, so this is what |gradient|^2 of
+    all the data would be at advantages of size 1: without noise, which the square of one batch's gradient has added.
+    Below 0 where noise outweighs it; NaN for one group, or where all advantages are 0. Leaves the second half's
+    gradient."""
+    size, middle = batch.advantages.double().square().mean().item(), len(batch.prompts) // group_size // 2 * group_size
+    if not middle or not size:
+        return math.nan
+    halves = []
+    for samples in (range(middle), range(middle, len(batch.prompts))):
+        model.zero_grad()
+        batch.part(samples).backward(model)
+        halves.append({p: gradients.of(p).float() for p in params})
+    one, other = halves
+    together = _norm(params, lambda p: one[p] + other[p])
+    apart = _norm(params, lambda p: one[p] - other[p])
+    return (together**2 - apart**2) / 4 / size
 
 
 def _norm(params: list[Tensor], tensor_of: Callable[[Tensor], Tensor]) -> float:

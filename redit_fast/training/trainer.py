@@ -242,7 +242,7 @@ def _train(
                         first = first or one
                         if one is first and config.sharpness_every and (step + 1) % config.sharpness_every == 0:
                             with clock("sharpness"):
-                                probed = sharpness.probe(model, batch, first, optimizer)
+                                probed = sharpness.probe(model, batch, first, optimizer, config.group_size)
                         for group in optimizer.param_groups:
                             group["lr"] = learning_rate(number)
                         with clock("pass2"):

@@ -327,6 +327,7 @@ def _optimizer(config: TrainConfig) -> Options:
         f"{optim}.lr": config.learning_rate,
         f"{optim}.lr_scheduler_type": SCHEDULES[config.lr_scheduler_type],
         f"{optim}.lr_warmup_steps": config.warmup_steps,
+        f"{optim}.betas": [config.adam_beta1, config.adam_beta2],
         f"{optim}.weight_decay": config.weight_decay,
         f"{optim}.clip_grad": math.inf if config.max_grad_norm is None else config.max_grad_norm,
     }

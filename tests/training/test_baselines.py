@@ -1,6 +1,8 @@
 """What the GR paper compares with in the trainer: a KL term, Reference Resets, presets. And the sharpness probe."""
 
 import copy
+import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -154,6 +156,7 @@ def test_presets_are_the_papers_settings_and_what_is_set_beside_them_wins():
         ({"beta": -0.1}, "beta: got -0.1, needs a number greater than or equal to 0"),
         ({"preset": "dpo"}, "preset: got 'dpo', needs 'grpo', 'kl', 'resets' or 'gr'"),
         ({"preset": ["kl"]}, "preset: got ['kl'], needs"),
+        ({"adam_beta2": 1.0}, "adam_beta2: got 1.0, needs a number less than 1"),
         ({"sharpness_every": -1}, "sharpness_every: got -1, needs a number greater than or equal to 0"),
     ],
 )
@@ -194,7 +197,7 @@ def test_the_sharpness_probe_is_the_hessian_times_the_gradient(model_folder, mon
     moved, others = (group["params"] for group in optimizer.param_groups)
     first = batch.backward(model)
     before = {p: (p.detach().clone(), p.grad.clone()) for p in [*moved, *others]}
-    found = sharpness.probe(model, batch, first, optimizer)
+    found = sharpness.probe(model, batch, first, optimizer, 2)
     for p, (value, grad) in before.items():
         assert torch.equal(p, value) and torch.equal(p.grad, grad)
 
@@ -228,10 +231,44 @@ def test_the_probe_leaves_the_kl_term_out_and_the_gradients_as_they_were(model_f
         optimizer = rf.RegularizedAdamW(rf.parameter_groups(model), gamma=0.0)
         first = batch.backward(model)
         before = gradient(model).clone()
-        found.append((sharpness.probe(model, batch, first, optimizer), before))
+        found.append((sharpness.probe(model, batch, first, optimizer, 2), before))
         assert torch.equal(gradient(model), before)
     (without, g1), (with_kl, g2) = found
     assert without == with_kl and (g1 - g2).norm() > 0.1 * g1.norm()
+
+
+def test_the_signal_is_the_inner_product_of_both_halves_gradients_at_advantages_of_size_one(model_folder):
+    """Not of the sums: of both halves' means over tokens, and no larger for larger advantages."""
+    model, batch = batch_of(model_folder, MIXED, rf.LossConfig(), micro_batch_size=3)
+    halves = []
+    for others in (range(4, 8), range(4)):
+        model.zero_grad()
+        dataclasses.replace(batch, masked=frozenset(others)).backward(model)
+        halves.append(gradient(model).double())
+    expected = (halves[0] @ halves[1]).item() / torch.tensor(MIXED).square().mean().item()
+    params = [p for p in model.parameters() if p.requires_grad]
+    assert sharpness.signal(model, batch, params, 2) == pytest.approx(expected, rel=1e-3)
+    larger = dataclasses.replace(batch, advantages=3 * batch.advantages)
+    assert sharpness.signal(model, larger, params, 2) == pytest.approx(expected, rel=1e-3)
+    for size, advantages in ((8, batch.advantages), (2, torch.zeros(8))):
+        nothing = sharpness.signal(model, dataclasses.replace(batch, advantages=advantages), params, size)
+        assert math.isnan(nothing)
+
+
+def test_a_signal_has_no_sampling_noise_in_the_mean_where_the_squared_norm_has(model_folder):
+    """Advantages are coins: the true gradient is 0."""
+    model, batch = batch_of(model_folder, MIXED, rf.LossConfig())
+    params = [p for p in model.parameters() if p.requires_grad]
+    generator, products, squares = torch.Generator().manual_seed(0), [], []
+    for _ in range(24):
+        coins = torch.randint(0, 2, (8,), generator=generator) * 2.0 - 1
+        drawn = dataclasses.replace(batch, advantages=coins)
+        products.append(sharpness.signal(model, drawn, params, 2))
+        model.zero_grad()
+        drawn.backward(model)
+        squares.append(gradient(model).square().sum().item())
+    mean, noise = sum(products) / 24, sum(squares) / 24
+    assert abs(mean) < 0.5 * noise and min(products) < 0 < max(products)
 
 
 def test_a_probed_run_is_the_same_run(resets, tmp_path):
@@ -241,8 +278,9 @@ def test_a_probed_run_is_the_same_run(resets, tmp_path):
     assert_equal_checkpoints(*(Path(tmp_path, name, "checkpoints/step-000004") for name in ("plain", "probed")))
     plain, probed = (timeless(tmp_path / name / "metrics.jsonl") for name in ("plain", "probed"))
     assert ["sharpness/curvature" in line for line in probed] == [False, False, True, False, True]
-    assert probed[2].pop("sharpness/curvature") > 0 and probed[2].pop("sharpness/loss_rise") > 0
-    assert probed[4].pop("sharpness/curvature") > 0 and probed[4].pop("sharpness/loss_rise") > 0
+    for line in (probed[2], probed[4]):
+        assert line.pop("sharpness/curvature") > 0 and line.pop("sharpness/loss_rise") > 0
+        assert line.pop("sharpness/signal") != 0
     assert plain == probed
 
 

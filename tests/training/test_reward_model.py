@@ -403,6 +403,7 @@ def test_a_tracker_has_the_numbers_of_metrics_jsonl(job, tmp_path):
 LIVE = [
     {"center_coefficient": 0.5}, {"pairs_per_step": 5}, {"packing": "off"}, {"seed": 1}, {"eval_pairs": 3},
     {"learning_rate": 0.1}, {"weight_decay": 5.0}, {"max_grad_norm": 1e-3}, {"gr_gamma": 0.1},
+    {"adam_beta1": 0.5}, {"adam_beta2": 0.5},
     {"lr_scheduler_type": "linear"}, {"dtype": "bfloat16"}, {"max_length": 60, "long_pairs": "skip"},
 ]  # fmt: skip
 

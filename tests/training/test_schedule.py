@@ -7,7 +7,7 @@ from transformers import Qwen2ForCausalLM, get_scheduler
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from redit_fast.cli import main
-from redit_fast.training import config, config_file, report, setup
+from redit_fast.training import builtin, config, config_file, report, setup
 from redit_fast.training.trainer import train
 from tests.training.jobs import flags, lines_of
 
@@ -35,6 +35,14 @@ def test_the_learning_rate_is_the_one_that_transformers_gives_its_optimizers(nam
         optimizer.step()
         schedule.step()
     assert (ours(0) == 0) == (warmup > 0) and (ours(9) < 0.3) == ("constant" not in name)
+
+
+def test_the_optimizer_has_the_decays_of_the_settings():
+    made = config_file.load(overrides={"adam_beta1": 0.8, "adam_beta2": 0.9})
+    model, _ = builtin.build(0)
+    groups = setup.optimizer(made, model).param_groups
+    assert {group["betas"] for group in groups} == {(0.8, 0.9)}
+    assert {group["betas"] for group in setup.optimizer(config_file.load(), model).param_groups} == {(0.9, 0.999)}
 
 
 def test_a_run_has_it_in_its_steps_and_its_metrics_and_goes_on_with_it(settings, tmp_path, capsys):

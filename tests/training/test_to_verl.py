@@ -44,6 +44,7 @@ CHANGED = {
     "correction_cap": (3.5, MASK), "correction_floor": (0.5, MASK), "preset": ("gr", {"learning_rate": 1e-3}),
     "learning_rate": (1e-5, {}), "lr_scheduler_type": ("cosine", {}),
     "warmup_steps": (2, {"lr_scheduler_type": "cosine"}), "weight_decay": (0.1, {}),
+    "adam_beta1": (0.8, {}), "adam_beta2": (0.95, {}),
     "max_grad_norm": (None, {}), "loss_type": ("grpo", {}), "clip_low": (0.1, {}), "clip_high": (0.4, {}),
     "dro_beta": (0.7, {"loss_type": "dro", "dro_beta": 0.3}), "advantage_scale": ("none", {}),
     "dither_level": (0.1, {}), "dither_distribution": ("uniform", {}), "dither_schedule": ("cosine", {}),

@@ -89,6 +89,8 @@ class RewardModelConfig(Settings):
     lr_scheduler_type: config_values.LearningRateSchedule = of_train("lr_scheduler_type")
     warmup_steps: int = of_train("warmup_steps")
     weight_decay: float = of_train("weight_decay")
+    adam_beta1: float = of_train("adam_beta1")
+    adam_beta2: float = of_train("adam_beta2")
     max_grad_norm: float | None = of_train("max_grad_norm")
     gr_gamma: float = of_train("gr_gamma", default=0.0)
     gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = of_train("gr_epsilon")
