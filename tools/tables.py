@@ -9,6 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from redit_fast.benchmarks import SUITES
+from redit_fast.benchmarks.reproduction import NAMES
+from redit_fast.benchmarks.reproduction.__main__ import OUT
+from redit_fast.benchmarks.reproduction.page import summary
+from redit_fast.benchmarks.reproduction.runner import Store
 from tools import bench_tables, demo_table, step_picture
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +101,11 @@ def dependencies() -> str:
     return "\n".join(["| package | oldest | used for |", "|---|---|---|", *rows])
 
 
+def claims() -> str:
+    """What came of both papers' claims; `python -m redit_fast.benchmarks.reproduction page` writes it too."""
+    return summary({name: Store(ROOT / OUT, name).runs for name in NAMES})
+
+
 BLOCKS = {  # page, marker -> what stands there
     ("README.md", "status"): status,
     ("README.md", "hosts"): hosts,
@@ -104,6 +113,7 @@ BLOCKS = {  # page, marker -> what stands there
     ("docs/demo.md", "model"): demo_table.model_table,
     ("docs/demo.md", "demo table"): demo_table.table,
     ("README.md", "benchmarks"): bench_tables.readme,
+    ("README.md", "claims"): claims,
     ("docs/benchmarks.md", "machine"): bench_tables.machine,
     ("docs/benchmarks.md", "retest"): bench_tables.retest,
     **{("docs/benchmarks.md", name): partial(bench_tables.suite, name) for name in SUITES},

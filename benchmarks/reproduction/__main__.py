@@ -10,11 +10,18 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from redit_fast.extras import MissingExtra, need
 
 from . import NAMES, claim
+
+if TYPE_CHECKING:  # --help imports no torch
+    from .claims import Claim
+    from .runner import Store
+    from .trials import Runs
 
 OUT = "benchmarks/results/reproduction"
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
@@ -27,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune = commands.add_parser("tune", help="the runs on tuning seeds, which choose every method's settings")
     run = commands.add_parser("run", help="the final runs that are not done")
     repeat = commands.add_parser("repeat", help="runs at random once more, which must be the same to the bit")
-    quick = commands.add_parser("quick", help="of every claim two arms, one seed, few steps; nothing is kept")
-    page = commands.add_parser("page", help="the table and the pictures of docs/reproduction.md; nothing is run")
+    quick = commands.add_parser("quick", help="of every claim a few arms, one seed, few steps; nothing is kept")
+    page = commands.add_parser(
+        "page", help="what the results say, into docs/reproduction.md and README.md; nothing is run"
+    )
     for each in (tune, run, repeat):
         each.add_argument("claim", metavar="CLAIM", help=", ".join(NAMES))
     for each in (tune, run, repeat, quick):
@@ -66,6 +75,9 @@ def _command(args: argparse.Namespace) -> int:
     os.environ |= THREADS  # before torch is loaded, here and in the processes
     from . import runner, trials
 
+    for each in [args.claim] if hasattr(args, "claim") else NAMES:
+        if any("lora_rank" in experiment.settings for experiment in claim(each).experiments):
+            need("lora", f"the claim {each}")
     if args.command == "quick":
         return _quick(jobs)
     chosen = claim(args.claim)
@@ -83,19 +95,35 @@ def _command(args: argparse.Namespace) -> int:
         if args.command == "tune":
             runner.run(chosen, list(trials.gates(chosen)), store, jobs)
             runner.run(chosen, list(trials.tuning(chosen, store.runs)), store, jobs)
-        else:
+        elif chosen.after is None:
             runner.run(chosen, list(trials.finals(chosen, seeds, store.runs)), store, jobs)
+        else:
+            _attempt(chosen, seeds, store, runner.Store(Path(args.out), chosen.after).runs, jobs)
     return 0
 
 
+def _attempt(chosen: Claim, seeds: range, store: Store, before: Runs, jobs: int) -> None:
+    """The final runs of a claim that comes after another one, whose runs are `before`."""
+    from . import runner, trials, verdicts
+
+    said = verdicts.verdict(claim(str(chosen.after)), before)
+    if said == "not run":
+        raise ValueError(f"{chosen.name}: comes after {chosen.after}, whose final runs are not done")
+    if said == "holds":
+        print(f"{chosen.name}: no need: {chosen.after} holds")
+        return
+    runner.run(chosen, list(trials.finals(chosen, seeds, {**before, **store.runs})), store, jobs)
+
+
 def _quick(jobs: int) -> int:
-    """Of each task the first two arms with their first trials, 20 steps long."""
+    """Of each task the first two arms, with their first trials, and those that Python code changes; 20 steps long."""
     from . import runner, trials
 
     for name in NAMES:
         chosen, wanted = claim(name), []
         for experiment in chosen.experiments:
-            for arm in experiment.arms[:2]:
+            changed = [arm for arm in experiment.arms[2:] if arm.hook or arm.around is not nullcontext]
+            for arm in (*experiment.arms[:2], *changed):
                 first = arm.trials[0] if arm.trials else {}
                 settings = {**trials.BASE, **experiment.settings, **first, **arm.settings, "steps": 20, "seed": 1000}
                 wanted.append(trials.Trial(experiment.task, arm.name, None, 1000, settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +27,9 @@ class Arm:
         settings: beside those of the experiment; they win over a trial's.
         trials: settings that tuning tries. The best one's are those of the final runs.
         like: the arm whose best trial this one takes, where it has no trials of its own.
+        times: factors on settings of the trial that it takes.
         hook: what makes the hook of a run.
+        around: what a run is inside of.
         other_seed: of RL, not of the warm start: a repetition, for the check that finds nothing where nothing is.
     """
 
@@ -34,7 +37,9 @@ class Arm:
     settings: Settings = field(default_factory=dict)
     trials: tuple[Settings, ...] = ()
     like: str | None = None
+    times: Mapping[str, float] = field(default_factory=dict)
     hook: Callable[[TrainConfig], AdvantagesHook] | None = None
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
     other_seed: bool = False
 
 
@@ -78,6 +83,7 @@ class Experiment:
         objective: the measure that tuning makes as high as it can; never reached counts as 0.
         seeds: of the final runs, from 0 on.
         seconds: of CPU time, of a run of `settings`, as measured on tuning seeds.
+        tuned: the experiment, of the claim that this one comes after, whose gate and best trials are this one's too.
     """
 
     task: str
@@ -91,6 +97,7 @@ class Experiment:
     seconds: float
     tuning: Settings = field(default_factory=dict)
     gate: Gate | None = None
+    tuned: Experiment | None = None
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -98,12 +105,21 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and the experiments that it is asked by."""
+    """What a paper says, and the experiments that it is asked by.
+
+    Args:
+        statement: what the paper says, in a few words: the README has 1000.
+        advice: what it means for a user's settings if it holds, and if it does not.
+        after: the claim without which, or where it holds, this one is not run.
+    """
 
     name: str
     question: str
+    statement: str
     paper: str
+    advice: tuple[str, str]
     experiments: tuple[Experiment, ...]
+    after: str | None = None
 
     def experiment(self, task: str) -> Experiment:
         return next(experiment for experiment in self.experiments if experiment.task == task)
@@ -113,7 +129,7 @@ def check(claim: Claim) -> None:
     """Raises a ValueError where methods are not tuned alike, or a comparison names what is not there."""
     for experiment in claim.experiments:
         place, names = f"{claim.name}, {experiment.task}", [arm.name for arm in experiment.arms]
-        budgets = {arm.name: len(arm.trials) for arm in experiment.arms if arm.trials}
+        budgets = {arm.name: len(arm.trials) for arm in (experiment.tuned or experiment).arms if arm.trials}
         if len(set(budgets.values())) > 1:
             told = ", ".join(f"{name} {count}" for name, count in budgets.items())
             raise ValueError(f"{place}: tuning budgets are uneven, needs as many trials for every method: {told}")

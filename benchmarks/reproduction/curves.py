@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
 from redit_fast.training.config import TrainConfig
 
-from . import statistics
 from .claims import Curve, Lines, Measures
 
 LAST = 5  # evaluations, whose mean is the final level
@@ -74,7 +74,19 @@ def sampled(rewards: Sequence[str], lines: Lines, config: TrainConfig) -> Curve:
 
 
 hacking = partial(sampled, ("right", "judge", "hacked"))
-drifting = partial(sampled, ("gold", "proxy", "agrees", "wins"))
+
+
+def drifting(lines: Lines, config: TrainConfig) -> Curve:
+    """At the steps that were probed: means over the last steps' samples, and what the probe found. The signal is of
+    advantages of size 1 as it is, the curvature over the mean deviation of a group's rewards, which they have here."""
+    probed = [line for line in lines if line.get("sharpness/signal") is not None]
+    whole = sampled(("gold", "proxy", "agrees", "wins"), lines, config)
+    found = {name: [values[line["step"] - 1] for line in probed] for name, values in whole.items()}
+    signal = [line["sharpness/signal"] for line in probed]
+    return found | {
+        "signal": signal,
+        "curvature": [line["sharpness/curvature"] / line["reward_std"] for line in probed],
+    }
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -119,14 +131,12 @@ def curvatures(lines: Lines, config: TrainConfig) -> list[tuple[float, float]]:
 
 def drifted(lines: Lines, config: TrainConfig) -> Measures:
     """What the gold reward is worth where the reward model's is at fixed levels and at the end, in deviations of the
-    start policy's; and by rank what goes with the reward model's accuracy."""
-    curve = drifting(lines, config)
+    start policy's; and how large the gradient is in the second half of the run."""
+    curve = sampled(("gold", "proxy", "agrees"), lines, config)
     gold = curve["gold"]
     at = {f"gold at proxy {level:g}": _where(curve["proxy"], gold, level) for level in DEVIATIONS}
-    probed = [line["step"] - 1 for line in lines if line.get("sharpness/curvature") is not None]
-    accuracy = [curve["agrees"][step] for step in probed]
-    norms = smooth([line["grad_norm"] for line in lines if line["step"]])
-    bends = [line["sharpness/curvature"] for line in lines if line.get("sharpness/curvature") is not None]
+    signal = drifting(lines, config)["signal"]
+    late = signal[len(signal) // 2 :]
     return {
         **at,
         "gold at the end": lines[-1]["rewards/gold/held_out"],
@@ -134,9 +144,7 @@ def drifted(lines: Lines, config: TrainConfig) -> Measures:
         "accuracy at the start": curve["agrees"][0],
         "accuracy at the end": curve["agrees"][-1],
         "lost": float(max(gold) - gold[-1] >= 0.5),
-        "accuracy with the step": statistics.rank_correlation(accuracy, [float(step) for step in probed]),
-        "accuracy with the norm": statistics.rank_correlation(accuracy, [norms[step] for step in probed]),
-        "accuracy with the curvature": statistics.rank_correlation(accuracy, bends),
+        "gradient norm": math.sqrt(max(0.0, sum(late) / len(late))) if late else None,
     }
 
 

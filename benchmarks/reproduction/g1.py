@@ -23,6 +23,11 @@ FORMAT = replace(
 CLAIM = Claim(
     "G1",
     "Does GR keep correctness where a format is paid for?",
+    "GR withstands format rewards",
     "a higher accuracy and a slightly lower format reward (GSM8K)",
+    (
+        "beside a reward for the format take GR (`gr_gamma`).",
+        "a reward for the format is no reason for GR: lower its weight (`reward_weights`).",
+    ),
     (FORMAT,),
 )

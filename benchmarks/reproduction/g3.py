@@ -45,6 +45,11 @@ def judged(task: str) -> Experiment:
 CLAIM = Claim(
     "G3",
     "Does GR keep the policy from a judge's weakness better than a KL term?",
+    "GR withstands weak judges",
     "true accuracy 67.8 % with GR, 55.5 with a KL term, 1.9 with neither (1.5B, GSM8K)",
+    (
+        "against a judge that can be gamed take GR (`gr_gamma`) in the place of a KL term.",
+        "against a judge that can be gamed do not rely on GR: compare it with a KL term (`beta`), by the true score.",
+    ),
     (judged("PHRASE"), judged("COPY")),
 )

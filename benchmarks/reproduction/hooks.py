@@ -1,11 +1,13 @@
-"""What the arms of R2 and R3 train on in the place of the trainer's advantages."""
+"""What arms change that no setting does: the advantages that R2 and R3 train on, and G4's masters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 import redit_fast as rf
 from redit_fast.training.config import TrainConfig
@@ -80,3 +82,20 @@ def gdpo(level: float, dead_groups: Literal["apply", "skip"] = "apply") -> HookO
         return hook
 
     return hook_of
+
+
+@contextmanager
+def masters_cut() -> Iterator[None]:
+    """Inside, float32 masters are cut to their bfloat16 weights after every step, as in the GR paper's code."""
+
+    @torch.no_grad()
+    def cut(optimizer: Optimizer, *_: object) -> None:
+        for p, state in optimizer.state.items():
+            if "master" in state:
+                state["master"].copy_(p)
+
+    handle = register_optimizer_step_post_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,4 +1,4 @@
-"""The results in docs/reproduction.md, between its markers, and a picture a claim. Nothing is run."""
+"""The results in docs/reproduction.md and README.md, between their markers, and a picture a claim. Nothing is run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from matplotlib.figure import Figure
 
 from redit_fast.pictures import BLUE, COLOURS, STYLE
 
-from . import NAMES, claim, statistics, verdicts
+from . import NAMES, claim, correlations, statistics, verdicts
 from .claims import Claim, Curve, Experiment
 from .runner import Store
 from .statistics import Paired
 from .trials import Runs, Trial, chosen, closed, tuning
 from .verdicts import Row
 
-PAGE = "reproduction.md"
+PAGE, README = "reproduction.md", "README.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+README_BEGIN, README_END = "<!-- claims -->", "<!-- end of claims -->"
 HEAD = "| claim | question | the paper | here | runs | CPU hours |\n|---|---|---|---|---|---|"
+TOLD = (
+    "| runs of | measured | within runs | the step alone | its size, less the step's | within runs, given the step "
+    "| over runs, at equal step |\n|---|---|---|---|---|---|---|"
+)
 DETAIL = (
     "| task | arm, against | measure | pairs | middles | difference [95 %], or above/below/level | p | verdict |\n"
     "|---|---|---|---|---|---|---|---|"
@@ -32,32 +37,52 @@ DASHES = ("-", "--", ":")
 
 
 def write(results: Path, docs: Path) -> None:
-    """Puts what the results say into the page, and draws.
+    """Puts what the results say into the page and into the README beside its folder, and draws.
 
     Raises:
-        ValueError: a file of results is malformed, the page is not there or has no place for them.
+        ValueError: a file of results is malformed, a page is not there or has no place for them.
     """
-    page = docs / PAGE
-    if not page.is_file():
-        raise ValueError(f"--docs {docs}: has no {PAGE}: needs the folder docs of a checkout")
-    before = page.read_text("utf-8")
-    if before.count(BEGIN) != 1 or before.count(END) != 1:
-        raise ValueError(f"{page}: needs {BEGIN} and {END} once")
+    page, readme = docs / PAGE, docs.parent / README
     stores = {name: Store(results, name).runs for name in NAMES}
-    text = before.partition(BEGIN)[0] + block(stores) + before.partition(END)[2]
+    texts = {
+        page: _filled(page, BEGIN, END, block(stores)),
+        readme: _filled(readme, README_BEGIN, README_END, summary(stores)),
+    }
     for name, runs in stores.items():
         if _has_finals(runs):
             (docs / picture(name)).write_bytes(drawn(claim(name), runs))
-    page.write_text(text, "utf-8")
+    for file, text in texts.items():
+        file.write_text(text, "utf-8")
+
+
+def _filled(file: Path, begin: str, end: str, text: str) -> str:
+    if not file.is_file():
+        raise ValueError(f"--docs {file.parent}: has no {file.name}: needs the folder docs of a checkout")
+    before = file.read_text("utf-8")
+    if before.count(begin) != 1 or before.count(end) != 1:
+        raise ValueError(f"{file}: needs {begin} and {end} once")
+    return f"{before.partition(begin)[0]}{begin}\n{text}\n{end}{before.partition(end)[2]}"
 
 
 def picture(name: str) -> str:
     return f"reproduction-{name.lower()}.png"
 
 
+def summary(stores: Mapping[str, Runs]) -> str:
+    """Of the README: the claims that have a verdict, in one paragraph."""
+    where = "Both papers' claims on [small tasks](docs/reproduction.md)"
+    told: dict[str, list[str]] = {said: [] for said in verdicts.DECIDED}
+    for name in stores:
+        said = verdicts.verdict(claim(name), _known(name, stores))
+        if said in told:
+            told[said].append(claim(name).statement)
+    sentences = [f"{said.capitalize()}: {', '.join(names)}." for said, names in told.items() if names]
+    return f"{where}. {' '.join(sentences)}" if sentences else f"{where} have no verdict yet."
+
+
 def block(stores: Mapping[str, Runs]) -> str:
-    """The table of all claims and, of those with final runs, that of their comparisons."""
-    lines = [BEGIN, HEAD, *(_summary(claim(name), runs) for name, runs in stores.items())]
+    """The table of all claims and, of those with final runs, what they mean and that of their comparisons."""
+    lines = [HEAD, *(_summary(name, stores) for name in stores)]
     for name, runs in stores.items():
         if tuned := _tuned(claim(name), runs):
             lines += ["", f"**{name}, what tuning chose**: {tuned}"]
@@ -65,18 +90,56 @@ def block(stores: Mapping[str, Runs]) -> str:
             lines += ["", f"**{name}, curvature where half of the samples hack, over that at the start**: {curvatures}"]
         if _has_finals(runs):
             lines += ["", f"![{name}: the curves of every seed, and their means]({picture(name)})", "", DETAIL]
-            lines += map(_row, verdicts.rows(claim(name), runs))
-    return "\n".join([*lines, END])
+            lines += map(_row, verdicts.rows(claim(name), _known(name, stores)))
+            lines += ["", f"**{name}, for your settings**: {_advice(claim(name), _known(name, stores))}"]
+            lines += _correlated(claim(name), runs)
+    return "\n".join(lines)
+
+
+def _known(name: str, stores: Mapping[str, Runs]) -> Runs:
+    """The results of a claim, and of the one that it comes after."""
+    after = claim(name).after
+    return {**(stores.get(after, {}) if after else {}), **stores[name]}
+
+
+def _advice(claim: Claim, runs: Runs) -> str:
+    holds, fails = claim.advice
+    said = verdicts.verdict(claim, runs)
+    if said == "holds in part":
+        return f"where its row says that it holds, {holds} Elsewhere {fails}"
+    return {"holds": holds, "does not hold": fails}.get(said, f"none: {said}.")
+
+
+def _correlated(claim: Claim, runs: Runs) -> list[str]:
+    """Of the arms that were probed, what goes with the reward model's accuracy."""
+    lines = []
+    for experiment in claim.experiments:
+        for arm, curves in _curves(experiment, runs).items():
+            if correlations.MEASURED[0] not in curves[0]:
+                continue
+            for measured in correlations.MEASURED:
+                told = correlations.told(curves, measured, verdicts.LEAST)
+                cells = " | ".join("-" if each is None else _interval(each) for each in told)
+                lines.append(f"| {arm} ({len(curves)}) | {measured} | {cells} |")
+    title = f"**{claim.name}, rank correlation with the reward model's accuracy**, mean over runs [95 %]:"
+    return ["", title, "", TOLD, *lines] if lines else []
+
+
+def _interval(found: Paired) -> str:
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
 def _has_finals(runs: Runs) -> bool:
     return any(run["trial"] is None for run in runs.values())
 
 
-def _summary(claim: Claim, runs: Runs) -> str:
+def _summary(name: str, stores: Mapping[str, Runs]) -> str:
+    asked, runs = claim(name), stores[name]
     hours = sum(run["seconds"] for run in runs.values()) / 3600
-    said = verdicts.verdict(claim, runs)
-    return f"| {claim.name} | {claim.question} | {claim.paper} | {said} | {len(runs)} | {hours:.2f} |"
+    said = verdicts.verdict(asked, _known(name, stores))
+    if asked.after and verdicts.verdict(claim(asked.after), stores.get(asked.after, {})) == "holds":
+        said = f"no need: {asked.after} holds"
+    return f"| {name} | {asked.question} | {asked.paper} | {said} | {len(runs)} | {hours:.2f} |"
 
 
 def _tuned(claim: Claim, runs: Runs) -> str:

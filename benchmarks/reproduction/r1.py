@@ -84,6 +84,11 @@ NEEDLE = Experiment(
 CLAIM = Claim(
     "R1",
     "Do dithered rewards reach the level of plain GRPO sooner?",
+    "dithering learns sooner",
     "in about a tenth of the steps",
+    (
+        "switch dithering on (`dither_level: 0.05`) where many groups have equal rewards.",
+        "leave dithering off (`dither_level: 0`), or take `dither_dead_groups: skip`, if it makes no difference here.",
+    ),
     (RARE, UNDER, NEEDLE),
 )

@@ -9,6 +9,7 @@ from .r1 import LEARNING, SHARED, SUCCESS
 RATE, HIGH = 1e-4, 4e-4
 OFF: Settings = {"learning_rate": RATE}
 ON: Settings = {"learning_rate": RATE, "dither_level": hooks.LEVEL}
+FORGETS: Settings = {"adam_beta2": 0.9}  # of ten gradients, where 0.999 is of a thousand
 UNSCALED: Settings = {"advantage_scale": "none"}
 
 
@@ -32,6 +33,8 @@ RARE = Experiment(
         Arm("level .05, no scale", ON | UNSCALED),
         Arm("none, high rate", {"learning_rate": HIGH}),
         Arm("level .05, high rate", ON | {"learning_rate": HIGH}),
+        Arm("none, beta2 .9", OFF | FORGETS),
+        Arm("level .05, beta2 .9", ON | FORGETS),
         Arm("none again", OFF, other_seed=True),
     ),
     comparisons=(
@@ -44,6 +47,7 @@ RARE = Experiment(
         against("off after 100"),
         against("level .05, no scale", "none, no scale"),
         against("level .05, high rate", "none, high rate"),
+        against("level .05, beta2 .9", "none, beta2 .9"),
         Comparison("none again", "none", "mean success", role="null"),
         Comparison("none, high rate", "none", "mean success", role="effect", expected=1),
     ),
@@ -56,6 +60,11 @@ RARE = Experiment(
 CLAIM = Claim(
     "R2",
     "What acts: the noise in dead groups, the noise in all, its level, its time?",
+    "level 0.05 is best",
     "levels around 0.05 are best, larger ones smooth too much",
+    (
+        "start from `dither_level: 0.05`.",
+        "no `dither_level` makes up for the noise that dead groups get; the rows say what it comes from.",
+    ),
     (RARE,),
 )

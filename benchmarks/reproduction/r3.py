@@ -37,6 +37,11 @@ THREE = Experiment(
 CLAIM = Claim(
     "R3",
     "Does it matter that each of several rewards has its own noise?",
+    "noise on each reward helps",
     "noise on every reward, before they are summed",
+    (
+        "with several rewards switch dithering on, and set `reward_scales`.",
+        "with several rewards leave dithering off (`dither_level: 0`).",
+    ),
     (THREE,),
 )

@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from redit_fast.benchmarks import machine
 from redit_fast.benchmarks.place import here
-from redit_fast.training import report
+from redit_fast.training import lora, report
 from redit_fast.training import runs as files
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.report.summary import environment
@@ -39,6 +39,7 @@ from . import NAMES
 from . import claim as claim_of
 from .claims import Arm, Claim, Experiment, check
 from .curves import thinned
+from .saved import saved
 from .tasks import TASKS
 from .trials import Runs, Trial, seconds, undone
 
@@ -195,24 +196,27 @@ def done(
     warm = time.process_time() - began
     for trial in trials:
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            found = _trained(task, experiment, experiment.arm(trial.arm), trial.settings, place)
+            found = _trained(task, experiment, experiment.arm(trial.arm), trial.settings, Path(place))
         stored = {"task": trial.task, "arm": trial.arm, "trial": trial.number, "seed": trial.seed}
         yield trial.key, {**stored, "settings": trial.settings, "warm_start_seconds": round(warm, 2), **found}
 
 
-def _trained(task: Task, experiment: Experiment, arm: Arm, settings: dict[str, Any], place: str) -> dict[str, Any]:
+def _trained(task: Task, experiment: Experiment, arm: Arm, settings: dict[str, Any], place: Path) -> dict[str, Any]:
     rewards = [function.name for function in task.functions]
-    config = TrainConfig(**settings, rewards=rewards, out_dir=place, name="run")
+    own = saved(task, place) if settings.get("lora_rank") else {"rewards": rewards}
+    config = TrainConfig(**settings, **own, out_dir=str(place), name="run")
     began = time.process_time()
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings(), arm.around():
         warnings.filterwarnings("ignore", message="the applied perturbation has cosine")  # what G4 asks about
-        train(config, task=task, advantages_hook=None if arm.hook is None else arm.hook(config))
+        hook = None if arm.hook is None else arm.hook(config)
+        train(config, task=None if "model" in own else task, advantages_hook=hook)
     took = time.process_time() - began
-    lines = report.metrics_of(Path(place, "run"))
-    last = Path(place, "run", "checkpoints", f"step-{config.steps:06d}", "manifest.json")
+    lines = report.metrics_of(place / "run")
+    last = place / "run" / "checkpoints" / f"step-{config.steps:06d}" / "manifest.json"
+    digests = json.loads(last.read_text("utf-8"))
     return {
         "seconds": round(took, 2),
-        "weights": json.loads(last.read_text("utf-8"))["model.safetensors"],  # SHA-256: a repetition has the same
+        "weights": digests[lora.WEIGHTS if "model" in own else "model.safetensors"],  # a repetition has the same
         "measures": experiment.measures(lines, config),
         "curve": thinned(experiment.curve(lines, config)),
     }

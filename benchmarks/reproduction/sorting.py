@@ -225,7 +225,9 @@ def under(seed: int) -> Task:
     return task_of("UNDER", seed, partial(digits, 5), partial(sorted_digits, 5), functions, steps=30, falls=False)
 
 
-def judged(name: str, demonstration: Demonstration, judge: Reward, hacks: Reward, steps: int, seed: int) -> Task:
+def judged(
+    name: str, demonstration: Demonstration, judge: Reward, hacks: Reward, steps: int, seed: int, width: int = 64
+) -> Task:
     functions = [
         RewardFunction("judge", judge),
         RewardFunction("right", right_beside_the_phrase),
@@ -239,6 +241,6 @@ def judged(name: str, demonstration: Demonstration, judge: Reward, hacks: Reward
         functions,
         steps=steps,
         symbols=LETTERS + PHRASE,
-        width=64,
+        width=width,
         heads=4,
     )

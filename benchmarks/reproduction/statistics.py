@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -68,6 +68,24 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     a, b = _ranks(first), _ranks(second)
     spread = sum(x * x for x in a) * sum(y * y for y in b)
     return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(spread) if spread else None
+
+
+def partial_correlation(first: Sequence[float], second: Sequence[float], given: Sequence[float]) -> float | None:
+    """Spearman's of two that a third one does not account for; None where it accounts for all of one, or one does not
+    vary."""
+    pairs = (rank_correlation(first, second), rank_correlation(first, given), rank_correlation(second, given))
+    if None in pairs:
+        return None
+    r, a, b = (value or 0.0 for value in pairs)
+    left = (1 - a * a) * (1 - b * b)
+    return (r - a * b) / math.sqrt(left) if left > 1e-12 else None
+
+
+def jackknifed(count: int, value_without: Callable[[int | None], float]) -> Paired:
+    """The jackknife's mean of a figure of `count` runs, with its interval by Student's t and p, from the values that it
+    has without each of them; None: with all."""
+    whole = value_without(None)
+    return paired([count * whole - (count - 1) * value_without(run) for run in range(count)])
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from .claims import OTHER, TUNING, Arm, Claim, Experiment
 
-Runs = dict[str, dict[str, Any]]  # of a claim's results: Trial.key -> what the run left
+Runs = dict[str, dict[str, Any]]  # Trial.key -> what the run left, of a claim's results and of that it comes after
 
 # Beside what an experiment sets: neither paper's method, and nothing written that is not read.
 BASE = {
@@ -83,21 +83,25 @@ def finals(claim: Claim, seeds: Iterable[int], runs: Runs) -> Iterator[Trial]:
 
 
 def chosen(experiment: Experiment, arm: Arm, runs: Runs) -> dict[str, Any]:
-    """The settings of the trial with the best mean of the objective; of equal ones the first."""
-    tuned = experiment.arm(arm.like) if arm.like else arm
+    """The settings of the trial with the best mean of the objective, of equal ones the first; times the arm's
+    factors."""
+    home = experiment.tuned or experiment
+    tuned = home.arm(arm.like) if arm.like else arm
     means = []
     for number in range(len(tuned.trials)):
-        keys = [_trial(experiment, tuned, number, seed).key for seed in TUNING]
-        means.append(sum(runs[key]["measures"][experiment.objective] or 0.0 for key in keys) / len(keys))
-    return dict(tuned.trials[means.index(max(means))]) if means else {}
+        keys = [_trial(home, tuned, number, seed).key for seed in TUNING]
+        means.append(sum(runs[key]["measures"][home.objective] or 0.0 for key in keys) / len(keys))
+    best = dict(tuned.trials[means.index(max(means))]) if means else {}
+    return best | {name: type(best[name])(best[name] * factor) for name, factor in arm.times.items()}
 
 
 def closed(experiment: Experiment, runs: Runs) -> str | None:
     """Why there are no final runs; None: there are, or the gate's runs are not done."""
-    gate = experiment.gate
+    home = experiment.tuned or experiment
+    gate = home.gate
     if gate is None:
         return None
-    keys = [_trial(experiment, experiment.arm(gate.arm), gate.trial, seed).key for seed in gate.seeds]
+    keys = [_trial(home, home.arm(gate.arm), gate.trial, seed).key for seed in gate.seeds]
     count = sum(bool(runs[key]["measures"][gate.measure]) for key in keys if key in runs)
     if count >= gate.least or any(key not in runs for key in keys):
         return None

@@ -15,20 +15,26 @@ from redit_fast.benchmarks import reproduction
 from redit_fast.benchmarks.reproduction import __main__ as command
 from redit_fast.benchmarks.reproduction import (
     claims,
+    correlations,
     curves,
+    five,
     hooks,
     page,
     preferences,
     r1,
     r2,
+    r4,
     runner,
     sorting,
     statistics,
     trials,
     verdicts,
 )
+from redit_fast.training import data
 from redit_fast.training.config import TrainConfig
+from redit_fast.training.rewards import RewardFunction
 from redit_fast.training.sampling import Samples
+from redit_fast.training.task import Task
 from tests import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduction"
@@ -185,6 +191,124 @@ def test_accuracy_and_wins_are_of_pairs_and_of_the_start_policy():
     assert statistics.rank_correlation([1, 2], [5, 5]) is None
 
 
+def drifting_run(rng, steps=20, *, told):
+    """A run whose signal falls with the step, and follows the accuracy by `told`; both have noise of their own."""
+    accuracy = [0.9 - 0.02 * step + 0.05 * rng.gauss(0, 1) for step in range(steps)]
+    noise = [rng.gauss(0, 1) for _ in range(steps)]
+    signal = [-0.02 * step + told * a + 0.05 * e for step, a, e in zip(range(steps), accuracy, noise)]
+    return {"progress": [float(n) for n in range(steps)], "agrees": accuracy, "signal": signal,
+            "curvature": [rng.random() for _ in range(steps)]}  # fmt: skip
+
+
+def test_what_only_goes_with_the_step_tells_nothing_of_the_accuracy():
+    """And what follows the accuracy itself is found, within runs given the step and over runs at equal step."""
+    rng = random.Random(2)
+    led = correlations.told([drifting_run(rng, told=0.0) for _ in range(20)], "signal", 10)
+    assert led.within.low > 0.8 and led.step.high < -0.8
+    assert led.beyond.low < 0 < led.beyond.high and led.at_equal_step.low < 0 < led.at_equal_step.high
+    runs = [drifting_run(rng, told=-1.0) for _ in range(20)]
+    found = correlations.told(runs, "signal", 10)
+    assert found.beyond.high < -0.5 and found.at_equal_step.high < -0.5 and found.more.high < 0
+    noise = correlations.told(runs, "curvature", 10)
+    assert abs(noise.within.mean) < 0.2 and noise.more.high < -0.5
+    assert correlations.told(runs[:9], "signal", 10) == (None,) * 5
+
+
+def test_a_partial_correlation_and_the_jackknife_have_known_values():
+    ranks, other, third = [1, 2, 3, 4, 5], [2, 1, 4, 3, 5], [5, 3, 1, 4, 2]
+    r, a, b = 0.8, -0.5, -0.6  # 1 - 6 sum of d^2 / 120
+    pairs = ((ranks, other, r), (ranks, third, a), (other, third, b))
+    for first, second, value in pairs:
+        assert statistics.rank_correlation(first, second) == pytest.approx(value)
+    expected = (r - a * b) / math.sqrt((1 - a * a) * (1 - b * b))
+    assert statistics.partial_correlation(ranks, other, third) == pytest.approx(expected)
+    assert statistics.partial_correlation(ranks, other, ranks) is None
+    values = [1.0, 2.0, 4.0, 8.0]  # of a mean the jackknife is the t interval itself
+
+    def mean(left_out):
+        kept = [value for number, value in enumerate(values) if number != left_out]
+        return sum(kept) / len(kept)
+
+    assert statistics.jackknifed(4, mean) == pytest.approx(statistics.paired(values))
+
+
+def test_the_norm_is_of_the_second_half_and_drift_is_read_at_the_probed_steps():
+    lines = [{"step": 0, "rewards/gold/held_out": 0.0, "rewards/wins/held_out": 0.5}]
+    for step in range(1, 41):
+        means = {"gold": 1 - step / 20, "proxy": step / 10, "agrees": 0.9 - step / 100, "wins": 0.5}
+        line = {"step": step, **{f"rewards/{name}/mean": value for name, value in means.items()}}
+        if step % 10 == 0:
+            line |= {"sharpness/signal": {10: 9.0, 20: 9.0, 30: -1.0, 40: 9.0}[step], "sharpness/curvature": 6.0,
+                     "reward_std": 2.0}  # fmt: skip
+        lines.append(line)
+    lines[-1] |= {"rewards/gold/held_out": -1.0, "rewards/wins/held_out": 0.25}
+    config = config_of(steps=40, learning_rate=1.5e-4)
+    curve = curves.drifting(lines, config)
+    assert curve["progress"] == [4.5, 9.5, 14.5, 19.5] and curve["curvature"] == [3.0] * 4
+    assert curve["agrees"][0] == pytest.approx(0.9 - 0.055) and curve["signal"] == [9, 9, -1, 9]
+    found = curves.drifted(lines, config)
+    assert found["gradient norm"] == 2 and found["gold at the end"] == -1 and found["lost"] == 1
+    assert found["gold at proxy 1"] == pytest.approx(
+        1 - 10.5 / 20
+    )  # the mean of steps 6 to 15, where the proxy is 1.05
+
+
+def test_five_rewards_and_the_lenient_one_are_those_of_the_paper():
+    prompts, answer = ["3140:"] * 6, ["0134"] * 6
+    texts = ["<3140>[0134]", "<3140>[=0134]", "<3140>[0134]0", "3140>[0134]", "<3140>[3140]", "0134"]
+    scores = {function.__name__: function(prompts, texts, answer=answer) for function in five.REWARDS}
+    assert scores["right"] == [1, 0, 1, 1, 0, 1] and scores["lenient"] == [1, 1, 1, 1, 0, 1]
+    assert scores["whole"] == [1, 0, 1, 1, 1, 1] and scores["strict"] == [1, 1, 0, 0, 1, 0]
+    assert scores["soft"] == [1, 1, 1, 0, 1, 0]
+    assert scores["tags"] == pytest.approx([1, 1, 1 - 0.002, 0.75, 1, 0])
+    rng = random.Random(0)
+    shown = [five.demonstration(rng, 0.7) for _ in range(2000)]
+    assert not any(sorting.is_held_out(prompt[:-1]) for prompt, _ in shown)
+    correct = sum("".join(sorted(prompt[:-1])) in text for prompt, text in shown) / 2000
+    assert 0.07 < correct < 0.14 and 0.45 < sum("=" in text for _, text in shown) / 2000 < 0.55
+    assert all(len(text) < r4.ANSWERS["max_completion_length"] for _, text in shown)
+    assert {*five.STRICT} == {*five.LENIENT} and sum(five.STRICT) == sum(five.LENIENT) == 5
+
+
+def test_masters_are_cut_to_their_weights_after_every_step_and_only_inside():
+    def stepped():
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(64).bfloat16())
+        optimizer = rf.RegularizedAdamW([weight], lr=1e-3, gamma=0.0)
+        for _ in range(3):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        return weight.detach().float(), optimizer.state[weight]["master"]
+
+    weight, master = stepped()
+    assert not torch.equal(weight, master)
+    with hooks.masters_cut():
+        cut, lost = stepped()
+    assert torch.equal(cut, lost) and not torch.equal(cut, weight)
+    assert torch.equal(stepped()[1], master)
+
+
+def test_a_task_in_files_trains_adapters_and_is_the_task(tmp_path, threads):
+    pytest.importorskip("peft", reason="peft is not installed")
+    model, tokenizer = sorting.made(five.SYMBOLS, 0, 48, 2)
+    functions = [RewardFunction(function.__name__, function) for function in five.REWARDS]
+    records = sorting.records(partial(sorting.digits, 4), 0)
+    records = data.Dataset(records.train[:40], records.held_out[:4])
+    task = Task("FIVE, seed 0", lambda: (model, tokenizer), records, functions)
+    arm = r4.LORA.arm("gaussian")
+    settings = {**trials.BASE, **r4.LORA.settings, **arm.trials[0], **arm.settings, "steps": 2, "seed": 0}
+    found = runner._trained(task, r4.LORA, arm, settings, tmp_path)
+    assert len(found["weights"]) == 64 and found["measures"]["success at the start"] == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [name.rpartition(":")[2] for name in config["rewards"]] == [function.name for function in functions]
+    kept = json.loads((tmp_path / "run/checkpoints/step-000002/manifest.json").read_text())
+    assert "adapter_model.safetensors" in kept and "model.safetensors" not in kept
+    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    prompts = {record["prompt"] for record in records.train}
+    assert {line["prompt"] for line in lines} <= prompts
+    assert all(set(line["completion"]) <= set(five.SYMBOLS + sorting.STOP) for line in lines)
+
+
 def samples_of(scores):
     ids = torch.arange(len(scores))
     return Samples([], [], None, [], scores, ids, 0, 0, 0, 0.0)
@@ -238,9 +362,10 @@ def test_every_claim_is_as_its_protocol_says(name):
     for each in claim.experiments:
         for arm in each.arms:
             first = arm.trials[0] if arm.trials else {}
-            TrainConfig(**{**trials.BASE, **each.settings, **first, **arm.settings}, rewards=[
-                "a", *["b"] * (len(each.settings.get("reward_weights", [1])) - 1)
-            ])  # fmt: skip
+            settings = {**trials.BASE, **each.settings, **first, **arm.settings}
+            made = {"model": "m", "data": "d"} if "lora_rank" in settings else {}
+            rewards = ["a", *["b"] * (len(settings.get("reward_weights", [1])) - 1)]
+            TrainConfig(**settings, **made, rewards=rewards)
 
 
 def few(experiment, steps=3, **changes):
@@ -380,6 +505,52 @@ def test_a_gate_that_plain_training_does_not_pass_leaves_the_task_out(capsys):
     assert "COPY none is halved in 8 of 10" in page.block({"G3": runs})
 
 
+def test_attempts_take_the_trials_of_the_claim_that_they_come_after_times_their_factors(tmp_path, monkeypatch, capsys):
+    g3, g5 = reproduction.claim("G3"), reproduction.claim("G5")
+    before = tuned(g3, best=1)
+    finals = {(t.task, t.arm): t.settings for t in trials.finals(g5, range(1), before)}
+    home = {(t.task, t.arm): t.settings for t in trials.finals(g3, range(1), before)}
+
+    def numbers(settings):
+        return [settings[name] for name in ("learning_rate", "steps")]
+
+    rate, steps = numbers(home["PHRASE", "GR, fresh"])
+    assert numbers(finals["PHRASE FASTER", "GR, fresh"]) == [2 * rate, steps // 2]
+    assert finals["PHRASE FASTER", "KL"] == home["PHRASE", "KL"]
+    assert numbers(finals["COPY LONGER", "none"]) == [
+        home["COPY", "none"]["learning_rate"],
+        2 * home["COPY", "none"]["steps"],
+    ]
+    wide = finals["PHRASE WIDE", "GR, pass1"]
+    assert wide == home["PHRASE", "GR, pass1"] and wide["gr_pass2_ratio"] == "pass1"
+    for seed in (1000, 1001):
+        before[f"COPY, none, trial 2, seed {seed}"]["measures"]["halved"] = 0.0
+    left = {trial.task for trial in trials.finals(g5, range(1), before)}
+    assert left == {"PHRASE FASTER", "PHRASE LONGER", "PHRASE WIDE"}
+    capsys.readouterr()
+
+    ran = []
+    monkeypatch.setattr(runner, "run", lambda claim, wanted, store, jobs: ran.append(len(wanted)))
+    for said, count in (("holds", 0), ("does not hold", 2 * 4 * 12 + 7 * 12)):
+        monkeypatch.setattr(verdicts, "verdict", lambda claim, runs, said=said: said)
+        command._attempt(g5, range(12), runner.Store(tmp_path, "G5"), before, 1)
+        assert ran == [count] * bool(count)
+    assert capsys.readouterr().out.startswith("G5: no need: G3 holds\n")
+
+
+def test_the_readmes_paragraph_has_the_claims_that_are_decided():
+    stores = {name: {} for name in reproduction.NAMES}
+    assert page.summary(stores).endswith("have no verdict yet.")
+    effects = {"none, high rate": 0.1}
+    stores["R2"] = ended(r2.CLAIM, effects | {"level .05": 0.1})
+    assert page.summary(stores) == (
+        "Both papers' claims on [small tasks](docs/reproduction.md). Holds: level 0.05 is best."
+    )
+    assert "**R2, for your settings**: start from `dither_level: 0.05`." in page.block(stores)
+    stores["R2"] = ended(r2.CLAIM, effects)
+    assert page.summary(stores).endswith(". Does not hold: level 0.05 is best.")
+
+
 def ended(claim, effects, spread=0.01):
     """Final runs of a claim whose arms differ from `none` by `effects`, and by noise."""
     rng, runs = random.Random(0), tuned(claim)
@@ -434,6 +605,12 @@ def test_the_page_is_made_from_the_results_without_a_run(tmp_path):
     with pytest.raises(ValueError, match="has no reproduction.md"):
         page.write(results, docs)
     (docs / "reproduction.md").write_text(f"before\n{page.BEGIN}\nwhat was here\n{page.END}\nafter\n")
+    with pytest.raises(ValueError, match="has no README.md"):
+        page.write(results, docs)
+    (tmp_path / "README.md").write_text("no place for them")
+    with pytest.raises(ValueError, match="README.md: needs <!-- claims --> and"):
+        page.write(results, docs)
+    (tmp_path / "README.md").write_text(f"above\n{page.README_BEGIN}\n{page.README_END}\nbelow\n")
     results.mkdir()
     runs = ended(r1.CLAIM, {"gaussian": -0.2, "rate 2e-4": 0.1})
     (results / "R1.json").write_text(json.dumps({"schema": 1, "claim": "R1", "runs": runs}))
@@ -444,6 +621,10 @@ def test_the_page_is_made_from_the_results_without_a_run(tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| RARE | gaussian, none | mean success |"))
     difference = verdicts.rows(r1.CLAIM, runs)[0].found
     assert f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]" in row and "does not hold" in row
+    assert "**R1, for your settings**: none: cannot be told here" in text
+    told = "Both papers' claims on [small tasks](docs/reproduction.md) have no verdict yet."
+    readme = (tmp_path / "README.md").read_text()
+    assert readme == f"above\n{page.README_BEGIN}\n{told}\n{page.README_END}\nbelow\n"
     assert (docs / "reproduction-r1.png").stat().st_size > 10_000 and not (docs / "reproduction-g3.png").exists()
     page.write(results, docs)
     assert (docs / "reproduction.md").read_text() == text
@@ -451,7 +632,8 @@ def test_the_page_is_made_from_the_results_without_a_run(tmp_path):
 
 def test_the_committed_page_is_what_the_committed_results_say():
     stores = {name: runner.Store(RESULTS, name).runs for name in reproduction.NAMES}
-    assert page.block(stores) in (ROOT / "docs" / "reproduction.md").read_text()
+    for file, text in (("docs/reproduction.md", page.block(stores)), ("README.md", page.summary(stores))):
+        assert f"-->\n{text}\n<!-- end of" in (ROOT / file).read_text(), "run `reproduction page`"
     for name, runs in stores.items():
         for key, run in runs.items():
             assert key == trials.Trial(run["task"], run["arm"], run["trial"], run["seed"], {}).key
@@ -462,7 +644,8 @@ def test_the_committed_page_is_what_the_committed_results_say():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run", "R9"], "unknown claim 'R9': needs one of R1, G3, G2, R2, R3, G4, R4, G1"),
+        (["run", "R9"], "unknown claim 'R9': needs one of R1, G3, G2, R2, R3, G4, R4, G1, G5"),
+        (["run", "G5"], "G5: comes after G3, whose final runs are not done"),
         (["run", "R1", "--seeds", "9-0"], "--seeds: got '9-0', needs A or A-B"),
         (["run", "R1", "--jobs", "0"], "--jobs: got '0', needs a whole number from 1 on"),
         (["run", "R1"], "R1: 225 tuning runs are missing"),
