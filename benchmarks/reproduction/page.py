@@ -25,7 +25,7 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 README_BEGIN, README_END = "<!-- claims -->", "<!-- end of claims -->"
 HEAD = "| claim | question | the paper | here | runs | CPU hours |\n|---|---|---|---|---|---|"
 TOLD = (
-    "| runs of | measured | within runs | the step alone | its size, less the step's | within runs, given the step "
+    "| runs of | measured | within runs | the step alone | its size, less the step's | within runs, at equal step "
     "| over runs, at equal step |\n|---|---|---|---|---|---|---|"
 )
 DETAIL = (

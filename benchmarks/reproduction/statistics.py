@@ -70,17 +70,6 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(spread) if spread else None
 
 
-def partial_correlation(first: Sequence[float], second: Sequence[float], given: Sequence[float]) -> float | None:
-    """Spearman's of two that a third one does not account for; None where it accounts for all of one, or one does not
-    vary."""
-    pairs = (rank_correlation(first, second), rank_correlation(first, given), rank_correlation(second, given))
-    if None in pairs:
-        return None
-    r, a, b = (value or 0.0 for value in pairs)
-    left = (1 - a * a) * (1 - b * b)
-    return (r - a * b) / math.sqrt(left) if left > 1e-12 else None
-
-
 def jackknifed(count: int, value_without: Callable[[int | None], float]) -> Paired:
     """The jackknife's mean of a figure of `count` runs, with its interval by Student's t and p, from the values that it
     has without each of them; None: with all."""
