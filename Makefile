@@ -45,7 +45,7 @@ check: lint
 		$(addprefix tests/project/test_,floors.py links.py public_names.py) || \
 		{ echo "One of them in full: $(VENV)/bin/python -m pytest 'FILE::NAME'"; exit 1; }
 
-# Every claim of docs/reproduction.md with two methods, one seed and few steps, in about a minute. The claims themselves take
+# Every claim of docs/reproduction.md with a few methods, one seed and few steps, in some minutes. The claims themselves take
 # hours: python -m redit_fast.benchmarks.reproduction.
 reproduce-quick: $(TESTS)
 	$(VENV)/bin/python -m redit_fast.benchmarks.reproduction quick

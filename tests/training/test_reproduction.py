@@ -498,6 +498,19 @@ def test_a_gate_that_plain_training_does_not_pass_leaves_the_task_out(capsys):
     assert "COPY none is halved in 8 of 10" in page.block({"G3": runs})
 
 
+def test_the_quick_run_has_every_claim_and_what_python_code_changes(monkeypatch):
+    ran = {}
+    monkeypatch.setattr(runner, "run", lambda claim, wanted, store, jobs: ran.update({claim.name: wanted}))
+    assert command._quick(1) == 0 and tuple(ran) == reproduction.NAMES
+    for name, wanted in ran.items():
+        arms = {(trial.task, trial.arm) for trial in wanted}
+        assert len(arms) >= 2 * len(reproduction.claim(name).experiments)
+        assert {(trial.settings["steps"], trial.seed) for trial in wanted} == {(20, 1000)}
+    assert {"none, cut", "GR, cut"} <= {trial.arm for trial in ran["G4"]}
+    assert {"noise on all", "off after 100"} <= {trial.arm for trial in ran["R2"]}
+    assert len(ran["R1"]) == 6 and {trial.task for trial in ran["R4"]} == {"UNDER", "FIVE", "FIVE WIDE"}
+
+
 def test_attempts_take_the_trials_of_the_claim_that_they_come_after_times_their_factors(tmp_path, monkeypatch, capsys):
     g3, g5 = reproduction.claim("G3"), reproduction.claim("G5")
     before = tuned(g3, best=1)
