@@ -17,7 +17,7 @@ PREFERENCES = Experiment(
     task="PREFERENCES",
     settings={
         "steps": 120, "learning_rate": RATE, "prompts_per_step": 16, "group_size": 8, "max_completion_length": 13,
-        "advantage_scale": "none", "sharpness_every": 5, "reward_weights": [1.0, 0.0, 0.0, 0.0],
+        "advantage_scale": "none", "sharpness_every": 10, "reward_weights": [1.0, 0.0, 0.0, 0.0],
     },
     arms=(*methods(120, GAMMAS), PLANTED),
     comparisons=(
