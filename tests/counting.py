@@ -69,6 +69,36 @@ class Peak(TorchDispatchMode):
         return out
 
 
+class Held(TorchDispatchMode):
+    """The bytes of the tensors that operators take or give inside the block, at most at once: what `most` is, as it is
+    when an operator gives a new one of 4 KiB. A storage that is resized, as FSDP2 does it, counts with what it has.
+
+    Args:
+        beside: gives tensors that do not count.
+    """
+
+    def __init__(self, beside):
+        super().__init__()
+        self.beside, self.most, self.seen = beside, 0, {}  # by storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen |= self.storages((args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        there = self.storages(out)
+        new = [x for x in tensors_of(out) if x.nbytes >= 4096] and there.keys() - self.seen.keys()
+        self.seen |= there
+        if new:  # no views, nothing in place
+            counted = self.seen.keys() - self.storages(self.beside()).keys()
+            storages = [torch.UntypedStorage._new_with_weak_ptr(key) for key in counted]
+            self.most = max(self.most, sum(storage.nbytes() for storage in storages if storage is not None))
+            self.seen = {key: storage for key, storage in self.seen.items() if not storage.expired()}
+        return out
+
+    def storages(self, values):
+        parts = [x.to_local() if hasattr(x, "to_local") else x for x in tensors_of(values)]
+        return {storage.cdata: storage for storage in (StorageWeakRef(x.untyped_storage()) for x in parts)}
+
+
 def tensors_of(values):
     return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 

@@ -24,6 +24,7 @@ from redit_fast.packing.plan import Budget, MicroBatch
 from redit_fast.packing.rows import ranges, scored_hidden
 from redit_fast.training.config import TrainConfig
 from redit_fast.training.distributed import Ranks
+from redit_fast.training.fsdp import whole
 from redit_fast.training.policy import head_of
 from redit_fast.training.rollout import Rollout
 
@@ -167,7 +168,8 @@ class Batch:
                     head = head_of(model)
                     hidden, targets, lengths = self.hidden(model, micro)
                     transform: Any = self.settings.transform._asdict()
-                    return rf.linear_logp(hidden, head.weight, targets, bias=head.bias, **transform), lengths
+                    weight, bias = whole(head.weight), whole(head.bias)
+                    return rf.linear_logp(hidden, weight, targets, bias=bias, **transform), lengths
 
                 logp, lengths = self.ranks.forward(model, part)
                 logps |= zip(micro.samples, logp.split(lengths), strict=True)
@@ -242,10 +244,10 @@ class Batch:
         hidden, targets, lengths = self.hidden(model, micro)
         out = rf.linear_grpo_loss(
             hidden,
-            head.weight,
+            whole(head.weight),
             targets,
             self.advantages[list(micro.samples)].to(model.device),
-            bias=head.bias,
+            bias=whole(head.bias),
             old_logp=None if old_logp is None else self._part(micro, old_logp),
             ref_logp=None if self.ref_logp is None else self._part(micro, self.ref_logp),
             sampling_logp=None if self.corrected_by is None else self._part(micro, self.corrected_by).to(model.device),

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from redit_fast.extras import MissingExtra
 from redit_fast.gr.shards import is_shard
 from redit_fast.signals import Handler, handled
+from redit_fast.training import fsdp
 from redit_fast.training.config_values import Strategy
 from redit_fast.training.rewards.user_code import RewardError
 from redit_fast.training.rollout import EngineError
@@ -134,32 +135,13 @@ class Ranks:
             return
         forward = _Forward(model)
         if self.strategy == "fsdp2":
-            self._shard(forward)
+            fsdp.shard(forward, model, self.size)
             self.forwards[model] = forward
         elif any(p.requires_grad for p in model.parameters()):  # a reference is not
             ddp_of: Any = nn.parallel.DistributedDataParallel
             renamed_in_2_13 = "forward_sync_buffers" in inspect.signature(ddp_of).parameters
             buffers = "forward_sync_buffers" if renamed_in_2_13 else "broadcast_buffers"
             self.forwards[model] = ddp_of(forward, **{buffers: False})
-
-    def _shard(self, forward: nn.Module) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        for tensor in [*forward.parameters(), *forward.buffers()]:
-            torch.distributed.broadcast(tensor.detach(), 0)
-        kind = next(forward.parameters()).device.type
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        options: dict[str, Any] = {"mesh": init_device_mesh(kind, (self.size,)), "mp_policy": policy}
-        lists = [(f"{name}.", part) for name, part in forward.named_modules() if isinstance(part, nn.ModuleList)]
-        names = [name for name, _ in lists]
-        outermost = [part for name, part in lists if not any(name != of and name.startswith(of) for of in names)]
-        modules: list[Any] = [fully_shard(layer, **options) for layers in outermost for layer in layers]
-        modules.insert(0, fully_shard(forward, **options))
-        for before, module in zip([modules[-1], *modules], modules, strict=False):
-            # Torch would go by the order of all forward passes since the last backward one, decoding included, of which
-            # a rank may have none: the ranks would not gather alike, and hang.
-            module.set_modules_to_backward_prefetch([before])
 
     def forward(self, model: nn.Module, compute: Callable[[Any], T], *, reduces: bool = True) -> T:
         """`compute(model)`, all that touches the model's weights in a forward pass.
@@ -177,26 +159,14 @@ class Ranks:
         return forward(compute)
 
     @contextmanager
-    def whole(self, model: nn.Module) -> Iterator[None]:
+    def whole(self, model: PreTrainedModel) -> Iterator[None]:
         """Inside, each rank has all weights of a model and may call it by itself: for rollouts."""
         forward = self.forwards.get(model)
         if forward is None or self.strategy != "fsdp2":
             yield
             return
-        from torch.distributed.fsdp import FSDPModule
-
-        with torch.no_grad():
-            forward(lambda model: None)  # the first forward makes this module the root of the others
-        modules: list[Any] = [module for module in forward.modules() if isinstance(module, FSDPModule)]
-        for module in modules:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        try:
+        with fsdp.gathered(forward, model):
             yield
-        finally:
-            for module in modules:
-                module.set_reshard_after_forward(module is not forward, recurse=False)
-                module.reshard()
 
     def state_of(self, model: PreTrainedModel, *, trained: bool = False) -> dict[str, Tensor] | None:
         """The whole weights under their names, on the CPU of the first rank and empty on others; None where the model

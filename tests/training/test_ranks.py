@@ -107,11 +107,19 @@ def test_a_run_goes_on_with_any_number_of_ranks(jobs, tmp_path, name, weights):
     assert [line["step"] for line in lines_of(out / name / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
-def test_no_rank_has_more_whole_weights_than_a_layers_and_what_is_outside_of_the_layers(tmp_path):
-    """FSDP2's, in both passes. The head is outside: the loss takes its whole weight, in chunks of the vocabulary."""
-    sharded, replicated = (rank_steps.counted(strategy, tmp_path) for strategy in ("fsdp2", "ddp"))
-    assert sharded["gathered"] == sharded["layer"] + sharded["others"] < sharded["model"] / 4
-    assert replicated["gathered"] == replicated["model"]
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_beside_its_shards_a_rank_holds_a_layer_or_the_head(tmp_path, size):
+    """FSDP2's, at every operator of both passes: the head's weight, its gradient and a piece of it, or in place of the
+    weight what gloo copies to reduce the gradient, and the layer that is gathered ahead."""
+    for found in rank_steps.on_ranks(size, rank_steps.held, tmp_path):
+        assert found["head"] > 2 * found["layer"]
+        assert found["held"] < 3 * found["head"] + 1.2 * found["layer"]
+        assert found["gradients"] <= 1e-6
+
+
+def test_both_strategies_take_the_same_step(tmp_path):
+    for strategy in ("fsdp2", "ddp"):
+        rank_steps.counted(strategy, tmp_path)
     weights, others = (torch.load(tmp_path / f"{strategy}.pt", weights_only=True) for strategy in ("fsdp2", "ddp"))
     for key, weight in weights.items():
         torch.testing.assert_close(others[key], weight, rtol=1e-5, atol=1e-6)
