@@ -128,14 +128,14 @@ class Ranks:
             torch.distributed.all_reduce(values)
         return values
 
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Readies a model, which is the same on all ranks, for `forward`. FSDP2 puts shards in the place of its
-        parameters, so that its optimizer comes afterwards."""
+    def prepare(self, model: PreTrainedModel, device: str) -> None:
+        """Readies a model, which is the same on all ranks, for `forward`. FSDP2 puts shards on `device` in the place of
+        its parameters, so that its optimizer comes afterwards; the model may be on the CPU before."""
         if self.strategy is None:
             return
         forward = _Forward(model)
         if self.strategy == "fsdp2":
-            fsdp.shard(forward, model, self.size)
+            fsdp.shard(forward, model, device, self.size)
             self.forwards[model] = forward
         elif any(p.requires_grad for p in model.parameters()):  # a reference is not
             ddp_of: Any = nn.parallel.DistributedDataParallel

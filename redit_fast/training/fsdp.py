@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from redit_fast.gr.shards import is_shard
 
 
-def shard(forward: nn.Module, model: PreTrainedModel, size: int) -> None:
-    """Puts shards in the place of the model's parameters.
+def shard(forward: nn.Module, model: PreTrainedModel, device: str, size: int) -> None:
+    """Puts shards of the first rank's weights on `device` in the place of the model's parameters, one layer after the
+    other: of a model on the CPU a GPU holds no more than a layer whole.
 
     Args:
         forward: around the model; every pass calls it, and takes the head's weights by `whole`.
@@ -29,19 +30,26 @@ def shard(forward: nn.Module, model: PreTrainedModel, size: int) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    for tensor in [*forward.parameters(), *forward.buffers()]:
-        torch.distributed.broadcast(tensor.detach(), 0)
-    mesh = init_device_mesh(next(forward.parameters()).device.type, (size,))
+    def place(tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
+            torch.distributed.broadcast(tensor.data, 0)
+
+    mesh = init_device_mesh(device, (size,))
     shards: dict[Tensor, nn.Parameter] = {}
     for module in _outside(model):
         for name, p in module.named_parameters(recurse=False):
             if p not in shards:
-                shards[p] = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]), p.requires_grad)
+                shards[p] = nn.Parameter(distribute_tensor(p.detach().to(device), mesh, [Shard(0)]), p.requires_grad)
             setattr(module, name, shards[p])
         if isinstance(module, nn.Embedding):
             module.forward = _gathering(module, module.forward)  # type: ignore[method-assign]
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-    modules: list[Any] = [fully_shard(layer, **options) for layer in _layers(model)]
+    modules: list[Any] = []
+    for layer in _layers(model):
+        place([*layer.parameters(), *layer.buffers()])
+        modules.append(fully_shard(layer, **options))
+    place(tensor for tensor in [*forward.parameters(), *forward.buffers()] if not is_shard(tensor))
     modules.insert(0, fully_shard(forward, ignored_params=set(shards.values()), **options))
     for before, module in zip([modules[-1], *modules], modules, strict=False):
         # Torch would go by the order of all forward passes since the last backward one, decoding included, of which

@@ -82,7 +82,7 @@ def train(
         task.check(config)
     device = setup.device_of(config)
     with distributed.started(config.strategy, device) as ranks, ExitStack() as held:  # the run's folder, until it ends
-        return _train(config, resume, accept_changed_inputs, task, advantages_hook, held, ranks)
+        return _train(config, resume, accept_changed_inputs, task, advantages_hook, held, ranks, device)
 
 
 def _train(
@@ -93,6 +93,7 @@ def _train(
     advantages_hook: AdvantagesHook | None,
     held: ExitStack,
     ranks: Ranks,
+    device: str,
 ) -> dict:
     saved: Path | None = None
     if resume:
@@ -180,10 +181,12 @@ def _train(
             if done < 0:
                 with clock("warm_start"):
                     ranks.alone(lambda: _warm_start(model, tokenizer, config, shown), stoppable=True)
+            if config.strategy == "fsdp2":
+                model.to("cpu")  # so that no GPU holds a whole reference beside it
             reference: Any = ranks.alone(lambda: setup.reference(config, model, saved), stoppable=True)
-            ranks.prepare(model)
+            ranks.prepare(model, device)
             if reference is not None and reference is not model:
-                ranks.prepare(reference)
+                ranks.prepare(reference, device)
             optimizer = setup.optimizer(config, model)
             if saved is not None:
                 ranks.alone(lambda: checkpoint.load_optimizer(saved, optimizer))

@@ -172,10 +172,10 @@ def _check_passes(
         expected = torch.cat([by_sample[sample] for sample in range(len(batch.lengths))])
         if settings.beta:
             batch.score_reference(model)  # the reference is a copy of it
-        batch.backward(model)
-        unreached = [of for of, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        with _dropping_gradients(model) as reached:
+            batch.backward(model)
+        unreached = [of for of, p in model.named_parameters() if p.requires_grad and p not in reached]
         why_padded = _why_padded(model, batch) if config.packing != "off" else "packing is off"
-    model.zero_grad()
     if unreached and launched():  # DDP and FSDP2 would wait for them
         raise ValueError(
             f"{name} cannot be trained by several processes: {len(unreached)} of its parameters, such as "
@@ -208,6 +208,24 @@ def _why_padded(model: PreTrainedModel, padded: Batch) -> str | None:
     except UnpackableError as error:
         return str(error)
     return difference(found, padded.logp(model), model.dtype != torch.float32)
+
+
+@contextmanager
+def _dropping_gradients(model: PreTrainedModel) -> Iterator[set[torch.Tensor]]:
+    """Inside, a gradient is gone as soon as it is there: all of them take as much memory as the model. Gives the
+    parameters that had one."""
+    reached: set[torch.Tensor] = set()
+
+    def drop(p: torch.Tensor) -> None:
+        reached.add(p)
+        p.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in model.parameters() if p.requires_grad]
+    try:
+        yield reached
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def step(strategy, out):
     """With GR, of two micro-batches a rank. Leaves what `counted` gives and the weights afterwards."""
     with started(strategy, "cpu") as ranks:
         model = model_of("qwen2", num_hidden_layers=LAYERS)
-        ranks.prepare(model)
+        ranks.prepare(model, "cpu")
         optimizer = optimizer_of(model)
         batch = batch_of(budget=Budget(tokens=60))
         batch.ranks = ranks
@@ -95,7 +95,7 @@ def _held(ranks, tied):
         sizes = {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 2004}  # which 1, 2 and 3 ranks share
         model = model_of("llama", num_hidden_layers=2, tie_word_embeddings=tied, **sizes)
         policy.checkpoint_activations(model)
-        ranks.prepare(model)
+        ranks.prepare(model, "cpu")
         batch = batch_of(budget=Budget(samples=1), samples=(1, 4, 7)[:size])
         batch.ranks = ranks
         return model, batch, optimizer_of(model)

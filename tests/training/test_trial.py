@@ -154,6 +154,17 @@ def test_the_trial_leaves_everything_as_it_was(settings):
     assert not function.warned and not model.get_output_embeddings()._forward_pre_hooks
 
 
+def test_the_trial_holds_one_gradient_at_a_time(settings):
+    made = config_file.load(overrides={**settings, "rewards": ["exact_answer"]})
+    model, tokenizer = policy.load(made.model)
+    function = rewards.RewardFunction("zero", lambda completions, **rest: [0.0] * len(completions))
+    params, there = list(model.parameters()), []
+    for p in params:
+        p.register_post_accumulate_grad_hook(lambda _: there.append(sum(p.grad is not None for p in params)))
+    trial.check(model, tokenizer, data.load(made, tokenizer), [function], rf.LossConfig(), made)
+    assert there == [1] * len(params)
+
+
 FAILURES = {
     "raise KeyError('oops')": "KeyError",
     "return [1.0]": "returned 1 rewards for 2 samples",
