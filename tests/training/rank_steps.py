@@ -5,11 +5,14 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import redit_fast as rf
+from redit_fast.gr.shards import is_shard
 from redit_fast.packing.plan import Budget
-from redit_fast.training import memory, policy
+from redit_fast.training import lora, memory, policy
+from redit_fast.training.config import TrainConfig
 from redit_fast.training.distributed import Ranks, started
 from tests.counting import Held, tensors_of
 from tests.packing.models import batch_of, model_of
@@ -118,3 +121,27 @@ def _held(ranks, tied):
         "head": memory.bytes_of(alone.lm_head.weight),
         "gradients": ((gradients - expected).norm() / expected.norm()).item(),
     }
+
+
+def adapters(out):
+    """How far the gradients of float32 adapters in a bfloat16 model under FSDP2 are off those of one process."""
+
+    def gradients(ranks):
+        model = model_of("qwen2", num_hidden_layers=LAYERS).bfloat16()
+        lora.attach(model, TrainConfig(model="tiny", data="none", rewards=["math"], lora_rank=4), lora.Base("tiny", {}))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            nn.init.normal_(p, std=0.1)
+        ranks.prepare(model, "cpu")
+        batch = batch_of(budget=Budget(tokens=60))
+        batch.ranks = ranks
+        batch.backward(model)
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        assert all(grad.dtype == torch.float32 for grad in found)
+        return torch.cat([(grad.full_tensor() if is_shard(grad) else grad).flatten() for grad in found])
+
+    with started("fsdp2", "cpu") as ranks:
+        expected, found = gradients(Ranks()), gradients(ranks)
+        if ranks.first:
+            Path(out, "found.json").write_text(json.dumps(((found - expected).norm() / expected.norm()).item()))
+    return 0

@@ -125,6 +125,12 @@ def test_both_strategies_take_the_same_step(tmp_path):
         torch.testing.assert_close(others[key], weight, rtol=1e-5, atol=1e-6)
 
 
+def test_float32_adapters_in_a_bfloat16_model_have_the_gradients_of_one_process(tmp_path):
+    """FSDP2 gathers both dtypes of a layer in one unit. The bfloat16 passes round by the rows of a micro-batch."""
+    pytest.importorskip("peft", reason="peft is not installed: adapters need it")
+    assert rank_steps.on_ranks(2, rank_steps.adapters, tmp_path) < 0.02
+
+
 def whole(checkpoint):
     """The optimizer's tensors, of the shards."""
     table = json.loads((checkpoint / "optimizer.index.json").read_text())
