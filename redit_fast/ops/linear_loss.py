@@ -49,6 +49,11 @@ def _refuse_parts(name: str, tensor: Any) -> None:
             f"{tuple(getattr(tensor, 'ds_shape', ()))}: run the loss and its backward pass inside "
             f"`with deepspeed.zero.GatheredParameters([{name}]):`"
         )
+    if getattr(tensor, "_fsdp_flattened", False) and tensor.ndim == 1:
+        raise ValueError(
+            f"{name} is a piece of FSDP1's, got shape {tuple(tensor.shape)}: run the loss inside `with "
+            "FullyShardedDataParallel.summon_full_params(module):`, or leave the head out of what FSDP1 wraps by itself"
+        )
 
 
 def _check_head(hidden, weight, bias, targets, mask, validate) -> Tensor:

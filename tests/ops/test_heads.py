@@ -64,6 +64,14 @@ def test_a_zero3_partition_is_refused_naming_the_context_that_gathers_it():
         call()
 
 
+def test_a_piece_of_fsdp1_is_refused_naming_what_gathers_it():
+    weight = torch.nn.Parameter(torch.randn(36))  # what FSDP1 leaves of a (9, 8) on one of two ranks
+    weight._fsdp_flattened = True
+    for call in calls(weight):
+        with pytest.raises(ValueError, match=r"weight is a piece of FSDP1's, got shape \(36,\).*summon_full_params"):
+            call()
+
+
 def test_a_weight_whose_storage_fsdp_has_freed_is_refused_instead_of_read():
     weight = torch.randn(9, 8)
     weight.untyped_storage().resize_(0)
