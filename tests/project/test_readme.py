@@ -177,15 +177,23 @@ def installs(plan):
 
 def test_make_installs_what_is_locked_and_the_demo_only_what_it_needs():
     demo, test = (installs(planned(goal, "NVIDIA=")) for goal in ("demo", "test"))
-    assert {venv for venv, _ in test} == {".venv"} and all(words.startswith("-c tests/lock.txt ") for _, words in test)
+    locks = ("-c .venv/lock.txt ", "-c tests/lock.txt -r docs/packages.txt")
+    assert {venv for venv, _ in test} == {".venv"} and all(words.startswith(locks) for _, words in test)
     assert test[: len(demo)] == demo and demo[-1][1].endswith('--no-build-isolation -e ".[train]"')
     assert not re.search("packages.txt|verl", str(demo)) and "-r tests/packages.txt" in str(test)
-    newest = planned("test-newest", "NVIDIA=")
-    assert {venv for venv, _ in installs(newest)} == {".venv-newest"} and "lock.txt" not in newest
-    assert "-c tests/lock.txt" in planned("lint", "NVIDIA=") and "-c tests/lock.txt" in planned("sanitize", "NVIDIA=")
+    newest = installs(planned("test-newest", "NVIDIA="))
+    assert {venv for venv, _ in newest} == {".venv-newest"} and "lock.txt" not in str(newest)
+    assert all("-c .venv/lock.txt" in planned(goal, "NVIDIA=") for goal in ("lint", "sanitize"))
 
 
-def test_the_lock_leaves_triton_to_torchs_cuda_build():
-    plan = planned("test", "NVIDIA=yes")
-    assert {words.split()[1] for _, words in installs(plan)} == {"build/lock.txt"}
-    assert 'grep -v "^triton==" tests/lock.txt > build/lock.txt' in plan
+@pytest.mark.parametrize("needs", ["filelock, triton", "filelock"])
+def test_the_lock_leaves_triton_to_a_torch_that_brings_it(tmp_path, needs):
+    """An environment whose pip says what torch requires, as its CUDA build and its CPU build do."""
+    (tmp_path / "bin").mkdir()
+    for name, says in (("python", ""), ("pip", f"echo 'Requires: {needs}'")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    subprocess.run(["make", "-s", f"{tmp_path}/lock.txt", f"VENV={tmp_path}"], cwd=ROOT, check=True)
+    everything = (ROOT / "tests" / "lock.txt").read_text()
+    left_out = set(everything.splitlines()) - set((tmp_path / "lock.txt").read_text().splitlines())
+    assert left_out == set(re.findall("^triton==.*$", everything, re.M) if "triton" in needs else ())
