@@ -12,8 +12,7 @@ NVIDIA := $(wildcard /proc/driver/nvidia)$(shell command -v nvidia-smi 2>/dev/nu
 # network pip tries that index once, for 0.5 s: with them 50 warnings take 75 s.
 CPU_TORCH := torch==2.13.0 --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu
 TORCH ?= $(if $(NVIDIA),torch==2.13.0,$(CPU_TORCH))
-# torch's CUDA build needs one certain release of Triton, 2.14.1's is 3.8.0: it brings that, and the lock has no say.
-LOCK := $(if $(NVIDIA),build/lock.txt,tests/lock.txt)
+LOCK := $(VENV)/lock.txt
 
 # Triton has wheels for Linux only.
 TRITON36 := $(if $(filter Linux,$(shell uname)),.venv-triton36/.ready)
@@ -144,29 +143,29 @@ sanitize: $(TESTS) $(SANITIZED)
 ifeq ($(NVIDIA),)
 $(READY) $(SANITIZED) verl-extra: export TORCH_CUDA_ARCH_LIST ?= 9.0a
 endif
-# A torch that is already in .venv stays.
 PIP = $(VENV)/bin/pip install $(LOCK:%=-c %)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(READY): pyproject.toml setup.py $(LOCK) $(wildcard csrc/*/*) | $(VENV)/bin/python
+# A torch that is already in .venv stays. Its CUDA build needs one certain release of Triton, which it brings: with
+# another one locked, pip would put a newer torch in its place.
+$(VENV)/lock.txt: tests/lock.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(VENV)/bin/pip install $(TORCH)
+	if $(VENV)/bin/pip show torch | grep -q "^Requires:.*triton"; then grep -v "^triton==" $<; else cat $<; fi > $@
+
+$(READY): pyproject.toml setup.py $(VENV)/lock.txt $(wildcard csrc/*/*)
 	$(PIP) "setuptools>=77" "pybind11>=2.12"
 	$(PIP) --no-build-isolation -e ".[train]"
 	touch $@
 
-$(DOCS): docs/packages.txt $(LOCK) | $(VENV)/bin/python
-	$(PIP) -r docs/packages.txt
+$(DOCS): docs/packages.txt tests/lock.txt | $(VENV)/bin/python
+	$(VENV)/bin/pip install $(if $(LOCK),-c tests/lock.txt) -r docs/packages.txt
 	touch $@
 
 $(TESTS): $(READY) $(DOCS) tests/packages.txt
 	$(PIP) -r tests/packages.txt
 	$(PIP) --no-deps "verl; python_version < '3.13'" TransferQueue
 	touch $@
-
-build/lock.txt: tests/lock.txt
-	mkdir -p build
-	grep -v "^triton==" $< > $@
 
 # GPU machines have Triton 3.6, whose code differs. Here it has .venv's torch: folders of a .pth file come last.
 SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"

@@ -51,7 +51,8 @@ DEPENDENCIES = {
     "matplotlib": "the picture of its curves",
 }
 UNSLOTH = (
-    "| Unsloth | not run | `import unsloth` first, then the trainer for TRL | [page](docs/integrations/unsloth.md) |"
+    "| Unsloth | 2026.10.9, on the CPU | `import unsloth` first, then the trainer for TRL "
+    "| [page](docs/integrations/unsloth.md) |"
 )
 
 

@@ -7,22 +7,27 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
+import tomllib
 from importlib.util import find_spec
 from typing import get_args
 
 import pytest
+import yaml
 from PIL import Image
 
 from examples import plain_loop
-from redit_fast import backends
+from redit_fast import backends, cli
 from redit_fast.losses.config import LossType
+from redit_fast.training.config import TrainConfig
 from tests import ROOT
 from tests.project.pages import PAGES, README, fenced
 from tools import bench_tables, measure, step_picture, tables
 from tools.known_answers import table as known_answers
 
 HOSTS = {"TRL": "trl", "transformers": "transformers", "verl": "verl", "OpenRLHF": "openrlhf"}
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 every_page = pytest.mark.parametrize("page", PAGES)
 
 
@@ -88,18 +93,38 @@ def test_a_backend_without_a_primitive_is_not_said_to_have_it():
 def test_commands_and_snippets_of_a_page_can_be_typed(page):
     goals = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
     text = PAGES[page]
-    commands = "\n".join([*fenced("bash", text), *re.findall(r"`([^`\n]+)`", text)])
+    commands = "\n".join([*fenced("bash", text), *re.findall(r"`([^`\n]+)`", text)]).replace("\\\n", " ")
     assert set(re.findall(r"^make ([\w-]+)", commands, re.M)) <= set(goals)
-    typed = set(re.findall(r"^redit-fast (\w[\w-]*)", commands, re.M))
-    ours = {"train", "generate", "eval", "sample", "to-verl", "example", "report", "plot", "info", "doctor", "selftest"}
-    ours |= {"bench", "merge", "reward-model"}
-    assert typed <= ours
-    for module in re.findall(r"python -m ((?:examples|benchmarks|tools)\.\w+)", commands):
+    for words in re.findall(r"^(?:torchrun .* -m redit_fast|redit-fast) (\w.*)", commands, re.M):
+        parse(shlex.split(words, comments=True))
+    for module in re.findall(r"python -m ((?:examples|benchmarks|tools|redit_fast)[\w.]*)", commands):
         assert find_spec(module) is not None, module
+    for extras in re.findall(r"(?:redit-fast|\"\.)\[([\w,]+)\]", commands):
+        assert set(extras.split(",")) <= set(EXTRAS)
     for file in re.findall(r"\bexamples/[\w./]+", commands):
         assert (ROOT / file).exists(), file
     for snippet in fenced("python", text):
         ast.parse(snippet)
+    for settings in fenced("yaml", text):
+        assert set(yaml.safe_load(settings)) <= set(TrainConfig.model_fields)
+
+
+def parse(words):
+    """As the command line does; of a command that stands there without arguments the name alone."""
+    parser, commands = cli._parsers()
+    assert words[0] in commands
+    if words[1:] not in ([], ["--help"]):
+        cli.FLAGS.get(words[0], lambda _: None)(commands[words[0]])
+        _, unknown = parser.parse_known_args(words)
+        assert set(unknown) <= {"..."}, (words, unknown)
+
+
+@pytest.mark.parametrize(
+    "words", ["trian", "train --gr-gama 1", "eval a --greedy", "generate --samples 4", "info --yaml"]
+)
+def test_a_command_that_is_not_there_is_found(words):
+    with pytest.raises((AssertionError, SystemExit)):
+        parse(words.split())
 
 
 def test_the_targets_of_contributing_are_makes():
@@ -152,15 +177,23 @@ def installs(plan):
 
 def test_make_installs_what_is_locked_and_the_demo_only_what_it_needs():
     demo, test = (installs(planned(goal, "NVIDIA=")) for goal in ("demo", "test"))
-    assert {venv for venv, _ in test} == {".venv"} and all(words.startswith("-c tests/lock.txt ") for _, words in test)
+    locks = ("-c .venv/lock.txt ", "-c tests/lock.txt -r docs/packages.txt")
+    assert {venv for venv, _ in test} == {".venv"} and all(words.startswith(locks) for _, words in test)
     assert test[: len(demo)] == demo and demo[-1][1].endswith('--no-build-isolation -e ".[train]"')
     assert not re.search("packages.txt|verl", str(demo)) and "-r tests/packages.txt" in str(test)
-    newest = planned("test-newest", "NVIDIA=")
-    assert {venv for venv, _ in installs(newest)} == {".venv-newest"} and "lock.txt" not in newest
-    assert "-c tests/lock.txt" in planned("lint", "NVIDIA=") and "-c tests/lock.txt" in planned("sanitize", "NVIDIA=")
+    newest = installs(planned("test-newest", "NVIDIA="))
+    assert {venv for venv, _ in newest} == {".venv-newest"} and "lock.txt" not in str(newest)
+    assert all("-c .venv/lock.txt" in planned(goal, "NVIDIA=") for goal in ("lint", "sanitize"))
 
 
-def test_the_lock_leaves_triton_to_torchs_cuda_build():
-    plan = planned("test", "NVIDIA=yes")
-    assert {words.split()[1] for _, words in installs(plan)} == {"build/lock.txt"}
-    assert 'grep -v "^triton==" tests/lock.txt > build/lock.txt' in plan
+@pytest.mark.parametrize("needs", ["filelock, triton", "filelock"])
+def test_the_lock_leaves_triton_to_a_torch_that_brings_it(tmp_path, needs):
+    """An environment whose pip says what torch requires, as its CUDA build and its CPU build do."""
+    (tmp_path / "bin").mkdir()
+    for name, says in (("python", ""), ("pip", f"echo 'Requires: {needs}'")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    subprocess.run(["make", "-s", f"{tmp_path}/lock.txt", f"VENV={tmp_path}"], cwd=ROOT, check=True)
+    everything = (ROOT / "tests" / "lock.txt").read_text()
+    left_out = set(everything.splitlines()) - set((tmp_path / "lock.txt").read_text().splitlines())
+    assert left_out == set(re.findall("^triton==.*$", everything, re.M) if "triton" in needs else ())

@@ -35,8 +35,11 @@ def test_ranks_meet_before_they_leave_and_no_thread_of_gloo_is_left_to_an_ending
     """tests/ranks.py says why."""
     sources = [path.read_text() for folder in ("tests", "examples") for path in (ROOT / folder).rglob("*.py")]
     ranks = [each for each in sources if re.search(r"world_size=(?!1\b)\w|num_processes == [2]|get_world[_]size", each)]
-    end = r"barrier\(.*\n.*destroy_process_group\(|meet_and_end\("
-    assert len(ranks) == 6 and [each for each in ranks if not re.search(end, each)] == []
+    assert len(ranks) == 6
+    for source in ranks:
+        holds_threads = re.search("DistributedDataParallel|fully_shard", source)
+        end = r"os\._exit\(" if holds_threads else r"destroy_process_group\("
+        assert re.search(rf"meet_and_end\(|\.barrier\((.*\n)+.*{end}", source)
 
 
 def test_the_package_contains_nothing_unsafe():
