@@ -218,7 +218,7 @@ def test_a_wrong_result_gets_its_error_and_no_number(case, mutant, monkeypatch):
     assert row.status == "wrong" and row.ms is row.times is row.warm_ms is row.peak_mb is None, row
     assert row.note.startswith("wrong: ") and (row.value_error or row.gradient_error), row
     suites = {name.split()[0] for name in CASES}
-    assert set(BREAK) == set(CASES) and suites == set(SUITES) - {"step"}  # which test_bench_step.py breaks
+    assert set(BREAK) == set(CASES) and suites == set(SUITES) - {"step", "ranks"}  # which their own tests break
 
 
 def a_provider(name, value=0.0, ours=False, fails=None, cause=""):
@@ -335,7 +335,8 @@ def test_no_committed_result_is_wrong_or_above_the_roofline_and_slower_ones_have
     files = [json.loads((folder / f"{name}.json").read_text()) for name in ("bench", "step")]
     every = [stored for results in files for stored in results["tables"]]
     tables = [stored for stored in every if not stored["axis"]]
-    assert {stored["suite"] for stored in tables} == set(SUITES) and {results["size"] for results in files} == {"cpu"}
+    assert {stored["suite"] for stored in tables} == set(SUITES) - {"ranks"}
+    assert {results["size"] for results in files} == {"cpu"}
     assert [said for stored in every for said in table.warnings(stored)] == []
     rows = [row | {"of": stored["title"]} for stored in tables for row in stored["rows"]]
     assert [(row["of"], row["name"]) for row in rows if row["status"] in ("wrong", "failed")] == []
