@@ -21,6 +21,7 @@ from redit_fast.benchmarks import (
     SUITES,
     bench_advantages,
     bench_apply,
+    bench_apply_hosts,
     bench_linear_loss,
     bench_params,
     bench_token_loss,
@@ -219,6 +220,17 @@ def test_a_wrong_result_gets_its_error_and_no_number(case, mutant, monkeypatch):
     assert row.note.startswith("wrong: ") and (row.value_error or row.gradient_error), row
     suites = {name.split()[0] for name in CASES}
     assert set(BREAK) == set(CASES) and suites == set(SUITES) - {"step", "ranks"}  # which their own tests break
+
+
+@pytest.mark.parametrize("mutant", [None, "sign", "row"])
+def test_a_wrong_gradient_in_trls_sft_trainer_gets_no_number(mutant, monkeypatch):
+    pytest.importorskip("trl", reason="TRL is not installed: its steps need it")
+    if mutant:
+        break_model(monkeypatch, Broken(MUTANTS[mutant]))
+    _, made = bench_apply_hosts.tables(CPU, "dry")
+    (row,) = measure(replace(made, providers=made.providers[:1], rounds=2))
+    assert row.ours and row.status == ("wrong" if mutant else "measured"), row
+    assert (row.ms is None) == (row.gradient_error > 1e-4) == bool(mutant)
 
 
 def a_provider(name, value=0.0, ours=False, fails=None, cause=""):
