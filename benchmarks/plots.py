@@ -80,7 +80,7 @@ def _panels(all_series: list[list[Mapping[str, Any]]], what: str) -> Figure:
         if what == "ms":
             axes.plot(entries[0]["size"], entries[0]["floor_ms"], color=GREY, linestyle="--", label="floor")
         axis = entries[0]["axis"]
-        axes.set_title(f"{entries[0]['suite']}: {entries[0]['title']}, {axis} grows")
+        axes.set_title(f"{entries[0]['suite']}: {entries[0]['title']}, {axis} grows", fontsize=8)
         axes.set_xlabel(f"{axis}: {AXES.get(axis, axis)}")
         axes.set_ylabel("ms" if what == "ms" else "MB added by a call")
         axes.set_xscale("log")

@@ -344,16 +344,18 @@ def test_the_speeds_are_those_of_real_traffic():
 
 def test_no_committed_result_is_wrong_or_above_the_roofline_and_slower_ones_have_a_cause():
     folder = ROOT / "benchmarks" / "results" / "cpu"
-    files = [json.loads((folder / f"{name}.json").read_text()) for name in ("bench", "step")]
+    files = [json.loads((folder / f"{name}.json").read_text()) for name in ("bench", "step", "apply_hosts")]
     every = [stored for results in files for stored in results["tables"]]
     tables = [stored for stored in every if not stored["axis"]]
-    assert {stored["suite"] for stored in tables} == set(SUITES) - {"ranks"}
+    assert {stored["suite"] for stored in tables} == {*SUITES, "apply_hosts"} - {"ranks"}
     assert {results["size"] for results in files} == {"cpu"}
     assert [said for stored in every for said in table.warnings(stored)] == []
     rows = [row | {"of": stored["title"]} for stored in tables for row in stored["rows"]]
     assert [(row["of"], row["name"]) for row in rows if row["status"] in ("wrong", "failed")] == []
     slower = [row for row in rows if row["times"] is not None and row["times"] < 0.95 and not row["ours"]]
     assert [(row["of"], row["name"]) for row in slower if not row["cause"]] == []
+    causes = {row["cause"] for stored in tables if stored["dtype"] == "float32" for row in stored["rows"]}
+    assert [cause for cause in causes if re.search("(?<!in )bfloat16", cause)] == []  # of another table
 
 
 def test_the_text_fits_100_columns_and_survives_json():
