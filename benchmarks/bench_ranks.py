@@ -31,8 +31,9 @@ LENGTHS = "gsm8k"
 COUNTS = {"cpu": (1, 2, 3, 4, 5), "quick": (1, 2, 3), "cuda": (1, 2, 3, 4, 5, 6, 7, 8), "dry": (1, 2)}
 ROUNDS = {"cpu": 5, "quick": 2, "cuda": 5, "dry": 2}
 STRATEGIES: tuple[Literal["ddp", "fsdp2"], ...] = ("ddp", "fsdp2")
-# Of ranks from one process, as the tests of ranks have it: both sum the same terms in float32, in another order.
-LIMITS = bench_step.LIMITS[torch.float32]._replace(ranks=1e-6)
+# Of ranks from one process: float32 sums of the same terms in another order were up to 1.0e-6 apart, and one of five
+# ranks whose share is wrong by 1e-4 is 2e-5 off.
+LIMITS = bench_step.LIMITS[torch.float32]._replace(ranks=3e-6)
 FASTER = "its ranks compute at the same time"
 
 

@@ -141,7 +141,7 @@ def test_a_step_of_two_ranks_is_that_of_one_process_and_is_counted(settings):
     case, size = settings.case, sum(weight.nbytes for weight in weights(settings.case).values())
     for row in rows_of(settings):
         assert row.status == "measured" and row.n == 2, row
-        assert row.value_error < 1e-5 and row.gradient_error < 1e-5 and 0 < row.ranks_error < 1e-6
+        assert row.value_error < 1e-5 and row.gradient_error < 1e-5 and 0 < row.ranks_error < bench_ranks.LIMITS.ranks
         assert set(row.parts) == {"rollout", "scoring", "update"} and row.peak_mb > 0
         assert row.computed == 2 * case.least  # by both ranks, in both passes
         tokens = [prompt + sum(of) - len(of) for prompt, of in zip(case.prompts, case.completions, strict=True)]
