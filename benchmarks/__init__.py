@@ -6,7 +6,8 @@ roofline.py   bytes and operations of an op, and what this machine can do at bes
 growth.py     slopes of time and memory over sizes
 peers.py      the other libraries, called as their users call them
 bench_*.py    the suites
-step_*.py     whole steps of training: what they are measured on, and the providers, each in a process of its own
+step_*.py     whole steps of training: what they are measured on, and the providers, each in processes of its own
+collectives.py  what ranks send each other
 command.py    the command; table.py, plots.py, report.py: what it shows
 """
 
@@ -14,4 +15,4 @@ from redit_fast.extras import need
 
 need("bench", "redit_fast.benchmarks")
 
-SUITES = ("token_loss", "linear_loss", "params", "apply", "advantages", "step")  # the most informative first
+SUITES = ("token_loss", "linear_loss", "params", "apply", "advantages", "step", "ranks")  # the most informative first

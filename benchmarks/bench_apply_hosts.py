@@ -1,8 +1,9 @@
 """Where a host calls the model under `apply_to`: evaluation with and without logits, and a step of TRL's SFTTrainer,
 whose own fused head ours replaces: python -m benchmarks.bench_apply_hosts
 
-The model of bench_apply, 8 sequences of 128 tokens (quick: 32) and a vocabulary of 50257 (quick: 2000). Every loss is
-compared with that of float64. The step of SFTTrainer is its `compute_loss`, with its metrics, and the backward pass.
+The model of bench_apply, 8 sequences of 128 tokens (quick: 32) and a vocabulary of 50257 (quick: 2000). Every loss,
+and every gradient of a step, is compared with that of float64. The step of SFTTrainer is its `compute_loss`, with its
+metrics, and the backward pass.
 """
 
 from __future__ import annotations
@@ -17,36 +18,28 @@ import torch
 
 import redit_fast as rf
 
-from .bench_apply import SEQUENCES, WIDTH, a_model
+from .bench_apply import LIMITS, SEQUENCES, WIDTH, Exact, a_model
 from .clock import clock
 from .measure import Errors, Provider, Run, Table, Wrong
 from .place import Place
 from .roofline import Work
 
-SIZES = {"cpu": (50_257, 128), "quick": (2000, 32)}
+SIZES = {"cpu": (50_257, 128), "quick": (2000, 32), "dry": (60, 8)}
 
 
 def tables(place: Place, size: str) -> Iterator[Table]:
     vocabulary, length = SIZES[size]
-    tokens = [
-        torch.randint(vocabulary, (SEQUENCES, length), generator=torch.Generator().manual_seed(1 + turn))
-        for turn in range(2)
-    ]
-    wide = a_model(vocabulary).double().eval()
-    with torch.no_grad():
-        losses = [wide(ids, labels=ids).loss.item() for ids in tokens]
-    del wide
+    exact = Exact(place, vocabulary, length, WIDTH, torch.float32)
     head, sizes = vocabulary * WIDTH, {"V": vocabulary, "B": SEQUENCES, "T": length, "D": WIDTH}
     once = Work(reads=4 * head, flops=2 * SEQUENCES * length * head)
     thrice = Work(reads=4 * head, writes=4 * head, flops=3 * once.flops)
-    limits = Errors(1e-4)
-    yield Table("apply_hosts", "evaluation", sizes, "float32", once, evaluations(vocabulary, tokens, losses), "loss",
+    limits = LIMITS[torch.float32]
+    yield Table("apply_hosts", "evaluation", sizes, "float32", once, evaluations(vocabulary, exact), "loss", limits, 5)
+    yield Table("apply_hosts", "SFT step of TRL", sizes, "float32", thrice, sft_steps(vocabulary, exact), "loss",
                 limits, 5)  # fmt: skip
-    yield Table("apply_hosts", "SFT step of TRL", sizes, "float32", thrice, sft_steps(vocabulary, tokens, losses),
-                "loss", limits, 5)  # fmt: skip
 
 
-def evaluations(vocabulary: int, tokens: list[torch.Tensor], losses: list[float]) -> list[Provider]:
+def evaluations(vocabulary: int, exact: Exact) -> list[Provider]:
     def provider(name: str, **options: bool) -> Provider:
         def build() -> Run:
             model = a_model(vocabulary).eval()
@@ -54,12 +47,12 @@ def evaluations(vocabulary: int, tokens: list[torch.Tensor], losses: list[float]
                 rf.apply_to(model, **options)
 
             def run(turn: int, thorough: bool) -> Errors:
-                ids = tokens[turn % 2]
+                ids = exact.tokens[turn % 2]
                 with torch.no_grad(), clock:
                     output = model(ids, labels=ids)
                 if (output.logits is None) != (options == {"eval_logits": False}):
                     raise Wrong("logits are there where none were asked for, or the reverse")
-                return Errors(abs(output.loss.item() - losses[turn % 2]))
+                return Errors(abs(output.loss.item() - exact.losses[turn % 2]))
 
             return run
 
@@ -72,7 +65,7 @@ def evaluations(vocabulary: int, tokens: list[torch.Tensor], losses: list[float]
     ]
 
 
-def sft_steps(vocabulary: int, tokens: list[torch.Tensor], losses: list[float]) -> list[Provider]:
+def sft_steps(vocabulary: int, exact: Exact) -> list[Provider]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -92,13 +85,14 @@ def sft_steps(vocabulary: int, tokens: list[torch.Tensor], losses: list[float]) 
                 rf.apply_to(model)
 
             def run(turn: int, thorough: bool) -> Errors:
-                ids = tokens[turn % 2]
+                ids = exact.tokens[turn % 2]
                 inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
                 with clock:
                     loss = trainer.compute_loss(model, inputs)
                     loss.backward()
+                found = exact.errors(loss, model, turn)
                 model.zero_grad()
-                return Errors(abs(loss.item() - losses[turn % 2]))
+                return found
 
             return run
 

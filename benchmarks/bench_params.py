@@ -34,7 +34,7 @@ SIZES = {  # weights of a pass; tensors of 1024 x 1024 in a step; the same of th
 }
 PERTURBATION = 0.05  # times gradients as large as the weights: some units in bfloat16's last place
 CAUSES = {
-    "torch fused AdamW": "both read and write the same bytes, and it has no master weights to round to bfloat16",
+    "torch fused AdamW": "both read and write the same bytes, and in bfloat16 it has no master weights to round",
     "torch foreach_add_": "it counts nothing: ours also sums what was applied and what was intended",
     "torch foreach_norm": "it adds in float32, with the error shown",
 }

@@ -148,14 +148,14 @@ class Steps:
             process.close()
 
 
-def work(case: Case, rollout: bool) -> Work:
-    """The products of one pass forward and backward in which each prompt is computed once; in the rollout forward."""
+def work(case: Case, rollout: bool, passes: int = 1) -> Work:
+    """The products of passes forward and backward in which each prompt is computed once; in the rollout forward."""
     width, layers = case.model["hidden_size"], case.model["num_hidden_layers"]
     heads, groups = case.model["num_attention_heads"], case.model["num_key_value_heads"]
     attention = width * width * (2 + 2 * groups / heads)
     weights = int(layers * (attention + 3 * width * case.model["intermediate_size"]))
     forward = 2 * (case.least * weights + case.scored * case.vocabulary * width)
-    return Work(flops=(4 if rollout else 3) * forward)
+    return Work(flops=(3 * passes + rollout) * forward)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .collectives import Dealt
+
 LIBC = ctypes.CDLL(None)
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNKNOWN_CACHE = 32 * 2**20
@@ -34,15 +36,16 @@ class Clock:
         self.peak, self.held = 0.0, 0
         self.parts: dict[str, float] = {}
         self.tokens = 0
+        self.dealt: Dealt | None = None
         self._flushed: torch.Tensor | None = None
 
     def restart(self, *, cold: bool = False, watch: bool = False) -> None:
         self.seconds, self.cold, self.watch, self.peak = 0.0, cold, watch, 0.0
-        self.parts, self.tokens = {}, 0
+        self.parts, self.tokens, self.dealt = {}, 0, None
 
-    def took(self, parts: dict[str, float], tokens: int, peak: float) -> None:
-        """Of work in a process of its own: seconds by part, tokens computed, bytes at its peak."""
-        self.parts, self.tokens, self.peak, self.held = parts, tokens, peak, held()
+    def took(self, parts: dict[str, float], tokens: int, peak: float, dealt: Dealt | None = None) -> None:
+        """Of work in processes of its own: seconds by part, tokens computed, bytes at its peak, how it was dealt."""
+        self.parts, self.tokens, self.peak, self.dealt, self.held = parts, tokens, peak, dealt, held()
         self.seconds += sum(parts.values())
 
     def __enter__(self) -> None:

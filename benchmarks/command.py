@@ -155,6 +155,9 @@ def run(suites: Mapping[str, Tables], place: Place, out: Path, size: str, *, cpu
     results["growth"] = growth.series(results["tables"])
     results["machine"]["seconds"] = round(time.monotonic() - began)
     _store(results, out)
+    ranks = [stored for stored in results["tables"] if stored["suite"] == "ranks"]
+    if ranks:
+        print(f"\n{table.dealt(ranks)}")
     if results["growth"]:
         print(f"\n{table.growth(results['growth'])}")
     print(f"\n{table.machine(results['machine'], results['speeds'])}\n")

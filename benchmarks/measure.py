@@ -24,10 +24,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 from .clock import clock, held
+from .collectives import Dealt
 from .roofline import Work
 
 # What a library of others raises where it cannot run: all but the interrupts and the memory errors of this process.
@@ -47,11 +49,13 @@ class Wrong(Exception):
 
 class Errors(NamedTuple):
     """From float64. `value`: the largest absolute error of the result; `gradient`: relative, in the Frobenius norm;
-    `row`: relative, of the gradient's worst row. None: the provider gives none."""
+    `row`: relative, of the gradient's worst row. `ranks`: relative, of the gradient from that of one process, not from
+    float64. None: the provider gives none."""
 
     value: float | None = None
     gradient: float | None = None
     row: float | None = None
+    ranks: float | None = None
 
 
 Run = Callable[[int, bool], Errors]
@@ -98,6 +102,7 @@ class Row:
     held_mb: float | None = None  # that building it and its first call leave: state, copies, models
     value_error: float | None = None
     gradient_error: float | None = None
+    ranks_error: float | None = None
     times: float | None = None  # how many times as long as ours, by the rounds
     times_p10: float | None = None
     times_p90: float | None = None
@@ -105,6 +110,7 @@ class Row:
     cause: str = ""
     parts: dict[str, float] = field(default_factory=dict)  # of a whole step: median ms of each phase
     computed: int = 0  # tokens that its decoder took, outside the rollout
+    dealt: Dealt | None = None  # of a step on ranks
     seconds: list[float] = field(default_factory=list, repr=False)
 
     def stored(self) -> dict[str, Any]:
@@ -140,7 +146,7 @@ class Runner:
                 if not long:
                     self.timed(watch=True)
                 self.row.peak_mb, self.row.held_mb = clock.peak / 1e6, (clock.held - before) / 1e6
-                self.row.computed = clock.tokens
+                self.row.computed, self.row.dealt = clock.tokens, clock.dealt
         except Absent as reason:
             self.refuse("absent", str(reason))
         except FAILURES as error:
@@ -158,8 +164,9 @@ class Runner:
         return clock.seconds
 
     def judge(self, errors: Errors) -> None:
-        self.worst = Errors(*map(_larger, self.worst, errors))
+        self.worst = worst(self.worst, errors)
         self.row.value_error, self.row.gradient_error = self.worst.value, self.worst.gradient
+        self.row.ranks_error = self.worst.ranks
         for what, found, limit in zip(Errors._fields, self.worst, self.limits, strict=True):
             if found is not None and limit is not None and not found <= limit:
                 self.refuse("wrong", f"wrong: {what} error {found:.1e}, limit {limit:.0e}")
@@ -179,6 +186,10 @@ class Runner:
                 self.warm.append(self.timed(again=True))
         except FAILURES as error:
             self.failed(error)
+
+
+def worst(first: Errors, *others: Errors) -> Errors:
+    return reduce(lambda a, b: Errors(*map(_larger, a, b)), others, first)
 
 
 def _larger(a: float | None, b: float | None) -> float | None:
@@ -228,7 +239,7 @@ def _summarise(runner: Runner, main: Runner | None) -> None:
     if row.status != "measured":
         row.ms = row.p10 = row.p90 = row.warm_ms = row.first_ms = row.peak_mb = row.held_mb = None
         row.times = row.times_p10 = row.times_p90 = None  # an earlier block may have been right
-        row.n, row.parts, row.computed = 0, {}, 0
+        row.n, row.parts, row.computed, row.dealt = 0, {}, 0, None
         return
     row.p10, row.ms, row.p90 = (1e3 * x for x in _spread(row.seconds))
     row.n, row.warm_ms = len(row.seconds), 1e3 * median(runner.warm) if runner.warm else None

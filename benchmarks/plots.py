@@ -16,7 +16,7 @@ from redit_fast.pictures import BLUE, GREEN, GREY, ORANGE, STYLE
 from .table import PHASES
 
 COLUMNS = 3
-AXES = {"R": "scored tokens", "V": "vocabulary", "D": "width", "W": "parameters", "P": "prompts"}
+AXES = {"R": "scored tokens", "V": "vocabulary", "D": "width", "W": "parameters", "P": "prompts", "ranks": "processes"}
 COLOURS = (ORANGE, GREEN, "#7d6b91", "#b5915a", "#5aa0b5", "#a15c6b")
 
 
@@ -31,12 +31,11 @@ def draw(results: Mapping[str, Any]) -> dict[str, bytes]:
             pictures["memory.png"] = _png(_panels(over_rows, "peak_mb"))
         if others:
             pictures["growth.png"] = _png(_panels(others, "ms"))
-        steps = [table for table in results["tables"] if table.get("tokens", 0) and _measured(table)]
+        whole = [table for table in results["tables"] if not table["axis"] and _measured(table)]
+        steps = [table for table in whole if table.get("tokens", 0)]
         if steps:
             pictures["steps.png"] = _png(_steps(steps))
-        tables = [
-            table for table in results["tables"] if not (table["axis"] or table.get("tokens", 0)) and _measured(table)
-        ]
+        tables = [table for table in whole if not table.get("tokens", 0)]
         if tables:
             pictures["roofline.png"] = _png(_shares(tables))
     return pictures
@@ -81,7 +80,7 @@ def _panels(all_series: list[list[Mapping[str, Any]]], what: str) -> Figure:
         if what == "ms":
             axes.plot(entries[0]["size"], entries[0]["floor_ms"], color=GREY, linestyle="--", label="floor")
         axis = entries[0]["axis"]
-        axes.set_title(f"{entries[0]['suite']}: {entries[0]['title']}, {axis} grows")
+        axes.set_title(f"{entries[0]['suite']}: {entries[0]['title']}, {axis} grows", fontsize=8)
         axes.set_xlabel(f"{axis}: {AXES.get(axis, axis)}")
         axes.set_ylabel("ms" if what == "ms" else "MB added by a call")
         axes.set_xscale("log")

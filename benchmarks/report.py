@@ -32,6 +32,9 @@ def write(results: Mapping[str, Any], folder: Path) -> None:
 def text(results: Mapping[str, Any]) -> str:
     parts = [table.machine(results["machine"], results["speeds"]), table.legend()]
     parts += [table.of(stored) for stored in results["tables"] if not stored["axis"]]
+    ranks = [stored for stored in results["tables"] if stored["suite"] == "ranks"]
+    if ranks:
+        parts.append(table.dealt(ranks))
     if results["growth"]:
         parts.append(table.growth(results["growth"]))
     return "\n\n".join(parts) + "\n"
@@ -51,6 +54,8 @@ def page(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         card=table.machine(results["machine"], results["speeds"]),
         legend=table.legend(),
         tables=[stored for stored in results["tables"] if not stored["axis"]],
+        ranks=[stored for stored in results["tables"] if stored["suite"] == "ranks"],
+        about_ranks=table.DEALT,
         images=images,
         warnings=[said for stored in results["tables"] for said in table.warnings(stored)],
     )

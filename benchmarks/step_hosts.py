@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ class Settings:
     dtype: str
     gr: bool = False
     packing: bool = False  # of the swap-in; the trainer packs by itself
+    rank: int = 0  # of `size` processes that share the step
+    size: int = 1
+    strategy: Literal["ddp", "fsdp2"] | None = None  # ddp or fsdp2; None: one process without ranks
+    meeting: str = ""  # a file by which the ranks find each other
 
 
 class Host(Protocol):
@@ -105,7 +109,7 @@ class Ends:
 
         self.model, self.tokens = model, 0
         self.rows, self.ending = [], []
-        for token in range(max(lengths)):
+        for token in range(-(-max(lengths) // CHECK_EVERY) * CHECK_EVERY):  # a rank looks whether all have ended
             seen = token // CHECK_EVERY * CHECK_EVERY
             there = [n for n in lengths if not drops or n > seen]
             self.rows.append(len(lengths) // GROUP if drops and not token else len(there))
@@ -160,21 +164,28 @@ class Trainer:
     def __init__(self, settings: Settings):
         from redit_fast.training import setup
         from redit_fast.training.config import TrainConfig
+        from redit_fast.training.distributed import Ranks
 
         self.settings, self.case = settings, settings.case
+        self.ranks = Ranks(settings.rank, settings.size, settings.strategy)
         config = {"model": "-", "data": "-", "rewards": ["exact_match"], "group_size": GROUP,
                   "prompts_per_step": len(self.case.prompts), "learning_rate": LR, "beta": self.case.beta,
                   "max_completion_length": max(self.case.lengths), "max_grad_norm": MAX_NORM,
                   "gr_gamma": EPSILON if settings.gr else 0.0, "gr_epsilon": EPSILON}  # fmt: skip
         self.config = TrainConfig.model_validate(config)
         self.model = start_of(self.case).to(settings.device, getattr(torch, settings.dtype))
+        self.ranks.prepare(self.model, settings.device)
         self.reference = None
         if self.case.beta:
             self.reference = start_of(self.case, "reference").to(self.model.device, self.model.dtype)
+            self.ranks.prepare(self.reference, settings.device)
         self.optimizer = setup.optimizer(self.config, self.model)
         self.loss = setup.loss_config(self.config, self.model)
         self.batches = batches(self.case)
-        self.ends = Ends(self.model, self.case.lengths, drops=True)
+        groups = self.ranks.share(len(self.case.prompts))
+        self.own = slice(groups.start, groups.stop)  # prompts that this rank samples for
+        self.samples = torch.arange(groups.start * GROUP, groups.stop * GROUP)
+        self.ends = Ends(self.model, [self.case.lengths[i] for i in self.samples], drops=True)
 
     def step(self, turn: int, phases: Phases, rollout: bool) -> None:
         from redit_fast.training.batch import Batch
@@ -182,15 +193,21 @@ class Trainer:
         from redit_fast.training.rollout.local import generate
 
         prompts, completions, rewards = self.batches[turn % 2]
+
+        def sampled() -> Rollout:
+            with self.ends:
+                return generate(self.model, [END], prompts[self.own], group_size=GROUP, step=turn,
+                                max_new_tokens=self.config.max_completion_length,
+                                sample_ids=self.samples)  # fmt: skip
+
         if rollout:
-            with phases("rollout"), self.ends:
-                sampled = generate(self.model, [END], prompts, group_size=GROUP, step=turn,
-                                   max_new_tokens=self.config.max_completion_length)  # fmt: skip
-            check_rollout(self.case, sampled.completions)
+            with phases("rollout"), self.ranks.whole(self.model):
+                shares = self.ranks.gathered(sampled)
+            check_rollout(self.case, Rollout.joined(shares).completions)
         with phases("scoring"):
             values = rf.group_advantages(rewards[:, None], group_size=GROUP, step=turn).values
             given = Rollout(completions, [True] * len(completions))
-            self.batch = Batch.of(prompts, given, values, self.loss, self.config, turn, packed=True)
+            self.batch = Batch.of(prompts, given, values, self.loss, self.config, turn, packed=True, ranks=self.ranks)
             if self.reference is not None:
                 self.batch.score_reference(self.reference)
         with phases("update"):
@@ -206,9 +223,23 @@ class Trainer:
         return dict(zip(map(tuple, self.batch.completions), parts, strict=True))
 
 
-def own(tensor: Tensor) -> Tensor:
-    """The tensor that this rank, the only one, holds of an FSDP2 parameter; any other as it is."""
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of an FSDP2 parameter; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """An FSDP2 parameter's pieces of all ranks, which meet here; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _piece(whole: Tensor, p: Any) -> Tensor:
+    """What of a whole tensor this rank holds, where `p` is an FSDP2 parameter."""
+    if not hasattr(p, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return local(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
 
 
 def states(host: Host) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
@@ -217,7 +248,7 @@ def states(host: Host) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
     while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__module__.startswith("accelerate"):
         optimizer = optimizer.optimizer
     for name, p in host.model.named_parameters():
-        yield name, own(p), optimizer.state.get(p, {})
+        yield name, p, optimizer.state.get(p, {})
 
 
 @torch.no_grad()
@@ -225,9 +256,9 @@ def restart(host: Host, case: Case) -> None:
     """The start's weights, and an optimizer that has seen no step."""
     start = weights(case)
     for name, p, state in states(host):
-        p.copy_(start[name])
+        local(p).copy_(_piece(start[name], p))
         for key in state.keys() & {"step", "exp_avg", "exp_avg_sq"}:
             if isinstance(state[key], Tensor):
-                own(state[key]).zero_()
+                local(state[key]).zero_()
         if "master" in state:
-            state["master"].copy_(start[name])
+            local(state["master"]).copy_(_piece(start[name], p))

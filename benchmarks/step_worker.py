@@ -10,23 +10,26 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import oracle
 from .clock import Peak, clock, resident, trim
+from .collectives import Dealt, Sent
 from .measure import FAILURES, Absent, Errors, Wrong
-from .step_cases import batches, expected, weights
-from .step_hosts import LR, Host, Phases, Settings, own, restart, states
+from .step_cases import TURNS, batches, expected, weights
+from .step_hosts import LR, Host, Phases, Settings, restart, states, whole
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch's AdamW and ours
 UPDATE = 1e-2  # by which a weight's update may be off, in learning rates: it is a rounded difference of weights
@@ -41,6 +44,9 @@ class Step:
     computed: int  # tokens, by the decoder, without those of the rollout
     peak: float  # bytes, above the process that has loaded its libraries
     wrong: str = ""
+    collectives: int = 0  # of one rank of several, where they are counted
+    sent: float = 0.0  # bytes
+    dealt: Dealt | None = None  # of all ranks together
 
 
 class Measured:
@@ -60,26 +66,31 @@ class Measured:
     def step(self, turn: int, rollout: bool, timer: Callable[[], float], watch: bool) -> Step:
         case = self.settings.case
         restart(self.host, case)
+        ranks = self.settings.strategy is not None
+        if ranks:
+            torch.distributed.barrier()
         self.tokens, self.phases, wrong = 0, Phases(timer), ""
+        sent = Sent(self.settings.size)
         peak = Peak()
         if watch:
             peak.__enter__()
         found = Errors()
         try:
-            self.host.step(turn, self.phases, rollout)
+            with sent if watch and ranks else nullcontext():
+                self.host.step(turn, self.phases, rollout)
             if watch:
                 peak.__exit__()
                 peak.bytes += peak.before - self.base
             found = judge(self.host, self.settings, turn)
         except Wrong as why:
             wrong = str(why)
-        return Step(found, self.phases.seconds, self.tokens, peak.bytes, wrong)
+        return Step(found, self.phases.seconds, self.tokens, peak.bytes, wrong, sent.collectives, sent.bytes)
 
 
 @torch.no_grad()
 def judge(host: Host, settings: Settings, turn: int) -> Errors:
     """The largest error of a log-prob; of the gradient that the optimizer was given, which its first moment tells; of
-    the embedding's worst row among the completions' tokens.
+    the embedding's worst row among the completions' tokens; and on ranks, of the gradient from that of one process.
 
     Raises:
         Wrong: a weight was not updated as that gradient says.
@@ -94,17 +105,32 @@ def judge(host: Host, settings: Settings, turn: int) -> Errors:
         of = logp.get(tuple(completion))
         off = math.inf if of is None or len(of) != len(part) else (of.cpu().double() - part).abs().max().item()
         value = max(value, off) if off == off else off
-    sums, rows = oracle.Sums(), oracle.Sums()
+    sums, rows, apart = oracle.Sums(), oracle.Sums(), oracle.Sums()
     used = torch.tensor(sorted({token for completion in completions for token in completion}))
     start = weights(settings.case)
-    for name, p, state in states(host):
-        gradient = own(state["exp_avg"]).float().cpu() / (1 - BETA1)
+    alone = None if settings.strategy is None else load_file(file_of_one(settings, turn))
+    # All before anything is judged, since a rank that finds something wrong would leave the others waiting.
+    found = [(name, whole(p), given(state)) for name, p, state in states(host)]
+    for name, p, gradient in found:
+        if alone is not None:
+            apart.add(gradient.view(1, -1), alone[name].view(1, -1).double())
         sums.add(gradient.view(1, -1), right.gradient[name].double().view(1, -1))
         if "embed_tokens" in name:
             rows.add(gradient[used], right.gradient[name][used].double())
         if p.dtype == torch.float32:
             _check_update(name, start[name], p.cpu(), gradient)
-    return Errors(value, sums.errors(None).gradient, rows.worst)
+    ranks = None if alone is None else apart.errors(None).gradient
+    return Errors(value, sums.errors(None).gradient, rows.worst, ranks)
+
+
+def given(state: Mapping[str, Tensor]) -> Tensor:
+    """The gradient that the optimizer was given in its first step, of a parameter's state."""
+    return whole(state["exp_avg"]).float().cpu() / (1 - BETA1)
+
+
+def file_of_one(settings: Settings, turn: int) -> Path:
+    """Where the gradients of one process are, with which those of several are compared."""
+    return Path(settings.case.folder) / f"one-{turn % TURNS}.safetensors"
 
 
 def _check_update(name: str, before: Tensor, after: Tensor, gradient: Tensor) -> None:
@@ -116,16 +142,16 @@ def _check_update(name: str, before: Tensor, after: Tensor, gradient: Tensor) ->
         raise Wrong(f"{name} was not updated by its gradient: off by {off:.1e} of the learning rate")
 
 
-def library(connection: Connection, module: str, device: str, threads: int, timer: str) -> None:
+def library(connection: Connection, module: str, device: str, timer: str) -> None:
     """The process of a module: imports what its providers need when the first of them is asked for, then forks, for
-    each (provider, settings) that comes with a connection, the process that serves it."""
+    each (provider, settings, threads) that comes with a connection, the process that serves it."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # progress bars and notices of the libraries
     os.dup2(quiet, 2)
     loaded, fork = False, multiprocessing.get_context("fork")
     with suppress(EOFError):  # the benchmark has ended
         while (asked := connection.recv()) is not None:
-            name, settings = asked
+            name, settings, threads = asked
             theirs = Connection(recv_handle(connection))
             try:
                 factory = getattr(import_module(f"{__package__}.{module}"), name)
@@ -171,7 +197,8 @@ def taken(step: Step, *phases: str) -> Errors:
     Raises:
         Wrong: what no error describes.
     """
-    clock.took({phase: s for phase, s in step.seconds.items() if phase in phases}, step.computed, step.peak)
+    parts = {phase: s for phase, s in step.seconds.items() if phase in phases}
+    clock.took(parts, step.computed, step.peak, step.dealt)
     if step.wrong:
         raise Wrong(step.wrong)
     return step.errors
@@ -185,19 +212,26 @@ class Libraries:
         self.started: dict[str, tuple[BaseProcess, Connection]] = {}
 
     def start(self, module: str, name: str, settings: Settings) -> Process:
-        """A process for that provider; of a module that was started before, a fork on a CPU."""
+        """A process for that provider, which is ready."""
+        process = self.begin(module, name, settings, torch.get_num_threads())
+        process.received()
+        return process
+
+    def begin(self, module: str, name: str, settings: Settings, threads: int) -> Process:
+        """A process that is about to be ready, and then says so; of a module that was started before, a fork on a CPU.
+        Ranks are ready when all have begun."""
         key = module if self.device == "cpu" else f"{module}.{name}.{settings}"
         if key not in self.started:
             context = multiprocessing.get_context("spawn")
             connection, theirs = context.Pipe()
-            arguments = (theirs, module, self.device, torch.get_num_threads(), clock.timer.__name__)
+            arguments = (theirs, module, self.device, clock.timer.__name__)
             started = context.Process(target=library, args=arguments)
             started.start()
             theirs.close()
             self.started[key] = started, connection
         process, connection = self.started[key]
         ours, theirs = multiprocessing.Pipe()
-        connection.send((name, settings))
+        connection.send((name, settings, threads))
         send_handle(connection, theirs.fileno(), process.pid)
         theirs.close()
         return Process(ours)
@@ -215,9 +249,13 @@ class Process:
 
     def __init__(self, connection: Connection):
         self.connection, self.alive = connection, True
-        self._received()
 
-    def _received(self) -> Any:
+    def received(self) -> Any:
+        """What it answers.
+
+        Raises:
+            What it has raised, of FAILURES and Absent; RuntimeError: it has ended.
+        """
         try:
             found = self.connection.recv()
         except EOFError:
@@ -228,9 +266,12 @@ class Process:
             raise found
         return found
 
-    def __call__(self, turn: int, rollout: bool) -> Step:
+    def ask(self, turn: int, rollout: bool) -> None:
         self.connection.send((turn, rollout, clock.watch))
-        return self._received()
+
+    def __call__(self, turn: int, rollout: bool) -> Step:
+        self.ask(turn, rollout)
+        return self.received()
 
     def close(self) -> None:
         if self.alive:

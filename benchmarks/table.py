@@ -22,6 +22,12 @@ SMALL = (
     "At a tiny R eager code can be faster: besides the passes over the logits ours has a fixed cost of 200 to 400 "
     "small operators for its checks, the loss's options and the metrics, where the eager rows compute the bare loss."
 )
+DEALT = (
+    "fullest: tokens that the rank with the most computes, over the ranks' mean; coll.: collectives that a rank takes "
+    "part in; sent: MB that it sends in them at least; MB: at its peak, of the rank with the most; apart: the gradient "
+    "from that of one process. Where the machine has fewer cores than ranks, ranks share cores: the times then say "
+    "what dealing costs, not how it scales."
+)
 PHASES = ("rollout", "scoring", "update")
 HEAD = (
     f"{'':{NAME}} {'ms':>7} {'[p10, p90]':<17}{'warm':>7} {'floor':>5} {'MB':>5} {{value:>8}} "
@@ -79,6 +85,27 @@ def warnings(table: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {said}" for name, share in shares if (said := roofline.sentence(share))]
 
 
+def dealt(tables: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each provider of a step that ranks share, at each number of ranks."""
+    head = f"ranks: {tables[0]['title']}"
+    lines = [f"{head:34} {'ms':>7} {'[p10, p90]':<17} {'fullest':>7} {'coll.':>5} {'sent':>5} {'MB':>5} "
+             f"{'apart':>6} {'times':>6}"]  # fmt: skip
+    for stored in tables:
+        for row in stored["rows"]:
+            name = f"{stored['sizes']['ranks']} {row['name']}"
+            if row["status"] != "measured":
+                lines += textwrap.wrap(f"{name:34} {row['note']}", WIDTH, subsequent_indent=" " * 35)
+                continue
+            of, spread = row["dealt"], f"[{number(row['p10'])}, {number(row['p90'])}]"
+            times = "" if row["times"] is None else f"{row['times']:.2f}"
+            memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+            lines.append(
+                f"{name[:34]:34} {number(row['ms']):>7} {spread:<17} {of['fullest']:>7.2f} {of['collectives']:>5} "
+                f"{of['sent_mb']:>5.1f} {memory:>5} {_error(row['ranks_error']):>6} {times:>6}".rstrip()
+            )
+    return "\n".join([*lines, *textwrap.wrap(DEALT, WIDTH)])
+
+
 def growth(entries: Sequence[Mapping[str, Any]]) -> str:
     """The slopes of each series: time and memory grow with that power of the size."""
     head = "growth: the power of the size, [95 % interval]"
@@ -87,7 +114,8 @@ def growth(entries: Sequence[Mapping[str, Any]]) -> str:
         sizes = f"{entry['size'][0]}..{entry['size'][-1]}"
         what = f"{entry['suite']} {entry['axis']}={sizes}: {entry['name']}"
         lines.append(f"{what[:58]:58} {power(entry['time_slope']):20} {power(entry['memory_slope'])}".rstrip())
-    return "\n".join([*lines, *textwrap.wrap(SMALL, WIDTH)])
+    small = any(entry["axis"] == "R" for entry in entries)
+    return "\n".join([*lines, *(textwrap.wrap(SMALL, WIDTH) if small else [])])
 
 
 def power(slope: Sequence[float] | None) -> str:

@@ -58,7 +58,7 @@ def machine() -> str:
     found = results()
     card, speeds = found["machine"], found["speeds"]
     caches = ", ".join(f"{name} {size}" for name, size in card["caches"].items())
-    versions = {"Python": card["python"], "torch": card["torch"], **card["peers"]}
+    versions = {"redit-fast": card["redit-fast"], "Python": card["python"], "torch": card["torch"], **card["peers"]}
     products = {way.removesuffix(" products"): speed for way, speed in speeds.items() if way.endswith(" products")}
     moves = {way: speed for way, speed in speeds.items() if not way.endswith(" products")}
     lines = [
@@ -66,11 +66,20 @@ def machine() -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("commit", f"`{card['commit']}`"),
         ("clock", CLOCKS[card["clock"]]),
-        ("blocks", str(found.get("blocks", 1))),
+        ("rounds", _rounds(found)),
         ("best GB/s", ", ".join(f"{way} {speed:.0f}" for way, speed in moves.items())),
         ("best GFLOP/s", ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in products.items())),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines)])
+
+
+def _rounds(found: dict) -> str:
+    """Of the rows that the page shows, and in how many blocks they were made."""
+    counts: dict[str, int] = {}
+    for stored in found["tables"]:
+        if not stored["axis"]:
+            counts[stored["suite"]] = max(counts.get(stored["suite"], 0), *(row["n"] for row in stored["rows"]))
+    return f"{', '.join(f'{suite} {count}' for suite, count in counts.items())}, in {found['blocks']} blocks"
 
 
 def retest() -> str:

@@ -117,7 +117,7 @@ BLOCKS = {  # page, marker -> what stands there
     ("README.md", "claims"): claims,
     ("docs/benchmarks.md", "machine"): bench_tables.machine,
     ("docs/benchmarks.md", "retest"): bench_tables.retest,
-    **{("docs/benchmarks.md", name): partial(bench_tables.suite, name) for name in SUITES},
+    **{("docs/benchmarks.md", name): partial(bench_tables.suite, name) for name in SUITES if name != "ranks"},
     ("docs/benchmarks.md", "absent"): bench_tables.absent,
     ("docs/benchmarks.md", "goals"): bench_tables.goals,
     ("docs/benchmarks.md", "growth"): bench_tables.growth,

@@ -21,9 +21,9 @@ def test_a_step_is_right_and_prompts_are_computed_once_and_one_that_sees_what_co
     measured = Measured(Settings(case, "cpu", "float32"), step_prefix.PrefixGrouper)
     for turn in range(2):
         step = measured.step(turn, False, time.perf_counter, watch=False)
-        assert not step.wrong and max(step.errors) < 1e-5, step
+        assert not step.wrong and max(step.errors[:3]) < 1e-5, step
         # The last token of each completion too, for nothing, and what is padded to the longest group of a micro-batch.
         assert case.least < step.computed < case.useful
     own = step_prefix.sdpa
     monkeypatch.setattr(step_prefix, "sdpa", lambda q, k, v, real, **options: own(q, k, v, real, **options) * 0.99)
-    assert max(measured.step(0, False, time.perf_counter, watch=False).errors) > 1e-3
+    assert max(measured.step(0, False, time.perf_counter, watch=False).errors[:3]) > 1e-3
