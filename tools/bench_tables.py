@@ -1,5 +1,6 @@
-"""The tables of docs/benchmarks.md and of the README, from bench.json and step.json in benchmarks/results/cpu/, which
-`python -m tools.measure` writes. `python -m tools.tables` writes the pages, and a test compares them."""
+"""The tables of docs/benchmarks.md and of the README, from bench.json, step.json and ranks.json in
+benchmarks/results/cpu/, which `python -m tools.measure` writes. `python -m tools.tables` writes the pages, and a test
+compares them."""
 
 import json
 from pathlib import Path
@@ -53,9 +54,9 @@ def tables(suite: str) -> list[dict]:
     return [stored for stored in measured if stored["suite"] == suite and not stored["axis"]]
 
 
-def machine() -> str:
-    """What it was measured on."""
-    found = results()
+def machine(name: str = "bench") -> str:
+    """What a run was measured on."""
+    found = results(name)
     card, speeds = found["machine"], found["speeds"]
     caches = ", ".join(f"{name} {size}" for name, size in card["caches"].items())
     versions = {"redit-fast": card["redit-fast"], "Python": card["python"], "torch": card["torch"], **card["peers"]}
@@ -77,9 +78,10 @@ def _rounds(found: dict) -> str:
     """Of the rows that the page shows, and in how many blocks they were made."""
     counts: dict[str, int] = {}
     for stored in found["tables"]:
-        if not stored["axis"]:
+        if not stored["axis"] or stored["suite"] == "ranks":
             counts[stored["suite"]] = max(counts.get(stored["suite"], 0), *(row["n"] for row in stored["rows"]))
-    return f"{', '.join(f'{suite} {count}' for suite, count in counts.items())}, in {found['blocks']} blocks"
+    blocks = "1 block" if set(counts) == {"ranks"} else f"{found['blocks']} blocks"
+    return f"{', '.join(f'{suite} {count}' for suite, count in counts.items())}, in {blocks}"
 
 
 def retest() -> str:
@@ -168,6 +170,46 @@ def step_clock() -> str:
     )
 
 
+RANKS_COLUMNS = (
+    "ranks", "", "times one process", "ms", "% rollout / scoring / update", "fullest", "collectives", "MB sent", "MB",
+    "off one process", "error: log-prob", "error: gradient",
+)  # fmt: skip
+
+
+def ranks() -> str:
+    """A step that 1, 2, ... processes share, and one process by itself beside them."""
+    measured = results("ranks")["tables"]
+    shown, refused = [], []
+    for stored in measured:
+        count = stored["sizes"]["ranks"]
+        for row in stored["rows"]:
+            if row["status"] != "measured":
+                refused.append(f"- {count}: {row['name']}: {row['note']}")
+                continue
+            dealt, times = row["dealt"], "1"
+            if row["times"] is not None:
+                times = f"{row['times']:.2f} [{row['times_p10']:.2f}, {row['times_p90']:.2f}]"
+            spread = f"{table.number(row['ms'])} [{table.number(row['p10'])}, {table.number(row['p90'])}]"
+            off = "-" if row["ranks_error"] is None else f"{row['ranks_error']:.1e}"
+            cells = [str(count), row["name"], times, spread, table.shares(row).replace("/", " / "),
+                     f"{dealt['fullest']:.2f}", str(dealt["collectives"]), f"{dealt['sent_mb']:.1f}", _memory(row), off,
+                     *(f"{row[f'{name}_error']:.0e}" for name in ("value", "gradient"))]  # fmt: skip
+            shown.append(f"| {' | '.join(cells)} |")
+    sizes = ", ".join(f"{letter} = {size:,}" for letter, size in measured[0]["sizes"].items() if letter != "ranks")
+    head = [f"**{measured[0]['title']}, {measured[0]['dtype']}**, {sizes}", "", f"| {' | '.join(RANKS_COLUMNS)} |"]
+    return "\n".join([*head, "|---" * len(RANKS_COLUMNS) + "|", *shown, *([""] if refused else []), *refused])
+
+
+def ranks_run() -> str:
+    """The card of a run of its own, and which of its rows share cores."""
+    found = results("ranks")
+    cores, most = found["machine"]["cores"], max(stored["sizes"]["ranks"] for stored in found["tables"])
+    sharing = (
+        f"**More than {cores} ranks share the {cores} cores: these rows say what dealing costs, not how it scales.**"
+    )
+    return "\n\n".join([machine("ranks"), *([sharing] if most > cores else [])])
+
+
 COUNTED = {  # op in tests/budgets.json -> what it does here, elements that tests/budgets/instructions.cpp gives it
     "token_logp": ("log-probs and entropies from logits", 4 * 4099),
     "squared_norm": ("norm: reading, squaring, adding", 40_000),
@@ -187,7 +229,7 @@ def instructions() -> str:
 def growth() -> str:
     """Slopes of ours and of the others."""
     lines = ["| | size | from | to | time | memory |", "|---|---|---|---|---|---|"]
-    for entry in results()["growth"]:
+    for entry in [*results()["growth"], *results("ranks")["growth"]]:
         cells = [f"{entry['suite']}: {entry['name']}", entry["axis"], f"{entry['size'][0]:,}", f"{entry['size'][-1]:,}",
                  table.power(entry["time_slope"]), table.power(entry["memory_slope"])]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

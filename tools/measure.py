@@ -18,6 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 COMMANDS = {  # file of results -> what writes it
     "bench": ("redit_fast", "bench", *(suite for suite in SUITES if suite not in ("step", "ranks"))),
     "step": ("redit_fast", "bench", "step"),
+    "ranks": ("redit_fast", "bench", "ranks"),
     "apply_hosts": ("benchmarks.bench_apply_hosts",),
 }
 

@@ -118,6 +118,8 @@ BLOCKS = {  # page, marker -> what stands there
     ("docs/benchmarks.md", "machine"): bench_tables.machine,
     ("docs/benchmarks.md", "retest"): bench_tables.retest,
     **{("docs/benchmarks.md", name): partial(bench_tables.suite, name) for name in SUITES if name != "ranks"},
+    ("docs/benchmarks.md", "ranks"): bench_tables.ranks,
+    ("docs/benchmarks.md", "ranks run"): bench_tables.ranks_run,
     ("docs/benchmarks.md", "absent"): bench_tables.absent,
     ("docs/benchmarks.md", "goals"): bench_tables.goals,
     ("docs/benchmarks.md", "growth"): bench_tables.growth,
