@@ -87,10 +87,10 @@ def _rounds(found: dict) -> str:
 def retest() -> str:
     """How far a second run of the same commands on the same machine agrees."""
     again = json.loads(overlap.STORED.read_text())
-    first = overlap.ratios(results("bench")) | overlap.ratios(results("step"))
-    where = "the same commit" if again["commit"] == results()["machine"]["commit"] else f"commit `{again['commit']}`"
+    first, commits = overlap.read([str(RESULTS / f"{name}.json") for name in ("bench", "step", "ranks")])
+    where = "the same commits" if again["commits"] == commits else "other commits, which again.json names"
     return (
-        f"Measured a second time on this machine, at {where}: the intervals, 10th to 90th percentile, of "
+        f"Measured a second time on the same machines, at {where}: the intervals, 10th to 90th percentile, of "
         f"{overlap.told(first, again['ratios'])} have a point in common."
     )
 

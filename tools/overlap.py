@@ -1,7 +1,8 @@
 """Whether two runs of `redit-fast bench` on one machine agree: python -m tools.overlap FIRST.json .. -- SECOND.json ..
 
-Prints the share of ratios whose intervals, 10th to 90th percentile, have a point in common, and the others.
-Stores the second run's ratios, of which docs/benchmarks.md tells beside those of the run that it shows.
+Prints the share of ratios whose intervals, 10th to 90th percentile, have a point in common, and the others. With
+--store, keeps the second run's ratios in the place of its suites', of which docs/benchmarks.md tells beside those of
+the run that it shows.
 """
 
 import json
@@ -32,30 +33,44 @@ def apart(first: Ratios, second: Ratios) -> list[str]:
 def told(first: Ratios, second: Ratios) -> str:
     """The share that meets, of all and of each suite."""
     both, missed = first.keys() & second.keys(), apart(first, second)
-    suites = sorted({key.split(" | ")[0] for key in both})
+    suites = sorted(set(map(suite_of, both)))
     each = []
     for suite in suites:
-        count, off = (sum(key.startswith(f"{suite} | ") for key in keys) for keys in (both, missed))
+        count, off = (sum(suite_of(key) == suite for key in keys) for keys in (both, missed))
         each.append(f"{suite} {count - off} of {count}")
     return f"{1 - len(missed) / len(both):.1%} of {len(both)} ratios ({', '.join(each)})"
 
 
-def read(names: list[str]) -> tuple[Ratios, set[str]]:
-    """The ratios of several files, and the commits that they were made at."""
-    runs = [json.loads(Path(name).read_text()) for name in names]
-    found = {key: value for run in runs for key, value in ratios(run).items()}
-    return found, {run["machine"]["commit"] for run in runs}
+def suite_of(key: str) -> str:
+    return key.split(" | ")[0]
 
 
-def main() -> None:
-    split = sys.argv.index("--")
-    (first, _), (second, commits) = read(sys.argv[1:split]), read(sys.argv[split + 1 :])
+def read(names: list[str]) -> tuple[Ratios, dict[str, str]]:
+    """The ratios of several files, and the commit that each suite was measured at."""
+    found: Ratios = {}
+    commits = {}
+    for name in names:
+        run = json.loads(Path(name).read_text())
+        found |= ratios(run)
+        commits |= dict.fromkeys(map(suite_of, ratios(run)), run["machine"]["commit"])
+    return found, commits
+
+
+def main(words: list[str]) -> None:
+    files = [word for word in words if word != "--store"]
+    if files.count("--") != 1 or files[0] == "--" or files[-1] == "--":
+        raise SystemExit("needs the files of two runs: python -m tools.overlap FIRST.json .. -- SECOND.json ..")
+    split = files.index("--")
+    (first, _), (second, commits) = read(files[:split]), read(files[split + 1 :])
     for key in sorted(apart(first, second)):
         print(key, first[key], second[key])
     print(told(first, second))
-    (commit,) = commits
-    STORED.write_text(json.dumps({"commit": commit, "ratios": second}, indent=1) + "\n")
+    if "--store" in words:
+        stored = json.loads(STORED.read_text())
+        kept = {key: interval for key, interval in stored["ratios"].items() if suite_of(key) not in commits}
+        again = {"commits": stored["commits"] | commits, "ratios": kept | second}
+        STORED.write_text(json.dumps(again, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

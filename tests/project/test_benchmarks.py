@@ -380,6 +380,25 @@ def test_two_runs_are_compared_by_the_intervals_of_their_ratios():
     assert overlap.told(one, one).startswith("100.0% of ") and not overlap.told(one, other).startswith("100")
 
 
+def test_a_second_run_replaces_the_suites_that_it_has(tmp_path, monkeypatch):
+    again, kept = tmp_path / "again.json", {"other | x": [1.0, 2.0]}
+    again.write_text(json.dumps({"commits": {"other": "a"}, "ratios": kept}))
+    monkeypatch.setattr(overlap, "STORED", again)
+    run = results_of(a_table(a_provider("main", ours=True), a_provider("peer")))
+    run["machine"]["commit"] = "b"
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    both = [str(tmp_path / "run.json"), "--", str(tmp_path / "run.json")]
+    overlap.main(both)
+    assert json.loads(again.read_text())["ratios"] == kept
+    overlap.main([*both, "--store"])
+    overlap.main([*both, "--store"])
+    stored, ratios = json.loads(again.read_text()), json.loads(json.dumps(overlap.ratios(run)))
+    assert stored == {"commits": {"other": "a", overlap.suite_of(next(iter(ratios))): "b"}, "ratios": kept | ratios}
+    for words in ([], both[:1], both[:2], both[1:]):
+        with pytest.raises(SystemExit, match="needs the files of two runs"):
+            overlap.main(words)
+
+
 def test_the_report_needs_nothing_else(tmp_path):
     series = [a_table(a_provider("<b>", ours=True), sizes={"R": 10**i}, axis="R") for i in range(1, 6)]
     others = [a_table(a_provider("main", ours=True), sizes={"V": 10**i}, axis="V") for i in range(1, 6)]
