@@ -48,7 +48,7 @@ def suite_of(key: str) -> str:
 def read(names: list[str]) -> tuple[Ratios, dict[str, str]]:
     """The ratios of several files, and the commit that each suite was measured at."""
     found: Ratios = {}
-    commits = {}
+    commits: dict[str, str] = {}
     for name in names:
         run = json.loads(Path(name).read_text())
         found |= ratios(run)
