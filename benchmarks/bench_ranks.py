@@ -3,7 +3,7 @@
 The same step, with GR, of the same frozen prompts, lengths and completions is dealt to 1, 2, ... processes of one
 thread each, as torchrun starts them. What is compared is the whole step: each rank samples completions for its share of
 the prompts, then whole groups are dealt. Beside them, in the same rounds, one process takes the step by itself. On a
-CPU the ranks share its cores: where these are fewer, the series says what dealing costs, not how it scales.
+CPU the ranks share its cores: where these are fewer, the series says what dividing costs, not how it scales.
 
 A step's gradient is compared on every rank with float64, as in the suite step, and with that of one process.
 """

@@ -26,7 +26,7 @@ DEALT = (
     "fullest: tokens that the rank with the most computes, over the ranks' mean; coll.: collectives that a rank takes "
     "part in; sent: MB that it sends in them at least; MB: at its peak, of the rank with the most; apart: the gradient "
     "from that of one process. Where the machine has fewer cores than ranks, ranks share cores: the times then say "
-    "what dealing costs, not how it scales."
+    "what dividing costs, not how it scales."
 )
 PHASES = ("rollout", "scoring", "update")
 HEAD = (

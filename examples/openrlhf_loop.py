@@ -4,6 +4,8 @@ with a model made here: `python -m examples.openrlhf_loop`.
 OpenRLHF's own actors are processes of ray, and each needs the class before it builds its loss:
 
     def use_our_loss():
+        import openrlhf.trainer.ray.ppo_actor
+
         openrlhf.trainer.ray.ppo_actor.PolicyLoss = PolicyLoss
 
     ray.init(runtime_env={"worker_process_setup_hook": use_our_loss})

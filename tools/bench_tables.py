@@ -205,7 +205,7 @@ def ranks_run() -> str:
     found = results("ranks")
     cores, most = found["machine"]["cores"], max(stored["sizes"]["ranks"] for stored in found["tables"])
     sharing = (
-        f"**More than {cores} ranks share the {cores} cores: these rows say what dealing costs, not how it scales.**"
+        f"**More than {cores} ranks share the {cores} cores: these rows show what dividing costs, not how it scales.**"
     )
     return "\n\n".join([machine("ranks"), *([sharing] if most > cores else [])])
 
@@ -241,7 +241,7 @@ def readme() -> str:
     (head,) = [stored for stored in tables("linear_loss") if stored["dtype"] == "bfloat16"]
     rows = {row["name"]: row for row in head["rows"]}
     main = head["rows"][0]
-    lines = ["| head, bfloat16, CPU | time | log-prob error |", "|---|---|---|"]
+    lines = ["| head, bfloat16, CPU | times ours | log-prob error |", "|---|---|---|"]
     lines.append(f"| redit-fast | 1 | {main['value_error']:.0e} |")
     for name, short in README.items():
         error = rows[name]["value_error"]
