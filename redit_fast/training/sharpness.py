@@ -50,9 +50,10 @@ def probe(
     try:
         passes.perturb()  # gamma == epsilon: the first gradient is set aside as it is, not folded
         second = batch.backward(model, first.logp, masks_of=first)
-        gap = _norm(moved, lambda p: gradients.of(p).float() - local(before[p]))
+        gap = _norm(moved, lambda p: _piece(p, p.grad) - _piece(p, before[p]))
     finally:
         passes.restore()
+    model.zero_grad()  # of what this pass alone has reached too
     for p in params:
         p.grad = kept[p]
     loss = batch.ranks.summed(torch.tensor(second.loss, dtype=torch.float64, device="cpu")).item()
@@ -76,11 +77,16 @@ def signal(model: PreTrainedModel, batch: Batch, params: list[Tensor], group_siz
     for samples in (range(middle), range(middle, len(batch.prompts))):
         model.zero_grad()
         batch.part(samples).backward(model)
-        halves.append({p: gradients.of(p).float() for p in params})
+        halves.append({p: _piece(p, p.grad) for p in params})
     one, other = halves
     together = _norm(params, lambda p: one[p] + other[p])
     apart = _norm(params, lambda p: one[p] - other[p])
     return (together**2 - apart**2) / 4 / size
+
+
+def _piece(p: Tensor, grad: Tensor | None) -> Tensor:
+    """This rank's, in float32; 0 of a parameter that a pass has not reached, such as an expert's."""
+    return local(torch.zeros_like(p) if grad is None else grad).float()
 
 
 def _norm(params: list[Tensor], tensor_of: Callable[[Tensor], Tensor]) -> float:

@@ -255,6 +255,33 @@ def test_the_signal_is_the_inner_product_of_both_halves_gradients_at_advantages_
         assert math.isnan(nothing)
 
 
+@pytest.mark.parametrize("beta", [0.0, 3.0])
+def test_a_parameter_that_some_samples_do_not_reach_has_a_gradient_of_0_there(model_folder, monkeypatch, beta):
+    """As an expert of a mixture: one that neither half reaches, and one that only the last pass does."""
+    model, batch = batch_of(model_folder, [1.0, -1.0, 0.5, 2.0, 0.0, 0.0, -0.3, 0.4], rf.LossConfig(beta=beta))
+    if beta:
+        batch.score_reference(model)
+    experts = [torch.nn.Parameter(torch.zeros(())) for _ in range(2)]
+    for number, expert in enumerate(experts):
+        model.register_parameter(f"expert{number}", expert)
+    optimizer, hidden, moved = rf.RegularizedAdamW(rf.parameter_groups(model), gamma=0.0), Batch.hidden, []
+
+    def routed(batch, model, micro):
+        found, *others = hidden(batch, model, micro)
+        reached = [experts[0]] * (not moved and len(batch.prompts) != 4) + [experts[1]] * bool(moved)
+        return sum(reached, found), *others
+
+    perturb = sharpness.TwoPass.perturb
+    monkeypatch.setattr(Batch, "hidden", routed)
+    monkeypatch.setattr(sharpness.TwoPass, "perturb", lambda passes: (moved.append(True), perturb(passes)))
+    first = batch.backward(model)
+    before = {p: None if p.grad is None else p.grad.clone() for p in model.parameters()}
+    found = sharpness.probe(model, batch, first, optimizer, 2)
+    assert all(map(math.isfinite, found.values()))
+    for p, grad in before.items():
+        assert (p.grad is None and grad is None) or torch.equal(p.grad, grad)
+
+
 def test_a_signal_has_no_sampling_noise_in_the_mean_where_the_squared_norm_has(model_folder):
     """Advantages are coins: the true gradient is 0."""
     model, batch = batch_of(model_folder, MIXED, rf.LossConfig())
