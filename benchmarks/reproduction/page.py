@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from redit_fast.pictures import BLUE, COLOURS, STYLE
+from redit_fast.training import runs as files
 
 from . import NAMES, claim, correlations, statistics, verdicts
 from .claims import Claim, Curve, Experiment
@@ -52,7 +53,7 @@ def write(results: Path, docs: Path) -> None:
         if _has_finals(runs):
             (docs / picture(name)).write_bytes(drawn(claim(name), runs))
     for file, text in texts.items():
-        file.write_text(text, "utf-8")
+        files.replace(file, text)
 
 
 def _filled(file: Path, begin: str, end: str, text: str) -> str:

@@ -44,6 +44,10 @@ from .tasks import TASKS
 from .trials import Runs, Trial, seconds, undone
 
 SCHEMA = 1
+KINDS: dict[str, Any] = {  # of what a run leaves
+    "task": str, "arm": str, "trial": int | None, "seed": int, "settings": dict, "seconds": int | float,
+    "measures": dict, "curve": dict,
+}  # fmt: skip
 HOURS = 12  # of CPU time, that the protocol gives all claims together
 
 
@@ -56,11 +60,15 @@ class Store:
         if self.path.exists():
             try:
                 stored = json.loads(self.path.read_text("utf-8"))
-                self.runs = stored["runs"]
+                schema, of, runs = stored["schema"], stored["claim"], dict(stored["runs"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.path}: malformed: {error}") from None
-            if stored.get("schema") != SCHEMA or stored.get("claim") != claim:
+            if schema != SCHEMA or of != claim:
                 raise ValueError(f"{self.path}: needs the claim {claim} in schema {SCHEMA}")
+            for key, run in runs.items():
+                if wrong := _wrong(run):
+                    raise ValueError(f"{self.path}: malformed: the run {key!r} {wrong}")
+            self.runs = runs
 
     def add(self, key: str, run: dict[str, Any]) -> None:
         added = {**self.runs, key: run}
@@ -68,6 +76,18 @@ class Store:
         text = f'{{"schema": {SCHEMA}, "claim": "{self.claim}", "runs": {{\n{lines}\n}}}}\n'
         files.replace(self.path, text)
         self.runs = added
+
+
+def _wrong(run: Any) -> str | None:
+    """What is wrong with a stored run."""
+    if not isinstance(run, dict):
+        return f"is {run!r}, needs an object"
+    for name, kind in KINDS.items():
+        if name not in run:
+            return f"has no {name}"
+        if not isinstance(run[name], kind):
+            return f"has the {name} {run[name]!r}"
+    return None
 
 
 @contextmanager

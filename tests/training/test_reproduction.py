@@ -1,11 +1,13 @@
 """Both papers' claims: statistics against known values, the protocol's rules, runs that go on and repeat, the page."""
 
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
 import random
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -605,7 +607,7 @@ def test_a_time_that_is_never_reached_is_later_than_all():
 
 
 @pytest.mark.draws
-def test_the_page_is_made_from_the_results_without_a_run(tmp_path):
+def test_the_page_is_made_from_the_results_without_a_run(tmp_path, monkeypatch):
     docs, results = tmp_path / "docs", tmp_path / "results"
     docs.mkdir()
     with pytest.raises(ValueError, match="has no reproduction.md"):
@@ -634,6 +636,16 @@ def test_the_page_is_made_from_the_results_without_a_run(tmp_path):
     assert (docs / "reproduction-r1.png").stat().st_size > 10_000 and not (docs / "reproduction-g3.png").exists()
     page.write(results, docs)
     assert (docs / "reproduction.md").read_text() == text
+    write_text = Path.write_text
+
+    def full(path, text, *args):
+        write_text(path, text[:9], *args)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="reproduction.md: No space left on device"):
+        page.write(results, docs)
+    assert (docs / "reproduction.md").read_text() == text and (tmp_path / "README.md").read_text() == readme
 
 
 def test_the_committed_page_is_what_the_committed_results_say():
@@ -672,7 +684,8 @@ def test_no_run_begins_when_the_protocols_time_is_used(tmp_path, capsys):
     (tmp_path / "R1.json").write_text(json.dumps({"schema": 1, "claim": "R1", "runs": runs}))
     runner.check_time(tmp_path)
     assert "11.67 of 12 hours" in capsys.readouterr().out
-    (tmp_path / "G3.json").write_text(json.dumps({"schema": 1, "claim": "G3", "runs": {"another": {"seconds": 1300}}}))
+    another = next(iter(runs.values())) | {"seconds": 1300}
+    (tmp_path / "G3.json").write_text(json.dumps({"schema": 1, "claim": "G3", "runs": {"another": another}}))
     with pytest.raises(ValueError, match="12.0 of the protocol's 12 hours of CPU time are used: no run is left"):
         runner.check_time(tmp_path)
 
@@ -684,6 +697,20 @@ def test_two_runners_do_not_write_into_one_folder_and_a_malformed_file_is_named(
     (tmp_path / "R1.json").write_text("{")
     with pytest.raises(ValueError, match="R1.json: malformed"):
         runner.Store(tmp_path, "R1")
+    whole = next(iter(ended(r1.CLAIM, {}).values()))
+    damaged = {
+        "list indices must be": [],
+        "'claim'": {"schema": 1, "runs": {}},
+        "not iterable": {"schema": 1, "claim": "R1", "runs": 3},
+        "the run 'a' is 3, needs an object": {"schema": 1, "claim": "R1", "runs": {"a": 3}},
+        "the run 'a' has no task": {"schema": 1, "claim": "R1", "runs": {"a": {}}},
+        "the run 'a' has the seconds 'no'": {"schema": 1, "claim": "R1", "runs": {"a": whole | {"seconds": "no"}}},
+        "the run 'a' has the curve None": {"schema": 1, "claim": "R1", "runs": {"a": whole | {"curve": None}}},
+    }
+    for sentence, stored in damaged.items():
+        (tmp_path / "R1.json").write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match=f"R1.json: malformed: .*{sentence}"):
+            runner.Store(tmp_path, "R1")
     (tmp_path / "R1.json").write_text('{"schema": 1, "claim": "G3", "runs": {}}')
     with pytest.raises(ValueError, match="needs the claim R1"):
         runner.Store(tmp_path, "R1")
