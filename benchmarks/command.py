@@ -190,7 +190,9 @@ def ordered(suites: Mapping[str, Tables], place: Place, size: str, blocks: int) 
 
 
 def _store(results: dict[str, Any], out: Path) -> None:
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draft = out / ".results.json"  # a full disk or a kill leaves the tables that are done
+    draft.write_text(json.dumps(results, indent=1) + "\n")
+    draft.replace(out / "results.json")
 
 
 def rate(results: dict[str, Any], cache: int) -> None:

@@ -43,7 +43,7 @@ def write(results: Path, docs: Path) -> None:
     Raises:
         ValueError: a file of results is malformed, a page is not there or has no place for them.
     """
-    page, readme = docs / PAGE, docs.parent / README
+    page, readme = docs / PAGE, docs.resolve().parent / README
     stores = {name: Store(results, name).runs for name in NAMES}
     texts = {
         page: _filled(page, BEGIN, END, block(stores)),

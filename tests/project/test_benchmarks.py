@@ -399,6 +399,16 @@ def test_a_second_run_replaces_the_suites_that_it_has(tmp_path, monkeypatch):
             overlap.main(words)
 
 
+def test_results_that_cannot_be_written_leave_those_before(tmp_path):
+    command._store({"tables": [1]}, tmp_path)
+    kept = (tmp_path / "results.json").read_text()
+    assert json.loads(kept) == {"tables": [1]} and [each.name for each in tmp_path.iterdir()] == ["results.json"]
+    (tmp_path / ".results.json").mkdir()
+    with pytest.raises(OSError):
+        command._store({"tables": [1, 2]}, tmp_path)
+    assert (tmp_path / "results.json").read_text() == kept
+
+
 def test_the_report_needs_nothing_else(tmp_path):
     series = [a_table(a_provider("<b>", ours=True), sizes={"R": 10**i}, axis="R") for i in range(1, 6)]
     others = [a_table(a_provider("main", ours=True), sizes={"V": 10**i}, axis="V") for i in range(1, 6)]

@@ -1,7 +1,9 @@
 """Runs, and ranks of a run as torchrun starts them, forked from a process that has all imports: 0.1 s, not 7."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -41,11 +43,14 @@ def start(size, work, *args, folder):
 
 
 def finish(ranks, folder, seconds=120):
-    """The exit codes, and what each rank printed."""
+    """The exit codes, and what each rank printed; of one that hangs the stacks of its threads too."""
     end = time.monotonic() + seconds
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < end:
         time.sleep(0.02)
     hung = [rank.pid for rank in ranks if rank.is_alive()]
+    for pid in hung:
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(0.5 if hung else 0)  # while they print where they are
     for rank in ranks:
         rank.kill()
     printed = [Path(f"{folder}/rank{i}.txt").read_text() for i in range(len(ranks))]
@@ -57,6 +62,7 @@ def _rank(variables, output, work, args):
     os.environ.update(variables)
     with open(output, "w") as file:
         _say_into(file.fileno(), file.fileno())
+    faulthandler.register(signal.SIGUSR1, sys.stderr)  # where all threads of a rank that hangs are
     torch.set_num_threads(1)  # as torchrun does by a variable, which torch has read by now
     sys.exit(work(*args))
 
