@@ -70,15 +70,17 @@ def picture(name: str) -> str:
 
 
 def summary(stores: Mapping[str, Runs]) -> str:
-    """Of the README: the claims that have a verdict, in one paragraph."""
-    where = "Both papers' claims on [small tasks](docs/reproduction.md)"
-    told: dict[str, list[str]] = {said: [] for said in verdicts.DECIDED}
+    """Of the README: the claims that were run, in one paragraph."""
+    where = "We try both papers' claims on [small tasks](docs/reproduction.md)"
+    told: dict[str, list[str]] = {said: [] for said in verdicts.TOLD}
     for name in stores:
-        said = verdicts.verdict(claim(name), _known(name, stores))
+        said = verdicts.verdict(claim(name), _known(name, stores)).partition(":")[0]
         if said in told:
             told[said].append(claim(name).statement)
     sentences = [f"{said.capitalize()}: {', '.join(names)}." for said, names in told.items() if names]
-    return f"{where}. {' '.join(sentences)}" if sentences else f"{where} have no verdict yet."
+    if len(stores) > sum(map(len, told.values())):
+        sentences.append("The others are not run yet." if sentences else "None is run yet.")
+    return " ".join([f"{where}.", *sentences])
 
 
 def block(stores: Mapping[str, Runs]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import hooks
 from .claims import Arm, Claim, Comparison, Experiment, Settings
 from .five import LENIENT, STRICT
@@ -73,7 +75,8 @@ FIVE = Experiment(
 )
 LORA_TRIALS = rates(1e-4, 3e-4, 1e-3, 3e-3)
 ADAPTED: Settings = {"lora_rank": 8, "lora_alpha": 64, "reward_weights": STRICT}
-LORA = Experiment(
+LORA = replace(
+    FIVE,
     task="FIVE WIDE",
     settings=ANSWERS | ADAPTED,
     arms=(
@@ -85,10 +88,6 @@ LORA = Experiment(
         Comparison("gaussian", "none", "mean success", role="claim", expected=1),
         Comparison("none again", "none", "mean success", role="null"),
     ),
-    measures=LEARNING,
-    curve=SUCCESS,
-    objective="mean success",
-    seeds=10,
     seconds=28,
 )
 CLAIM = Claim(

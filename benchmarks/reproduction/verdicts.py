@@ -15,7 +15,7 @@ ALPHA = 0.05
 LEAST = 10  # pairs of an interval
 NEGLIGIBLE = 0.02  # a difference of shares that no user would choose a setting for
 MOST_LEFT_OUT = 0.2  # of the pairs
-DECIDED = ("holds", "holds in part", "does not hold")  # of a claim's verdicts, those on the claim
+TOLD = ("holds", "holds in part", "does not hold", "cannot be told here")  # of a claim that was run
 
 
 class Row(NamedTuple):

@@ -343,5 +343,5 @@ meet_and_end(other)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    values = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)])
+    values = torch.cat([torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)])
     assert torch.equal(values, rf.group_advantages(torch.zeros(16), group_size=4, dither=rf.Dither()).values)

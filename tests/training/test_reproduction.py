@@ -546,17 +546,18 @@ def test_attempts_take_the_trials_of_the_claim_that_they_come_after_times_their_
     assert capsys.readouterr().out.startswith("G5: no need: G3 holds\n")
 
 
-def test_the_readmes_paragraph_has_the_claims_that_are_decided():
+def test_the_readmes_paragraph_has_the_claims_that_were_run():
     stores = {name: {} for name in reproduction.NAMES}
-    assert page.summary(stores).endswith("have no verdict yet.")
+    where = "We try both papers' claims on [small tasks](docs/reproduction.md)."
+    assert page.summary(stores) == f"{where} None is run yet."
     effects = {"none, high rate": 0.1}
     stores["R2"] = ended(r2.CLAIM, effects | {"level .05": 0.1})
-    assert page.summary(stores) == (
-        "Both papers' claims on [small tasks](docs/reproduction.md). Holds: level 0.05 is best."
-    )
+    assert page.summary(stores) == f"{where} Holds: level 0.05 is best. The others are not run yet."
     assert "**R2, for your settings**: start from `dither_level: 0.05`." in page.block(stores)
     stores["R2"] = ended(r2.CLAIM, effects)
-    assert page.summary(stores).endswith(". Does not hold: level 0.05 is best.")
+    assert page.summary(stores) == f"{where} Does not hold: level 0.05 is best. The others are not run yet."
+    stores["R2"] = ended(r2.CLAIM, {})  # the planted effect is not found
+    assert page.summary(stores) == f"{where} Cannot be told here: level 0.05 is best. The others are not run yet."
 
 
 def ended(claim, effects, spread=0.01):
@@ -630,7 +631,8 @@ def test_the_page_is_made_from_the_results_without_a_run(tmp_path, monkeypatch):
     difference = verdicts.rows(r1.CLAIM, runs)[0].found
     assert f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]" in row and "does not hold" in row
     assert "**R1, for your settings**: none: cannot be told here" in text
-    told = "Both papers' claims on [small tasks](docs/reproduction.md) have no verdict yet."
+    told = page.summary({name: runner.Store(results, name).runs for name in reproduction.NAMES})
+    assert told.endswith(" Cannot be told here: dithering learns sooner. The others are not run yet.")
     readme = (tmp_path / "README.md").read_text()
     assert readme == f"above\n{page.README_BEGIN}\n{told}\n{page.README_END}\nbelow\n"
     assert (docs / "reproduction-r1.png").stat().st_size > 10_000 and not (docs / "reproduction-g3.png").exists()
