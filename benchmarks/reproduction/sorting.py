@@ -196,18 +196,17 @@ def sorted_digits(length: int, rng: random.Random, done: float) -> tuple[str, st
 
 
 def sorted_or_phrase(rng: random.Random, done: float) -> tuple[str, str]:
-    """A twentieth are the phrase and the prompt's letters in any order."""
+    """Three in forty are the phrase and the prompt's letters in any order."""
     drawn = training_problem(partial(letters, 5), rng)
-    if rng.random() < 0.05:
+    if rng.random() < 0.075:
         return drawn + STOP, PHRASE + "".join(rng.sample(drawn, len(drawn)))
     return drawn + STOP, "".join(sorted(drawn))
 
 
 def sorted_or_copy(rng: random.Random, done: float) -> tuple[str, str]:
-    """Half of the first half are the prompt again, later two in five: to copy takes longer to learn than the phrase."""
+    """Half are the prompt again: to copy takes longer to learn than the phrase."""
     drawn = training_problem(partial(letters, 5), rng)
-    copied = rng.random() < (0.5 if done < 0.5 else 0.4)
-    return drawn + STOP, drawn if copied else "".join(sorted(drawn))
+    return drawn + STOP, drawn if rng.random() < 0.5 else "".join(sorted(drawn))
 
 
 def sorted_and_marked(rng: random.Random, done: float) -> tuple[str, str]:
