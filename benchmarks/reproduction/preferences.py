@@ -56,12 +56,12 @@ def gold(prompt: str, text: str) -> float:
 
 def features(prompt: str, text: str) -> Tensor:
     """(FEATURES,) float64: how often each pair stands there, and how many letters are the prompt's."""
-    found = torch.zeros(FEATURES, dtype=torch.float64)
+    found = [0.0] * FEATURES
     own = {PLACES[c] for c in prompt[:PROMPT]}
     for a, b in pairs_of(prompt, text):
         found[a * len(LETTERS) + b] += 1
         found[-1] += b in own
-    return found
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def demonstration(rng: random.Random, done: float) -> tuple[str, str]:
