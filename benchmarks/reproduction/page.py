@@ -194,12 +194,15 @@ def _row(row: Row) -> str:
 
 
 def drawn(claim: Claim, runs: Runs) -> bytes:
-    """A panel for each experiment: every seed of every compared arm, thin, and their mean with its 95 % interval."""
-    shown = [experiment for experiment in claim.experiments if _curves(experiment, runs)]
+    """A panel for each experiment: every seed of every compared arm, thin, and their mean with its 95 % interval. An arm
+    looks the same in all panels."""
+    panels = {each.task: curves for each in claim.experiments if (curves := _curves(each, runs))}
+    names = dict.fromkeys(name for curves in panels.values() for name in curves)
+    looks = {name: (HUES[i % len(HUES)], DASHES[i // len(HUES)]) for i, name in enumerate(names)}
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.4 * len(shown)), layout="constrained")
-        for experiment, axes in zip(shown, figure.subplots(len(shown), squeeze=False)[:, 0], strict=True):
-            _panel(axes, f"{claim.name}, {experiment.task}", _curves(experiment, runs))
+        figure = Figure(figsize=(7.2, 3.4 * len(panels)), layout="constrained")
+        for (task, curves), axes in zip(panels.items(), figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
+            _panel(axes, f"{claim.name}, {task}", curves, looks)
         found = io.BytesIO()
         figure.savefig(found, format="png", dpi=130)
     return found.getvalue()
@@ -217,10 +220,12 @@ def _curves(experiment: Experiment, runs: Runs) -> dict[str, list[Curve]]:
     return found
 
 
-def _panel(axes: Axes, title: str, arms: Mapping[str, Sequence[Curve]]) -> None:
+def _panel(
+    axes: Axes, title: str, arms: Mapping[str, Sequence[Curve]], looks: Mapping[str, tuple[str, str]]
+) -> None:
     over, value = list(next(iter(arms.values()))[0])[:2]
-    for number, (name, curves) in enumerate(arms.items()):
-        hue, dash = HUES[number % len(HUES)], DASHES[number // len(HUES)]
+    for name, curves in arms.items():
+        hue, dash = looks[name]
         for curve in curves:
             axes.plot(curve[over], curve[value], color=hue, linestyle=dash, linewidth=0.4, alpha=0.35)
         grid = [end * k / 40 for end in [min(curve[over][-1] for curve in curves)] for k in range(41)]
