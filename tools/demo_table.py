@@ -14,7 +14,8 @@ from pathlib import Path
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu" / "demo.json"
 SEEDS = (0, 1, 2)
 VARIANTS = {
-    "as it comes: dither 0.05, GR": {},
+    "as it comes: dither 0.05, `center_only`, GR": {},
+    "`--dither-dead-groups apply`": {"dither_dead_groups": "apply"},
     "`--dither-dead-groups skip`": {"dither_dead_groups": "skip"},
     "`--dither-level 0`": {"dither_level": 0.0},
     "`--gr-gamma 0`": {"gr_gamma": 0.0},

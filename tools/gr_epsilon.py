@@ -249,7 +249,7 @@ def halved(results) -> str:
 def cost() -> str:
     """What pass 2 takes in the demo, over its three seeds."""
     runs = json.loads(DEMO.read_text())["runs"]
-    times = [run["time"] for run in runs["as it comes: dither 0.05, GR"].values()]
+    times = [run["time"] for run in runs["`--dither-dead-groups apply`"].values()]
     without = [run["time"] for run in runs["`--gr-gamma 0`"].values()]
     total = sum(time[phase] for time in times for phase in ("rollout", "reward", "pass1", "pass2", "optimizer"))
     second = sum(time["pass2"] for time in times)

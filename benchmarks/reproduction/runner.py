@@ -49,6 +49,7 @@ KINDS: dict[str, Any] = {  # of what a run leaves
     "measures": dict, "curve": dict,
 }  # fmt: skip
 HOURS = 12  # of CPU time, that the protocol gives all claims together
+THEN = {"dither_dead_groups": "apply"}  # defaults of the trainer at the protocol, which have followed its results
 
 
 class Store:
@@ -224,7 +225,7 @@ def done(
 def _trained(task: Task, experiment: Experiment, arm: Arm, settings: dict[str, Any], place: Path) -> dict[str, Any]:
     rewards = [function.name for function in task.functions]
     own = saved(task, place) if settings.get("lora_rank") else {"rewards": rewards}
-    config = TrainConfig(**settings, **own, out_dir=str(place), name="run")
+    config = TrainConfig(**THEN | settings, **own, out_dir=str(place), name="run")
     began = time.process_time()
     with redirect_stdout(io.StringIO()), warnings.catch_warnings(), arm.around():
         warnings.filterwarnings("ignore", message="the applied perturbation has cosine")  # what G4 asks about

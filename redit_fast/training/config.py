@@ -217,9 +217,9 @@ class TrainConfig(Settings):
     dither_distribution: Distribution = Field("gaussian", description="Noise distribution, equal variance in both.")
     dither_schedule: Schedule = Field("constant", description="Noise level over the steps.")
     dither_dead_groups: DeadGroups = Field(
-        "apply",
-        description="Groups of equal rewards: apply dithers them like any other, skip gives them advantage 0, "
-        "center_only does not divide, only dithers them alone.",
+        "center_only",
+        description="Groups of equal rewards: center_only dithers them and does not divide, apply dithers them like any "
+        "other, as the paper does, skip gives them advantage 0, only dithers them alone.",
     )
     gr_gamma: float = of_gr("gamma", ge=0)
     gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = of_gr(
