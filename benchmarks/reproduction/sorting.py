@@ -204,9 +204,9 @@ def sorted_or_phrase(rng: random.Random, done: float) -> tuple[str, str]:
 
 
 def sorted_or_copy(rng: random.Random, done: float) -> tuple[str, str]:
-    """Half are the prompt again: to copy takes longer to learn than the phrase."""
+    """Eleven in twenty are the prompt again: to copy takes longer to learn than the phrase."""
     drawn = training_problem(partial(letters, 5), rng)
-    return drawn + STOP, drawn if rng.random() < 0.5 else "".join(sorted(drawn))
+    return drawn + STOP, drawn if rng.random() < 0.55 else "".join(sorted(drawn))
 
 
 def sorted_and_marked(rng: random.Random, done: float) -> tuple[str, str]:
