@@ -24,7 +24,10 @@ from .verdicts import Row
 PAGE, README = "reproduction.md", "README.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 README_BEGIN, README_END = "<!-- claims -->", "<!-- end of claims -->"
-HEAD = "| claim | question | the paper | here | runs | CPU hours |\n|---|---|---|---|---|---|"
+HEAD = (
+    "| claim | question | the paper | here | of its comparisons | the first of them | runs | CPU hours |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
 TOLD = (
     "| runs of | measured | within runs | the step alone | its size, less the step's | within runs, at equal step "
     "| over runs, at equal step |\n|---|---|---|---|---|---|---|"
@@ -71,16 +74,30 @@ def picture(name: str) -> str:
 
 def summary(stores: Mapping[str, Runs]) -> str:
     """Of the README: the claims that were run, in one paragraph."""
-    where = "We try both papers' claims on [small tasks](docs/reproduction.md)"
-    told: dict[str, list[str]] = {said: [] for said in verdicts.TOLD}
+    counted, open_ended, left = [], [], 0
     for name in stores:
-        said = verdicts.verdict(claim(name), _known(name, stores)).partition(":")[0]
-        if said in told:
-            told[said].append(claim(name).statement)
-    sentences = [f"{said.capitalize()}: {', '.join(names)}." for said, names in told.items() if names]
-    if len(stores) > sum(map(len, told.values())):
-        sentences.append("The others are not run yet." if sentences else "None is run yet.")
-    return " ".join([f"{where}.", *sentences])
+        runs = _known(name, stores)
+        said, found = verdicts.verdict(claim(name), runs), verdicts.deciding(claim(name), runs)
+        if said == "not run":
+            left += 1
+        elif found and ":" not in said:
+            counted.append(f"{claim(name).statement} {'/'.join(map(str, _counts(found)))}")
+        else:
+            open_ended.append(claim(name).statement)
+    sentences = ["We try both papers' claims on [small tasks](docs/reproduction.md)."]
+    if counted:
+        sentences.append(f"Comparisons that hold/do not/cannot be told: {', '.join(counted)}.")
+    if open_ended:
+        sentences.append(f"No verdict: {', '.join(open_ended)}.")
+    if left:
+        sentences.append("None is run yet." if left == len(stores) else "The others are not run yet.")
+    return " ".join(sentences)
+
+
+def _counts(rows: Sequence[Row]) -> tuple[int, int, int]:
+    """How many hold; do not hold, or make no difference; cannot be told."""
+    told = [row.verdict for row in rows]
+    return told.count("holds"), told.count("does not hold") + told.count("no difference"), told.count("cannot be told")
 
 
 def block(stores: Mapping[str, Runs]) -> str:
@@ -142,7 +159,12 @@ def _summary(name: str, stores: Mapping[str, Runs]) -> str:
     said = verdicts.verdict(asked, _known(name, stores))
     if asked.after and verdicts.verdict(claim(asked.after), stores.get(asked.after, {})) == "holds":
         said = f"no need: {asked.after} holds"
-    return f"| {name} | {asked.question} | {asked.paper} | {said} | {len(runs)} | {hours:.2f} |"
+    counts = first = "-"
+    if (found := verdicts.deciding(asked, _known(name, stores))) and said != "not run":
+        counts = "hold {}, do not {}, cannot be told {}".format(*_counts(found))
+        row, compared = found[0], found[0].comparison
+        first = f"{row.task}, {compared.arm} less {compared.against}, {compared.measure}: {_difference(row)}"
+    return f"| {name} | {asked.question} | {asked.paper} | {said} | {counts} | {first} | {len(runs)} | {hours:.2f} |"
 
 
 def _tuned(claim: Claim, runs: Runs) -> str:
@@ -175,27 +197,30 @@ def _curvatures(claim: Claim, runs: Runs) -> str:
 
 
 def _row(row: Row) -> str:
-    compared, found = row.comparison, row.found
+    compared = row.comparison
     left_out = f", {row.left_out} left out" if row.left_out else ""
     nothing = "never" if compared.statistic == "sign" and row.pairs else "-"
     middles = " and ".join(nothing if middle is None else f"{middle:.3g}" for middle in row.middles)
-    if found is None:
-        told = f"fewer than {verdicts.LEAST} pairs"
-    elif isinstance(found, Paired):
-        told = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    else:
-        told = f"{found.above}/{found.below}/{found.level}"
     p = "-" if row.p is None else f"{row.p:.2g}"
     kind = "" if compared.role in ("claim", "other") else f" ({'no' if compared.role == 'null' else 'planted'} effect)"
     return (
         f"| {row.task} | {compared.arm}, {compared.against}{kind} | {compared.measure} | {row.pairs}{left_out} "
-        f"| {middles} | {told} | {p} | {row.verdict} |"
+        f"| {middles} | {_difference(row)} | {p} | {row.verdict} |"
     )
 
 
+def _difference(row: Row) -> str:
+    found = row.found
+    if found is None:
+        return f"fewer than {verdicts.LEAST} pairs"
+    if isinstance(found, Paired):
+        return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{found.above}/{found.below}/{found.level}"
+
+
 def drawn(claim: Claim, runs: Runs) -> bytes:
-    """A panel for each experiment: every seed of every compared arm, thin, and their mean with its 95 % interval. An arm
-    looks the same in all panels."""
+    """A panel for each experiment: every seed of every compared arm, thin, and their mean with its 95 % interval. An
+    arm looks the same in all panels."""
     panels = {each.task: curves for each in claim.experiments if (curves := _curves(each, runs))}
     names = dict.fromkeys(name for curves in panels.values() for name in curves)
     looks = {name: (HUES[i % len(HUES)], DASHES[i // len(HUES)]) for i, name in enumerate(names)}
@@ -220,9 +245,7 @@ def _curves(experiment: Experiment, runs: Runs) -> dict[str, list[Curve]]:
     return found
 
 
-def _panel(
-    axes: Axes, title: str, arms: Mapping[str, Sequence[Curve]], looks: Mapping[str, tuple[str, str]]
-) -> None:
+def _panel(axes: Axes, title: str, arms: Mapping[str, Sequence[Curve]], looks: Mapping[str, tuple[str, str]]) -> None:
     over, value = list(next(iter(arms.values()))[0])[:2]
     for name, curves in arms.items():
         hue, dash = looks[name]

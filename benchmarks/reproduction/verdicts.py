@@ -15,7 +15,6 @@ ALPHA = 0.05
 LEAST = 10  # pairs of an interval
 NEGLIGIBLE = 0.02  # a difference of shares that no user would choose a setting for
 MOST_LEFT_OUT = 0.2  # of the pairs
-TOLD = ("holds", "holds in part", "does not hold", "cannot be told here")  # of a claim that was run
 
 
 class Row(NamedTuple):
@@ -56,10 +55,8 @@ def rows(claim: Claim, runs: Runs) -> list[Row]:
 
 def verdict(claim: Claim, runs: Runs) -> str:
     """Of a claim, from its rows: holds, holds in part, does not hold, cannot be told here, not run."""
-    known = rows(claim, runs)
-    shut = {experiment.task for experiment in claim.experiments if closed(experiment, runs)}
-    told = [row.verdict for row in known if row.comparison.role == "claim" and row.task not in shut]
-    checks = [row for row in known if row.comparison.role in ("null", "effect") and row.task not in shut]
+    told = [row.verdict for row in deciding(claim, runs)]
+    checks = [row for row in _open(claim, runs) if row.comparison.role in ("null", "effect")]
     if not told:
         return "cannot be told here"
     if "not run" in told or any(row.verdict == "not run" for row in checks):
@@ -71,6 +68,17 @@ def verdict(claim: Claim, runs: Runs) -> str:
     if "holds" in told:
         return "holds in part"
     return "does not hold" if set(told) <= {"does not hold", "no difference"} else "cannot be told here"
+
+
+def deciding(claim: Claim, runs: Runs) -> list[Row]:
+    """The comparisons that the verdict comes from."""
+    return [row for row in _open(claim, runs) if row.comparison.role == "claim"]
+
+
+def _open(claim: Claim, runs: Runs) -> list[Row]:
+    """The rows of the tasks whose gates are not closed."""
+    shut = {experiment.task for experiment in claim.experiments if closed(experiment, runs)}
+    return [row for row in rows(claim, runs) if row.task not in shut]
 
 
 def values(experiment: Experiment, arm: str, measure: str, runs: Runs) -> dict[int, float | None]:

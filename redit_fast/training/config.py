@@ -218,8 +218,8 @@ class TrainConfig(Settings):
     dither_schedule: Schedule = Field("constant", description="Noise level over the steps.")
     dither_dead_groups: DeadGroups = Field(
         "center_only",
-        description="Groups of equal rewards: center_only dithers them and does not divide, apply dithers them like any "
-        "other, as the paper does, skip gives them advantage 0, only dithers them alone.",
+        description="Groups of equal rewards: center_only dithers them and does not divide, apply dithers them like "
+        "any other, as the paper does, skip gives them advantage 0, only dithers them alone.",
     )
     gr_gamma: float = of_gr("gamma", ge=0)
     gr_epsilon: Annotated[float, Field(gt=0)] | Literal["auto"] = of_gr(

@@ -65,8 +65,10 @@ def test_a_fall_of_the_accuracy_is_told_beyond_what_chance_makes_and_while_the_r
 
 @pytest.mark.parametrize(
     "settings, what",
-    [({"dither_dead_groups": "apply"}, "whose advantages are noise"), ({"dither_dead_groups": "only"}, "whose advantages are noise"),
-     ({}, "which teach nothing"), ({"dither_dead_groups": "skip"}, "which teach nothing"), ({"dither_level": 0}, "which teach nothing")],
+    [({"dither_dead_groups": "apply"}, "whose advantages are noise"),
+     ({"dither_dead_groups": "only"}, "whose advantages are noise"),
+     ({"dither_dead_groups": "skip"}, "which teach nothing"), ({}, "which teach nothing"),
+     ({"dither_level": 0}, "which teach nothing")],
 )  # fmt: skip
 def test_a_dead_group_is_noise_only_where_it_is_dithered(settings, what):
     (one,) = found({"frac_reward_zero_std": 0.9}, **settings)

@@ -549,15 +549,21 @@ def test_attempts_take_the_trials_of_the_claim_that_they_come_after_times_their_
 def test_the_readmes_paragraph_has_the_claims_that_were_run():
     stores = {name: {} for name in reproduction.NAMES}
     where = "We try both papers' claims on [small tasks](docs/reproduction.md)."
+    counts = f"{where} Comparisons that hold/do not/cannot be told: level 0.05 is best"
+    others = "The others are not run yet."
     assert page.summary(stores) == f"{where} None is run yet."
     effects = {"none, high rate": 0.1}
     stores["R2"] = ended(r2.CLAIM, effects | {"level .05": 0.1})
-    assert page.summary(stores) == f"{where} Holds: level 0.05 is best. The others are not run yet."
+    assert page.summary(stores) == f"{counts} 1/0/0. {others}"
     assert "**R2, for your settings**: start from `dither_level: 0.05`." in page.block(stores)
     stores["R2"] = ended(r2.CLAIM, effects)
-    assert page.summary(stores) == f"{where} Does not hold: level 0.05 is best. The others are not run yet."
+    assert page.summary(stores) == f"{counts} 0/1/0. {others}"  # no difference
+    stores["R2"] = ended(r2.CLAIM, effects | {"level .05": -0.1})
+    assert page.summary(stores) == f"{counts} 0/1/0. {others}"
+    stores["R2"] = ended(r2.CLAIM, effects, spread=0.1)
+    assert page.summary(stores) == f"{counts} 0/0/1. {others}"
     stores["R2"] = ended(r2.CLAIM, {})  # the planted effect is not found
-    assert page.summary(stores) == f"{where} Cannot be told here: level 0.05 is best. The others are not run yet."
+    assert page.summary(stores) == f"{where} No verdict: level 0.05 is best. {others}"
 
 
 def ended(claim, effects, spread=0.01):
@@ -632,7 +638,8 @@ def test_the_page_is_made_from_the_results_without_a_run(tmp_path, monkeypatch):
     assert f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]" in row and "does not hold" in row
     assert "**R1, for your settings**: none: cannot be told here" in text
     told = page.summary({name: runner.Store(results, name).runs for name in reproduction.NAMES})
-    assert told.endswith(" Cannot be told here: dithering learns sooner. The others are not run yet.")
+    assert "told: dithering learns sooner 0/6/1. The others" in told
+    assert "| hold 0, do not 6, cannot be told 1 | RARE, gaussian less none, mean success: -0." in text
     readme = (tmp_path / "README.md").read_text()
     assert readme == f"above\n{page.README_BEGIN}\n{told}\n{page.README_END}\nbelow\n"
     assert (docs / "reproduction-r1.png").stat().st_size > 10_000 and not (docs / "reproduction-g3.png").exists()
